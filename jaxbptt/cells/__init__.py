@@ -1,0 +1,1 @@
+"""What one time step computes: the contracts, the built-in cells, and their combination."""

@@ -1,0 +1,62 @@
+r"""What the built-in cells share: weight layout, input checks, and the weight gradient as one matrix product.
+
+Gates are stacked on the first axis of a weight, so `W [gates · hidden, features]`, and a layer reads `W x`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Initializer = Callable[..., Any]
+
+# Normal with variance 1 / input_size: features are on the last axis, unlike the [in, out] layout jax assumes.
+fan_in_normal = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
+orthogonal = jax.nn.initializers.orthogonal()
+
+
+def gate_blocks(initializer: Initializer, key: Array, gates: int, shape: tuple[int, int], dtype: Any) -> Array:
+    """One draw of `initializer` for each gate, stacked on the first axis: `[gates · shape[0], shape[1]]`."""
+    return jnp.concatenate([initializer(k, shape, dtype) for k in jax.random.split(key, gates)])
+
+
+def linear(W: Float[Array, "out in"], v: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+    """W v for any number of batch axes."""
+    return v @ W.T
+
+
+def weight_gradient(
+    deltas: Float[Array, "*rows out"], inputs: Float[Array, "*rows in"]
+) -> Float[Array, "out in"]:
+    """Σ δ vᵀ over time and batch, as one product of two matrices with time · batch rows each.
+
+    Written with a reshape because the `einsum` over two leading axes was measured up to 1.5 times slower on CPU.
+    """
+    rows = math.prod(deltas.shape[:-1])
+    return deltas.reshape(rows, deltas.shape[-1]).T @ inputs.reshape(rows, inputs.shape[-1])
+
+
+def sum_rows(deltas: Float[Array, "*rows out"]) -> Float[Array, " out"]:
+    """Σ δ over time and batch: the gradient of a bias."""
+    return deltas.sum(axis=range(deltas.ndim - 1))
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise unless every size is a positive whole number."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} is {size!r}, but it counts features: pass a whole number of at least 1.")
+
+
+def check_input(kind: str, x: Any, h: Any, input_size: int) -> None:
+    """Raise unless `x` is `[*batch, input_size]` with the batch axes of the state `h`."""
+    expected = (*h.shape[:-1], input_size)
+    if jnp.shape(x) != expected:
+        raise ValueError(
+            f"{kind}: x has shape {jnp.shape(x)} at one time step, but {expected} is expected: the batch axes of the carry, "
+            f"{h.shape[:-1]}, then input_size={input_size}. Make the carry with cell.initial_carry(batch_shape), and keep "
+            "time as the first axis of xs."
+        )

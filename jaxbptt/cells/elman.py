@@ -1,0 +1,125 @@
+r"""The Elman network: one tanh layer fed by its own past. The cell of the textbook, and its backward by hand."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxbptt.cells import dense
+from jaxbptt.cells.cell import Adjoint, Cell
+
+
+class ElmanParams(NamedTuple):
+    """Weights of an Elman cell: `W_xh [hidden, input]`, `W_hh [hidden, hidden]`, `b [hidden]`."""
+
+    W_xh: Float[Array, "hidden input"]
+    W_hh: Float[Array, "hidden hidden"]
+    b: Float[Array, " hidden"]
+
+
+def elman(
+    input_size: int,
+    hidden_size: int,
+    *,
+    dtype: Any = jnp.float32,
+    recurrent_init: dense.Initializer = dense.orthogonal,
+    input_init: dense.Initializer = dense.fan_in_normal,
+) -> Cell:
+    r"""An Elman cell: a tanh layer whose output is its next state.
+
+    hₜ = tanh(W_hh hₜ₋₁ + W_xh xₜ + b),  yₜ = hₜ
+
+    Its state Jacobian is ∂hₜ/∂hₜ₋₁ = diag(1 − hₜ²) W_hh (`elman_state_jacobians`). Time O(n²) a step; the backward keeps
+    hₜ₋₁ and hₜ.
+
+    Args:
+        input_size: features of x.
+        hidden_size: n, the size of the state.
+        dtype: of the parameters and the carry.
+        recurrent_init: jax initializer of `W_hh`; orthogonal by default, so that no direction shrinks or grows before
+            tanh has its say.
+        input_init: jax initializer of `W_xh`; normal with variance 1/input_size by default.
+
+    Returns:
+        A `Cell` with `ElmanParams`; its carry is the array h `[*batch, hidden]`.
+
+    Raises:
+        ValueError: a size below 1; at a step, an x that does not fit the carry's batch axes or `input_size`.
+
+    Example:
+        >>> import jax
+        >>> import jaxbptt as bptt
+        >>> cell = bptt.elman(input_size=3, hidden_size=5)
+        >>> params = cell.init(jax.random.key(0))
+        >>> h, y = cell.step(params, cell.initial_carry(), jax.numpy.ones(3))
+        >>> h.shape, bool((h == y).all())
+        ((5,), True)
+
+    References:
+        Elman, Finding structure in time, 1990, doi:10.1207/s15516709cog1402_1.
+    """
+    dense.check_sizes(input_size=input_size, hidden_size=hidden_size)
+
+    def init(key: Array) -> ElmanParams:
+        key_xh, key_hh = jax.random.split(key)
+        return ElmanParams(
+            W_xh=input_init(key_xh, (hidden_size, input_size), dtype),
+            W_hh=recurrent_init(key_hh, (hidden_size, hidden_size), dtype),
+            b=jnp.zeros(hidden_size, dtype),
+        )
+
+    def initial_carry(batch_shape: tuple[int, ...] = ()) -> Array:
+        return jnp.zeros((*batch_shape, hidden_size), dtype)
+
+    def step(params, h, x):
+        dense.check_input("elman", x, h, input_size)
+        h = jnp.tanh(dense.linear(params.W_hh, h) + dense.linear(params.W_xh, x) + params.b)
+        return h, h
+
+    def forward(params, h_prev, x):
+        h, y = step(params, h_prev, x)
+        return (h, y), (h_prev, h)
+
+    def backward(params, residuals, x, h_bar, y_bar):
+        _, h = residuals
+        # (1 − h)(1 + h) is 1 − h² without the cancellation as |h| → 1.
+        delta = (h_bar + y_bar) * ((1 - h) * (1 + h))
+        return delta @ params.W_hh, delta
+
+    def contract(params, residuals, xs, ys_bar, deltas):
+        hs_prev, _ = residuals
+        params_bar = ElmanParams(
+            W_xh=dense.weight_gradient(deltas, xs),
+            W_hh=dense.weight_gradient(deltas, hs_prev),
+            b=dense.sum_rows(deltas),
+        )
+        return params_bar, deltas @ params.W_xh
+
+    return Cell(init, initial_carry, step, Adjoint(forward, backward, contract))
+
+
+def elman_state_jacobians(
+    params: ElmanParams, hs: Float[Array, "*time hidden"]
+) -> Float[Array, "*time hidden hidden"]:
+    r"""The closed form of the Elman cell's state Jacobian.
+
+    Jₜ = ∂hₜ/∂hₜ₋₁ = diag(1 − hₜ²) W_hh
+
+    Costs O(T n²) time and memory. Where |hₜ| has rounded to 1 the true factor is lost and the row is 0.
+
+    Args:
+        params: the cell's weights.
+        hs: states hₜ, `[..., hidden]`, as `state_jacobians` or a scan returns them.
+
+    Returns:
+        J, `[..., hidden, hidden]`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import jaxbptt as bptt
+        >>> params = bptt.ElmanParams(W_xh=jnp.eye(1), W_hh=jnp.array([[0.5]]), b=jnp.zeros(1))
+        >>> print(bptt.elman_state_jacobians(params, jnp.array([0.0])))
+        [[0.5]]
+    """
+    return ((1 - hs) * (1 + hs))[..., :, None] * params.W_hh

@@ -1,0 +1,1 @@
+"""How a step is unrolled and how the gradient comes back: one strategy a module, one signature for all."""

@@ -1,0 +1,58 @@
+r"""The reference strategy: `lax.scan`, differentiated by JAX. Every other one is measured against it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+
+from jaxbptt.cells.cell import Cell
+from jaxbptt.scans.recurrence import prepare
+
+
+def scan(
+    step: Callable[..., Any] | Cell,
+    params: Any,
+    init: Any,
+    xs: Any = None,
+    *,
+    length: int | None = None,
+    unroll: int | bool = 1,
+) -> tuple[Any, Any]:
+    r"""Unroll a recurrence with `lax.scan`; its gradient is full BPTT, taken by JAX.
+
+    cₜ, yₜ = step(θ, cₜ₋₁, xₜ),  t = 1 … T
+
+    Time O(T) steps; reverse mode keeps every step's intermediate values, O(T n) for a dense layer. Forward mode
+    (`jax.jvp`, `jax.jacfwd`) works and keeps nothing.
+
+    Args:
+        step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
+        params: θ, any pytree; handed to every step.
+        init: c₀, any pytree of arrays; every step returns one like it.
+        xs: inputs, leaves `[time, *batch, features]`, or `None`.
+        length: T, needed where `xs` is `None`.
+        unroll: time steps in one iteration of the compiled loop, as for `lax.scan`.
+
+    Returns:
+        c_T, and the yₜ stacked on a leading time axis.
+
+    Raises:
+        ValueError: neither `xs` nor `length`, leaves of `xs` that disagree on T, a carry that changes shape.
+        TypeError: a step that returns no pair, a carry that changes structure or dtype.
+
+    Example:
+        >>> import jax
+        >>> import jaxbptt as bptt
+        >>> power = lambda w, h, x: (w * h, w * h)
+        >>> h_3, hs = bptt.scan(power, 0.5, 1.0, length=3)
+        >>> print(h_3, hs)
+        0.125 [0.5   0.25  0.125]
+        >>> print(jax.grad(lambda w: bptt.scan(power, w, 1.0, length=3)[0])(0.5))  # 3 w²
+        0.75
+
+    References:
+        Werbos, Backpropagation through time: what it does and how to do it, 1990, doi:10.1109/5.58337.
+    """
+    r = prepare(step, params, init, xs, length)
+    return jax.lax.scan(partial(r.step, r.params), r.init, r.xs, length=r.length, unroll=unroll)

@@ -1,0 +1,147 @@
+r"""What every strategy asks of its arguments, checked in one place and before anything is compiled.
+
+`prepare` settles the number of time steps and makes the first carry an array of fixed dtype; `checked` watches, as the
+step is traced, that the carry keeps its structure, shapes and dtypes. Both name the leaf, what was expected and the way
+out. `split` separates what has a derivative from what has none.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import keystr
+
+from jaxbptt.cells.cell import Cell, step_of
+
+
+class Recurrence(NamedTuple):
+    """A step with its arguments, checked: `step(params, carry, x) -> (carry, y)` over `length` time steps."""
+
+    step: Callable[..., Any]
+    params: Any
+    init: Any
+    xs: Any
+    length: int
+
+
+def prepare(step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, length: int | None) -> Recurrence:
+    """Check the arguments of a strategy, without calling `step` unless `init` holds Python numbers."""
+    length = _time_steps(xs, length)
+    xs = jax.tree.map(jnp.asarray, xs)
+    step = step_of(step)
+    init = jax.tree.map(jnp.asarray, init)
+    if any(map(_is_weak, jax.tree.leaves(init))):
+        init = _settle_dtypes(step, params, init, xs)
+    return Recurrence(_checked(step), params, init, xs, length)
+
+
+def at_one_step(xs: Any) -> Any:
+    """The shapes and dtypes of `xs` at a single time step."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), xs)
+
+
+def is_differentiable(leaf: Any) -> bool:
+    """Whether a leaf has a derivative: a real or complex floating-point array or number."""
+    dtype = getattr(leaf, "dtype", None)
+    return jnp.issubdtype(type(leaf) if dtype is None else dtype, jnp.inexact)
+
+
+def split(tree: Any) -> tuple[Any, Any]:
+    """The leaves with a derivative and those without, each in the structure of `tree` with `None` in the other's place."""
+    return (
+        jax.tree.map(lambda leaf: leaf if is_differentiable(leaf) else None, tree),
+        jax.tree.map(lambda leaf: None if is_differentiable(leaf) else leaf, tree),
+    )
+
+
+def differentiable(tree: Any) -> Any:
+    """The first half of `split`."""
+    return split(tree)[0]
+
+
+def merge(first: Any, second: Any) -> Any:
+    """Put the two halves of `split` together again."""
+    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)
+
+
+def name(root: str, path: Any) -> str:
+    """A leaf as a user would write it: `carry[0].h`."""
+    return root + keystr(path)
+
+
+def _time_steps(xs: Any, length: int | None) -> int:
+    leaves = jax.tree_util.tree_leaves_with_path(xs)
+    if not leaves and length is None:
+        raise ValueError("Neither xs nor length was given: pass xs with time as its first axis, or length=T.")
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 0):
+        raise ValueError(f"length is {length!r}: pass the number of time steps, a whole number of at least 0.")
+    sizes = []
+    for path, leaf in leaves:
+        shape = jnp.shape(leaf)
+        if not shape:
+            raise ValueError(
+                f"{name('xs', path)} has no axis to scan over: its shape is (). Time is the first axis of every leaf of xs; "
+                "what stays the same at every step belongs to params."
+            )
+        sizes.append((shape[0], name("xs", path), shape))
+    if length is not None:
+        sizes.insert(0, (length, "length", length))
+    steps, first, first_shape = sizes[0]
+    for size, leaf_name, shape in sizes[1:]:
+        if size != steps:
+            raise ValueError(
+                f"{first} says {steps} time steps ({first_shape}), but {leaf_name} has {size} (shape {shape}). Time is the "
+                "first axis, and every leaf of xs (and length, where given) must agree on it: cut or pad one of them."
+            )
+    return steps
+
+
+def _settle_dtypes(step: Callable[..., Any], params: Any, init: Any, xs: Any) -> Any:
+    """Give Python numbers in `init` the dtype that the step makes of them, as `lax.scan` does."""
+    new, _ = jax.eval_shape(lambda carry, x: step(params, carry, x), init, at_one_step(xs))
+    if jax.tree.structure(new) != jax.tree.structure(init):
+        return init  # `checked` says it better, when the step is traced.
+    return jax.tree.map(lambda leaf, to: leaf.astype(to.dtype) if _is_weak(leaf) else leaf, init, new)
+
+
+def _is_weak(leaf: Any) -> bool:
+    return getattr(jax.typeof(leaf), "weak_type", False)
+
+
+def _checked(step: Callable[..., Any]) -> Callable[..., Any]:
+    def checked_step(params, carry, x):
+        result = step(params, carry, x)
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(f"A step returns a pair (carry, y), but this one returned {_describe(result)}.")
+        _check_carry(carry, result[0])
+        return result
+
+    return checked_step
+
+
+def _check_carry(before: Any, after: Any) -> None:
+    structure, new_structure = jax.tree.structure(before), jax.tree.structure(after)
+    if structure != new_structure:
+        raise TypeError(
+            f"The carry changed its structure across a step: it went in as {structure} and came out as {new_structure}. "
+            "Return the new carry in the containers of the old one; per-step results belong in y."
+        )
+    for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True):
+        leaf, old, new = name("carry", path), jax.typeof(old), jax.typeof(new)
+        if new.shape != old.shape:
+            raise ValueError(
+                f"{leaf} changed its shape across a step: it went in as {old.shape} and came out as {new.shape}. "
+                f"The carry must keep its shape: if xs has batch axes, start from a carry that has them too, {new.shape}."
+            )
+        if new.dtype != old.dtype:
+            raise TypeError(
+                f"{leaf} changed its dtype across a step: it went in as {old.dtype} and came out as {new.dtype}. Start "
+                f"from a carry of {new.dtype}, or cast in the step with .astype({old.dtype.name!r}) before returning."
+            )
+
+
+def _describe(result: Any) -> str:
+    if isinstance(result, tuple):
+        return f"a tuple of {len(result)}"
+    return f"{type(result).__name__}"
