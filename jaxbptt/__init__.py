@@ -1,7 +1,41 @@
-from jaxbptt.cells.cell import Adjoint as Adjoint, Cell as Cell
-from jaxbptt.cells.elman import ElmanParams as ElmanParams, elman as elman, elman_state_jacobians as elman_state_jacobians
-from jaxbptt.cells.gru import GRUParams as GRUParams, gru as gru
-from jaxbptt.cells.lstm import LSTMParams as LSTMParams, LSTMState as LSTMState, lstm as lstm
+"""The gradient of a recurrence through time, in every way worth having, and what happened to it on the way back."""
+
+from jaxbptt import interop as interop
+from jaxbptt.analysis.certificate import Certificate as Certificate
+from jaxbptt.analysis.certificate import CertificateRow as CertificateRow
+from jaxbptt.analysis.certificate import certify as certify
+from jaxbptt.analysis.compare import GradientComparison as GradientComparison
+from jaxbptt.analysis.compare import LeafComparison as LeafComparison
+from jaxbptt.analysis.compare import compare_gradients as compare_gradients
+from jaxbptt.analysis.credit import GradientFlow as GradientFlow
+from jaxbptt.analysis.credit import LagContributions as LagContributions
+from jaxbptt.analysis.credit import gradient_flow as gradient_flow
+from jaxbptt.analysis.credit import lag_contributions as lag_contributions
+from jaxbptt.analysis.jacobians import LogSingularValues as LogSingularValues
+from jaxbptt.analysis.jacobians import ScaledProducts as ScaledProducts
+from jaxbptt.analysis.jacobians import TemporalContributions as TemporalContributions
+from jaxbptt.analysis.jacobians import jacobian_products as jacobian_products
+from jaxbptt.analysis.jacobians import log_singular_values as log_singular_values
+from jaxbptt.analysis.jacobians import state_jacobians as state_jacobians
+from jaxbptt.analysis.jacobians import temporal_contributions as temporal_contributions
+from jaxbptt.cells.cell import Adjoint as Adjoint
+from jaxbptt.cells.cell import Cell as Cell
+from jaxbptt.cells.elman import ElmanParams as ElmanParams
+from jaxbptt.cells.elman import elman as elman
+from jaxbptt.cells.elman import elman_state_jacobians as elman_state_jacobians
+from jaxbptt.cells.gru import GRUParams as GRUParams
+from jaxbptt.cells.gru import gru as gru
+from jaxbptt.cells.lstm import LSTMParams as LSTMParams
+from jaxbptt.cells.lstm import LSTMState as LSTMState
+from jaxbptt.cells.lstm import lstm as lstm
 from jaxbptt.cells.stack import stack as stack
+from jaxbptt.network import Network as Network
+from jaxbptt.network import NetworkParams as NetworkParams
+from jaxbptt.network import network as network
 from jaxbptt.scans.adjoint import adjoint_scan as adjoint_scan
 from jaxbptt.scans.exact import scan as scan
+from jaxbptt.textbook import TextbookBPTT as TextbookBPTT
+from jaxbptt.textbook import bptt as bptt
+from jaxbptt.training import losses as losses
+
+__version__ = "0.1.0"

@@ -9,12 +9,11 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.forward_mode import reverse_mode_only
-from jaxbptt.scans.recurrence import differentiable, merge, name, prepare, split
-from jaxbptt.scans.tracing import close, primitives
+from jaxbptt.scans.recurrence import differentiable, name, prepare, pull
+from jaxbptt.scans.tracing import TracedStep, trace
 
 
 def adjoint_scan(
@@ -37,7 +36,7 @@ def adjoint_scan(
     once for all steps together; a hand-derived one computes nothing twice.
 
     The derived contraction maps the step over time. Under such a map a `lax.cond` runs both branches, so a step that
-    branches is contracted one step at a time, inside the loop.
+    branches is contracted one step at a time, in a second loop.
 
     Args:
         step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
@@ -73,9 +72,8 @@ def adjoint_scan(
         adjoint = step.adjoint
     r = prepare(step, params, init, xs, length)
     if adjoint is None:
-        jaxpr, step, params = close(r)
-        # Branches mapped over time become selects, which compute, and differentiate, the branch not taken.
-        adjoint = _derived_in_loop(step) if "cond" in primitives(jaxpr) else _derived(step)
+        traced = trace(r)
+        step, params, adjoint = traced.step, traced.params, _derived(traced)
     else:
         step = r.step
 
@@ -109,51 +107,20 @@ def adjoint_scan(
     return reverse_mode_only("adjoint_scan", run)(params, r.init, r.xs)
 
 
-def _derived(step: Callable[..., Any]) -> Adjoint:
+def _derived(traced: TracedStep) -> Adjoint:
     """The three parts by `jax.vjp`: keep the carries, and give the contraction every carry adjoint."""
 
     def forward(params, carry, x):
-        return step(params, carry, x), carry
+        return traced.step(params, carry, x), carry
 
     def backward(params, carry, x, carry_bar, y_bar):
-        moving, still = split(carry)
-        (previous_bar,) = _pull(lambda c: step(params, merge(c, still), x), (moving,), (carry_bar, y_bar))
+        (previous_bar,) = pull(lambda carry: traced.step(params, carry, x), (carry,), (carry_bar, y_bar))
         return previous_bar, carry_bar
 
     def contract(params, carries, xs, ys_bar, carry_bars):
-        def steps(params, xs):
-            return jax.vmap(step, in_axes=(None, 0, 0))(params, carries, xs)
-
-        return _pull_both(steps, params, xs, (carry_bars, ys_bar))
+        return pull(lambda params, xs: traced.over_time(params, carries, xs), (params, xs), (carry_bars, ys_bar))
 
     return Adjoint(forward, backward, contract)
-
-
-def _derived_in_loop(step: Callable[..., Any]) -> Adjoint:
-    """The same for a step that must not be mapped over time: the contraction is a loop too."""
-    parts = _derived(step)
-
-    def contract(params, carries, xs, ys_bar, carry_bars):
-        def body(params_bar, inputs):
-            carry, x, y_bar, carry_bar = inputs
-            more, x_bar = _pull_both(lambda p, x: step(p, carry, x), params, x, (carry_bar, y_bar))
-            return jax.tree.map(jnp.add, params_bar, more), x_bar
-
-        zeros = jax.tree.map(jnp.zeros_like, differentiable(params))
-        return jax.lax.scan(body, zeros, (carries, xs, ys_bar, carry_bars))
-
-    return parts._replace(contract=contract)
-
-
-def _pull(fn: Callable[..., Any], primals: tuple[Any, ...], bars: Any) -> tuple[Any, ...]:
-    """Cotangents of `primals`, which have derivatives, from those of `fn`'s results, which may have none."""
-    _, vjp = jax.vjp(lambda *primals: differentiable(fn(*primals)), *primals)
-    return vjp(bars)
-
-
-def _pull_both(fn: Callable[..., Any], params: Any, xs: Any, bars: Any) -> tuple[Any, ...]:
-    (params, other_params), (xs, other_xs) = split(params), split(xs)
-    return _pull(lambda p, x: fn(merge(p, other_params), merge(x, other_xs)), (params, xs), bars)
 
 
 def _fit(bar: Any, primal: Any, root: str) -> Any:

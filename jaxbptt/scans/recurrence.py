@@ -41,10 +41,14 @@ def at_one_step(xs: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), xs)
 
 
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array or a number, and not a function or a string that a model keeps among its params."""
+    return hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)
+
+
 def is_differentiable(leaf: Any) -> bool:
     """Whether a leaf has a derivative: a real or complex floating-point array or number."""
-    dtype = getattr(leaf, "dtype", None)
-    return jnp.issubdtype(type(leaf) if dtype is None else dtype, jnp.inexact)
+    return is_array(leaf) and jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact)
 
 
 def split(tree: Any) -> tuple[Any, Any]:
@@ -63,6 +67,13 @@ def differentiable(tree: Any) -> Any:
 def merge(first: Any, second: Any) -> Any:
     """Put the two halves of `split` together again."""
     return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)
+
+
+def pull(fn: Callable[..., Any], primals: tuple[Any, ...], bars: Any) -> tuple[Any, ...]:
+    """Cotangents of `primals` from those of `fn(*primals)`; both have `None` where a leaf has no derivative."""
+    moving, still = split(primals)
+    _, vjp = jax.vjp(lambda *moving: differentiable(fn(*merge(moving, still))), *moving)
+    return vjp(bars)
 
 
 def name(root: str, path: Any) -> str:

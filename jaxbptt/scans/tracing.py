@@ -1,7 +1,7 @@
 r"""A user's step as data: traced once into JAX's intermediate form, with everything it closes over made an argument.
 
 A custom derivative sees only what is passed to it. A step such as `lambda _, h, x: jnp.tanh(W @ h + x)` hides `W` from
-it; `close` finds `W` in the trace and hands it over, so that gradients reach it and no step is traced twice.
+it; `trace` finds `W` in the trace and hands it over, so that gradients reach it and no step is traced twice.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,59 +9,83 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxbptt.scans.recurrence import Recurrence, at_one_step
+from jaxbptt.scans.recurrence import Recurrence, at_one_step, is_array
 
 
 class ClosedParams(NamedTuple):
-    """All a traced step depends on beside carry and x: array leaves of the params, and arrays it had closed over."""
+    """All that a traced step reads beside carry and x: array leaves of the params, and arrays it had closed over."""
 
     leaves: list[Any]
     closed_over: list[Any]
 
 
-def close(recurrence: Recurrence) -> tuple[Any, Callable[..., Any], ClosedParams]:
-    """Trace the step once.
+class TracedStep(NamedTuple):
+    """A step traced once.
 
-    Returns:
-        The traced jaxpr (with its constants as inputs), a step that evaluates it and closes over nothing, and the params
-        to call it with. Leaves of the params that are not arrays (activation functions, strings) stay in the trace.
+    Attributes:
+        jaxpr: the trace; its constants are `params.closed_over`, its inputs the leaves of (params.leaves, carry, x).
+        step: `(params, carry, x) -> (carry, y)`, which evaluates the trace and closes over nothing.
+        over_time: the same for carries and xs stacked over time, all steps at once.
+        params: the `ClosedParams` to call it with. Leaves of the user's params that are not arrays (activation
+            functions, strings) stay in the trace.
+        out_tree: structure of (carry, y).
+        like_params: puts a `ClosedParams` back into the structure of the user's params, `None` where a leaf is no array.
     """
+
+    jaxpr: Any
+    step: Callable[..., Any]
+    over_time: Callable[..., Any]
+    params: ClosedParams
+    out_tree: Any
+    like_params: Callable[[ClosedParams], Any]
+
+
+def trace(recurrence: Recurrence) -> TracedStep:
+    """Trace the step of a prepared recurrence, once."""
     leaves, treedef = jax.tree.flatten(recurrence.params)
-    dynamic = [_is_array(leaf) for leaf in leaves]
-
-    def step(arrays, carry, x):
-        arrays = iter(arrays)
-        params = treedef.unflatten(
-            [next(arrays) if d else leaf for d, leaf in zip(dynamic, leaves, strict=True)]
-        )
-        return recurrence.step(params, carry, x)
-
+    dynamic = [is_array(leaf) for leaf in leaves]
     arrays = [leaf for d, leaf in zip(dynamic, leaves, strict=True) if d]
-    closed, shapes = jax.make_jaxpr(step, return_shape=True)(arrays, recurrence.init, at_one_step(recurrence.xs))
+
+    def fill(arrays, others):
+        arrays = iter(arrays)
+        return treedef.unflatten([next(arrays) if d else leaf for d, leaf in zip(dynamic, others, strict=True)])
+
+    def from_arrays(arrays, carry, x):
+        return recurrence.step(fill(arrays, leaves), carry, x)
+
+    closed, shapes = jax.make_jaxpr(from_arrays, return_shape=True)(arrays, recurrence.init, at_one_step(recurrence.xs))
     out_tree = jax.tree.structure(shapes)
 
-    def traced_step(params, carry, x):
+    def step(params, carry, x):
         flat = jax.tree.leaves((params.leaves, carry, x))
         return out_tree.unflatten(jax.core.eval_jaxpr(closed.jaxpr, params.closed_over, *flat))
 
-    return closed.jaxpr, traced_step, ClosedParams(arrays, list(closed.consts))
+    def in_turn(params, carries, xs):
+        return jax.lax.map(lambda at_t: step(params, *at_t), (carries, xs))
+
+    # Branches mapped over time become selects, which compute, and differentiate, the branch not taken: nan would leak.
+    over_time = in_turn if "cond" in _primitives(closed.jaxpr) else jax.vmap(step, in_axes=(None, 0, 0))
+    return TracedStep(
+        jaxpr=closed.jaxpr,
+        step=step,
+        over_time=over_time,
+        params=ClosedParams(arrays, list(closed.consts)),
+        out_tree=out_tree,
+        like_params=lambda params: fill(params.leaves, [None] * len(leaves)),
+    )
 
 
-def primitives(jaxpr: Any) -> Iterator[str]:
-    """Names of all operations in a traced function, those inside loops, branches and calls included."""
-    for eqn in jaxpr.eqns:
-        yield eqn.primitive.name
-        for inner in subjaxprs(eqn):
-            yield from primitives(inner)
-
-
-def subjaxprs(eqn: Any) -> Iterator[Any]:
-    """The traced functions inside one operation: a loop's body, a branch, a called function."""
+def subjaxprs(eqn: Any) -> Iterator[tuple[Any, list[Any]]]:
+    """The traced functions inside one operation (a loop's body, a branch, a called function), with their constants."""
     for value in eqn.params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if hasattr(item, "eqns"):
-                yield getattr(item, "jaxpr", item)
+                yield getattr(item, "jaxpr", item), list(getattr(item, "consts", ()))
 
 
-def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)
+def _primitives(jaxpr: Any) -> Iterator[str]:
+    """Names of all operations in a traced function, those inside loops, branches and calls included."""
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name
+        for inner, _ in subjaxprs(eqn):
+            yield from _primitives(inner)

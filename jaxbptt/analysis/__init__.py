@@ -1,0 +1,1 @@
+"""What happened to the gradient on its way back."""

@@ -1,0 +1,199 @@
+r"""The proof on the user's own data: every way to take the gradient, how far apart they are, and what each one costs."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxbptt.analysis.compare import relative_error, tolerance
+from jaxbptt.analysis.cost import compile_and_cost, median_seconds
+from jaxbptt.cells.cell import Cell
+from jaxbptt.scans.adjoint import adjoint_scan
+from jaxbptt.scans.exact import scan
+from jaxbptt.scans.recurrence import differentiable, merge, name, split
+
+Scans = Mapping[str, Callable[..., Any]] | Sequence[Callable[..., Any]]
+
+
+class CertificateRow(NamedTuple):
+    """One way to take the gradient, against the reference.
+
+    Attributes:
+        name: of the strategy.
+        agrees: whether value and every leaf are within the certificate's tolerance.
+        value_error: |L − L_ref| / |L_ref|; nan for a way that gives the gradient only.
+        errors: leaf to max|g − g_ref| / max|g_ref|, for leaves of params, and of init and xs where the way gives them.
+        largest_error: the largest of `errors`.
+        temporary_bytes: the compiler's peak of memory beyond arguments and results.
+        flops: floating-point operations, each loop counted as often as it runs; nan where they can't be counted.
+        compiler_flops: the compiler's figure, which counts the body of a loop once.
+        seconds: median wall-clock time of value and gradient, compiled.
+        compile_seconds: from tracing to executable.
+    """
+
+    name: str
+    agrees: bool
+    value_error: float
+    errors: Mapping[str, float]
+    largest_error: float
+    temporary_bytes: int
+    flops: float
+    compiler_flops: float
+    seconds: float
+    compile_seconds: float
+
+
+class Certificate(NamedTuple):
+    """Every way on the same data. Prints as a table.
+
+    Attributes:
+        rows: a `CertificateRow` for each way; the reference, `scan`, is the first.
+        tolerance: the relative error up to which a way agrees, by the dtype of the gradient.
+        dtype: of the gradient.
+    """
+
+    rows: tuple[CertificateRow, ...]
+    tolerance: float
+    dtype: str
+
+    def __str__(self) -> str:
+        head = ("way", "largest relative error", "temporary bytes", "Mflop", "ms", "agrees")
+        table = [head, *(_cells(row) for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in table)
+
+
+def certify(
+    step: Callable[..., Any] | Cell,
+    params: Any,
+    init: Any,
+    xs: Any,
+    loss: Callable[..., Any],
+    *,
+    scans: Scans | None = None,
+    gradients: Mapping[str, Callable[..., Any]] | None = None,
+    length: int | None = None,
+    repeats: int = 5,
+    progress: Callable[[str], None] | None = None,
+) -> Certificate:
+    r"""Take value and gradient every way there is, on the same data, and measure how they differ and what they cost.
+
+    error of a leaf = max|g − g_ref| / max|g_ref|,  with g_ref by `jax.grad` through `scan`
+
+    Gradients are with respect to params, init and xs. Every way is compiled; run times are medians over `repeats` rounds
+    in which the ways take turns. Costs a compilation and `repeats` + 1 runs a way.
+
+    Args:
+        step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
+        params: θ, any pytree.
+        init: c₀.
+        xs: inputs, leaves `[time, *batch, features]`, or `None` with `length`.
+        loss: `loss(carry, ys) -> scalar`, of the last carry and all outputs.
+        scans: the strategies, by name or as a sequence of functions. By default every exact one: `adjoint_scan` with the
+            adjoint derived, and with the `Cell`'s own where there is one.
+        gradients: further ways that are not a scan, by name: `(params, init, xs) -> ∂L/∂params`.
+        length: T, needed where `xs` is `None`.
+        repeats: rounds of timing.
+        progress: called with the name of each way before it is compiled.
+
+    Returns:
+        A `Certificate`, whose first row is `scan` itself.
+
+    Raises:
+        ValueError: no repeats. What the strategies raise comes through.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import jaxbptt as bptt
+        >>> cell = bptt.gru(3, 8)
+        >>> xs = jax.random.normal(jax.random.key(0), (20, 3))
+        >>> loss = lambda carry, ys: jnp.mean(ys**2)
+        >>> certificate = bptt.certify(cell, cell.init(jax.random.key(1)), cell.initial_carry(), xs, loss)
+        >>> [(row.name, row.agrees) for row in certificate.rows]
+        [('scan', True), ('adjoint_scan (derived)', True), ('adjoint_scan', True)]
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}, but at least one round of timing is needed.")
+    # What is no float (counters, keys, functions among the params) is the same for every way and stays outside.
+    moving, still = split((params, init, xs))
+
+    def value_and_gradient(strategy):
+        def unrolled_loss(moving):
+            params, init, xs = merge(moving, still)
+            return loss(*strategy(step, params, init, xs, length=length))
+
+        return jax.value_and_grad(unrolled_loss)
+
+    def gradient_only(way):
+        return lambda moving: (math.nan, (differentiable(way(*merge(moving, still))), None, None))
+
+    strategies = _exact_strategies(step) if scans is None else _named(scans)
+    ways = {"scan": value_and_gradient(scan)}
+    ways |= {label: value_and_gradient(strategy) for label, strategy in strategies.items() if strategy is not scan}
+    ways |= {label: gradient_only(way) for label, way in (gradients or {}).items()}
+
+    calls, costs, results = [], [], []
+    for label, way in ways.items():
+        if progress is not None:
+            progress(label)
+        compiled, cost = compile_and_cost(way, moving)
+        calls.append(lambda compiled=compiled: compiled(moving))
+        costs.append(cost)
+        results.append(jax.tree.map(np.asarray, compiled(moving)))
+    seconds = median_seconds(calls, repeats)
+
+    reference_value, reference = results[0]
+    bound = tolerance(reference, reference)
+    rows = []
+    for label, (value, gradient), cost, s in zip(ways, results, costs, seconds, strict=True):
+        value_error = relative_error(value, reference_value)
+        errors = _errors_by_leaf(gradient, reference)
+        agrees = not value_error > bound and all(error <= bound for error in errors.values())
+        largest = max(errors.values(), default=0.0)
+        rows.append(
+            CertificateRow(
+                label,
+                agrees,
+                value_error,
+                errors,
+                largest,
+                cost.temporary_bytes,
+                cost.flops,
+                cost.compiler_flops,
+                s,
+                cost.compile_seconds,
+            )
+        )
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(reference)}
+    return Certificate(tuple(rows), bound, ", ".join(sorted(map(str, dtypes))))
+
+
+def _exact_strategies(step: Callable[..., Any] | Cell) -> dict[str, Callable[..., Any]]:
+    if not isinstance(step, Cell) or step.adjoint is None:
+        return {"adjoint_scan": adjoint_scan}
+    derived = {"adjoint_scan (derived)": lambda cell, *args, **options: adjoint_scan(cell.step, *args, **options)}
+    return {**derived, "adjoint_scan": adjoint_scan}
+
+
+def _named(scans: Scans) -> dict[str, Callable[..., Any]]:
+    if isinstance(scans, Mapping):
+        return dict(scans)
+    return {getattr(strategy, "__name__", str(strategy)): strategy for strategy in scans}
+
+
+def _errors_by_leaf(gradient: Any, reference: Any) -> dict[str, float]:
+    errors = {}
+    for root, mine, theirs in zip(("params", "init", "xs"), gradient, reference, strict=True):
+        if mine is not None:
+            leaves = jax.tree_util.tree_leaves_with_path(theirs)
+            for (path, leaf), my_leaf in zip(leaves, jax.tree.leaves(mine), strict=True):
+                errors[name(root, path)] = relative_error(my_leaf, leaf)
+    return errors
+
+
+def _cells(row: CertificateRow) -> tuple[str, ...]:
+    agrees = "yes" if row.agrees else "no"
+    numbers = f"{row.largest_error:.1e}", f"{row.temporary_bytes:,}", f"{row.flops / 1e6:,.2f}", f"{row.seconds * 1e3:.2f}"
+    return row.name, *numbers, agrees

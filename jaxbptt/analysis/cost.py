@@ -1,0 +1,99 @@
+r"""What a compiled function costs: floating-point operations, temporary bytes, seconds.
+
+Bytes are the compiler's. So are operations, but XLA counts the body of a loop once, whatever the number of iterations
+(measured: T = 64 and T = 1,024 differ by the outermost operations only), which for a scan says nothing. `count_flops`
+therefore counts on the traced program, each loop as often as it runs; the compiler's own figure stands beside it.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.interpreters.partial_eval import dce_jaxpr
+
+from jaxbptt.scans.tracing import subjaxprs
+
+_ONE_PER_ELEMENT = {"add", "sub", "mul", "div", "neg", "max", "min", "add_any", "integer_pow", "square", "abs", "sign"}
+_ONE_PER_INPUT = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "cumsum", "cumprod", "cummax"}
+_NOT_COUNTED = {"while", "conv_general_dilated", "pallas_call", "ffi_call", "pure_callback", "io_callback"}
+_NOT_COUNTED |= {"qr", "svd", "eigh", "eig", "lu", "cholesky", "triangular_solve", "householder_product", "fft"}
+
+
+class Cost(NamedTuple):
+    """What one call of a compiled function costs.
+
+    Attributes:
+        flops: floating-point operations, loops counted as often as they run; nan where an operation can't be counted.
+        compiler_flops: the compiler's figure, which counts the body of every loop once.
+        temporary_bytes: the compiler's peak of memory beyond arguments and results.
+        compile_seconds: from tracing to executable.
+    """
+
+    flops: float
+    compiler_flops: float
+    temporary_bytes: int
+    compile_seconds: float
+
+
+def compile_and_cost(fn: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], Cost]:
+    """Compile `fn` for `args`; the compiled function and its `Cost`, by everything but the clock of a run."""
+    start = time.perf_counter()
+    traced = jax.jit(fn).trace(*args)
+    compiled = traced.lower().compile()
+    seconds = time.perf_counter() - start
+    analysis = compiled.cost_analysis() or {}
+    memory = compiled.memory_analysis()
+    cost = Cost(
+        flops=count_flops(traced.jaxpr.jaxpr),
+        compiler_flops=float(analysis.get("flops", math.nan)),
+        temporary_bytes=int(memory.temp_size_in_bytes),
+        compile_seconds=seconds,
+    )
+    return compiled, cost
+
+
+def median_seconds(calls: Iterable[Callable[[], Any]], repeats: int) -> list[float]:
+    """Median wall-clock time of each call. They take turns, so that a slow spell of the machine falls on all of them."""
+    calls = list(calls)
+    for call in calls:
+        jax.block_until_ready(call())
+    seconds = np.zeros((repeats, len(calls)))
+    for round_ in range(repeats):
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            seconds[round_, i] = time.perf_counter() - start
+    return np.median(seconds, axis=0).tolist()
+
+
+def count_flops(jaxpr: Any) -> float:
+    """Operations of a traced program: 2 for each multiply-add of a product, 1 for each element of arithmetic.
+
+    As in the compiler's count, transcendental functions and data movement are free. Results nobody uses do not count. Of
+    a branch, the dearest side does.
+    """
+    jaxpr, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return float(sum(_flops(eqn) for eqn in jaxpr.eqns))
+
+
+def _flops(eqn: Any) -> float:
+    kind = eqn.primitive.name
+    if kind in _NOT_COUNTED:
+        return math.nan
+    if kind == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        shape = eqn.invars[0].aval.shape
+        return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+    if kind in _ONE_PER_ELEMENT:
+        return math.prod(eqn.outvars[0].aval.shape)
+    if kind in _ONE_PER_INPUT:
+        return math.prod(eqn.invars[0].aval.shape)
+    inside = [count_flops(jaxpr) for jaxpr, _ in subjaxprs(eqn)]
+    if kind == "cond":
+        return max(inside)
+    if kind == "scan":
+        return eqn.params["length"] * sum(inside)
+    return sum(inside)

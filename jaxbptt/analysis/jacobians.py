@@ -1,0 +1,272 @@
+r"""State Jacobians, their products, and the gradient put together from them: the chain rule through time, literally.
+
+The third road to the gradient. It shares nothing with the backward scans: Jacobians come from forward mode, one dense
+matrix a step, and are multiplied. It costs n times as much, and shows what the others only pass on.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float
+
+from jaxbptt.analysis.norms import norm
+from jaxbptt.cells.cell import Cell
+from jaxbptt.scans.recurrence import Recurrence, differentiable, merge, prepare, pull, split
+
+
+class ScaledProducts(NamedTuple):
+    """Products of Jacobians that neither overflow nor underflow: ∂h_T/∂hₜ = exp(log_scales[t]) · matrices[t].
+
+    Attributes:
+        matrices: of Frobenius norm 1 (or 0, where the product is exactly 0).
+        log_scales: natural logarithm of the Frobenius norm of the product.
+    """
+
+    matrices: Float[Array, "time n n"]
+    log_scales: Float[Array, " time"]
+
+
+class LogSingularValues(NamedTuple):
+    """Singular values of a product of Jacobians, as natural logarithms, largest first.
+
+    Attributes:
+        values: log σᵢ.
+        resolved: False where σᵢ lies under the rounding error of the product, n·eps·σ₁: such a value is noise.
+    """
+
+    values: Float[Array, "time n"]
+    resolved: Bool[Array, "time n"]
+
+
+class TemporalContributions(NamedTuple):
+    """What each time step adds to the gradient.
+
+    Attributes:
+        contributions: like the params, leaves `[time, *leaf]`; their sum over time is ∂L/∂params.
+        adjoints: ∂L/∂cₜ through the steps after t, as flat state vectors `[time, n]`.
+    """
+
+    contributions: Any
+    adjoints: Float[Array, "time n"]
+
+
+def state_jacobians(
+    step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any = None, *, length: int | None = None
+) -> tuple[Any, Float[Array, "time n n"]]:
+    r"""Unroll a recurrence and take the Jacobian of every step.
+
+    Jₜ = ∂cₜ/∂cₜ₋₁,  t = 1 … T
+
+    by `jax.jacfwd`, mapped over time. Time O(T n · step), memory O(T n²): for n = 1000 and T = 1000 in float32 that is
+    4 GB. The carry counts as one state vector, its leaves flattened in order (for an LSTM: h, then c), and should have no
+    batch axis; use `jax.vmap` for a batch.
+
+    Args:
+        step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
+        params: any pytree, handed to every step.
+        init: c₀; leaves without a derivative (counters, keys) are carried along but are no part of the state vector.
+        xs: inputs, leaves `[time, features]`, or `None`.
+        length: T, needed where `xs` is `None`.
+
+    Returns:
+        The carries c₁ … c_T, stacked on a leading time axis, and J `[time, n, n]`: entry `[t]` of both is of the same step.
+
+    Raises:
+        ValueError, TypeError: as for `scan`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxbptt as bptt
+        >>> rotate = lambda W, h, x: (W @ h, None)
+        >>> hs, J = bptt.state_jacobians(rotate, jnp.array([[0.0, -1.0], [1.0, 0.0]]), jnp.ones(2), length=3)
+        >>> hs.shape, J.shape
+        ((3, 2), (3, 2, 2))
+    """
+    r = prepare(step, params, init, xs, length)
+    carries, new_carries, _ = _unroll(r)
+    return new_carries, _jacobians(r, carries)
+
+
+def jacobian_products(J: Float[Array, "time n n"]) -> ScaledProducts:
+    r"""Products of state Jacobians from the end of the sequence back to each step, scaled so that any T is safe.
+
+    ∂h_T/∂hₜ = J_T J_{T−1} … J_{t+1},  t = 1 … T
+
+    Order matters: later steps stand on the left. Entry `[t]` belongs to the same step as `J[t]`, so the last one is the
+    identity, and ∂h_T/∂h₀ is the first one times `J[0]`. Each product is divided by its norm, whose logarithm is kept.
+    Time O(T n³), memory O(T n²). Exact in the leading direction; see `log_singular_values` for the others.
+
+    Args:
+        J: Jacobians Jₜ = ∂hₜ/∂hₜ₋₁ in order of time, `[time, n, n]`.
+
+    Returns:
+        `ScaledProducts(matrices [time, n, n], log_scales [time])`, finite wherever J is.
+
+    Raises:
+        ValueError: J not of shape `[time, n, n]`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxbptt as bptt
+        >>> products = bptt.jacobian_products(jnp.full((10_000, 1, 1), 0.1))
+        >>> print((products.log_scales[0] / jnp.log(10)).round())  # 0.1 to the power 9,999 is far below float range
+        -9999.0
+    """
+    J = jnp.asarray(J)
+    if J.ndim != 3 or J.shape[1] != J.shape[2]:
+        raise ValueError(f"J has shape {J.shape}, but [time, n, n] is expected: one square Jacobian for each time step.")
+    n = J.shape[1]
+
+    def body(matrix, jacobian):
+        # Both factors are brought to at most 1 first: entries near the largest float would overflow in the sum.
+        size = jnp.max(jnp.abs(jacobian), initial=0)
+        size = jnp.where(size > 0, size, 1)
+        product, growth = _normalise(matrix @ (jacobian / size))
+        return product, (matrix, growth + jnp.log(size))
+
+    identity, log_norm = _normalise(jnp.eye(n, dtype=J.dtype))
+    _, (matrices, growth) = jax.lax.scan(body, identity, J, reverse=True)
+    # growth[t] is what J[t] does to the product of the later ones. Summed at the end, and not in the loop, since a running
+    # sum would gather a rounding error at every step.
+    later = jnp.concatenate([growth[1:], jnp.broadcast_to(log_norm, growth[:1].shape)])
+    return ScaledProducts(matrices, jax.lax.cumsum(later, reverse=True))
+
+
+def log_singular_values(products: ScaledProducts) -> LogSingularValues:
+    r"""Singular values of products of Jacobians, as logarithms, with a mask of those that can be trusted.
+
+    log σᵢ(∂h_T/∂hₜ),  i = 1 … n
+
+    Time O(T n³), memory O(T n²). A stored product knows its directions only relative to the largest: below n·eps·σ₁
+    its singular values are rounding noise, and `resolved` says so.
+
+    Args:
+        products: from `jacobian_products`.
+
+    Returns:
+        `LogSingularValues(values [time, n], resolved [time, n])`, largest first; −∞ where a value is exactly 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxbptt as bptt
+        >>> J = jnp.tile(jnp.diag(jnp.array([1.0, 0.01])), (9, 1, 1))
+        >>> bptt.log_singular_values(bptt.jacobian_products(J)).resolved[:, 1].tolist()
+        [False, False, False, False, False, True, True, True, True]
+    """
+    sigma = jnp.linalg.svd(products.matrices, compute_uv=False)
+    floor = sigma.shape[-1] * jnp.finfo(sigma.dtype).eps * sigma[:, :1]
+    return LogSingularValues(jnp.log(sigma) + products.log_scales[:, None], sigma > floor)
+
+
+def temporal_contributions(
+    step: Callable[..., Any] | Cell,
+    params: Any,
+    init: Any,
+    xs: Any,
+    loss: Callable[..., Any],
+    *,
+    length: int | None = None,
+) -> TemporalContributions:
+    r"""The terms of the chain rule through time: what the weights at each step contribute to the gradient.
+
+    dL_T/dθ = Σₜ dL_T/dh_T · ∂h_T/∂hₜ · ∂⁺hₜ/∂θ,  ∂h_T/∂hₜ = J_T … J_{t+1}
+
+    where ∂⁺ holds hₜ₋₁ fixed; a loss at several steps sums over them. The row vectors are multiplied through the dense
+    Jacobians of `state_jacobians` from the right, so no product of matrices is formed. Time O(T n²) after O(T n · step)
+    for the Jacobians, memory O(T (n² + p)): T copies of the params. `gradient_flow` gives the norms without them.
+
+    Args:
+        step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
+        params: θ, any pytree.
+        init: c₀, without batch axis.
+        xs: inputs, leaves `[time, features]`, or `None` with `length`.
+        loss: `loss(carry, ys) -> scalar`, of the last carry and all outputs.
+        length: T, needed where `xs` is `None`.
+
+    Returns:
+        `TemporalContributions`; leaves without a derivative are `None`.
+
+    Raises:
+        ValueError, TypeError: as for `scan`.
+
+    Example:
+        >>> import jax
+        >>> import jaxbptt as bptt
+        >>> power = lambda w, h, x: (w * h, None)
+        >>> terms = bptt.temporal_contributions(power, 0.2, 0.9, None, lambda h, ys: h, length=3)
+        >>> print(terms.contributions.round(4), f"{terms.contributions.sum():.3f}")  # together 3 w² h₀
+        [0.036 0.036 0.036] 0.108
+
+    References:
+        Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, 2013, arXiv:1211.5063, eq. 5.
+    """
+    r = prepare(step, params, init, xs, length)
+    carries, new_carries, ys = _unroll(r)
+    last = jax.tree.map(lambda start, after: after[-1] if r.length else start, r.init, new_carries)
+    moving, still = split((last, ys))
+    carry_bar, ys_bar = jax.grad(lambda moving: loss(*merge(moving, still)))(moving)
+    J = _jacobians(r, carries)
+
+    def output_part(carry, x, y_bar):
+        """(∂yₜ/∂cₜ₋₁)ᵀ ȳₜ, in forward mode."""
+        flat, state_of = _state(carry)
+
+        def weighted_output(flat):
+            y = differentiable(r.step(r.params, state_of(flat), x)[1])
+            return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, y_bar, y)), jnp.zeros((), flat.dtype))
+
+        return jax.jacfwd(weighted_output)(flat)
+
+    def body(adjoint, at_t):
+        jacobian, through_output = at_t
+        return adjoint @ jacobian + through_output, adjoint
+
+    last_adjoint, unravel = ravel_pytree(carry_bar)
+    through_outputs = jax.vmap(output_part)(carries, r.xs, ys_bar)
+    _, adjoints = jax.lax.scan(body, last_adjoint, (J, through_outputs), reverse=True)
+
+    def term(at_t):
+        carry, x, adjoint, y_bar = at_t
+        (params_bar,) = pull(lambda params: r.step(params, carry, x), (r.params,), (unravel(adjoint), y_bar))
+        return params_bar
+
+    return TemporalContributions(jax.lax.map(term, (carries, r.xs, adjoints, ys_bar)), adjoints)
+
+
+def _unroll(r: Recurrence) -> tuple[Any, Any, Any]:
+    """Carries before and after every step, and the outputs."""
+
+    def body(carry, x):
+        new_carry, y = r.step(r.params, carry, x)
+        return new_carry, (carry, new_carry, y)
+
+    return jax.lax.scan(body, r.init, r.xs, length=r.length)[1]
+
+
+def _jacobians(r: Recurrence, carries: Any) -> Array:
+    def jacobian(carry, x):
+        flat, state_of = _state(carry)
+
+        def next_state(flat):
+            new_carry, _ = r.step(r.params, state_of(flat), x)
+            return ravel_pytree(differentiable(new_carry))[0]
+
+        return jax.jacfwd(next_state)(flat)
+
+    return jax.vmap(jacobian)(carries, r.xs)
+
+
+def _state(carry: Any) -> tuple[Array, Callable[[Array], Any]]:
+    """The carry as one vector, and back."""
+    moving, still = split(carry)
+    flat, unravel = ravel_pytree(moving)
+    return flat, lambda flat: merge(unravel(flat), still)
+
+
+def _normalise(matrix: Array) -> tuple[Array, Array]:
+    size = norm(matrix)
+    size = jnp.where(size > 0, size, 1)
+    return matrix / size, jnp.log(size)

@@ -1,0 +1,62 @@
+r"""A step taken apart into "the new carry" and "what is read off it".
+
+∂L/∂hₜ counts both ways out of hₜ: the next step, and this step's own output. A step returns the two together, and its
+output may be the state itself, or a read-out computed from it. Here the step's trace is evaluated a second time with the
+new carry put in from outside, so that the output's dependence on it can be differentiated, whatever the step computes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import Literal
+
+from jaxbptt.scans.tracing import TracedStep, subjaxprs
+
+# Calls that only wrap a function: their inside is evaluated in place, to find the carry where it is computed.
+_WRAPPERS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2"}
+
+
+def readout(traced: TracedStep) -> Callable[..., Any]:
+    """The output of a step as a function of the carry it arrives at.
+
+    Returns:
+        `(params, carry, x, new_carry) -> y`, equal to the step's own y where `new_carry` is the step's own. What y takes
+        from elsewhere (x, the carry before) stays as it is.
+    """
+
+    def read(params, carry, x, new_carry):
+        new = jax.tree.leaves(new_carry)
+        replaced = {
+            var: value
+            for var, value in zip(traced.jaxpr.outvars[: len(new)], new, strict=True)
+            if not isinstance(var, Literal)
+        }
+        inputs = jax.tree.leaves((params.leaves, carry, x))
+        flat = _evaluate(traced.jaxpr, params.closed_over, inputs, replaced)
+        _, y = traced.out_tree.unflatten(flat)
+        return y
+
+    return read
+
+
+def _evaluate(jaxpr: Any, consts: list[Any], inputs: list[Any], replaced: dict[Any, Any]) -> list[Any]:
+    """Evaluate a trace; a variable in `replaced` takes the value given there once it would have been computed."""
+    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
+
+    def get(var):
+        return var.val if isinstance(var, Literal) else env[var]
+
+    for eqn in jaxpr.eqns:
+        values = [get(var) for var in eqn.invars]
+        inside = next(subjaxprs(eqn), None)
+        if eqn.primitive.name in _WRAPPERS and inside is not None:
+            inner, inner_consts = inside
+            pairs = zip(inner.outvars, eqn.outvars, strict=True)
+            inner_replaced = {i: replaced[o] for i, o in pairs if o in replaced and not isinstance(i, Literal)}
+            results = _evaluate(inner, inner_consts, values, inner_replaced)
+        else:
+            results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+            results = results if eqn.primitive.multiple_results else [results]
+        env |= {var: replaced.get(var, value) for var, value in zip(eqn.outvars, results, strict=True)}
+    return [var.val if isinstance(var, Literal) else replaced.get(var, env[var]) for var in jaxpr.outvars]

@@ -1,0 +1,115 @@
+r"""Weights from torch and back: `state_dict`s of `nn.RNN`, `nn.GRU` and `nn.LSTM`, with one or more layers.
+
+The layouts are the same but for the biases: torch keeps two of each, of which only the GRU's candidate needs both.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbptt.cells.elman import ElmanParams
+from jaxbptt.cells.gru import GRUParams
+from jaxbptt.cells.lstm import LSTMParams
+
+LayerParams = ElmanParams | GRUParams | LSTMParams
+
+
+def from_torch(state_dict: Mapping[str, Any]) -> tuple[LayerParams, ...]:
+    r"""Turn the `state_dict` of a torch `nn.RNN`, `nn.GRU` or `nn.LSTM` into params, one entry a layer.
+
+    W_xh = weight_ih,  W_hh = weight_hh,  b = bias_ih + bias_hh;  for a GRU, b_n = bias_in and b_hn = bias_hn apart
+
+    The kind of cell follows from the shape of `weight_hh`: 1, 3 or 4 blocks of `[hidden, hidden]`. `nn.RNN` must use tanh,
+    which its `state_dict` does not tell.
+
+    Args:
+        state_dict: names to tensors or arrays, as `module.state_dict()` gives them.
+
+    Returns:
+        A tuple of params from the lowest layer up, as `stack` takes them; for a single layer, `(params,) = ...`.
+
+    Raises:
+        ValueError: names missing or not of these modules, directions or projections, a shape that fits no cell.
+
+    Example:
+        >>> import numpy as np
+        >>> from jaxbptt import interop
+        >>> (params,) = interop.from_torch({"weight_ih_l0": np.ones((2, 3)), "weight_hh_l0": np.eye(2)})
+        >>> params.W_xh.shape, params.b.shape  # no biases: zeros
+        ((2, 3), (2,))
+    """
+    arrays = {key: _array(value) for key, value in state_dict.items()}
+    names = re.compile(r"(weight|bias)_(ih|hh)_l(\d+)")
+    foreign = [key for key in arrays if not names.fullmatch(key)]
+    if foreign:
+        raise ValueError(
+            f"{foreign[0]!r} is no weight of a one-directional nn.RNN, nn.GRU or nn.LSTM without projection: pass that "
+            "module's own state_dict(), without a prefix, and only these names: weight_ih_l0, weight_hh_l0, bias_ih_l0, "
+            "bias_hh_l0, and so on for further layers."
+        )
+    layers = sorted({int(key.rpartition("_l")[2]) for key in arrays})
+    if layers != list(range(len(layers))) or not layers:
+        raise ValueError(f"The layers are numbered {layers}, but 0, 1, … without a gap are expected.")
+    return tuple(_layer_from_torch(arrays, layer) for layer in layers)
+
+
+def to_torch(params: LayerParams | Sequence[LayerParams]) -> dict[str, np.ndarray]:
+    r"""Turn params into a `state_dict` for torch's `nn.RNN`, `nn.GRU` or `nn.LSTM`, as numpy arrays.
+
+    The inverse of `from_torch`: all of b goes to `bias_ih`, and `bias_hh` is zero but for a GRU's b_hn.
+
+    Args:
+        params: of one cell, or a sequence of them from the lowest layer up.
+
+    Returns:
+        Names to arrays; load with
+        `module.load_state_dict({name: torch.as_tensor(array) for name, array in ...items()})`.
+
+    Raises:
+        TypeError: params that are not those of `elman`, `gru` or `lstm`.
+
+    Example:
+        >>> import jax
+        >>> import jaxbptt as bptt
+        >>> sorted(bptt.interop.to_torch(bptt.gru(3, 2).init(jax.random.key(0))))
+        ['bias_hh_l0', 'bias_ih_l0', 'weight_hh_l0', 'weight_ih_l0']
+    """
+    layers = [params] if isinstance(params, LayerParams) else params
+    state_dict = {}
+    for layer, p in enumerate(layers):
+        if not isinstance(p, LayerParams):
+            raise TypeError(f"Layer {layer} is a {type(p).__name__}, but ElmanParams, GRUParams or LSTMParams is expected.")
+        bias_hh = np.zeros_like(p.b)
+        if isinstance(p, GRUParams):
+            bias_hh[-len(p.b_hn) :] = p.b_hn
+        tensors = {"weight_ih": p.W_xh, "weight_hh": p.W_hh, "bias_ih": p.b, "bias_hh": bias_hh}
+        state_dict |= {f"{key}_l{layer}": np.array(value) for key, value in tensors.items()}
+    return state_dict
+
+
+def _layer_from_torch(arrays: Mapping[str, np.ndarray], layer: int) -> LayerParams:
+    for key in (f"weight_ih_l{layer}", f"weight_hh_l{layer}"):
+        if key not in arrays:
+            raise ValueError(f"{key!r} is missing from the state_dict.")
+    W_xh, W_hh = arrays[f"weight_ih_l{layer}"], arrays[f"weight_hh_l{layer}"]
+    rows, hidden = W_hh.shape
+    zeros = np.zeros(rows, W_hh.dtype)
+    b_ih, b_hh = arrays.get(f"bias_ih_l{layer}", zeros), arrays.get(f"bias_hh_l{layer}", zeros)
+    if rows == hidden:
+        return ElmanParams(*map(jnp.asarray, (W_xh, W_hh, b_ih + b_hh)))
+    if rows == 3 * hidden:
+        inside, b_hn = np.split(b_hh, [2 * hidden])
+        b = b_ih + np.concatenate([inside, np.zeros_like(b_hn)])
+        return GRUParams(*map(jnp.asarray, (W_xh, W_hh, b, b_hn)))
+    if rows == 4 * hidden:
+        return LSTMParams(*map(jnp.asarray, (W_xh, W_hh, b_ih + b_hh)))
+    raise ValueError(
+        f"weight_hh_l{layer} has shape {W_hh.shape}, but 1, 3 or 4 blocks of [{hidden}, {hidden}] are expected."
+    )
+
+
+def _array(value: Any) -> np.ndarray:
+    return np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)

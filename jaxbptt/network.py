@@ -1,0 +1,74 @@
+r"""A recurrent cell with a linear read-out: the network of the textbook, unrolled by any strategy."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array, Float
+
+from jaxbptt.cells import dense
+from jaxbptt.cells.cell import Cell
+from jaxbptt.scans.exact import scan
+
+
+class NetworkParams(NamedTuple):
+    """Parameters of a `network`: those of its cell, and the read-out `W_hy [output, hidden]`."""
+
+    cell: Any
+    W_hy: Float[Array, "output hidden"]
+
+
+class Network(NamedTuple):
+    """A recurrent network as pure functions.
+
+    Attributes:
+        init: `(key) -> NetworkParams`.
+        apply: `(params, carry, xs, *, scan=scan) -> (carry, outputs)`.
+    """
+
+    init: Callable[..., NetworkParams]
+    apply: Callable[..., Any]
+
+
+def network(cell: Cell, output_size: int, *, output_init: dense.Initializer = dense.fan_in_normal) -> Network:
+    r"""A cell with a linear read-out of its output.
+
+    hₜ = cell(θ, hₜ₋₁, xₜ),  yₜ = W_hy hₜ
+
+    The read-out is applied to all time steps at once, outside the loop, so ∂L/∂W_hy = Σₜ ȳₜ hₜᵀ is one matrix product.
+
+    Args:
+        cell: any `Cell` whose output is an array `[*batch, hidden]`, with the features of its carry's last leaf.
+        output_size: features of y.
+        output_init: jax initializer of `W_hy`; normal with variance 1/hidden by default.
+
+    Returns:
+        A `Network`. `apply(params, carry, xs, *, scan=scan)` takes inputs `[time, *batch, features]`, unrolls the cell by
+        the strategy given (`scan`, `adjoint_scan`, …), and returns the last carry and outputs `[time, *batch, output]`.
+
+    Raises:
+        ValueError: an output size below 1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import jaxbptt as bptt
+        >>> cell = bptt.elman(3, 8)
+        >>> net = bptt.network(cell, output_size=2)
+        >>> params = net.init(jax.random.key(0))
+        >>> carry, ys = net.apply(params, cell.initial_carry(), jnp.ones((10, 3)), scan=bptt.adjoint_scan)
+        >>> ys.shape
+        (10, 2)
+    """
+    dense.check_sizes(output_size=output_size)
+
+    def init(key: Array) -> NetworkParams:
+        key_cell, key_hy = jax.random.split(key)
+        state = jax.tree.leaves(cell.initial_carry())[-1]
+        W_hy = output_init(key_hy, (output_size, state.shape[-1]), state.dtype)
+        return NetworkParams(cell.init(key_cell), W_hy)
+
+    def apply(params: NetworkParams, carry: Any, xs: Any, *, scan: Callable[..., Any] = scan) -> tuple[Any, Array]:
+        carry, hs = scan(cell, params.cell, carry, xs)
+        return carry, dense.linear(params.W_hy, hs)
+
+    return Network(init, apply)

@@ -1,0 +1,1 @@
+"""What training adds to a gradient: losses over time."""
