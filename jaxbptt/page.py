@@ -1,0 +1,119 @@
+r"""The report as one self-contained HTML page: inline SVG, no network, readable on a phone, light and dark."""
+
+import io
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from jaxbptt import plots
+from jaxbptt.analysis.certificate import Certificate
+from jaxbptt.report import CellReport, reach_sentence
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #ffffff; --line: #d5d5d5; --quiet: #5c5c5c; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --paper: #16181b; --line: #3a3e44; --quiet: #a5a9ae; } }
+body { color: var(--ink); background: var(--paper); font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem;
+  max-width: 62rem; }
+h1 { font-size: 1.5rem; margin: 0.5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 0.5rem; } h3 { font-size: 1rem; }
+p, li { max-width: 46rem; } .quiet { color: var(--quiet); font-size: 0.9rem; }
+figure { margin: 1rem 0; overflow-x: auto; } figure svg { width: 100%; height: auto; min-width: 34rem; }
+svg text { fill: var(--ink); }
+.table { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.3rem 0.7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+"""
+
+_HEAD = ("way", "agrees", "largest relative error", "temporary memory", "Mflop", "time")
+
+
+def render(facts: Mapping[str, str], reports: Sequence[CellReport]) -> str:
+    """The page as a string."""
+    flows = {report.name: report.flow for report in reports}
+    values = {report.name: report.singular_values for report in reports if report.singular_values is not None}
+    rates = {report.name: report.bound_rate for report in reports if report.bound_rate is not None}
+    parts = [
+        "<h1>The gradient through time, every way</h1>",
+        "<p class='quiet'>" + " · ".join(f"{escape(key)} {escape(value)}" for key, value in facts.items()) + "</p>",
+        "<h2>How far back the gradient reaches</h2>",
+        "<ul>" + "".join(f"<li>{escape(reach_sentence(report))}</li>" for report in reports) + "</ul>",
+        "<p>The loss of the last step alone, followed back through an untrained network: what is under 1 % of its largest "
+        "size is drowned by what is near, and what is under the resolution of the number format changes no sum that has both.</p>",
+        _inline(plots.plot_gradient_flow(flows), "Gradient magnitude against time step"),
+        "<h2>The ways agree</h2>",
+        "<p>The gradient of the mean loss over all steps, with respect to the weights, the first state and the inputs, taken "
+        "every way, against <code>jax.grad</code> through <code>lax.scan</code>. The error is the largest over all leaves, "
+        "each relative to its own largest entry. Memory is what the compiler reports beyond arguments and results; "
+        "operations are counted on the program, each loop as often as it runs; times are medians of compiled runs.</p>",
+    ]
+    for report in reports:
+        parts.append(f"<h3>{escape(report.name)}</h3>")
+        parts.append(_table(report.certificate))
+        parts += [f"<p class='quiet'>Left out: {escape(words)}.</p>" for words in report.left_out]
+        parts.append(_inline(plots.plot_certificate(report.certificate), f"Certificate of {report.name}"))
+    if values:
+        parts += [
+            "<h2>Why: products of Jacobians</h2>",
+            "<p>Each step back multiplies the gradient by the transposed state Jacobian. Where all singular values of the "
+            "product fall, it vanishes whatever the loss is; where one grows, it can explode. For an Elman network none can "
+            "exceed (γσ)^lag, with γ = 1 for tanh and σ the largest singular value of W_hh.</p>",
+            _inline(plots.plot_singular_values(values, bound_rate=rates), "Singular values against lag"),
+        ]
+    body = "\n".join(parts)
+    return (
+        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>The gradient through time</title><style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def write(path: str | Path, text: str) -> None:
+    """Write the whole file or nothing: to a temporary one beside it, which then takes its name."""
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _table(certificate: Certificate) -> str:
+    rows = [
+        (
+            escape(row.name),
+            "yes" if row.agrees else "no",
+            f"{row.largest_error:.1e}",
+            f"{row.temporary_bytes / 1024:,.0f} KiB",
+            f"{row.flops / 1e6:,.1f}",
+            f"{row.seconds * 1e3:,.2f} ms",
+        )
+        for row in certificate.rows
+    ]
+    head = "".join(f"<th>{cell}</th>" for cell in _HEAD)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    note = f"<p class='quiet'>{certificate.dtype}: agrees up to {certificate.tolerance:.0e}.</p>"
+    return f"<div class='table'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}"
+
+
+def _inline(figure: Figure, description: str) -> str:
+    """A figure as SVG inside the page, its ink the page's: black in light mode, white in dark."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": description}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")
+    # Two figures on one page must not share the ids of their clip paths and markers.
+    prefix = re.sub(r"\W+", "-", description)
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    svg = re.sub(r'(href="|url\()#', rf"\1#{prefix}-", svg)
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1)
+    return f"<figure>{svg}</figure>"

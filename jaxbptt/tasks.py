@@ -1,0 +1,170 @@
+r"""Sequences to learn from: the user's own text or numbers, and real text that is on every machine.
+
+Every reader checks what it reads and says in one line what is wrong and where; nothing is repaired in silence.
+"""
+
+import csv
+import importlib.util
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+MAX_SYMBOLS = 256
+
+
+class InputError(ValueError):
+    """The data can't be used as it is; the message says what is wrong, where, and how to mend it."""
+
+
+class Series(NamedTuple):
+    """A sequence to predict.
+
+    Attributes:
+        name: where it is from.
+        values: symbol numbers `[time]`, or standardised numbers `[time, features]`.
+        symbols: the characters that the numbers stand for; empty for numeric series.
+    """
+
+    name: str
+    values: np.ndarray
+    symbols: tuple[str, ...]
+
+    @property
+    def features(self) -> int:
+        """Size of the network's input and output."""
+        return len(self.symbols) or self.values.shape[1]
+
+
+class NextStep(NamedTuple):
+    """Next-step prediction on a batch of stretches of a series.
+
+    Attributes:
+        xs: inputs, `[time, batch, features]`; characters as one-hot vectors.
+        targets: the inputs one step later, character numbers `[time, batch]`, or `[time, batch, features]`.
+        loss: what fits the targets.
+    """
+
+    xs: np.ndarray
+    targets: np.ndarray
+    loss: Literal["cross_entropy", "mean_squared_error"]
+
+
+def read_text(path: str | Path) -> Series:
+    """Characters of a UTF-8 text file. Beyond the 255 most frequent ones, all count as one more, `"\ufffd"`."""  # noqa: D301
+    raw = _read(path)
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{path} is not UTF-8 text: byte {error.start} (line {line}) is 0x{raw[error.start]:02x}. Save it as UTF-8."
+        ) from None
+    kept = [symbol for symbol, _ in Counter(text).most_common(MAX_SYMBOLS)]
+    if len(set(text)) > MAX_SYMBOLS:
+        kept = [*kept[: MAX_SYMBOLS - 1], "\ufffd"]
+    symbols = tuple(sorted(kept))
+    numbers = {symbol: number for number, symbol in enumerate(symbols)}
+    other = numbers.get("\ufffd", 0)
+    return Series(Path(path).name, np.array([numbers.get(symbol, other) for symbol in text], np.int32), symbols)
+
+
+def read_standard_library() -> Series:
+    """The source of Python's own decimal arithmetic: about 230,000 characters, on every machine that has Python."""
+    spec = importlib.util.find_spec("_pydecimal")
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        raise InputError("This Python has no sources of its standard library: pass a text of your own with --text.")
+    return read_text(spec.origin)
+
+
+def read_csv(path: str | Path) -> Series:
+    """Numeric columns of a comma-separated file, one row a time step, with or without a line of column names."""
+    try:
+        text = _read(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: byte {error.start}. Save it as UTF-8.") from None
+    rows = [(line, row) for line, row in enumerate(csv.reader(text.splitlines()), start=1) if row]
+    header = bool(rows) and not any(_is_number(cell) for cell in rows[0][1]) and any(rows[0][1])
+    names = rows[0][1] if header else []
+    rows = rows[header:]
+    if not rows:
+        raise InputError(f"{path} has no rows of numbers.")
+    width = len(names or rows[0][1])
+    values = np.empty((len(rows), width))
+    for i, (line, row) in enumerate(rows):
+        if len(row) != width:
+            raise InputError(f"{path}, line {line}: {len(row)} cells, but {width} columns. Give every row the same number.")
+        for column, cell in enumerate(row):
+            where = f"{path}, line {line}, column {column + 1}" + (f" ({names[column].strip()})" if names else "")
+            if not cell.strip():
+                raise InputError(f"{where}: the cell is missing. Fill it in or drop the row.")
+            if not _is_number(cell):
+                raise InputError(f"{where}: {cell.strip()[:40]!r} is not a finite number. Keep numeric columns only.")
+            values[i, column] = float(cell)
+    return Series(Path(path).name, _standardise(values), ())
+
+
+def read_npz(path: str | Path) -> Series:
+    """The only array of a numpy `.npz` file, or the one named `xs`: `[time]` or `[time, features]`."""
+    _read(path)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+    except Exception as error:  # numpy, zipfile and zlib each have errors of their own for a broken file
+        raise InputError(f"{path} is not a readable .npz file of plain arrays: {str(error).splitlines()[0]}") from None
+    if len(arrays) != 1 and "xs" not in arrays:
+        raise InputError(f"{path} holds {sorted(arrays)}: name the array to predict 'xs', or keep a single one.")
+    key = "xs" if "xs" in arrays else next(iter(arrays))
+    values = arrays[key]
+    if values.dtype.kind not in "fiub" or values.ndim not in (1, 2):
+        raise InputError(
+            f"{path}: array {key!r} is {values.dtype} of shape {values.shape}, but real numbers of shape [time] or "
+            "[time, features] are expected."
+        )
+    values = values.astype(float).reshape(len(values), -1)
+    if not values.size:
+        raise InputError(f"{path}: array {key!r} is empty, its shape is {arrays[key].shape}.")
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        raise InputError(f"{path}: array {key!r} is {values[tuple(bad[0])]} at [time, feature] = {bad[0].tolist()}.")
+    return Series(Path(path).name, _standardise(values), ())
+
+
+def next_step(series: Series, *, steps: int, batch: int) -> NextStep:
+    """Cut `batch` stretches of `steps` + 1 values, evenly spread over the series, into inputs and what comes next."""
+    total = len(series.values)
+    if total < steps + 1:
+        raise InputError(
+            f"{series.name} has {total:,} time steps, but steps={steps:,} needs {steps + 1:,}, one more to predict. "
+            f"Use a longer sequence, or at most --steps {max(total - 1, 0)}."
+        )
+    starts = np.linspace(0, total - steps - 1, batch).astype(int)
+    windows = np.stack([series.values[start : start + steps + 1] for start in starts], axis=1)
+    if series.symbols:
+        return NextStep(np.eye(series.features)[windows[:-1]], windows[1:], "cross_entropy")
+    return NextStep(windows[:-1], windows[1:], "mean_squared_error")
+
+
+def _read(path: str | Path) -> bytes:
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error.strerror or error}.") from None
+    if not raw:
+        raise InputError(f"{path} is empty.")
+    return raw
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        return math.isfinite(float(cell))
+    except ValueError:
+        return False
+
+
+def _standardise(values: np.ndarray) -> np.ndarray:
+    """Mean 0 and variance 1 in each column; a constant column becomes 0."""
+    deviation = values.std(axis=0)
+    return (values - values.mean(axis=0)) / np.where(deviation > 0, deviation, 1)
