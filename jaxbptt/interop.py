@@ -81,7 +81,9 @@ def to_torch(params: LayerParams | Sequence[LayerParams]) -> dict[str, np.ndarra
     state_dict = {}
     for layer, p in enumerate(layers):
         if not isinstance(p, LayerParams):
-            raise TypeError(f"Layer {layer} is a {type(p).__name__}, but ElmanParams, GRUParams or LSTMParams is expected.")
+            raise TypeError(
+                f"Layer {layer} is a {type(p).__name__}, but ElmanParams, GRUParams or LSTMParams is expected."
+            )
         bias_hh = np.zeros_like(p.b)
         if isinstance(p, GRUParams):
             bias_hh[-len(p.b_hn) :] = p.b_hn

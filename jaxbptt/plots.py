@@ -50,7 +50,9 @@ def plot_gradient_flow(flows: GradientFlow | Mapping[str, GradientFlow]) -> Figu
         style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": _DASHES[i % len(_DASHES)]}
         axes.plot(steps, _positive(norms), label=label or "in full", linewidth=1.8, **style)
         if np.count_nonzero(immediate) > 1:
-            axes.plot(steps, _positive(immediate), ".", markersize=4, color=style["color"], label=f"{label} immediate".strip())
+            axes.plot(
+                steps, _positive(immediate), ".", markersize=4, color=style["color"], label=f"{label} immediate".strip()
+            )
     axes.set_yscale("log")
     _label(axes, "Gradient flow through time", "time step t", "gradient magnitude ‖∂L/∂hₜ‖")
     axes.legend(frameon=False)
@@ -78,7 +80,7 @@ def plot_certificate(certificate: Certificate) -> Figure:
     """
     rows = certificate.rows
     figure, (errors, memory, seconds) = _figure(3, width=10.0, height=1.2 + 0.42 * len(rows), sharey=True)
-    places = np.arange(len(rows))
+    places = range(len(rows))
     colours = [COLOURS[0] if row.agrees else COLOURS[1] for row in rows]
     for place, row, colour in zip(places, rows, colours, strict=True):
         style: dict[str, Any] = {"color": colour, "marker": "o" if row.agrees else "X", "markersize": 8}
@@ -88,7 +90,9 @@ def plot_certificate(certificate: Certificate) -> Figure:
             errors.text(0.04, place, "0, exactly", transform=errors.get_yaxis_transform(), va="center")
         memory.plot(row.temporary_bytes / 1024, place, **style)
         seconds.plot(row.seconds * 1e3, place, **style)
-    errors.axvline(certificate.tolerance, color=COLOURS[4], linestyle="--", label=f"agrees up to {certificate.tolerance:.0e}")
+    errors.axvline(
+        certificate.tolerance, color=COLOURS[4], linestyle="--", label=f"agrees up to {certificate.tolerance:.0e}"
+    )
     errors.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=9)
     for axes in (errors, memory, seconds):
         axes.set_xscale("log")
@@ -97,7 +101,9 @@ def plot_certificate(certificate: Certificate) -> Figure:
     for axes in (memory, seconds):
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-    errors.set_xlim(min(certificate.tolerance * 1e-4, *(r.largest_error / 3 for r in rows if r.largest_error > 0)), None)
+    errors.set_xlim(
+        min(certificate.tolerance * 1e-4, *(r.largest_error / 3 for r in rows if r.largest_error > 0)), None
+    )
     errors.set_yticks(places, [row.name for row in rows])
     errors.set_ylim(len(rows) - 0.5, -0.5)
     _label(errors, "", "largest relative error", "")
@@ -146,7 +152,13 @@ def plot_singular_values(
         lags = np.arange(len(tens))
         drawn = np.unique(np.linspace(0, tens.shape[1] - 1, ranks).round().astype(int))
         for shade, rank in zip(np.linspace(1, 0.35, len(drawn)), drawn, strict=True):
-            name = "largest, σ₁" if rank == 0 else f"others, to σ{_subscript(tens.shape[1])}" if rank == drawn[-1] else None
+            name = (
+                "largest, σ₁"
+                if rank == 0
+                else f"others, to σ{_subscript(tens.shape[1])}"
+                if rank == drawn[-1]
+                else None
+            )
             axes.plot(lags, tens[:, rank], color=COLOURS[0], alpha=shade, linewidth=2 if rank == 0 else 1, label=name)
         rate = bounds.get(label)
         if rate is not None:

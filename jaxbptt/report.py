@@ -89,7 +89,14 @@ def report_cell(
     if name == "elman" and task.loss == "cross_entropy":
         gradients["textbook loop"] = lambda params, init, xs: _by_textbook(params, W_hy, init, xs, targets)
     certificate = certify(
-        cell, params, init, xs, whole_loss, gradients=gradients, repeats=3, progress=lambda way: progress(f"{name}: {way}")
+        cell,
+        params,
+        init,
+        xs,
+        whole_loss,
+        gradients=gradients,
+        repeats=3,
+        progress=lambda way: progress(f"{name}: {way}"),
     )
 
     progress(f"{name}: gradient flow")
@@ -119,11 +126,12 @@ def reach_sentence(report: CellReport) -> str:
     lag = reach(report.flow, 0.01)
     if lag is None:
         return f"{report.name}: no gradient reaches any state, the last step's loss does not depend on them."
-    eps = np.finfo(report.flow.norms.dtype).eps
-    floor = reach(report.flow, eps)
+    floor = reach(report.flow, float(np.finfo(report.flow.norms.dtype).eps)) or 0
     dtype = report.flow.norms.dtype.name
     if lag == steps - 1:
-        start = f"the gradient of the last step's loss reaches all {steps} steps back with at least 1 % of its largest size"
+        start = (
+            f"the gradient of the last step's loss reaches all {steps} steps back with at least 1 % of its largest size"
+        )
     else:
         start = f"the gradient of the last step's loss falls under 1 % of its largest size {lag + 1} steps back"
     if floor == steps - 1:

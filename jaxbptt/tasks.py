@@ -53,7 +53,7 @@ class NextStep(NamedTuple):
 
 
 def read_text(path: str | Path) -> Series:
-    """Characters of a UTF-8 text file. Beyond the 255 most frequent ones, all count as one more, `"\ufffd"`."""  # noqa: D301
+    """Characters of a UTF-8 text file. Beyond the 255 most frequent ones, all count as one more, `"\ufffd"`."""
     raw = _read(path)
     try:
         text = raw.decode("utf-8")
@@ -95,7 +95,9 @@ def read_csv(path: str | Path) -> Series:
     values = np.empty((len(rows), width))
     for i, (line, row) in enumerate(rows):
         if len(row) != width:
-            raise InputError(f"{path}, line {line}: {len(row)} cells, but {width} columns. Give every row the same number.")
+            raise InputError(
+                f"{path}, line {line}: {len(row)} cells, but {width} columns. Give every row the same number."
+            )
         for column, cell in enumerate(row):
             where = f"{path}, line {line}, column {column + 1}" + (f" ({names[column].strip()})" if names else "")
             if not cell.strip():

@@ -195,5 +195,10 @@ def _errors_by_leaf(gradient: Any, reference: Any) -> dict[str, float]:
 
 def _cells(row: CertificateRow) -> tuple[str, ...]:
     agrees = "yes" if row.agrees else "no"
-    numbers = f"{row.largest_error:.1e}", f"{row.temporary_bytes:,}", f"{row.flops / 1e6:,.2f}", f"{row.seconds * 1e3:.2f}"
+    numbers = (
+        f"{row.largest_error:.1e}",
+        f"{row.temporary_bytes:,}",
+        f"{row.flops / 1e6:,.2f}",
+        f"{row.seconds * 1e3:.2f}",
+    )
     return row.name, *numbers, agrees

@@ -11,7 +11,6 @@ from jaxbptt.analysis.credit import LagContributions
 from jaxbptt.analysis.jacobians import TemporalContributions
 from jaxbptt.scans.recurrence import differentiable, name
 
-
 _UNKNOWN = "no single cause found"
 
 
@@ -136,9 +135,7 @@ def _compare_leaf(
     return LeafComparison(leaf, agrees, error, cosine, ratio, cause)
 
 
-def _cause(
-    mine: np.ndarray, reference: np.ndarray, ratio: float, bound: float, by_step: Any, by_lag: Any
-) -> str:
+def _cause(mine: np.ndarray, reference: np.ndarray, ratio: float, bound: float, by_step: Any, by_lag: Any) -> str:
     def same(candidate: np.ndarray) -> bool:
         return relative_error(mine, candidate) <= 2 * bound
 
@@ -163,7 +160,7 @@ def _cause(
                 return f"time step {t} (counted from 0) is missing"
             if same(reference + term):
                 return f"time step {t} (counted from 0) is counted twice"
-    return _low_rank(mine - reference, bound * np.linalg.norm(reference)) or (
+    return _low_rank(mine - reference, bound * float(np.linalg.norm(reference))) or (
         f"{_UNKNOWN}: it is nearest to {ratio:.3g} times the reference"
     )
 

@@ -49,7 +49,7 @@ def compile_and_cost(fn: Callable[..., Any], *args: Any) -> tuple[Callable[..., 
     cost = Cost(
         flops=count_flops(traced.jaxpr.jaxpr),
         compiler_flops=float(analysis.get("flops", math.nan)),
-        temporary_bytes=int(memory.temp_size_in_bytes),
+        temporary_bytes=0 if memory is None else int(memory.temp_size_in_bytes),
         compile_seconds=seconds,
     )
     return compiled, cost

@@ -117,7 +117,9 @@ def jacobian_products(J: Float[Array, "time n n"]) -> ScaledProducts:
     """
     J = jnp.asarray(J)
     if J.ndim != 3 or J.shape[1] != J.shape[2]:
-        raise ValueError(f"J has shape {J.shape}, but [time, n, n] is expected: one square Jacobian for each time step.")
+        raise ValueError(
+            f"J has shape {J.shape}, but [time, n, n] is expected: one square Jacobian for each time step."
+        )
     n = J.shape[1]
 
     def body(matrix, jacobian):

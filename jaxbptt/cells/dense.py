@@ -28,9 +28,7 @@ def linear(W: Float[Array, "out in"], v: Float[Array, "*batch in"]) -> Float[Arr
     return v @ W.T
 
 
-def weight_gradient(
-    deltas: Float[Array, "*rows out"], inputs: Float[Array, "*rows in"]
-) -> Float[Array, "out in"]:
+def weight_gradient(deltas: Float[Array, "*rows out"], inputs: Float[Array, "*rows in"]) -> Float[Array, "out in"]:
     """Σ δ vᵀ over time and batch, as one product of two matrices with time · batch rows each.
 
     Written with a reshape because the `einsum` over two leading axes was measured up to 1.5 times slower on CPU.

@@ -99,9 +99,7 @@ def elman(
     return Cell(init, initial_carry, step, Adjoint(forward, backward, contract))
 
 
-def elman_state_jacobians(
-    params: ElmanParams, hs: Float[Array, "*time hidden"]
-) -> Float[Array, "*time hidden hidden"]:
+def elman_state_jacobians(params: ElmanParams, hs: Float[Array, "*time hidden"]) -> Float[Array, "*time hidden hidden"]:
     r"""The closed form of the Elman cell's state Jacobian.
 
     Jₜ = ∂hₜ/∂hₜ₋₁ = diag(1 − hₜ²) W_hh

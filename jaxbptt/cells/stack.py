@@ -86,8 +86,7 @@ def _stacked_adjoint(adjoints: list[Adjoint]) -> Adjoint:
         residuals, upper_inputs = saved
         inputs = (xs, *upper_inputs)
         bars = [
-            adjoints[layer].contract(params[layer], residuals[layer], inputs[layer], *deltas[layer])
-            for layer in layers
+            adjoints[layer].contract(params[layer], residuals[layer], inputs[layer], *deltas[layer]) for layer in layers
         ]
         return tuple(params_bar for params_bar, _ in bars), bars[0][1]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+from jax.core import eval_jaxpr
 
 from jaxbptt.scans.recurrence import Recurrence, at_one_step, is_array
 
@@ -58,7 +59,7 @@ def trace(recurrence: Recurrence) -> TracedStep:
 
     def step(params, carry, x):
         flat = jax.tree.leaves((params.leaves, carry, x))
-        return out_tree.unflatten(jax.core.eval_jaxpr(closed.jaxpr, params.closed_over, *flat))
+        return out_tree.unflatten(eval_jaxpr(closed.jaxpr, params.closed_over, *flat))
 
     def in_turn(params, carries, xs):
         return jax.lax.map(lambda at_t: step(params, *at_t), (carries, xs))

@@ -99,7 +99,9 @@ def mean_squared_error(
     """
     outputs, targets = jnp.asarray(outputs), jnp.asarray(targets)
     if targets.shape != outputs.shape:
-        raise ValueError(f"targets have shape {targets.shape}, but outputs have {outputs.shape}: they must be the same.")
+        raise ValueError(
+            f"targets have shape {targets.shape}, but outputs have {outputs.shape}: they must be the same."
+        )
     mask = _check_mask(mask, outputs.shape[:-1])
     difference = jnp.where(mask[..., None], outputs - targets.astype(outputs.dtype), 0)
     return _reduce(optax.squared_error(difference).mean(axis=-1), mask, reduction)
