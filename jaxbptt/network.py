@@ -64,7 +64,7 @@ def network(cell: Cell, output_size: int, *, output_init: dense.Initializer = de
     def init(key: Array) -> NetworkParams:
         key_cell, key_hy = jax.random.split(key)
         state = jax.tree.leaves(cell.initial_carry())[-1]
-        W_hy = output_init(key_hy, (output_size, state.shape[-1]), state.dtype)
+        W_hy = dense.gate_blocks(output_init, key_hy, 1, (output_size, state.shape[-1]), state.dtype)
         return NetworkParams(cell.init(key_cell), W_hy)
 
     def apply(params: NetworkParams, carry: Any, xs: Any, *, scan: Callable[..., Any] = scan) -> tuple[Any, Array]:

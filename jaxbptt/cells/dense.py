@@ -19,8 +19,13 @@ orthogonal = jax.nn.initializers.orthogonal()
 
 
 def gate_blocks(initializer: Initializer, key: Array, gates: int, shape: tuple[int, int], dtype: Any) -> Array:
-    """One draw of `initializer` for each gate, stacked on the first axis: `[gates · shape[0], shape[1]]`."""
-    return jnp.concatenate([initializer(k, shape, dtype) for k in jax.random.split(key, gates)])
+    """One draw of `initializer` for each gate, stacked on the first axis: `[gates · shape[0], shape[1]]`.
+
+    Drawn in float32 at least, since a QR factorisation has no half precision.
+    """
+    drawn = dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
+    blocks = [initializer(k, shape, drawn) for k in jax.random.split(key, gates)]
+    return jnp.concatenate(blocks).astype(dtype)
 
 
 def linear(W: Float[Array, "out in"], v: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:

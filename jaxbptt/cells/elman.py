@@ -64,8 +64,8 @@ def elman(
     def init(key: Array) -> ElmanParams:
         key_xh, key_hh = jax.random.split(key)
         return ElmanParams(
-            W_xh=input_init(key_xh, (hidden_size, input_size), dtype),
-            W_hh=recurrent_init(key_hh, (hidden_size, hidden_size), dtype),
+            W_xh=dense.gate_blocks(input_init, key_xh, 1, (hidden_size, input_size), dtype),
+            W_hh=dense.gate_blocks(recurrent_init, key_hh, 1, (hidden_size, hidden_size), dtype),
             b=jnp.zeros(hidden_size, dtype),
         )
 

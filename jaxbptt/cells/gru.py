@@ -102,19 +102,20 @@ def gru(
         delta_r = delta_n * m * r * (1 - r)
         delta_z = h_bar * (h_prev - n) * z * (1 - z)
         # Through W_hh the candidate is reached only behind the reset gate.
-        delta_h = jnp.concatenate([delta_r, delta_z, delta_n * r], axis=-1)
-        return h_bar * z + delta_h @ params.W_hh, (delta_h, delta_n)
+        behind = jnp.concatenate([delta_r, delta_z, delta_n * r], axis=-1)
+        return h_bar * z + behind @ params.W_hh, (delta_r, delta_z, delta_n)
 
     def contract(params, residuals, xs, ys_bar, deltas):
-        hs_prev = residuals[0]
-        deltas_h, deltas_n = deltas
-        deltas_x = jnp.concatenate([deltas_h[..., : 2 * hidden_size], deltas_n], axis=-1)
+        hs_prev, r = residuals[:2]
+        behind = (*deltas[:2], deltas[2] * r)
+        # One product a gate: put together first, the deltas would be written a second time.
         params_bar = GRUParams(
-            W_xh=dense.weight_gradient(deltas_x, xs),
-            W_hh=dense.weight_gradient(deltas_h, hs_prev),
-            b=dense.sum_rows(deltas_x),
-            b_hn=dense.sum_rows(deltas_h[..., 2 * hidden_size :]),
+            W_xh=jnp.concatenate([dense.weight_gradient(delta, xs) for delta in deltas]),
+            W_hh=jnp.concatenate([dense.weight_gradient(delta, hs_prev) for delta in behind]),
+            b=jnp.concatenate([dense.sum_rows(delta) for delta in deltas]),
+            b_hn=dense.sum_rows(behind[2]),
         )
-        return params_bar, deltas_x @ params.W_xh
+        W_xr, W_xz, W_xn = jnp.split(params.W_xh, 3)
+        return params_bar, deltas[0] @ W_xr + deltas[1] @ W_xz + deltas[2] @ W_xn
 
     return Cell(init, initial_carry, step, Adjoint(forward, backward, contract))

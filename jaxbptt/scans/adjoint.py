@@ -85,11 +85,16 @@ def adjoint_scan(
         return unrolled(partial(step, params), init, xs)
 
     def run_forward(params, init, xs):
+        restorers = []
+
         def body(carry, x):
             (carry, y), residuals = adjoint.forward(params, carry, x)
-            return carry, (y, residuals)
+            kept, restore = _without(residuals, y)
+            restorers.append(restore)
+            return carry, (y, kept)
 
-        carry, (ys, residuals) = unrolled(body, init, xs)
+        carry, (ys, kept) = unrolled(body, init, xs)
+        residuals = restorers[-1](kept, ys)
         return (carry, ys), (params, init, xs, residuals)
 
     def run_backward(saved, bars):
@@ -121,6 +126,19 @@ def _derived(traced: TracedStep) -> Adjoint:
         return pull(lambda params, xs: traced.over_time(params, carries, xs), (params, xs), (carry_bars, ys_bar))
 
     return Adjoint(forward, backward, contract)
+
+
+def _without(residuals: Any, outputs: Any) -> tuple[list[Any], Callable[..., Any]]:
+    """The residuals that are not outputs as well, and how to put them all together: what is returned is kept once."""
+    leaves, treedef = jax.tree.flatten(residuals)
+    ids = [id(leaf) for leaf in jax.tree.leaves(outputs)]
+    places = [ids.index(id(leaf)) if id(leaf) in ids else None for leaf in leaves]
+
+    def restore(kept: list[Any], outputs: Any) -> Any:
+        kept, outputs = iter(kept), jax.tree.leaves(outputs)
+        return treedef.unflatten([next(kept) if place is None else outputs[place] for place in places])
+
+    return [leaf for leaf, place in zip(leaves, places, strict=True) if place is None], restore
 
 
 def _fit(bar: Any, primal: Any, root: str) -> Any:

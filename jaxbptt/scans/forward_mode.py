@@ -3,7 +3,8 @@ r"""A clear refusal of forward mode where only a reverse-mode derivative has bee
 JAX's own message for `jax.jvp` of a custom derivative names neither the function nor the way out, and it comes at one of
 two moments: while the tangents are mapped (`jacfwd`), or when a program that holds them is compiled. The first is caught
 and said better. For the second, inputs pass through a marked identity, whose tangents go through an operation that can be
-transposed, which is all that reverse mode does, but not computed.
+transposed, which is all that reverse mode does, but not computed. One case keeps JAX's message: `jacfwd` of a function
+that was jitted before, whose tangents are mapped after this code has run.
 """
 
 from collections.abc import Callable

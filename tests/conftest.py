@@ -1,0 +1,9 @@
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    """Double precision, and no dtype promotion that nobody asked for; what is about float32 asks for it."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        yield

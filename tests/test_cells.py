@@ -1,0 +1,107 @@
+"""Cells compute their equations, and start as documented."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import CELLS, assert_close, make_cell, problem
+
+import jaxbptt as bptt
+
+
+def sigmoid(a):
+    return 1 / (1 + np.exp(-a))
+
+
+def test_elman_equation():
+    cell = make_cell("elman")
+    p, h, xs = problem(cell, 1)
+    expected = np.tanh(p.W_hh @ h + p.W_xh @ xs[0] + p.b)
+    assert_close(cell.step(p, h, xs[0]), (expected, expected))
+
+
+def test_gru_equation():
+    cell = make_cell("gru")
+    p, h, xs = problem(cell, 1)
+    (W_xr, W_xz, W_xn), (W_hr, W_hz, W_hn) = np.split(p.W_xh, 3), np.split(p.W_hh, 3)
+    b_r, b_z, b_n = np.split(p.b, 3)
+    r = sigmoid(W_hr @ h + W_xr @ xs[0] + b_r)
+    z = sigmoid(W_hz @ h + W_xz @ xs[0] + b_z)
+    n = np.tanh(W_xn @ xs[0] + b_n + r * (W_hn @ h + p.b_hn))
+    expected = (1 - z) * n + z * h
+    assert_close(cell.step(p, h, xs[0]), (expected, expected))
+
+
+def test_lstm_equation():
+    cell = make_cell("lstm")
+    p, state, xs = problem(cell, 1)
+    a_i, a_f, a_g, a_o = np.split(p.W_hh @ state.h + p.W_xh @ xs[0] + p.b, 4)
+    c = sigmoid(a_f) * state.c + sigmoid(a_i) * np.tanh(a_g)
+    h = sigmoid(a_o) * np.tanh(c)
+    assert_close(cell.step(p, state, xs[0]), (bptt.LSTMState(h, c), h))
+
+
+def test_stack_is_its_layers_one_after_the_other():
+    lower, upper = bptt.lstm(3, 4, dtype=jnp.float64), bptt.gru(4, 2, dtype=jnp.float64)
+    cell = bptt.stack(lower, upper)
+    params, carry, xs = problem(cell, 6)
+    _, between = bptt.scan(lower, params[0], carry[0], xs)
+    _, expected = bptt.scan(upper, params[1], carry[1], between)
+    assert_close(bptt.scan(cell, params, carry, xs)[1], expected)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_batch_axes_are_independent_rows(name):
+    cell = make_cell(name)
+    params, carry, xs = problem(cell, 1, (2, 3))
+    together = cell.step(params, carry, xs[0])
+    apart = jax.vmap(jax.vmap(cell.step, in_axes=(None, 0, 0)), in_axes=(None, 0, 0))(params, carry, xs[0])
+    assert_close(together, apart)
+
+
+@pytest.mark.parametrize(("name", "gates"), [("elman", 1), ("gru", 3), ("lstm", 4)])
+def test_recurrent_weights_start_orthogonal(name, gates):
+    params = make_cell(name).init(jax.random.key(3))
+    for block in np.split(params.W_hh, gates):
+        np.testing.assert_allclose(block @ block.T, np.eye(4), atol=1e-12)
+    blocks = np.split(np.asarray(params.W_hh), gates)
+    assert all(np.abs(blocks[0] - block).max() > 0.1 for block in blocks[1:])
+    wide = getattr(bptt, name)(400, 64).init(jax.random.key(0)).W_xh
+    assert np.std(wide) == pytest.approx(1 / 20, rel=0.05)
+
+
+@pytest.mark.parametrize("make", [bptt.elman, bptt.gru, bptt.lstm])
+def test_initialisers_are_optional(make):
+    constant = jax.nn.initializers.constant
+    params = make(3, 4, recurrent_init=constant(2.0), input_init=constant(3.0)).init(jax.random.key(0))
+    assert np.unique(params.W_hh).tolist() == [2]
+    assert np.unique(params.W_xh).tolist() == [3]
+
+
+def test_forget_bias():
+    for expected, cell in ((1.0, bptt.lstm(3, 4)), (0.0, bptt.lstm(3, 4, forget_bias=0.0))):
+        i, f, g, o = np.split(np.asarray(cell.init(jax.random.key(0)).b), 4)
+        assert np.unique(f).tolist() == [expected]
+        assert not np.any([i, g, o])
+
+
+def test_dtype_and_shapes():
+    for name in CELLS:
+        cell = make_cell(name, jnp.float32)
+        assert {leaf.dtype for leaf in jax.tree.leaves(cell.init(jax.random.key(0)))} == {jnp.dtype("float32")}
+        carry = cell.initial_carry((2, 5))
+        assert all(leaf.shape[:2] == (2, 5) and not leaf.any() for leaf in jax.tree.leaves(carry))
+
+
+def test_network_reads_out_every_strategy():
+    cell = make_cell("stack")
+    net = bptt.network(cell, 6)
+    params = net.init(jax.random.key(0))
+    assert params.W_hy.shape == (6, 2)
+    xs = jax.random.normal(jax.random.key(1), (5, 7, 3))
+    carry, ys = net.apply(params, cell.initial_carry((7,)), xs)
+    _, hs = bptt.scan(cell, params.cell, cell.initial_carry((7,)), xs)
+    assert_close(ys, jnp.einsum("oh,tbh->tbo", params.W_hy, hs))
+    assert_close(net.apply(params, cell.initial_carry((7,)), xs, scan=bptt.adjoint_scan), (carry, ys))
+    with pytest.raises(ValueError, match="output_size is 0"):
+        bptt.network(cell, 0)

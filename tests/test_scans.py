@@ -1,0 +1,332 @@
+"""Every exact strategy is the Python loop: in value, and in its vjp under a random cotangent."""
+
+import warnings
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import CELLS, EXACT, assert_close, make_cell, problem, python_loop, random_like
+
+import jaxbptt as bptt
+
+strategies = pytest.mark.parametrize("strategy", EXACT.values(), ids=EXACT)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+@pytest.mark.parametrize("batch", [(), (1,), (5,)], ids=["unbatched", "batch1", "batch5"])
+@pytest.mark.parametrize("steps", [1, 2, 7, 64])
+@pytest.mark.parametrize("name", CELLS)
+def test_equals_python_loop(name, steps, batch, dtype):
+    cell = make_cell(name, dtype)
+    args = problem(cell, steps, batch, dtype)
+    out, pull = jax.vjp(partial(python_loop, cell), *args)
+    every_step = random_like(out, jax.random.key(9))
+    # The last step only: in the outputs, and nothing through the carry.
+    last_step = (jax.tree.map(jnp.zeros_like, out[0]), jnp.zeros_like(out[1]).at[-1].set(every_step[1][-1]))
+    expected = [pull(cotangent) for cotangent in (every_step, last_step)]
+    for strategy in EXACT.values():
+
+        @jax.jit
+        def value_and_pull(args, cotangent, strategy=strategy):
+            out, pull = jax.vjp(partial(strategy, cell), *args)
+            return out, pull(cotangent)
+
+        for cotangent, gradients in zip((every_step, last_step), expected, strict=True):
+            assert_close(value_and_pull(args, cotangent), (out, gradients))
+
+
+@strategies
+@pytest.mark.parametrize("name", CELLS)
+def test_no_time_steps(strategy, name):
+    cell = make_cell(name)
+    params, init, xs = problem(cell, 0, (2,))
+    (carry, ys), pull = jax.vjp(partial(strategy, cell), params, init, xs)
+    assert_close(carry, init)
+    assert ys.shape[0] == 0
+    params_bar, init_bar, xs_bar = pull((init, ys))
+    assert_close(init_bar, init)
+    assert all(not leaf.any() for leaf in jax.tree.leaves(params_bar))
+    assert xs_bar.shape == xs.shape
+
+
+@strategies
+def test_known_gradient(strategy):
+    """h₃ = w³ h₀, so dh₃/dw = 3 w² h₀ = 0.108 at w = 0.2, h₀ = 0.9."""
+
+    def last(w, h):
+        return strategy(lambda w, h, x: (w * h, None), w, h, length=3)[0]
+
+    gradients = jax.grad(last, argnums=(0, 1))(0.2, 0.9)
+    np.testing.assert_allclose(gradients, (0.108, 0.008), rtol=1e-12)
+
+
+def counting_step(params, carry, x):
+    """A step with everything that has no derivative: a counter and a key in the carry, integers, keys and None in x."""
+    h, key, count = carry["h"], carry["key"], carry["count"]
+    key, subkey = jax.random.split(key)
+    noise = jax.random.normal(subkey) + jax.random.normal(x["key"])
+    h = jnp.tanh(params["w"] * h + params["embedding"][x["token"]] + 0.1 * noise)
+    y = {"h": h, "count": count, "half": h * params["shift"].astype(h.dtype), "nothing": None}
+    return {"h": h, "key": key, "count": count + 1}, y
+
+
+def counting_problem(steps=5):
+    params = {"w": jnp.array(0.3), "embedding": jnp.arange(4.0), "shift": jnp.array(2)}
+    carry = {"h": jnp.array(0.5), "key": jax.random.key(0), "count": jnp.array(0)}
+    xs = {"token": jnp.arange(steps) % 4, "key": jax.random.split(jax.random.key(1), steps), "none": None}
+    return params, carry, xs
+
+
+@strategies
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_leaves_without_derivative(strategy, jit):
+    def loss(scan, params, carry, xs):
+        carry, ys = scan(counting_step, params, carry, xs)
+        return jnp.sum(ys["half"] ** 2) + carry["h"], carry["count"]
+
+    args = counting_problem()
+
+    def run(scan):
+        f = jax.value_and_grad(partial(loss, scan), argnums=(0, 1, 2), has_aux=True, allow_int=True)
+        return (jax.jit(f) if jit else f)(*args)
+
+    (value, count), gradients = run(strategy)
+    (expected, _), expected_gradients = run(python_loop)
+    assert count == 5
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    for mine, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
+        assert mine.dtype == theirs.dtype
+        if mine.dtype == jnp.float64:
+            np.testing.assert_allclose(mine, theirs, rtol=1e-10)
+
+
+@strategies
+def test_gradient_reaches_what_a_step_closes_over(strategy):
+    xs = jax.random.normal(jax.random.key(0), (6, 3))
+
+    def loss(scan, W, b):
+        step = jax.jit(lambda scale, h, x: (jnp.tanh(W @ h + x + scale * b), h))
+        return jnp.sum(scan(step, 0.7, jnp.ones(3), xs)[1] ** 2)
+
+    args = 0.5 * jnp.eye(3), jnp.arange(3.0)
+    for transform in (lambda f: f, jax.jit):
+        mine = transform(jax.grad(partial(loss, strategy), argnums=(0, 1)))(*args)
+        assert_close(mine, jax.grad(partial(loss, python_loop), argnums=(0, 1))(*args))
+
+
+@strategies
+def test_params_that_are_no_arrays(strategy):
+    """Models keep functions and names among their leaves."""
+    xs = jax.random.normal(jax.random.key(0), (6, 3))
+
+    def loss(scan, W):
+        params = {"W": W, "activation": jnp.tanh, "name": "layer"}
+        step = lambda p, h, x: (p["activation"](p["W"] @ h + x), h)
+        return jnp.sum(scan(step, params, jnp.ones(3), xs)[0])
+
+    assert_close(jax.grad(partial(loss, strategy))(jnp.eye(3)), jax.grad(partial(loss, python_loop))(jnp.eye(3)))
+
+
+@strategies
+def test_vmap_and_nesting(strategy):
+    """Under vmap on either side of grad, and inside another scan."""
+    cell = make_cell("gru")
+    params, _, xs = problem(cell, 4, (3,))
+    inits = random_like(cell.initial_carry((3,)), jax.random.key(5))
+
+    def outer_loss(scan, params, init, xs):
+        def outer_step(h, x):
+            h, ys = scan(cell, params, h, x)
+            return h, ys
+
+        h, ys = jax.lax.scan(outer_step, init, xs.reshape(2, 2, 3))
+        return jnp.sum(ys**2) + jnp.sum(h)
+
+    def run(scan):
+        grad_of_row = jax.grad(partial(outer_loss, scan), argnums=(0, 1, 2))
+        rows = jax.vmap(grad_of_row, in_axes=(None, 0, 1))(params, inits, xs)
+        mean = lambda params: jax.vmap(partial(outer_loss, scan), in_axes=(None, 0, 1))(params, inits, xs).mean()
+        return rows, jax.grad(mean)(params)
+
+    assert_close(run(strategy), run(python_loop))
+
+
+@strategies
+def test_second_derivatives(strategy):
+    """Forward over reverse, and reverse over reverse."""
+    cell = make_cell("elman")
+    params, init, xs = problem(cell, 5)
+
+    def loss(scan, W):
+        return jnp.sum(jnp.sin(scan(cell, params._replace(W_hh=W), init, xs)[1]))
+
+    expected = jax.hessian(partial(loss, python_loop))(params.W_hh)
+    assert_close(jax.hessian(partial(loss, strategy))(params.W_hh), expected)
+    assert_close(jax.jacrev(jax.grad(partial(loss, strategy)))(params.W_hh), expected)
+
+
+@strategies
+def test_branches_do_not_leak_nan(strategy):
+    """The branch not taken has the gradient nan: a strategy that computes both sides would return it."""
+
+    def step(w, h, x):
+        h = jax.lax.cond(x > 0, lambda: jnp.sqrt(x) * w * h, lambda: -h * w)
+        return h, h
+
+    def loss(scan, w, xs):
+        return jnp.sum(scan(step, w, 1.0, xs)[1])
+
+    args = 2.0, jnp.array([1.0, -1.0, 0.0, 3.0])
+    mine = jax.grad(partial(loss, strategy), argnums=(0, 1))(*args)
+    np.testing.assert_allclose(mine[1][2], 0)
+    assert_close(mine, jax.grad(partial(loss, python_loop), argnums=(0, 1))(*args))
+
+
+@strategies
+def test_unroll_changes_nothing(strategy):
+    cell = make_cell("lstm")
+    args = problem(cell, 7, (2,))
+    loss = lambda params, unroll: jnp.sum(strategy(cell, params, *args[1:], unroll=unroll)[1] ** 2)
+    assert_close(jax.grad(loss)(args[0], 3), jax.grad(loss)(args[0], 1))
+    assert_close(jax.grad(loss)(args[0], True), jax.grad(loss)(args[0], 1))
+
+
+@strategies
+def test_python_numbers_take_the_dtype_of_the_step(strategy):
+    carry, ys = strategy(lambda w, h, x: (w * h + x, h), jnp.float32(0.5), 1, jnp.ones(4, jnp.float32))
+    assert carry.dtype == ys.dtype == jnp.float32
+    assert carry == pytest.approx(0.5**4 + 1.875)
+
+
+@pytest.mark.parametrize("strategy", EXACT.values(), ids=EXACT)
+def test_step_is_traced_once(strategy):
+    cell = make_cell("elman")
+    params, init, xs = problem(cell, 6)
+
+    def counted():
+        chex.clear_trace_counter()
+        return chex.assert_max_traces(lambda *args: cell.step(*args), n=1)
+
+    step = counted()
+    jax.jit(lambda params: strategy(step, params, init, xs))(params)
+    step = counted()
+    jax.jit(jax.grad(lambda params: jnp.sum(strategy(step, params, init, xs)[1])))(params)
+
+
+def test_trace_count_can_fail():
+    """The check above is real: chex counts the calls of a function, and a second one raises."""
+    chex.clear_trace_counter()
+    traces = chex.assert_max_traces(lambda p, h, x: (h, h), n=1)
+    bptt.scan(traces, None, jnp.zeros(2), length=2)
+    with pytest.raises(AssertionError, match="traced > 1 times"):
+        bptt.scan(traces, None, jnp.zeros(2), length=3)
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("mode", ["jvp", "jacfwd", "linearize"])
+def test_forward_mode_names_the_way_out(mode, jit):
+    cell = make_cell("elman")
+    params, init, xs = problem(cell, 3)
+    transform = jax.jit if jit else lambda f: f
+
+    def run(scan):
+        f = lambda params: jnp.sum(scan(cell, params, init, xs)[1])
+        match mode:
+            case "jvp":
+                return transform(lambda p: jax.jvp(f, (p,), (p,)))(params)
+            case "jacfwd":
+                return transform(jax.jacfwd(f))(params)
+            case "linearize":
+                return jax.linearize(transform(f), params)[1](params)
+
+    with pytest.raises(TypeError, match=r"adjoint_scan has a hand-written backward .* use jaxbptt\.scan"):
+        run(bptt.adjoint_scan)
+    run(bptt.scan)
+
+
+def test_forward_mode_gradient_equals_reverse():
+    """jacfwd through scan is the same full BPTT."""
+    cell = make_cell("lstm")
+    params, init, xs = problem(cell, 5)
+    loss = lambda scan, params: jnp.sum(scan(cell, params, init, xs)[1] ** 2)
+    assert_close(jax.jacfwd(partial(loss, bptt.scan))(params), jax.grad(partial(loss, bptt.adjoint_scan))(params))
+
+
+def test_adjoint_scan_saves_memory():
+    """The hand-derived adjoint stores less than autodiff does, the derived one little more, and neither T weights."""
+    for name, hidden in (("elman", 64), ("gru", 64), ("lstm", 64)):
+        cell = getattr(bptt, name)(32, hidden)
+        params = cell.init(jax.random.key(0))
+        init, xs = cell.initial_carry((8,)), jnp.zeros((128, 8, 32), jnp.float32)
+
+        def temporary_bytes(scan, cell=cell, init=init, xs=xs, params=params):
+            loss = lambda p: jnp.mean(scan(cell, p, init, xs)[1] ** 2)
+            return jax.jit(jax.value_and_grad(loss)).lower(params).compile().memory_analysis().temp_size_in_bytes
+
+        reference = temporary_bytes(bptt.scan)
+        assert temporary_bytes(bptt.adjoint_scan) < reference
+        assert temporary_bytes(EXACT["adjoint_scan (derived)"]) < 1.3 * reference
+
+
+def test_own_adjoint():
+    """A hand-written adjoint for a user's step is used, and a wrong one shows."""
+
+    def step(w, h, x):
+        return w * h + x, h
+
+    right = bptt.Adjoint(
+        forward=lambda w, h, x: ((w * h + x, h), h),
+        backward=lambda w, h, x, h_bar, y_bar: (w * h_bar + y_bar, h_bar),
+        contract=lambda w, hs, xs, ys_bar, deltas: (jnp.sum(deltas * hs), deltas),
+    )
+    xs = jnp.arange(1.0, 6.0)
+    loss = lambda w, adjoint: jnp.sum(jnp.sin(bptt.adjoint_scan(step, w, 0.3, xs, adjoint=adjoint)[1]))
+    reference = jax.grad(loss)(0.9, None)
+    np.testing.assert_allclose(jax.grad(loss)(0.9, right), reference, rtol=1e-12)
+    wrong = right._replace(backward=lambda w, h, x, h_bar, y_bar: (w * h_bar - y_bar, h_bar))
+    assert abs(jax.grad(loss)(0.9, wrong) - reference) > 0.1
+
+
+def test_own_adjoint_of_wrong_shape():
+    cell = make_cell("elman")
+    params, init, xs = problem(cell, 4)
+
+    def gradient(contract):
+        adjoint = cell.adjoint._replace(contract=contract)
+        loss = lambda params: jnp.sum(bptt.adjoint_scan(cell, params, init, xs, adjoint=adjoint)[1])
+        return jax.grad(loss)(params)
+
+    def transposed(*args):
+        params_bar, xs_bar = cell.adjoint.contract(*args)
+        return params_bar._replace(W_xh=params_bar.W_xh.T), xs_bar
+
+    with pytest.raises(ValueError, match=r"gradient of params\.W_xh has shape \(3, 4\), but params\.W_xh has \(4, 3\)"):
+        gradient(transposed)
+    with pytest.raises(ValueError, match="gradient of params has structure"):
+        gradient(lambda *args: (tuple(cell.adjoint.contract(*args)[0]), cell.adjoint.contract(*args)[1]))
+
+
+def test_stack_without_an_adjoint_in_one_layer():
+    plain = make_cell("elman")._replace(adjoint=None)
+    cell = bptt.stack(plain, bptt.gru(4, 5, dtype=jnp.float64))
+    assert cell.adjoint is None
+    args = problem(cell, 5)
+    loss = lambda scan, params: jnp.sum(scan(cell, params, *args[1:])[1] ** 2)
+    assert_close(jax.grad(partial(loss, bptt.adjoint_scan))(args[0]), jax.grad(partial(loss, python_loop))(args[0]))
+
+
+def test_bfloat16_is_kept():
+    cell = make_cell("elman", jnp.bfloat16)
+    params, init, xs = problem(cell, 5, (2,), jnp.bfloat16)
+    (carry, ys), pull = jax.vjp(partial(bptt.adjoint_scan, cell), params, init, xs)
+    bars = pull((carry, ys))
+    assert {leaf.dtype for leaf in jax.tree.leaves((carry, ys, bars))} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_no_warnings_and_no_config_at_import():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert bptt.scan(lambda p, h, x: (h, h), None, jnp.zeros(2), length=3)[1].shape == (3, 2)
