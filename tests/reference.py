@@ -32,37 +32,38 @@ def python_loop(step, params, init, xs=None, *, length=None):
     step = getattr(step, "step", step)
     carry, ys = init, []
     for t in range(len(jax.tree.leaves(xs)[0]) if length is None else length):
-        carry, y = step(params, carry, jax.tree.map(lambda leaf, t=t: leaf[t], xs))
+        # An array for an index: a Python one would be compiled anew for each t.
+        carry, y = step(params, carry, jax.tree.map(lambda leaf, t=jnp.array(t): leaf[t], xs))
         ys.append(y)
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys)
 
 
-def random_like(tree, key):
-    """A random array for each leaf of a tree."""
-    leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(key, max(len(leaves), 1))
-    return treedef.unflatten(
-        [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=False)]
-    )
+def random_like(tree, seed, scale=1.0):
+    """A random array for each leaf of a tree of arrays or shapes. From numpy, which compiles nothing."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(scale * rng.standard_normal(leaf.shape), leaf.dtype), tree)
 
 
 def problem(cell, steps, batch=(), dtype=jnp.float64, seed=0):
     """Random parameters (biases too), a first carry that is not 0, and inputs."""
-    keys = jax.random.split(jax.random.key(seed), 4)
-    params = cell.init(keys[0])
-    params = jax.tree.map(lambda p, r: p + 0.3 * r.astype(dtype), params, random_like(params, keys[1]))
-    init = random_like(cell.initial_carry(batch), keys[2])
-    return params, init, jax.random.normal(keys[3], (steps, *batch, SIZES["input"]), dtype)
+    params, init = jax.eval_shape(cell.init, jax.random.key(0)), jax.eval_shape(lambda: cell.initial_carry(batch))
+    xs = jax.ShapeDtypeStruct((steps, *batch, SIZES["input"]), dtype)
+    return random_like(params, seed, 0.5), random_like(init, seed + 1), random_like(xs, seed + 2)
 
 
 def assert_close(actual, expected, *, rtol=None):
-    """Equal leaf by leaf, relative to the largest entry of each leaf: 1e-10 in float64, 1e-5 in float32."""
+    """Equal leaf by leaf, relative to the largest entry of each leaf: 1e-10 in float64, 1e-5 in float32.
+
+    A leaf that has vanished under the resolution of the largest one, as the gradient of a first carry does, is held to
+    that resolution.
+    """
+    whole = max((np.max(np.abs(leaf), initial=0.0) for leaf in map(np.asarray, jax.tree.leaves(expected))), default=0.0)
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
         a, b = np.asarray(a), np.asarray(b)
         assert a.shape == b.shape, (path, a.shape, b.shape)
         assert a.dtype == b.dtype, (path, a.dtype, b.dtype)
         tolerance = rtol or {"float64": 1e-10, "float32": 1e-5}[str(b.dtype)]
-        scale = np.max(np.abs(b), initial=0.0)
+        scale = max(np.max(np.abs(b), initial=0.0), np.finfo(b.dtype).eps * whole)
         error = np.max(np.abs(a - b), initial=0.0)
         assert error <= tolerance * scale, f"{jax.tree_util.keystr(path)}: {error:.2e} of {scale:.2e}"

@@ -17,25 +17,27 @@ strategies = pytest.mark.parametrize("strategy", EXACT.values(), ids=EXACT)
 
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 @pytest.mark.parametrize("batch", [(), (1,), (5,)], ids=["unbatched", "batch1", "batch5"])
-@pytest.mark.parametrize("steps", [1, 2, 7, 64])
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize(
+    ("name", "steps"), [(name, steps) for name in CELLS for steps in (1, 2, 7, 64) if name != "stack" or steps == 7]
+)
 def test_equals_python_loop(name, steps, batch, dtype):
     cell = make_cell(name, dtype)
     args = problem(cell, steps, batch, dtype)
-    out, pull = jax.vjp(partial(python_loop, cell), *args)
-    every_step = random_like(out, jax.random.key(9))
+    # The loop is Python's; its step is compiled, which changes nothing but the time this test takes.
+    out, pull = jax.vjp(partial(python_loop, jax.jit(cell.step)), *args)
+    every_step = random_like(out, 9)
     # The last step only: in the outputs, and nothing through the carry.
     last_step = (jax.tree.map(jnp.zeros_like, out[0]), jnp.zeros_like(out[1]).at[-1].set(every_step[1][-1]))
-    expected = [pull(cotangent) for cotangent in (every_step, last_step)]
-    for strategy in EXACT.values():
 
-        @jax.jit
-        def value_and_pull(args, cotangent, strategy=strategy):
-            out, pull = jax.vjp(partial(strategy, cell), *args)
-            return out, pull(cotangent)
+    @jax.jit
+    def every_way(args, cotangent):
+        outs_and_pulls = [jax.vjp(partial(strategy, cell), *args) for strategy in EXACT.values()]
+        return [(out, pull(cotangent)) for out, pull in outs_and_pulls]
 
-        for cotangent, gradients in zip((every_step, last_step), expected, strict=True):
-            assert_close(value_and_pull(args, cotangent), (out, gradients))
+    for cotangent in (every_step, last_step):
+        expected = out, pull(cotangent)
+        for value_and_gradients in every_way(args, cotangent):
+            assert_close(value_and_gradients, expected)
 
 
 @strategies
@@ -135,7 +137,7 @@ def test_vmap_and_nesting(strategy):
     """Under vmap on either side of grad, and inside another scan."""
     cell = make_cell("gru")
     params, _, xs = problem(cell, 4, (3,))
-    inits = random_like(cell.initial_carry((3,)), jax.random.key(5))
+    inits = random_like(cell.initial_carry((3,)), 5)
 
     def outer_loss(scan, params, init, xs):
         def outer_step(h, x):

@@ -1,0 +1,204 @@
+"""Gradient flow is ∂L/∂hₜ, for any step; its parts are exact, and so is the split by lag."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import CELLS, assert_close, make_cell, problem, python_loop
+
+import jaxbptt as bptt
+
+
+def loss_of_all(carry, ys):
+    weights = jnp.arange(1.0, len(jax.tree.leaves(ys)[0]) + 1)
+    per_leaf = [jnp.sum(jnp.tensordot(weights, jnp.sin(leaf), 1)) for leaf in jax.tree.leaves(ys)]
+    return sum(per_leaf) + sum(jnp.sum(leaf**3) for leaf in jax.tree.leaves(carry) if leaf.dtype == float)
+
+
+def loss_of_last(carry, ys):
+    return sum(jnp.sum(jnp.sin(leaf[-1])) for leaf in jax.tree.leaves(ys))
+
+
+losses = pytest.mark.parametrize("loss", [loss_of_all, loss_of_last], ids=["all steps", "last step"])
+
+
+def network_step(params, h, x):
+    """The textbook's network as one step: what comes out is read off the new state."""
+    h = jnp.tanh(params["W_hh"] @ h + x)
+    return h, params["W_hy"] @ h
+
+
+def wrapped_step(params, carry, x):
+    """The same inside wrappers that hide it, with a counter in the carry, a custom derivative and a dictionary."""
+
+    @jax.jit
+    def inner(params, carry, x):
+        h = jax.nn.relu(params["W_hh"] @ carry["h"] + x) - 0.3 * jnp.tanh(carry["h"])
+        return {"h": h, "n": carry["n"] + 1}, {"o": jax.nn.logsumexp(params["W_hy"] @ h) * x[0], "n": carry["n"]}
+
+    return jax.checkpoint(inner)(params, carry, x)
+
+
+def user_problem(kind):
+    params = {
+        "W_hh": jax.random.normal(jax.random.key(1), (3, 3)),
+        "W_hy": jax.random.normal(jax.random.key(2), (2, 3)),
+    }
+    xs = jax.random.normal(jax.random.key(3), (6, 3))
+    if kind == "network":
+        return network_step, params, jnp.full(3, 0.1), xs
+    return wrapped_step, params, {"h": jnp.full(3, 0.1), "n": jnp.array(0)}, xs
+
+
+def any_problem(name):
+    if name in CELLS:
+        cell = make_cell(name)
+        return cell, *problem(cell, 6)
+    return user_problem(name)
+
+
+everything = pytest.mark.parametrize("name", [*CELLS, "network", "wrapped"])
+
+
+def perturbed_loss(step, params, init, xs, loss, t, epsilon):
+    """The loss with ε added to hₜ itself, seen by the next step and by the step's own output: by hand, for one h."""
+    step = getattr(step, "step", step)
+    carry, ys = init, []
+    for s in range(len(xs)):
+        carry, y = step(params, carry, xs[s])
+        if s == t:
+            h = carry["h"] if isinstance(carry, dict) else carry
+            h = h + epsilon
+            carry = carry | {"h": h} if isinstance(carry, dict) else h
+            if step is network_step:
+                y = params["W_hy"] @ h
+            elif step is wrapped_step:
+                y = y | {"o": jax.nn.logsumexp(params["W_hy"] @ h) * xs[s][0]}
+            else:
+                y = h
+        ys.append(y)
+    return loss(carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys))
+
+
+@losses
+@pytest.mark.parametrize("name", ["elman", "gru", "network", "wrapped"])
+def test_adjoints_are_dL_dh(name, loss):
+    step, params, init, xs = any_problem(name)
+    flow = bptt.gradient_flow(step, params, init, xs, loss)
+    adjoints = flow.adjoints["h"] if isinstance(init, dict) else flow.adjoints
+    for t in range(6):
+        zero = jnp.zeros_like(adjoints[t])
+        expected = jax.grad(lambda e, t=t: perturbed_loss(step, params, init, xs, loss, t, e))(zero)
+        np.testing.assert_allclose(adjoints[t], expected, rtol=1e-10, atol=1e-14)
+        np.testing.assert_allclose(flow.norms[t], np.linalg.norm(expected), rtol=1e-10)
+
+
+@losses
+@pytest.mark.parametrize("name", [*CELLS, "network"])
+def test_recursion_of_the_text(name, loss):
+    """d_T = a_T, and dₜ = aₜ + Jₜ₊₁ᵀ dₜ₊₁ with Jacobians taken on another road."""
+    step, params, init, xs = any_problem(name)
+    flow = bptt.gradient_flow(step, params, init, xs, loss)
+    _, J = bptt.state_jacobians(step, params, init, xs)
+    d, a = (
+        np.concatenate([np.asarray(leaf).reshape(6, -1) for leaf in jax.tree.leaves(part)], axis=1)
+        for part in (flow.adjoints, flow.immediate)
+    )
+    np.testing.assert_allclose(d[-1], a[-1], rtol=1e-12)
+    np.testing.assert_allclose(d[:-1], a[:-1] + np.einsum("tij,ti->tj", J[1:], d[1:]), rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(flow.immediate_norms, np.linalg.norm(a, axis=1), rtol=1e-12)
+
+
+@losses
+@everything
+def test_gradients_and_contributions(name, loss):
+    step, params, init, xs = any_problem(name)
+    flow = jax.jit(lambda *args: bptt.gradient_flow(step, *args, loss))(params, init, xs)
+    value, gradients = jax.value_and_grad(lambda p, xs: loss(*python_loop(step, p, init, xs)), argnums=(0, 1))(
+        params, xs
+    )
+    assert_close((flow.loss, flow.param_gradients, flow.input_gradients), (value, *gradients))
+    terms = bptt.temporal_contributions(step, params, init, xs, loss).contributions
+    norms = jax.tree.map(lambda leaf: jnp.sqrt(jnp.sum(leaf**2, axis=range(1, leaf.ndim))), terms)
+    assert_close(flow.contribution_norms, norms)
+
+
+def test_initial_state_batch_and_no_inputs():
+    cell = make_cell("lstm")
+    params, init, xs = problem(cell, 5, (3,))
+    flow = bptt.gradient_flow(cell, params, init, xs, loss_of_last)
+    expected = jax.grad(lambda init: loss_of_last(*python_loop(cell, params, init, xs)))(init)
+    assert_close(flow.init_gradients, expected)
+    together = np.sqrt(np.sum(np.asarray(flow.adjoints.h) ** 2 + np.asarray(flow.adjoints.c) ** 2, axis=(1, 2)))
+    np.testing.assert_allclose(flow.norms, together, rtol=1e-12)
+    autonomous = bptt.gradient_flow(lambda w, h, x: (w * h, None), 0.5, 1.0, None, lambda h, ys: h, length=4)
+    np.testing.assert_allclose(autonomous.adjoints, [0.125, 0.25, 0.5, 1])
+    assert autonomous.input_gradients is None
+
+
+def test_norms_of_vanishing_gradients_do_not_underflow():
+    """In float32 a gradient of 1e-30 squared is 0; its norm must still be 1e-30."""
+    flow = bptt.gradient_flow(
+        lambda w, h, x: (w * h, None),
+        jnp.float32(0.1),
+        jnp.ones(4, jnp.float32),
+        None,
+        lambda h, ys: jnp.sum(h),
+        length=31,
+    )
+    assert flow.norms.dtype == jnp.float32
+    np.testing.assert_allclose(flow.norms, 2 * 10.0 ** -np.arange(30, -1, -1), rtol=1e-4)
+
+
+def test_memory_holds_no_weight_gradient_for_each_step():
+    """Four times the time steps: temporary memory grows with T n, far from T p."""
+    cell = bptt.elman(4, 128)
+    params = cell.init(jax.random.key(0))
+
+    def temporary_bytes(steps):
+        xs = jnp.zeros((steps, 4), jnp.float32)
+        f = jax.jit(lambda p: bptt.gradient_flow(cell, p, cell.initial_carry(), xs, lambda h, ys: jnp.sum(ys)))
+        return f.lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    growth = temporary_bytes(256) - temporary_bytes(64)
+    assert growth < 192 * 128 * 4 * 20
+    assert growth < 192 * 128 * 128 * 4 / 4
+
+
+@losses
+@everything
+def test_lags_sum_to_the_gradient(name, loss):
+    step, params, init, xs = any_problem(name)
+    lags = bptt.lag_contributions(step, params, init, xs, loss).contributions
+    gradient = jax.grad(lambda params: loss(*python_loop(step, params, init, xs)))(params)
+    assert_close(jax.tree.map(lambda leaf: leaf.sum(axis=0), lags), gradient)
+    assert all(len(leaf) == 6 for leaf in jax.tree.leaves(lags))
+
+
+def test_lags_are_windows_cut_by_hand():
+    """The first W lags together: each loss term alone, with the carry cut W steps before it."""
+    cell = make_cell("elman")
+    params, h_0, xs = problem(cell, 6)
+    lags = bptt.lag_contributions(cell, params, h_0, xs, lambda h, ys: jnp.sum(jnp.sin(ys))).contributions.W_hh
+
+    def windowed(W_hh, window):
+        p, total = params._replace(W_hh=W_hh), 0.0
+        for t in range(6):
+            h = h_0
+            for s in range(t + 1):
+                h = jax.lax.stop_gradient(h) if s == t - window + 1 else h
+                h, y = cell.step(p, h, xs[s])
+            total += jnp.sum(jnp.sin(y))
+        return total
+
+    for window in range(1, 7):
+        expected = jax.grad(windowed)(params.W_hh, window)
+        np.testing.assert_allclose(lags[:window].sum(axis=0), expected, rtol=1e-10, atol=1e-14)
+    short = bptt.lag_contributions(cell, params, h_0, xs, lambda h, ys: jnp.sum(jnp.sin(ys)), max_lag=2)
+    np.testing.assert_allclose(short.contributions.W_hh, lags[:3], rtol=1e-12)
+
+
+@pytest.mark.parametrize("max_lag", [-1, 3])
+def test_wrong_lag(max_lag):
+    with pytest.raises(ValueError, match=rf"max_lag is {max_lag}, but a sequence of 3 time steps has lags 0 to 2"):
+        bptt.lag_contributions(lambda w, h, x: (w * h, h), 0.5, 1.0, None, lambda h, ys: h, max_lag=max_lag, length=3)
