@@ -1,5 +1,8 @@
 """The gradient of a recurrence through time, in every way worth having, and what happened to it on the way back."""
 
+import importlib as _importlib
+from typing import Any as _Any
+
 from jaxbptt import interop as interop
 from jaxbptt.analysis.certificate import Certificate as Certificate
 from jaxbptt.analysis.certificate import CertificateRow as CertificateRow
@@ -39,3 +42,13 @@ from jaxbptt.textbook import bptt as bptt
 from jaxbptt.training import losses as losses
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> _Any:
+    """`plots`, imported when first asked for: it needs matplotlib, which the rest does without."""
+    if name != "plots":
+        raise AttributeError(f"module 'jaxbptt' has no attribute {name!r}")
+    try:
+        return _importlib.import_module("jaxbptt.plots")
+    except ModuleNotFoundError as error:
+        raise ImportError(f"jaxbptt.plots needs {error.name}: pip install 'jaxbptt[report]'.") from error

@@ -112,7 +112,7 @@ def read_npz(path: str | Path) -> Series:
     """The only array of a numpy `.npz` file, or the one named `xs`: `[time]` or `[time, features]`."""
     _read(path)
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
     except Exception as error:  # numpy, zipfile and zlib each have errors of their own for a broken file
         raise InputError(f"{path} is not a readable .npz file of plain arrays: {str(error).splitlines()[0]}") from None
@@ -125,9 +125,9 @@ def read_npz(path: str | Path) -> Series:
             f"{path}: array {key!r} is {values.dtype} of shape {values.shape}, but real numbers of shape [time] or "
             "[time, features] are expected."
         )
-    values = values.astype(float).reshape(len(values), -1)
     if not values.size:
-        raise InputError(f"{path}: array {key!r} is empty, its shape is {arrays[key].shape}.")
+        raise InputError(f"{path}: array {key!r} is empty, its shape is {values.shape}.")
+    values = values.astype(float).reshape(len(values), -1)
     bad = np.argwhere(~np.isfinite(values))
     if len(bad):
         raise InputError(f"{path}: array {key!r} is {values[tuple(bad[0])]} at [time, feature] = {bad[0].tolist()}.")

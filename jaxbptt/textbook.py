@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from jaxbptt.cells.elman import ElmanParams
 from jaxbptt.network import NetworkParams
@@ -50,9 +50,9 @@ class TextbookBPTT(NamedTuple):
 
 def bptt(
     params: NetworkParams,
-    xs: Float[Array, "time input"],
-    h_0: Float[Array, " hidden"],
-    targets: Int[Array, " time"] | Float[Array, "time output"],
+    xs: Float[ArrayLike, "time input"],
+    h_0: Float[ArrayLike, " hidden"],
+    targets: Int[ArrayLike, " time"] | Float[ArrayLike, "time output"],
 ) -> TextbookBPTT:
     r"""Manual BPTT for an Elman network with softmax cross-entropy at every step, summed over time.
 

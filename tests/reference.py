@@ -32,8 +32,8 @@ def python_loop(step, params, init, xs=None, *, length=None):
     step = getattr(step, "step", step)
     carry, ys = init, []
     for t in range(len(jax.tree.leaves(xs)[0]) if length is None else length):
-        # An array for an index: a Python one would be compiled anew for each t.
-        carry, y = step(params, carry, jax.tree.map(lambda leaf, t=jnp.array(t): leaf[t], xs))
+        index = jnp.array(t)  # a Python number would be compiled anew for each t
+        carry, y = step(params, carry, jax.tree.map(lambda leaf, t=index: leaf[t], xs))
         ys.append(y)
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys)
 

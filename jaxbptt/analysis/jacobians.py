@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from jaxbptt.analysis.norms import norm
 from jaxbptt.cells.cell import Cell
@@ -90,7 +90,7 @@ def state_jacobians(
     return new_carries, _jacobians(r, carries)
 
 
-def jacobian_products(J: Float[Array, "time n n"]) -> ScaledProducts:
+def jacobian_products(J: Float[ArrayLike, "time n n"]) -> ScaledProducts:
     r"""Products of state Jacobians from the end of the sequence back to each step, scaled so that any T is safe.
 
     ∂h_T/∂hₜ = J_T J_{T−1} … J_{t+1},  t = 1 … T

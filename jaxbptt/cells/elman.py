@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 from jaxbptt.cells import dense
 from jaxbptt.cells.cell import Adjoint, Cell
@@ -99,7 +99,9 @@ def elman(
     return Cell(init, initial_carry, step, Adjoint(forward, backward, contract))
 
 
-def elman_state_jacobians(params: ElmanParams, hs: Float[Array, "*time hidden"]) -> Float[Array, "*time hidden hidden"]:
+def elman_state_jacobians(
+    params: ElmanParams, hs: Float[ArrayLike, "*time hidden"]
+) -> Float[Array, "*time hidden hidden"]:
     r"""The closed form of the Elman cell's state Jacobian.
 
     Jₜ = ∂hₜ/∂hₜ₋₁ = diag(1 − hₜ²) W_hh
@@ -120,4 +122,5 @@ def elman_state_jacobians(params: ElmanParams, hs: Float[Array, "*time hidden"])
         >>> print(bptt.elman_state_jacobians(params, jnp.array([0.0])))
         [[0.5]]
     """
+    hs = jnp.asarray(hs)
     return ((1 - hs) * (1 + hs))[..., :, None] * params.W_hh

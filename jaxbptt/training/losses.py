@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
 Reduction = Literal["mean", "sum"]
 
 
 def cross_entropy(
-    logits: Float[Array, "time *batch classes"],
+    logits: Float[ArrayLike, "time *batch classes"],
     labels: Any,
     *,
     mask: Any = None,
@@ -68,7 +68,7 @@ def cross_entropy(
 
 
 def mean_squared_error(
-    outputs: Float[Array, "time *batch features"],
+    outputs: Float[ArrayLike, "time *batch features"],
     targets: Any,
     *,
     mask: Any = None,

@@ -1,0 +1,118 @@
+"""The certificate measures what it says, and a wrong gradient does not pass it."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import make_cell, problem
+
+import jaxbptt as bptt
+from jaxbptt.analysis.cost import compile_and_cost, count_flops
+
+
+def loss(carry, ys):
+    return jnp.mean(ys**2)
+
+
+def test_rows_of_a_cell():
+    cell = make_cell("lstm")
+    seen = []
+    certificate = bptt.certify(cell, *problem(cell, 8, (2,)), loss, progress=seen.append, repeats=1)
+    assert [row.name for row in certificate.rows] == ["scan", "adjoint_scan (derived)", "adjoint_scan"] == seen
+    assert certificate.dtype == "float64"
+    assert certificate.tolerance == pytest.approx(np.finfo(float).eps ** 0.6)
+    for row in certificate.rows:
+        assert row.agrees
+        assert set(row.errors) == {"params.W_xh", "params.W_hh", "params.b", "init.h", "init.c", "xs"}
+        assert row.largest_error == max(row.errors.values()) < 1e-12
+        assert row.temporary_bytes > 0
+        assert row.seconds > 0
+        assert row.compile_seconds > 0
+    assert certificate.rows[0].largest_error == 0
+    lines = str(certificate).splitlines()
+    assert len(lines) == 4
+    assert lines[0].split() == ["way", "largest", "relative", "error", "temporary", "bytes", "Mflop", "ms", "agrees"]
+
+
+def test_a_wrong_gradient_does_not_agree():
+    cell = make_cell("elman")
+    args = problem(cell, 8)
+    wrong = cell.adjoint._replace(
+        contract=lambda *a: (cell.adjoint.contract(*a)[0]._replace(b=jnp.zeros(4)), cell.adjoint.contract(*a)[1])
+    )
+    scans = {
+        "mine": lambda *a, **kw: bptt.adjoint_scan(*a, adjoint=wrong, **kw),
+        "twice": lambda *a, **kw: jax.tree.map(lambda leaf: 2 * leaf, bptt.scan(*a, **kw)),
+    }
+    row, twice = bptt.certify(cell, *args, loss, scans=scans, repeats=1).rows[1:]
+    assert not row.agrees
+    assert row.value_error < 1e-12
+    assert {leaf for leaf, error in row.errors.items() if error > 1e-6} == {"params.b"}
+    assert row.errors["params.b"] == row.largest_error == pytest.approx(1)
+    assert twice.value_error == pytest.approx(3)
+    assert not twice.agrees
+
+
+def test_a_nan_does_not_agree():
+    cell = make_cell("elman")
+    ways = {"nan": lambda params, init, xs: jax.tree.map(lambda leaf: leaf * jnp.nan, params)}
+    row = bptt.certify(cell, *problem(cell, 3), loss, scans=[], gradients=ways, repeats=1).rows[1]
+    assert not row.agrees
+
+
+def test_any_step_with_leaves_that_have_no_derivative():
+    def step(params, carry, x):
+        h, count = carry
+        h = params["f"](params["w"] * h + x["signal"])
+        return (h, count + 1), h
+
+    params = {"w": 0.5, "f": jnp.tanh}
+    xs = {"signal": jnp.arange(5.0), "key": jax.random.split(jax.random.key(0), 5)}
+    certificate = bptt.certify(step, params, (0.1, 0), xs, loss, scans=[bptt.adjoint_scan], repeats=1)
+    assert [row.name for row in certificate.rows] == ["scan", "adjoint_scan"]
+    assert certificate.rows[1].agrees
+    assert set(certificate.rows[1].errors) == {"params['w']", "init[0]", "xs['signal']"}
+
+
+def test_other_ways_and_length():
+    way = {"by hand": lambda w, h_0, xs: 3 * w**2 * h_0}
+    step = lambda w, h, x: (w * h, None)
+    certificate = bptt.certify(step, 0.2, 0.9, None, lambda h, ys: h, gradients=way, length=3, repeats=1)
+    row = certificate.rows[-1]
+    assert row.name == "by hand"
+    assert row.agrees
+    assert math.isnan(row.value_error)
+    assert set(row.errors) == {"params"}
+
+
+def test_repeats():
+    with pytest.raises(ValueError, match="repeats is 0"):
+        bptt.certify(lambda w, h, x: (h, h), 1.0, 1.0, None, loss, length=2, repeats=0)
+
+
+def test_flops_count_loops_as_often_as_they_run():
+    """T products of [64, 64] with a vector, 2 · 64² each, and the tanh for nothing; the compiler counts one of them."""
+    W, h = jnp.ones((64, 64)), jnp.ones(64)
+
+    def cost(steps):
+        return compile_and_cost(
+            lambda W, h: bptt.scan(lambda W, h, x: (jnp.tanh(W @ h), None), W, h, length=steps)[0], W, h
+        )[1]
+
+    assert cost(10).flops == 10 * 2 * 64**2
+    assert cost(1000).flops == 1000 * 2 * 64**2
+    assert cost(1000).compiler_flops < 3 * cost(10).compiler_flops
+
+
+def test_flops_of_branches_calls_and_what_cannot_be_counted():
+    def count(f, *args):
+        return count_flops(jax.make_jaxpr(f)(*args).jaxpr)
+
+    A = jnp.ones((4, 4))
+    assert count(lambda A: jax.jit(lambda A: A @ A)(A), A) == 2 * 64
+    assert count(lambda A: jax.lax.cond(A[0, 0] > 0, lambda: A @ A, lambda: A), A) == 2 * 64
+    assert count(lambda A: (A @ A, jnp.sum(A))[1], A) == 16  # the product is not used
+    assert math.isnan(count(lambda A: jnp.linalg.qr(A)[0], A))
+    assert math.isnan(count(lambda A: jax.lax.while_loop(lambda A: A[0, 0] < 9, lambda A: A + 1, A), A))

@@ -1,0 +1,66 @@
+"""Weights survive the way to torch's layout and back; what can't be read is refused in words."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import assert_close, make_cell, problem
+
+import jaxbptt as bptt
+from jaxbptt import interop
+
+
+@pytest.mark.parametrize("name", ["elman", "gru", "lstm"])
+def test_round_trip(name):
+    params, _, _ = problem(make_cell(name), 1)
+    state_dict = interop.to_torch(params)
+    assert {key: value.shape for key, value in state_dict.items()} == {
+        "weight_ih_l0": params.W_xh.shape,
+        "weight_hh_l0": params.W_hh.shape,
+        "bias_ih_l0": params.b.shape,
+        "bias_hh_l0": params.b.shape,
+    }
+    assert_close(interop.from_torch(state_dict), (params,))
+
+
+def test_layers():
+    cell = bptt.stack(bptt.gru(3, 4, dtype=jnp.float64), bptt.gru(4, 4, dtype=jnp.float64))
+    params = cell.init(jax.random.key(0))
+    assert sorted(interop.to_torch(params))[:2] == ["bias_hh_l0", "bias_hh_l1"]
+    assert_close(interop.from_torch(interop.to_torch(params)), params)
+
+
+def test_both_biases_of_torch_count():
+    ones = {"weight_ih_l0": np.ones((4, 3)), "weight_hh_l0": np.ones((4, 4))}
+    (params,) = interop.from_torch(ones | {"bias_ih_l0": np.full(4, 2.0), "bias_hh_l0": np.full(4, 3.0)})
+    assert params.b.tolist() == [5] * 4
+    gru = {"weight_ih_l0": np.ones((6, 3)), "weight_hh_l0": np.ones((6, 2))}
+    (params,) = interop.from_torch(gru | {"bias_ih_l0": np.full(6, 2.0), "bias_hh_l0": np.full(6, 3.0)})
+    assert params.b.tolist() == [5, 5, 5, 5, 2, 2]
+    assert params.b_hn.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("state_dict", "message"),
+    [
+        ({}, r"The layers are numbered \[\]"),
+        ({"weight_ih_l0_reverse": np.ones((2, 2))}, r"'weight_ih_l0_reverse' is no weight of a one-directional"),
+        ({"weight_hr_l0": np.ones((2, 2))}, r"'weight_hr_l0' is no weight .* without projection"),
+        ({"weight_ih_l1": np.ones((2, 2))}, r"The layers are numbered \[1\], but 0, 1, … without a gap"),
+        ({"weight_ih_l0": np.ones((2, 2))}, r"'weight_hh_l0' is missing"),
+        (
+            {"weight_ih_l0": np.ones((4, 3)), "weight_hh_l0": np.ones((4, 2))},
+            r"weight_hh_l0 has shape \(4, 2\), but 1, 3 or 4 blocks of \[2, 2\]",
+        ),
+    ],
+)
+def test_refused(state_dict, message):
+    with pytest.raises(ValueError, match=message):
+        interop.from_torch(state_dict)
+
+
+def test_params_of_something_else():
+    with pytest.raises(TypeError, match="Layer 1 is a dict, but ElmanParams"):
+        inspect.unwrap(interop.to_torch)([bptt.elman(2, 2).init(jax.random.key(0)), {}])

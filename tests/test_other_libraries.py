@@ -1,0 +1,90 @@
+"""Cells of Flax and Equinox, wrapped as a step, work in every strategy and in the analysis."""
+
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from reference import EXACT, assert_close
+
+import jaxbptt as bptt
+
+strategies = pytest.mark.parametrize("strategy", EXACT.values(), ids=EXACT)
+
+
+def nnx_lstm():
+    cell = nnx.OptimizedLSTMCell(3, 4, rngs=nnx.Rngs(0), param_dtype=jnp.float64, dtype=jnp.float64)
+    graph, state = nnx.split(cell)
+
+    def step(state, carry, x):
+        return nnx.merge(graph, state)(carry, x)
+
+    return step, state, (jnp.ones(4), jnp.ones(4))
+
+
+def nnx_gru():
+    cell = nnx.GRUCell(3, 4, rngs=nnx.Rngs(0), param_dtype=jnp.float64, dtype=jnp.float64)
+    graph, state = nnx.split(cell)
+    return lambda state, carry, x: nnx.merge(graph, state)(carry, x), state, jnp.ones(4)
+
+
+def equinox_gru():
+    cell = eqx.nn.GRUCell(3, 4, key=jax.random.key(0), dtype=jnp.float64)
+
+    def step(cell, h, x):
+        h = cell(x, h)
+        return h, h
+
+    return step, cell, jnp.ones(4)
+
+
+def equinox_with_functions():
+    """A model with functions among its leaves, as most Equinox models have."""
+    model = eqx.nn.MLP(7, 4, 8, 2, key=jax.random.key(0), dtype=jnp.float64)
+
+    def step(model, h, x):
+        h = model(jnp.concatenate([h, x]))
+        return h, h
+
+    return step, model, jnp.ones(4)
+
+
+@strategies
+@pytest.mark.parametrize("make", [nnx_lstm, nnx_gru, equinox_gru, equinox_with_functions])
+def test_step_of_another_library(make, strategy):
+    step, params, init = make()
+    xs = jax.random.normal(jax.random.key(1), (6, 3))
+
+    def loss(unroll, params):
+        _, ys = unroll(params)
+        return jnp.sum(ys**2)
+
+    plain = lambda params: jax.lax.scan(partial(step, params), init, xs)
+    grad = eqx.filter_value_and_grad
+    mine = grad(partial(loss, lambda params: strategy(step, params, init, xs)))(params)
+    assert_close(mine, grad(partial(loss, plain))(params))
+
+
+def test_analysis_of_another_library():
+    step, params, init = nnx_lstm()
+    xs = jax.random.normal(jax.random.key(1), (6, 3))
+    flow = bptt.gradient_flow(step, params, init, xs, lambda carry, ys: jnp.sum(ys[-1]))
+    expected = jax.grad(lambda params: jnp.sum(bptt.scan(step, params, init, xs)[1][-1]))(params)
+    assert_close(flow.param_gradients, expected)
+    assert flow.norms.shape == (6,)
+    assert bptt.state_jacobians(step, params, init, xs)[1].shape == (6, 8, 8)
+
+
+def test_equals_flax_lstm():
+    """Flax orders the gates i, f, g, o as well: the same weights give the same numbers."""
+    step, state, _ = nnx_lstm()
+    dense_i, dense_h = state["dense_i"], state["dense_h"]
+    params = bptt.LSTMParams(dense_i["kernel"][...].T, dense_h["kernel"][...].T, dense_h["bias"][...])
+    carry, xs = (jnp.full(4, 0.3), jnp.full(4, 0.2)), jax.random.normal(jax.random.key(1), (6, 3))
+    _, theirs = bptt.scan(step, state, carry, xs)
+    cell = bptt.lstm(3, 4, dtype=jnp.float64)
+    # Flax's carry is (c, h).
+    _, ours = bptt.scan(cell, params, bptt.LSTMState(h=carry[1], c=carry[0]), xs)
+    assert_close(ours, theirs)

@@ -1,0 +1,181 @@
+"""The report runs on real input, says what is so, and leaves nothing half written."""
+
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxbptt as bptt
+from jaxbptt import page, report, tasks
+from jaxbptt.__main__ import main
+
+SMALL = ["--hidden", "6", "--steps", "12", "--batch", "2"]
+
+
+class Page(HTMLParser):
+    """What a browser would ask the network for, and whether every id is there once."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.outside, self.ids, self.references = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        for key, value in attributes:
+            if key == "id":
+                self.ids.append(value)
+            if key in ("src", "href", "xlink:href", "action"):
+                (self.references if value.startswith("#") else self.outside).append(value.removeprefix("#"))
+
+
+def test_report_on_the_standard_library(tmp_path, capsys):
+    output = tmp_path / "report.html"
+    assert main(["report", *SMALL, "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    html = output.read_text(encoding="utf-8")
+    for cell in ("elman", "gru", "lstm"):
+        assert f"{cell}: every way" in printed
+        assert re.search(rf"{cell}: the gradient of the last step's loss (falls|reaches)", printed)
+        assert f"<h3>{cell}</h3>" in html
+    for way in ("scan", "adjoint_scan", "adjoint_scan (derived)", "Jacobian products", "textbook loop"):
+        assert f"<td>{way}</td>" in html
+    assert "NO" not in printed
+    assert html.count("<svg ") == 5
+    parsed = Page(html)
+    assert parsed.outside == []
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert set(parsed.references) <= set(parsed.ids)
+    assert "url(http" not in html
+    assert "prefers-color-scheme: dark" in html
+    assert "width=device-width" in html
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "npz", "text"])
+def test_report_on_files(tmp_path, kind, capsys):
+    path, output = tmp_path / f"data.{kind}", tmp_path / "report.html"
+    wave = np.sin(np.arange(40)[:, None] * [0.3, 0.5])
+    match kind:
+        case "csv":
+            np.savetxt(path, wave, delimiter=",", header="a,b", comments="")
+        case "npz":
+            np.savez(path, xs=wave)
+        case "text":
+            path.write_text("the quick brown fox jumps over the lazy dog")
+    options = ["--cell", "elman", "--float64", "--seed", "3", "--output", str(output)]
+    assert main(["report", f"--{kind}", str(path), *SMALL, *options]) == 0
+    html = output.read_text(encoding="utf-8")
+    assert f"data.{kind}" in html
+    assert "numbers float64" in html
+    assert ("textbook loop" in html) == (kind == "text")
+    assert "elman" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text", "nowhere.txt"], r"jaxbptt report: nowhere\.txt can't be read: No such file or directory\."),
+        (["--text", "empty.txt"], r"jaxbptt report: empty\.txt is empty\."),
+        (["--text", "short.txt"], r"jaxbptt report: short\.txt has 5 time steps, but steps=12 needs 13"),
+        (["--csv", "short.txt"], r"jaxbptt report: short\.txt has no rows of numbers"),
+        (
+            ["--output", "nowhere/r.html"],
+            r"jaxbptt report: --output nowhere/r\.html can't be written: there is no folder",
+        ),
+        (["--output", "."], r"jaxbptt report: --output \. is a folder"),
+        (["--steps", "0"], r"jaxbptt report: argument --steps: 0 is too small, at least 1 is needed"),
+        (["--hidden", "-3"], r"jaxbptt report: argument --hidden: -3 is too small, at least 1 is needed"),
+        (["--batch", "two"], r"jaxbptt report: argument --batch: 'two' is not a whole number"),
+        (["--cell", "rnn"], r"jaxbptt report: argument --cell: invalid choice: 'rnn'"),
+        (["--text", "a", "--csv", "b"], r"jaxbptt report: argument --csv: not allowed with argument --text"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("abcde")
+    before = sorted(tmp_path.iterdir())
+    try:
+        code = main(["report", *SMALL, *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2
+    assert re.match(message, error), error
+    assert error.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_as_a_process(tmp_path):
+    """As a user runs it: the exit code, the file, and nothing on standard error."""
+    run = subprocess.run(
+        [sys.executable, "-m", "jaxbptt", "report", *SMALL, "--cell", "gru", "--output", "r.html"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
+    assert (tmp_path / "r.html").stat().st_size > 10_000
+
+
+def test_without_the_report_extra(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert main(["report", *SMALL, "--output", str(tmp_path / "r.html")]) == 2
+    assert "is not installed: pip install 'jaxbptt[report]'" in capsys.readouterr().err
+
+
+def test_write_leaves_the_old_file_when_it_fails(tmp_path):
+    path = tmp_path / "r.html"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        page.write(path, "new \ud800")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def flow_of(norms):
+    norms = np.asarray(norms, np.float32)
+    return bptt.GradientFlow(0, None, None, norms, None, None, None, None, None)
+
+
+def sentence(norms):
+    return report.reach_sentence(report.CellReport("elman", None, flow_of(norms), None, None, ()))
+
+
+def test_reach():
+    flow = flow_of(2.0 ** np.arange(-40, 1))
+    assert report.reach(flow, 0.01) == 6
+    assert report.reach(flow, 2.0**-23) == 23
+    assert report.reach(flow_of(np.zeros(3)), 0.1) is None
+    assert report.reach(flow_of([5.0, 1.0]), 1.0) == 1
+
+
+def test_reach_in_words():
+    assert sentence(2.0 ** np.arange(-40, 1)) == (
+        "elman: the gradient of the last step's loss falls under 1 % of its largest size 7 steps back; "
+        "24 steps back it is so far under it that float32 loses it in any sum with what is near."
+    )
+    assert sentence([0.5, 0.5, 1.0]) == (
+        "elman: the gradient of the last step's loss reaches all 3 steps back with at least 1 % of its largest size; "
+        "at the first step it is 5e-01 of it."
+    )
+    assert "no gradient reaches any state" in sentence(np.zeros(4))
+    assert "is not finite in 2 of 4 steps" in sentence([1, np.nan, np.inf, 1])
+
+
+def test_what_does_not_fit_is_left_out_and_said(monkeypatch):
+    monkeypatch.setattr(report, "MAX_DENSE_BYTES", 0)
+    task = tasks.next_step(tasks.read_standard_library(), steps=5, batch=1)
+    seen = []
+    result = report.report_cell("gru", task, hidden=3, seed=0, dtype=jnp.float32, progress=seen.append)
+    assert result.singular_values is None
+    assert [row.name for row in result.certificate.rows] == ["scan", "adjoint_scan (derived)", "adjoint_scan"]
+    assert "GiB of dense matrices" in result.left_out[0]
+    assert len(seen) == report.stages("gru", task, 3)
+    assert "Left out: Jacobian products" in page.render({}, [result])

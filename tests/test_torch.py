@@ -1,0 +1,83 @@
+"""The outside oracle: torch's nn.RNN, nn.GRU and nn.LSTM, value and every gradient, in float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxbptt as bptt
+from jaxbptt import interop
+
+torch = pytest.importorskip("torch")
+
+MODULES = {"elman": "RNN", "gru": "GRU", "lstm": "LSTM"}
+STEPS, BATCH, INPUT, HIDDEN = 20, 4, 3, 5
+
+
+def close(mine, theirs):
+    theirs = np.asarray(theirs.detach().numpy() if hasattr(theirs, "detach") else theirs)
+    np.testing.assert_allclose(np.asarray(mine), theirs, rtol=0, atol=1e-5 * max(np.abs(theirs).max(), 1e-3))
+
+
+@pytest.mark.parametrize("strategy", [bptt.scan, bptt.adjoint_scan])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("name", MODULES)
+def test_equals_torch(name, layers, strategy):
+    torch.manual_seed(0)
+    module = getattr(torch.nn, MODULES[name])(INPUT, HIDDEN, num_layers=layers)
+    xs = torch.randn(STEPS, BATCH, INPUT, requires_grad=True)
+    states = [torch.randn(layers, BATCH, HIDDEN, requires_grad=True) for _ in range(1 + (name == "lstm"))]
+    ys, last = module(xs, tuple(states) if name == "lstm" else states[0])
+    weights = torch.randn(ys.shape)
+    last = last if name == "lstm" else (last,)
+    loss = (ys * weights).sum() + sum((state**2).sum() for state in last)
+    loss.backward()
+
+    make = getattr(bptt, name)
+    cell = bptt.stack(*(make(size, HIDDEN) for size in [INPUT, HIDDEN][:layers]))
+    params = interop.from_torch(module.state_dict())
+    rows = [[jnp.asarray(state[layer].detach().numpy()) for state in states] for layer in range(layers)]
+    init = tuple(bptt.LSTMState(*row) if name == "lstm" else row[0] for row in rows)
+
+    def our_loss(params, init, xs):
+        carry, ys = strategy(cell, params, init, xs)
+        return jnp.sum(ys * weights.numpy()) + sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(carry)), (carry, ys)
+
+    (value, (carry, our_ys)), gradients = jax.value_and_grad(our_loss, argnums=(0, 1, 2), has_aux=True)(
+        params, init, jnp.asarray(xs.detach().numpy())
+    )
+    params_bar, init_bar, xs_bar = gradients
+    np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
+    close(our_ys, ys)
+    close(xs_bar, xs.grad)
+    for layer in range(layers):
+        for ours, theirs in zip(jax.tree.leaves(carry[layer]), last, strict=True):
+            close(ours, theirs[layer])
+        for ours, theirs in zip(jax.tree.leaves(init_bar[layer]), states, strict=True):
+            close(ours, theirs.grad[layer])
+        theirs = {key.rpartition("_l")[0]: p.grad for key, p in module.named_parameters() if key.endswith(str(layer))}
+        close(params_bar[layer].W_xh, theirs["weight_ih"])
+        close(params_bar[layer].W_hh, theirs["weight_hh"])
+        close(params_bar[layer].b, theirs["bias_ih"])
+        if name == "gru":
+            close(params_bar[layer].b_hn, theirs["bias_hh"][-HIDDEN:])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_torch_reads_ours(name):
+    params = getattr(bptt, name)(INPUT, HIDDEN).init(jax.random.key(0))
+    module = getattr(torch.nn, MODULES[name])(INPUT, HIDDEN)
+    module.load_state_dict({key: torch.as_tensor(array) for key, array in interop.to_torch(params).items()})
+    cell = getattr(bptt, name)(INPUT, HIDDEN)
+    xs = np.random.default_rng(0).normal(size=(STEPS, INPUT)).astype(np.float32)
+    _, ys = bptt.scan(cell, params, cell.initial_carry(), xs)
+    close(ys, module(torch.as_tensor(xs))[0])
+
+
+def test_cross_entropy_is_torchs():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(6, 4, 5)).astype(np.float32), rng.integers(0, 5, (6, 4))
+    theirs = torch.nn.functional.cross_entropy(
+        torch.as_tensor(logits).reshape(-1, 5), torch.as_tensor(labels).reshape(-1)
+    )
+    np.testing.assert_allclose(bptt.losses.cross_entropy(logits, labels), theirs.item(), rtol=1e-6)
