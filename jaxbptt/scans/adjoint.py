@@ -135,8 +135,8 @@ def _without(residuals: Any, outputs: Any) -> tuple[list[Any], Callable[..., Any
     places = [ids.index(id(leaf)) if id(leaf) in ids else None for leaf in leaves]
 
     def restore(kept: list[Any], outputs: Any) -> Any:
-        kept, outputs = iter(kept), jax.tree.leaves(outputs)
-        return treedef.unflatten([next(kept) if place is None else outputs[place] for place in places])
+        rest, returned = iter(kept), jax.tree.leaves(outputs)
+        return treedef.unflatten([next(rest) if place is None else returned[place] for place in places])
 
     return [leaf for leaf, place in zip(leaves, places, strict=True) if place is None], restore
 
