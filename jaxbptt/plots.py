@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from jaxbptt.analysis.certificate import Certificate
 from jaxbptt.analysis.credit import GradientFlow
@@ -99,7 +99,11 @@ def plot_certificate(certificate: Certificate) -> Figure:
         axes.margins(x=0.15)
         axes.xaxis.set_minor_formatter(NullFormatter())
     for axes in (memory, seconds):
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        low, high = axes.get_xlim()
+        # Within one decade a logarithmic locator may find a single tick.
+        axes.xaxis.set_major_locator(
+            LogLocator(subs=(1, 3)) if high > 10 * low else MaxNLocator(3, steps=[1, 2, 5, 10])
+        )
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     errors.set_xlim(
         min(certificate.tolerance * 1e-4, *(r.largest_error / 3 for r in rows if r.largest_error > 0)), None
@@ -152,21 +156,16 @@ def plot_singular_values(
         lags = np.arange(len(tens))
         drawn = np.unique(np.linspace(0, tens.shape[1] - 1, ranks).round().astype(int))
         for shade, rank in zip(np.linspace(1, 0.35, len(drawn)), drawn, strict=True):
-            name = (
-                "largest, σ₁"
-                if rank == 0
-                else f"others, to σ{_subscript(tens.shape[1])}"
-                if rank == drawn[-1]
-                else None
-            )
+            name = "largest, σ₁" if rank == 0 else "smaller ones, to σₙ" if rank == drawn[-1] else None
             axes.plot(lags, tens[:, rank], color=COLOURS[0], alpha=shade, linewidth=2 if rank == 0 else 1, label=name)
         rate = bounds.get(label)
         if rate is not None:
             axes.plot(lags, lags * np.log10(rate), "--", color=COLOURS[1], label="bound (γσ)^lag")
-        axes.legend(frameon=False, fontsize=8, loc="lower left")
         _label(axes, label, "lag T − t, time steps", "")
         axes.yaxis.set_major_formatter(lambda power, _: f"$10^{{{power:g}}}$")
     panels[0].set_ylabel("singular values of ∂h_T/∂hₜ")
+    legend = {text: line for axes in panels for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=len(legend), frameon=False)
     return figure
 
 
@@ -189,7 +188,3 @@ def _by_name(results: Any) -> dict[str, Any]:
 
 def _positive(norms: np.ndarray) -> np.ndarray:
     return np.where(norms > 0, norms, np.nan)
-
-
-def _subscript(number: int) -> str:
-    return "".join(chr(ord("₀") + int(digit)) for digit in str(number))

@@ -18,7 +18,7 @@ class TextbookBPTT(NamedTuple):
 
     Attributes:
         loss: L = Σₜ Lₜ, in nats.
-        hs: hₜ, `[time, hidden]`.
+        hs: hₜ from h₁ on, `[time, hidden]`.
         ys: yₜ, the logits, `[time, output]`.
         dy: ∂L/∂yₜ, `[time, output]`.
         dh: ∂L/∂hₜ in full, `[time, hidden]`.

@@ -102,8 +102,8 @@ def compare_gradients(
         for (path, b), a, steps, lag in zip(paths, jax.tree.leaves(mine), by_step, by_lag, strict=True)
     )
     causes = dict.fromkeys(leaf.cause for leaf in leaves if not leaf.agrees)
-    named = [cause for cause in causes if not cause.startswith(_UNKNOWN)] or list(causes)
-    return GradientComparison(leaves, not causes, "; ".join(named) or "agrees")
+    named = [cause for cause in causes if not cause.startswith(_UNKNOWN)]
+    return GradientComparison(leaves, not causes, "; ".join(named) or (_UNKNOWN if causes else "agrees"))
 
 
 def relative_error(mine: Any, reference: Any) -> float:
