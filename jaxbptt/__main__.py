@@ -1,6 +1,7 @@
 r"""The command line: `python -m jaxbptt report` takes the gradient every way there is, on the user's own sequence."""
 
 import argparse
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -90,7 +91,10 @@ def _report(options: argparse.Namespace) -> None:
         settings: dict[str, Any] = {"hidden": options.hidden, "seed": options.seed, "dtype": jnp.result_type(float)}
         reports = [report_cell(cell, task, **settings, progress=advance) for cell in cells]
         html = page.render(facts, reports)
-    page.write(options.output, html)
+    try:
+        page.write(options.output, html)
+    except OSError as error:
+        raise tasks.InputError(f"--output {options.output} can't be written: {error.strerror or error}.") from None
 
     for report in reports:
         console.print(_table(report))
@@ -103,9 +107,12 @@ def _report(options: argparse.Namespace) -> None:
 
 def _task(options: argparse.Namespace) -> tuple[tasks.NextStep, dict[str, str]]:
     folder = Path(options.output).parent
-    if not folder.is_dir() or Path(options.output).is_dir():
-        wrong = "is a folder" if Path(options.output).is_dir() else f"can't be written: there is no folder {folder}"
-        raise tasks.InputError(f"--output {options.output} {wrong}.")
+    if Path(options.output).exists() and not Path(options.output).is_file():
+        raise tasks.InputError(f"--output {options.output} is a folder or a device, not a file.")
+    if not folder.is_dir():
+        raise tasks.InputError(f"--output {options.output} can't be written: there is no folder {folder}.")
+    if not os.access(folder, os.W_OK):
+        raise tasks.InputError(f"--output {options.output} can't be written: the folder {folder} is read-only.")
     if options.text is not None:
         series = tasks.read_text(options.text)
     elif options.csv is not None:

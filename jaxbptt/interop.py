@@ -97,9 +97,18 @@ def _layer_from_torch(arrays: Mapping[str, np.ndarray], layer: int) -> LayerPara
         if key not in arrays:
             raise ValueError(f"{key!r} is missing from the state_dict.")
     W_xh, W_hh = arrays[f"weight_ih_l{layer}"], arrays[f"weight_hh_l{layer}"]
+    if W_hh.ndim != 2 or W_xh.ndim != 2 or len(W_xh) != len(W_hh):
+        raise ValueError(
+            f"weight_ih_l{layer} has shape {W_xh.shape} and weight_hh_l{layer} {W_hh.shape}: two matrices with the same "
+            "number of rows are expected."
+        )
     rows, hidden = W_hh.shape
     zeros = np.zeros(rows, W_hh.dtype)
     b_ih, b_hh = arrays.get(f"bias_ih_l{layer}", zeros), arrays.get(f"bias_hh_l{layer}", zeros)
+    if b_ih.shape != (rows,) or b_hh.shape != (rows,):
+        raise ValueError(
+            f"The biases of layer {layer} have shapes {b_ih.shape} and {b_hh.shape}, but ({rows},) is expected."
+        )
     if rows == hidden:
         return ElmanParams(*map(jnp.asarray, (W_xh, W_hh, b_ih + b_hh)))
     if rows == 3 * hidden:

@@ -1,5 +1,6 @@
 r"""The report as one self-contained HTML page: inline SVG, no network, readable on a phone, light and dark."""
 
+import errno
 import io
 import os
 import re
@@ -46,8 +47,9 @@ def render(facts: Mapping[str, str], reports: Sequence[CellReport]) -> str:
         "size is drowned by what is near, and what is under the resolution of the number format changes no sum that has both.</p>",
         _inline(plots.plot_gradient_flow(flows), "Gradient magnitude against time step"),
         "<h2>The ways agree</h2>",
-        "<p>The gradient of the mean loss over all steps, with respect to the weights, the first state and the inputs, taken "
-        "every way, against <code>jax.grad</code> through <code>lax.scan</code>. The error is the largest over all leaves, "
+        "<p>The gradient of the mean loss over all steps, taken every way, against <code>jax.grad</code> through "
+        "<code>lax.scan</code>: with respect to the cell's weights, the first state and the inputs for the scans, to the "
+        "weights for the others. The error is the largest over all leaves, "
         "each relative to its own largest entry. Memory is what the compiler reports beyond arguments and results; "
         "operations are counted on the program, each loop as often as it runs; times are medians of compiled runs.</p>",
     ]
@@ -74,7 +76,9 @@ def render(facts: Mapping[str, str], reports: Sequence[CellReport]) -> str:
 
 def write(path: str | Path, text: str) -> None:
     """Write the whole file or nothing: to a temporary one beside it, which then takes its name."""
-    path = Path(path)
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EEXIST, "it exists and is no regular file")
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

@@ -87,7 +87,8 @@ def plot_certificate(certificate: Certificate) -> Figure:
         if row.largest_error > 0:
             errors.plot(row.largest_error, place, **style)
         else:
-            errors.text(0.04, place, "0, exactly", transform=errors.get_yaxis_transform(), va="center")
+            words = "0, exactly" if row.largest_error == 0 else "not a number"
+            errors.text(0.04, place, words, transform=errors.get_yaxis_transform(), va="center")
         memory.plot(row.temporary_bytes / 1024, place, **style)
         seconds.plot(row.seconds * 1e3, place, **style)
     errors.axvline(
@@ -106,7 +107,7 @@ def plot_certificate(certificate: Certificate) -> Figure:
         )
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     errors.set_xlim(
-        min(certificate.tolerance * 1e-4, *(r.largest_error / 3 for r in rows if r.largest_error > 0)), None
+        min([certificate.tolerance * 1e-4, *(r.largest_error / 3 for r in rows if r.largest_error > 0)]), None
     )
     errors.set_yticks(places, [row.name for row in rows])
     errors.set_ylim(len(rows) - 0.5, -0.5)

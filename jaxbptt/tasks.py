@@ -85,8 +85,12 @@ def read_csv(path: str | Path) -> Series:
         text = _read(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: byte {error.start}. Save it as UTF-8.") from None
-    rows = [(line, row) for line, row in enumerate(csv.reader(text.splitlines()), start=1) if row]
-    header = bool(rows) and not any(_is_number(cell) for cell in rows[0][1]) and any(rows[0][1])
+    try:
+        # Blank lines are no rows.
+        rows = [(line, row) for line, row in enumerate(csv.reader(text.splitlines()), start=1) if row]
+    except csv.Error as error:
+        raise InputError(f"{path} is not a readable CSV file: {error}.") from None
+    header = bool(rows) and not any(_float_or_none(cell) is not None for cell in rows[0][1]) and any(rows[0][1])
     names = rows[0][1] if header else []
     rows = rows[header:]
     if not rows:
@@ -102,9 +106,10 @@ def read_csv(path: str | Path) -> Series:
             where = f"{path}, line {line}, column {column + 1}" + (f" ({names[column].strip()})" if names else "")
             if not cell.strip():
                 raise InputError(f"{where}: the cell is missing. Fill it in or drop the row.")
-            if not _is_number(cell):
+            number = _float_or_none(cell)
+            if number is None or not math.isfinite(number):
                 raise InputError(f"{where}: {cell.strip()[:40]!r} is not a finite number. Keep numeric columns only.")
-            values[i, column] = float(cell)
+            values[i, column] = number
     return Series(Path(path).name, _standardise(values), ())
 
 
@@ -159,14 +164,15 @@ def _read(path: str | Path) -> bytes:
     return raw
 
 
-def _is_number(cell: str) -> bool:
+def _float_or_none(cell: str) -> float | None:
     try:
-        return math.isfinite(float(cell))
+        return float(cell)
     except ValueError:
-        return False
+        return None
 
 
 def _standardise(values: np.ndarray) -> np.ndarray:
     """Mean 0 and variance 1 in each column; a constant column becomes 0."""
+    values = values / np.maximum(np.abs(values).max(axis=0), np.finfo(float).tiny)  # squares of 1e200 would overflow
     deviation = values.std(axis=0)
     return (values - values.mean(axis=0)) / np.where(deviation > 0, deviation, 1)

@@ -116,3 +116,38 @@ def test_flops_of_branches_calls_and_what_cannot_be_counted():
     assert count(lambda A: (A @ A, jnp.sum(A))[1], A) == 16  # the product is not used
     assert math.isnan(count(lambda A: jnp.linalg.qr(A)[0], A))
     assert math.isnan(count(lambda A: jax.lax.while_loop(lambda A: A[0, 0] < 9, lambda A: A + 1, A), A))
+
+
+def test_names_are_unique_and_the_reference_is_scan():
+    args = lambda w, h, x: (w * h, h), 0.5, 1.0, None, loss
+
+    def scan(*a, **kw):
+        return jax.tree.map(lambda leaf: 2 * leaf, bptt.scan(*a, **kw))
+
+    with pytest.raises(ValueError, match="More than one way is called 'scan'"):
+        bptt.certify(*args, length=3, scans=[scan])
+    with pytest.raises(ValueError, match="More than one way is called '<lambda>'"):
+        bptt.certify(*args, length=3, scans=[lambda *a, **kw: scan(*a, **kw), lambda *a, **kw: scan(*a, **kw)])
+
+
+def test_nan_and_wrong_shapes_do_not_slip_through():
+    cell = make_cell("elman")
+    args = cell, *problem(cell, 3), loss
+    one_nan = lambda params, *_: params._replace(b=params.b * jnp.nan)
+    nan_value = {
+        "nan value": lambda *a, **kw: jax.tree.map(lambda y: y + jax.lax.stop_gradient(jnp.nan), bptt.scan(*a, **kw))
+    }
+    certificate = bptt.certify(*args, scans=nan_value, gradients={"one nan": one_nan}, repeats=1)
+    assert [row.agrees for row in certificate.rows] == [True, False, False]
+    assert math.isnan(certificate.rows[2].largest_error)
+    labels = [text.get_text() for text in bptt.plots.plot_certificate(certificate).axes[0].texts]
+    assert labels == ["0, exactly", "not a number", "not a number"]
+    with pytest.raises(
+        ValueError, match=r"'wrong' returned a gradient of params with shapes .*structure and shapes of params"
+    ):
+        bptt.certify(*args, gradients={"wrong": lambda params, *_: jax.tree.map(lambda g: g[None], params)}, repeats=1)
+
+
+def test_figure_of_a_certificate_without_errors():
+    certificate = bptt.certify(lambda w, h, x: (w * h, h), 0.5, 1.0, None, loss, length=2, scans=[], repeats=1)
+    assert len(bptt.plots.plot_certificate(certificate).axes) == 3

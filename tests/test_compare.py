@@ -58,7 +58,7 @@ def test_missing_step(setup):
     mine = manual_bptt(params, h_0, xs, last_step=1)
     alone = bptt.compare_gradients(mine, reference)
     assert not alone.agrees
-    assert alone.cause.startswith("a missing step: the difference is one outer product")
+    assert alone.cause.startswith("perhaps a missing step: the difference is one outer product")
     temporal = bptt.temporal_contributions(cell, params, h_0, xs, loss)
     assert set(causes(mine, reference, temporal=temporal).values()) == {"time step 0 (counted from 0) is missing"}
     twice = jax.tree.map(lambda g, c: g + c[5], reference, temporal.contributions)
@@ -92,7 +92,7 @@ def test_state_of_the_wrong_step(setup):
         (lambda leaf: leaf / STEPS, "it is 1/8 of the reference, a factor T: one is a sum over time steps"),
         (
             lambda leaf: 5 * leaf,
-            "it is 5 times the reference: one is a sum over 5 time steps or rows, the other a mean",
+            "it is 5 times the reference: perhaps one is a sum over 5 time steps or rows, the other a mean",
         ),
         (lambda leaf: 0.3 * leaf, "it is 0.3 times the reference"),
         (lambda leaf: -leaf, "it has the wrong sign"),

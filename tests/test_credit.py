@@ -62,7 +62,7 @@ def any_problem(name):
     return user_problem(name)
 
 
-everything = pytest.mark.parametrize("name", [*CELLS, "network", "wrapped"])
+everything = pytest.mark.parametrize("name", ["elman", "lstm", "network", "wrapped"])
 
 
 def perturbed_loss(step, params, init, xs, loss, epsilons):
@@ -93,7 +93,7 @@ def test_adjoints_are_dL_dh(name, loss):
 
 
 @losses
-@pytest.mark.parametrize("name", [*CELLS, "network"])
+@pytest.mark.parametrize("name", ["elman", "gru", "lstm", "network"])
 def test_recursion_of_the_text(name, loss):
     """d_T = a_T, and dₜ = aₜ + Jₜ₊₁ᵀ dₜ₊₁ with Jacobians taken on another road."""
     step, params, init, xs = any_problem(name)
@@ -201,3 +201,34 @@ def test_lags_are_windows_cut_by_hand():
 def test_wrong_lag(max_lag):
     with pytest.raises(ValueError, match=rf"max_lag is {max_lag}, but a sequence of 3 time steps has lags 0 to 2"):
         bptt.lag_contributions(lambda w, h, x: (w * h, h), 0.5, 1.0, None, lambda h, ys: h, max_lag=max_lag, length=3)
+
+
+def test_no_time_steps_have_no_lags():
+    with pytest.raises(ValueError, match="A sequence without time steps has no lags"):
+        bptt.lag_contributions(lambda w, h, x: (w * h, h), 0.5, 1.0, None, lambda h, ys: h, length=0)
+
+
+BRANCHES = {
+    "cond": lambda f: lambda p, h, x: jax.lax.cond(x[0] > -9, lambda: f(p, h, x), lambda: (h * 0,) * 2),
+    "custom_vjp": lambda f: (g := jax.custom_vjp(f), g.defvjp(lambda *a: jax.vjp(f, *a), lambda pull, b: pull(b)))[0],
+    "scan": lambda f: lambda p, h, x: jax.lax.scan(lambda c, x: (f(p, c[0], x), None), (h, h), x[None])[0],
+}
+
+
+@pytest.mark.parametrize("wrap", BRANCHES.values(), ids=BRANCHES)
+def test_state_returned_twice_from_inside_a_branch_or_loop(wrap):
+    """The output is the new state, also where both come out of one opaque operation."""
+
+    def step(p, h, x):
+        h = jnp.tanh(p @ h + x)
+        return h, h
+
+    args = 0.5 * jnp.eye(3), jnp.full(3, 0.1), jax.random.normal(jax.random.key(3), (6, 3)), loss_of_all
+    flow, expected = bptt.gradient_flow(wrap(step), *args), bptt.gradient_flow(step, *args)
+    assert_close((flow.adjoints, flow.immediate), (expected.adjoints, expected.immediate))
+
+
+def test_what_an_output_reads_inside_a_branch_is_warned_of():
+    step = BRANCHES["cond"](lambda p, h, x: (jnp.tanh(p * h + x), jnp.tanh(p * h + x) * 2))
+    with pytest.warns(UserWarning, match="come out of one `cond`: .* Gradients are not affected"):
+        bptt.gradient_flow(step, 0.5, jnp.ones(3), jnp.ones((4, 3)), loss_of_all)

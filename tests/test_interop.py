@@ -45,6 +45,14 @@ def test_both_biases_of_torch_count():
 @pytest.mark.parametrize(
     ("state_dict", "message"),
     [
+        (
+            {"weight_ih_l0": np.ones((5, 3)), "weight_hh_l0": np.ones((2, 2))},
+            r"two matrices with the same number of rows",
+        ),
+        (
+            {"weight_ih_l0": np.ones((2, 3)), "weight_hh_l0": np.ones((2, 2)), "bias_ih_l0": np.ones(1)},
+            r"The biases of layer 0 have shapes \(1,\) and \(2,\), but \(2,\) is expected",
+        ),
         ({}, r"The layers are numbered \[\]"),
         ({"weight_ih_l0_reverse": np.ones((2, 2))}, r"'weight_ih_l0_reverse' is no weight of a one-directional"),
         ({"weight_hr_l0": np.ones((2, 2))}, r"'weight_hr_l0' is no weight .* without projection"),

@@ -83,6 +83,9 @@ def test_unbatched_and_nothing_valid():
     logits, labels = jnp.ones((4, 5)), jnp.zeros(4, int)
     np.testing.assert_allclose(losses.cross_entropy(logits, labels), np.log(5))
     np.testing.assert_allclose(losses.final_step(losses.cross_entropy)(logits, jnp.array(0)), np.log(5))
+    # Whole numbers as targets of a squared error, with and without an axis of time.
+    last = losses.final_step(losses.mean_squared_error)
+    assert last(jnp.ones((4, 5)), jnp.arange(5)) == last(jnp.ones((4, 5)), jnp.tile(jnp.arange(5), (4, 1))) == 3
     value, gradient = jax.value_and_grad(losses.cross_entropy)(logits, labels, mask=jnp.zeros(4, bool))
     assert value == 0
     assert not gradient.any()
@@ -116,6 +119,11 @@ def test_unbatched_and_nothing_valid():
             lambda: inspect.unwrap(losses.mean_squared_error)(jnp.ones((4, 2)), jnp.ones((4, 2)), reduction="avg"),
             ValueError,
             r"reduction is 'avg', but only 'mean' and 'sum'",
+        ),
+        (
+            lambda: losses.final_step(losses.cross_entropy)(jnp.ones((5, 4)), jnp.zeros(3, int)),
+            ValueError,
+            r"targets have shape \(3,\), but outputs have \(5, 4\): pass targets of every step, \[5, ...\], or of the last",
         ),
         (
             lambda: losses.final_step(losses.mean_squared_error)(jnp.ones((0, 2)), jnp.ones((0, 2))),

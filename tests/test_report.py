@@ -86,7 +86,8 @@ def test_report_on_files(tmp_path, kind, capsys):
             ["--output", "nowhere/r.html"],
             r"jaxbptt report: --output nowhere/r\.html can't be written: there is no folder",
         ),
-        (["--output", "."], r"jaxbptt report: --output \. is a folder"),
+        (["--output", "."], r"jaxbptt report: --output \. is a folder or a device, not a file"),
+        (["--output", "/dev/null"], r"jaxbptt report: --output /dev/null is a folder or a device, not a file"),
         (["--steps", "0"], r"jaxbptt report: argument --steps: 0 is too small, at least 1 is needed"),
         (["--hidden", "-3"], r"jaxbptt report: argument --hidden: -3 is too small, at least 1 is needed"),
         (["--batch", "two"], r"jaxbptt report: argument --batch: 'two' is not a whole number"),
@@ -137,6 +138,35 @@ def test_write_leaves_the_old_file_when_it_fails(tmp_path):
         page.write(path, "new \ud800")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_write_follows_a_link_and_refuses_a_device(tmp_path):
+    target, link = tmp_path / "target.html", tmp_path / "link.html"
+    link.symlink_to(target)
+    page.write(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    with pytest.raises(OSError, match="no regular file"):
+        page.write("/dev/null", "new")
+
+
+def test_a_failed_write_is_one_line(monkeypatch, tmp_path, capsys):
+    def fail(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(page, "write", fail)
+    arguments = ["report", *SMALL, "--cell", "gru", "--output", str(tmp_path / "r.html")]
+    assert main(arguments) == 2
+    assert "can't be written: Permission denied." in capsys.readouterr().err
+
+
+def test_one_repeated_character(tmp_path):
+    """Nothing to predict: every gradient is 0, every error too, and the report says so instead of failing."""
+    path = tmp_path / "a.txt"
+    path.write_text("a" * 100)
+    output = tmp_path / "r.html"
+    assert main(["report", *SMALL, "--cell", "elman", "--text", str(path), "--output", str(output)]) == 0
+    assert "no gradient reaches any state" in output.read_text()
 
 
 def flow_of(norms):

@@ -1,5 +1,6 @@
 """Every exact strategy is the Python loop: in value, and in its vjp under a random cotangent."""
 
+import inspect
 import warnings
 from functools import partial
 
@@ -13,6 +14,8 @@ from reference import CELLS, EXACT, assert_close, make_cell, problem, python_loo
 import jaxbptt as bptt
 
 strategies = pytest.mark.parametrize("strategy", EXACT.values(), ids=EXACT)
+# Where there is nothing to test in lax.scan itself.
+own_strategies = pytest.mark.parametrize("strategy", list(EXACT.values())[1:], ids=list(EXACT)[1:])
 
 
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
@@ -132,7 +135,7 @@ def test_params_that_are_no_arrays(strategy):
     assert_close(jax.grad(partial(loss, strategy))(jnp.eye(3)), jax.grad(partial(loss, python_loop))(jnp.eye(3)))
 
 
-@strategies
+@own_strategies
 def test_vmap_and_nesting(strategy):
     """Under vmap on either side of grad, and inside another scan."""
     cell = make_cell("gru")
@@ -156,7 +159,7 @@ def test_vmap_and_nesting(strategy):
     assert_close(run(strategy), run(python_loop))
 
 
-@strategies
+@own_strategies
 def test_second_derivatives(strategy):
     """Forward over reverse, and reverse over reverse."""
     cell = make_cell("elman")
@@ -170,7 +173,7 @@ def test_second_derivatives(strategy):
     assert_close(jax.jacrev(jax.grad(partial(loss, strategy)))(params.W_hh), expected)
 
 
-@strategies
+@own_strategies
 def test_branches_do_not_leak_nan(strategy):
     """The branch not taken has the gradient nan: a strategy that computes both sides would return it."""
 
@@ -187,7 +190,7 @@ def test_branches_do_not_leak_nan(strategy):
     assert_close(mine, jax.grad(partial(loss, python_loop), argnums=(0, 1))(*args))
 
 
-@strategies
+@own_strategies
 def test_unroll_changes_nothing(strategy):
     cell = make_cell("lstm")
     args = problem(cell, 7, (2,))
@@ -201,6 +204,38 @@ def test_python_numbers_take_the_dtype_of_the_step(strategy):
     carry, ys = strategy(lambda w, h, x: (w * h + x, h), jnp.float32(0.5), 1, jnp.ones(4, jnp.float32))
     assert carry.dtype == ys.dtype == jnp.float32
     assert carry == pytest.approx(0.5**4 + 1.875)
+    with pytest.raises(TypeError, match="it went in as float64 and came out as int32"):
+        strategy(lambda p, h, x: (jnp.int32(3), h), None, 0.7, length=3)
+
+
+def test_length_may_be_a_numpy_number():
+    scan = inspect.unwrap(bptt.scan)
+    assert scan(lambda p, h, x: (h, h), None, jnp.ones(2), length=np.int64(3))[1].shape == (3, 2)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_integer_and_boolean_inputs_of_a_cell(name):
+    """One-hot vectors are often integers: they have no gradient, and the weights have theirs."""
+    cell = make_cell(name)
+    params, init, _ = problem(cell, 5)
+    for dtype in (int, bool):
+        xs = np.eye(3, dtype=dtype)[[0, 2, 1, 1, 0]]
+        with jax.numpy_dtype_promotion("standard"):
+            mine, expected = (
+                jax.grad(lambda p, scan=scan, xs=xs: jnp.sum(scan(cell, p, init, xs)[1] ** 2))(params)
+                for scan in (bptt.adjoint_scan, bptt.scan)
+            )
+        assert_close(mine, expected)
+
+
+@strategies
+def test_flags_and_sizes_among_the_params_stay_python_numbers(strategy):
+    def step(p, h, x):
+        h = jnp.tanh(p["w"] * h.reshape(p["n"], -1).reshape(-1)) if p["flag"] else h
+        return h, h
+
+    loss = lambda w, scan: jnp.sum(scan(step, {"w": w, "n": 2, "flag": True}, jnp.ones(4), length=3)[1])
+    np.testing.assert_allclose(jax.grad(loss)(0.5, strategy), jax.grad(loss)(0.5, python_loop), rtol=1e-12)
 
 
 @pytest.mark.parametrize("strategy", EXACT.values(), ids=EXACT)

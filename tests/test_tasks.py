@@ -78,6 +78,16 @@ BAD = {
     ),
     "csv with nan": (tasks.read_csv, b"1,2\nnan,2\n", r"file, line 2, column 1: 'nan' is not a finite number"),
     "csv with a missing cell": (tasks.read_csv, b"1,2\n3, \n", r"file, line 2, column 2: the cell is missing\."),
+    "csv that begins with nan": (
+        tasks.read_csv,
+        b"nan,inf\n1,2\n",
+        r"file, line 1, column 1: 'nan' is not a finite number",
+    ),
+    "csv with an open quote": (
+        tasks.read_csv,
+        b'1,"' + b"x" * 200_000,
+        r"file is not a readable CSV file: field larger",
+    ),
     "ragged csv": (tasks.read_csv, b"1,2\n3\n", r"file, line 2: 1 cells, but 2 columns\."),
     "npz of bytes": (tasks.read_npz, b"PK\x03\x04 broken", r"file is not a readable \.npz file of plain arrays: "),
     "several arrays": (
@@ -121,3 +131,9 @@ def test_no_source_of_the_standard_library(monkeypatch):
     monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(tasks.InputError, match="pass a text of your own with --text"):
         tasks.read_standard_library()
+
+
+def test_huge_numbers_do_not_overflow(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("1e200\n-1e200\n")
+    np.testing.assert_allclose(tasks.read_csv(path).values, [[1], [-1]])

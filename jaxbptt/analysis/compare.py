@@ -139,6 +139,8 @@ def _cause(mine: np.ndarray, reference: np.ndarray, ratio: float, bound: float, 
     def same(candidate: np.ndarray) -> bool:
         return relative_error(mine, candidate) <= 2 * bound
 
+    if not np.isfinite(reference).all():
+        return "the reference itself has nan or inf"
     if not np.isfinite(mine).all():
         return f"it has nan or inf in {np.count_nonzero(~np.isfinite(mine))} of {mine.size} entries"
     if not mine.any():
@@ -172,7 +174,9 @@ def _factor(ratio: float, steps: int | None) -> str:
             amount = f"{whole} times" if words == "times" else f"1/{whole} of"
             if steps == whole:
                 return f"it is {amount} the reference, a factor T: one is a sum over time steps, the other a mean"
-            return f"it is {amount} the reference: one is a sum over {whole} time steps or rows, the other a mean"
+            return (
+                f"it is {amount} the reference: perhaps one is a sum over {whole} time steps or rows, the other a mean"
+            )
     return f"it is {ratio:.6g} times the reference"
 
 
@@ -184,7 +188,7 @@ def _low_rank(difference: np.ndarray, noise: float) -> str | None:
     if rank == 0 or rank > min(difference.shape) // 2:
         return None
     terms = "one outer product" if rank == 1 else f"{rank} outer products"
-    return f"a missing step: the difference is {terms}, what one time step, or the longest lag alone, adds for {rank} row(s)"
+    return f"perhaps a missing step: the difference is {terms}, what one time step, or the longest lag, adds for {rank} row(s)"
 
 
 def _leaves_or_none(contributions: Any, reference: Any) -> Sequence[Any]:

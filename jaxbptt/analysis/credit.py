@@ -67,7 +67,8 @@ def gradient_flow(
     memory O(T n + p): the weight gradient of a step is formed, measured and dropped, never kept T times.
 
     Args:
-        step: `step(params, carry, x) -> (carry, y)`, or a `Cell`. The output may be the state or computed from it.
+        step: `step(params, carry, x) -> (carry, y)`, or a `Cell`. The output may be the state or computed from it; where
+            it is computed inside one `lax.cond` or loop together with the new carry, a warning says that aₜ lacks it.
         params: θ, any pytree.
         init: h₀, any pytree of arrays; with batch axes, norms are taken over the batch too.
         xs: inputs, leaves `[time, *batch, features]`, or `None` with `length`.
@@ -187,7 +188,9 @@ def lag_contributions(
     """
     r = prepare(step, params, init, xs, length)
     max_lag = r.length - 1 if max_lag is None else max_lag
-    if not 0 <= max_lag < max(r.length, 1):
+    if r.length == 0:
+        raise ValueError("A sequence without time steps has no lags: pass at least one step.")
+    if not 0 <= max_lag < r.length:
         raise ValueError(f"max_lag is {max_lag}, but a sequence of {r.length} time steps has lags 0 to {r.length - 1}.")
     traced = trace(r)
 

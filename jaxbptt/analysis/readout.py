@@ -5,11 +5,12 @@ output may be the state itself, or a read-out computed from it. Here the step's 
 new carry put in from outside, so that the output's dependence on it can be differentiated, whatever the step computes.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend.core import Literal
+from jax.extend.core import DropVar, Literal
 
 from jaxbptt.scans.tracing import TracedStep, subjaxprs
 
@@ -58,5 +59,29 @@ def _evaluate(jaxpr: Any, consts: list[Any], inputs: list[Any], replaced: dict[A
         else:
             results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
             results = results if eqn.primitive.multiple_results else [results]
+            replaced = _with_copies(eqn, replaced)
         env |= {var: replaced.get(var, value) for var, value in zip(eqn.outvars, results, strict=True)}
     return [var.val if isinstance(var, Literal) else replaced.get(var, env[var]) for var in jaxpr.outvars]
+
+
+def _with_copies(eqn: Any, replaced: dict[Any, Any]) -> dict[Any, Any]:
+    """A branch, loop or custom derivative may return the new carry twice, as carry and as output: both are replaced."""
+    inside = [jaxpr for jaxpr, _ in subjaxprs(eqn) if len(jaxpr.outvars) == len(eqn.outvars)]
+    carries = [i for i, var in enumerate(eqn.outvars) if var in replaced]
+    if not inside or not carries or len(eqn.outvars) == len(carries):
+        return replaced
+    replaced = dict(replaced)
+    for j, var in enumerate(eqn.outvars):
+        if var in replaced or isinstance(var, DropVar):
+            continue
+        copies = [i for i in carries if all(jaxpr.outvars[i] is jaxpr.outvars[j] for jaxpr in inside)]
+        if copies:
+            replaced[var] = replaced[eqn.outvars[copies[0]]]
+        else:
+            warnings.warn(
+                f"The new carry and another result come out of one `{eqn.primitive.name}`: what the output reads of the new "
+                "carry in there is not seen, and the immediate part of the adjoints leaves it out. Gradients are not "
+                "affected. Read the output off the carry outside of it.",
+                stacklevel=2,
+            )
+    return replaced

@@ -12,7 +12,7 @@ import jax
 
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.forward_mode import reverse_mode_only
-from jaxbptt.scans.recurrence import differentiable, name, prepare, pull
+from jaxbptt.scans.recurrence import differentiable, merge, name, prepare, pull, split
 from jaxbptt.scans.tracing import TracedStep, trace
 
 
@@ -143,7 +143,7 @@ def _without(residuals: Any, outputs: Any) -> tuple[list[Any], Callable[..., Any
 
 def _fit(bar: Any, primal: Any, root: str) -> Any:
     """Check a result of an `Adjoint` against what it is the derivative of, and give it that dtype."""
-    primal = differentiable(primal)
+    primal, other = split(primal)
 
     def cast(path, leaf, leaf_bar):
         aval = jax.typeof(leaf)
@@ -154,6 +154,9 @@ def _fit(bar: Any, primal: Any, root: str) -> Any:
             )
         return leaf_bar.astype(aval.dtype)
 
+    if jax.tree.structure(bar) == jax.tree.structure(merge(primal, other)):
+        # A gradient of what has none, such as integer inputs of a cell, is left out.
+        bar = jax.tree.map(lambda leaf, leaf_bar: None if leaf is None else leaf_bar, primal, bar, is_leaf=_is_none)
     bar = differentiable(bar)
     if jax.tree.structure(bar) != jax.tree.structure(primal):
         raise ValueError(
@@ -161,3 +164,7 @@ def _fit(bar: Any, primal: Any, root: str) -> Any:
             f"{jax.tree.structure(primal)}: return one gradient for each leaf, None for those without a derivative."
         )
     return jax.tree_util.tree_map_with_path(cast, primal, bar)
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None

@@ -25,7 +25,7 @@ class Recurrence(NamedTuple):
     length: int
 
 
-def prepare(step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, length: int | None) -> Recurrence:
+def prepare(step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, length: Any) -> Recurrence:
     """Check the arguments of a strategy, without calling `step` unless `init` holds Python numbers."""
     length = _time_steps(xs, length)
     xs = jax.tree.map(jnp.asarray, xs)
@@ -42,8 +42,8 @@ def at_one_step(xs: Any) -> Any:
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf is an array or a number, and not a function or a string that a model keeps among its params."""
-    return hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)
+    """Whether a leaf is an array or a real number, and not a function, a flag or a size that a model keeps among its params."""
+    return hasattr(leaf, "dtype") or isinstance(leaf, float | complex)
 
 
 def is_differentiable(leaf: Any) -> bool:
@@ -81,12 +81,13 @@ def name(root: str, path: Any) -> str:
     return root + keystr(path)
 
 
-def _time_steps(xs: Any, length: int | None) -> int:
+def _time_steps(xs: Any, length: Any) -> int:
     leaves = jax.tree_util.tree_leaves_with_path(xs)
     if not leaves and length is None:
         raise ValueError("Neither xs nor length was given: pass xs with time as its first axis, or length=T.")
-    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 0):
+    if length is not None and (not hasattr(length, "__index__") or isinstance(length, bool) or length < 0):
         raise ValueError(f"length is {length!r}: pass the number of time steps, a whole number of at least 0.")
+    length = None if length is None else int(length)
     sizes = []
     for path, leaf in leaves:
         shape = jnp.shape(leaf)
@@ -113,7 +114,16 @@ def _settle_dtypes(step: Callable[..., Any], params: Any, init: Any, xs: Any) ->
     new, _ = jax.eval_shape(lambda carry, x: step(params, carry, x), init, at_one_step(xs))
     if jax.tree.structure(new) != jax.tree.structure(init):
         return init  # `checked` says it better, when the step is traced.
-    return jax.tree.map(lambda leaf, to: leaf.astype(to.dtype) if _is_weak(leaf) else leaf, init, new)
+    return jax.tree.map(
+        lambda leaf, to: leaf.astype(to.dtype) if _is_weak(leaf) and _keeps(leaf, to) else leaf, init, new
+    )
+
+
+def _keeps(leaf: Any, to: Any) -> bool:
+    """Whether a number keeps its meaning in the new dtype: a whole one as a real one does, not the other way round."""
+    kinds = (jnp.complexfloating, jnp.floating, jnp.integer, jnp.bool_)
+    old, new = (next((i for i, kind in enumerate(kinds) if jnp.issubdtype(x.dtype, kind)), None) for x in (leaf, to))
+    return old is not None and new is not None and new <= old
 
 
 def _is_weak(leaf: Any) -> bool:

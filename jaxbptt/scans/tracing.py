@@ -28,7 +28,7 @@ class TracedStep(NamedTuple):
         step: `(params, carry, x) -> (carry, y)`, which evaluates the trace and closes over nothing.
         over_time: the same for carries and xs stacked over time, all steps at once.
         params: the `ClosedParams` to call it with. Leaves of the user's params that are not arrays (activation
-            functions, strings) stay in the trace.
+            functions, flags, sizes, strings) stay in the trace.
         out_tree: structure of (carry, y).
         like_params: puts a `ClosedParams` back into the structure of the user's params, `None` where a leaf is no array.
     """

@@ -134,8 +134,12 @@ def final_step(loss: Callable[..., Any]) -> Callable[..., Any]:
         outputs, targets = jnp.asarray(outputs), jnp.asarray(targets)
         if outputs.shape[0] == 0:
             raise ValueError("final_step needs at least one time step, but outputs have none.")
-        classes = jnp.issubdtype(targets.dtype, jnp.integer) and targets.ndim < outputs.ndim
-        timeless = targets.ndim == outputs.ndim - (2 if classes else 1)
+        timeless = targets.shape in (outputs.shape[1:], outputs.shape[1:-1]) and not _is_per_step(targets, outputs)
+        if not timeless and targets.shape[:1] != outputs.shape[:1]:
+            raise ValueError(
+                f"targets have shape {targets.shape}, but outputs have {outputs.shape}: pass targets of every step, "
+                f"[{outputs.shape[0]}, ...], or of the last step alone, without an axis of time."
+            )
         mask = _check_mask(mask, outputs.shape[:-1])
         # The last True of each row, counted from the end; a row without one gives T − 1 and is masked out.
         last = outputs.shape[0] - 1 - jnp.argmax(mask[::-1], axis=0)
@@ -148,6 +152,13 @@ def final_step(loss: Callable[..., Any]) -> Callable[..., Any]:
         return loss(pick(outputs), targets, mask=mask.any(axis=0)[None], **options)
 
     return final_loss
+
+
+def _is_per_step(targets: Array, outputs: Array) -> bool:
+    """Where time and batch are as long as each other, shapes alone don't tell: class numbers of all steps are integers."""
+    if targets.shape == outputs.shape:
+        return True
+    return targets.shape == outputs.shape[:-1] and bool(jnp.issubdtype(targets.dtype, jnp.integer))
 
 
 def _check_mask(mask: Any, shape: tuple[int, ...]) -> Array:
