@@ -355,6 +355,16 @@ def test_stack_without_an_adjoint_in_one_layer():
     assert_close(jax.grad(partial(loss, bptt.adjoint_scan))(args[0]), jax.grad(partial(loss, python_loop))(args[0]))
 
 
+def test_layers_of_different_precision():
+    with jax.numpy_dtype_promotion("standard"):
+        cell = bptt.stack(bptt.lstm(3, 4, dtype=jnp.float32), bptt.gru(4, 5, dtype=jnp.float64))
+        params, init, xs = problem(cell, 6, (2,))
+        xs = xs.astype(jnp.float32)
+        loss = lambda scan, params, xs: jnp.sum(scan(cell, params, init, xs)[1] ** 2)
+        mine = jax.grad(partial(loss, bptt.adjoint_scan), argnums=(0, 1))(params, xs)
+        assert_close(mine, jax.grad(partial(loss, bptt.scan), argnums=(0, 1))(params, xs), rtol=1e-5)
+
+
 def test_bfloat16_is_kept():
     cell = make_cell("elman", jnp.bfloat16)
     params, init, xs = problem(cell, 5, (2,), jnp.bfloat16)

@@ -65,7 +65,7 @@ def state_jacobians(
     batch axis; use `jax.vmap` for a batch.
 
     Args:
-        step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
+        step: `step(params, carry, x) -> (carry, y)`, or a `Cell`, differentiable in forward mode: no `jax.custom_vjp` in it.
         params: any pytree, handed to every step.
         init: c₀; leaves without a derivative (counters, keys) are carried along but are no part of the state vector.
         xs: inputs, leaves `[time, features]`, or `None`.

@@ -96,4 +96,5 @@ def _stacked_adjoint(adjoints: list[Adjoint]) -> Adjoint:
 def _input_bar(adjoint: Adjoint, params: Any, *at_one_step: Any) -> Any:
     """∂L/∂x of one step, as a contraction over a time axis of length 1; the weight gradients in it are not used."""
     _, xs_bar = adjoint.contract(params, *jax.tree.map(lambda leaf: leaf[None], at_one_step))
-    return jax.tree.map(lambda leaf: leaf[0], xs_bar)
+    _, x, _, _ = at_one_step
+    return jax.tree.map(lambda leaf, leaf_bar: leaf_bar[0].astype(leaf.dtype), x, xs_bar)
