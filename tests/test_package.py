@@ -54,6 +54,7 @@ def test_imports_run_one_way():
             "jaxbptt.scans.recurrence",
             "jaxbptt.scans.tracing",
             "jaxbptt.scans.forward_mode",
+            "jaxbptt.scans.backward",
         ),
         "analysis": ("jaxbptt.cells", "jaxbptt.scans", "jaxbptt.analysis"),
         "training": ("jaxbptt.cells", "jaxbptt.scans", "jaxbptt.training"),

@@ -11,7 +11,7 @@ from jaxbptt.analysis.norms import norm, norm_over_time
 from jaxbptt.analysis.readout import readout
 from jaxbptt.cells.cell import Cell
 from jaxbptt.scans.recurrence import differentiable, merge, prepare, pull, split
-from jaxbptt.scans.tracing import trace
+from jaxbptt.scans.tracing import map_over_time, trace
 
 
 class GradientFlow(NamedTuple):
@@ -193,6 +193,7 @@ def lag_contributions(
     if not 0 <= max_lag < r.length:
         raise ValueError(f"max_lag is {max_lag}, but a sequence of {r.length} time steps has lags 0 to {r.length - 1}.")
     traced = trace(r)
+    over_time = map_over_time(traced.step, in_turn=traced.branches)
 
     def body(carry, x):
         new_carry, y = traced.step(traced.params, carry, x)
@@ -207,7 +208,7 @@ def lag_contributions(
 
     def back_one_lag(bars):
         params_bar, before_bar = pull(
-            lambda params, carries: traced.over_time(params, carries, r.xs), (traced.params, carries), bars
+            lambda params, carries: over_time(params, carries, r.xs), (traced.params, carries), bars
         )
         after_bar = jax.tree.map(lambda leaf: jnp.concatenate([leaf[1:], jnp.zeros_like(leaf[:1])]), before_bar)
         return traced.like_params(params_bar), after_bar

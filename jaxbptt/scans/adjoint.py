@@ -11,9 +11,9 @@ from typing import Any
 import jax
 
 from jaxbptt.cells.cell import Adjoint, Cell
+from jaxbptt.scans.backward import step_with_adjoint, unroll_backward, unroll_forward
 from jaxbptt.scans.forward_mode import reverse_mode_only
-from jaxbptt.scans.recurrence import differentiable, merge, name, prepare, pull, split
-from jaxbptt.scans.tracing import TracedStep, trace
+from jaxbptt.scans.recurrence import differentiable, prepare
 
 
 def adjoint_scan(
@@ -69,103 +69,22 @@ def adjoint_scan(
     References:
         Werbos, Backpropagation through time: what it does and how to do it, 1990, doi:10.1109/5.58337.
     """
-    if adjoint is None and isinstance(step, Cell):
-        adjoint = step.adjoint
     r = prepare(step, params, init, xs, length)
-    if adjoint is None:
-        traced = trace(r)
-        step, params, adjoint = traced.step, traced.params, _derived(traced)
-    else:
-        step = r.step
-
-    def unrolled(body, first, inputs, **options):
-        return jax.lax.scan(body, first, inputs, length=r.length, unroll=unroll, **options)
+    step, params, adjoint, _ = step_with_adjoint(step, adjoint, r)
 
     @jax.custom_vjp
     def run(params, init, xs):
-        return unrolled(partial(step, params), init, xs)
+        return jax.lax.scan(partial(step, params), init, xs, length=r.length, unroll=unroll)
 
     def run_forward(params, init, xs):
-        restorers = []
-
-        def body(carry, x):
-            (carry, y), residuals = adjoint.forward(params, carry, x)
-            kept, restore = _without(residuals, y)
-            restorers.append(restore)
-            return carry, (y, kept)
-
-        carry, (ys, kept) = unrolled(body, init, xs)
-        residuals = restorers[-1](kept, ys)
-        return (carry, ys), (params, init, xs, residuals)
+        outputs, residuals = unroll_forward(adjoint, params, init, xs, length=r.length, unroll=unroll)
+        return outputs, (params, init, xs, residuals)
 
     def run_backward(saved, bars):
         params, init, xs, residuals = saved
-        carry_bar, ys_bar = differentiable(bars)
-
-        def body(carry_bar, inputs):
-            return adjoint.backward(params, *inputs[:2], carry_bar, inputs[2])
-
-        init_bar, deltas = unrolled(body, carry_bar, (residuals, xs, ys_bar), reverse=True)
-        params_bar, xs_bar = adjoint.contract(params, residuals, xs, ys_bar, deltas)
-        return _fit(params_bar, params, "params"), _fit(init_bar, init, "init"), _fit(xs_bar, xs, "xs")
+        return unroll_backward(
+            adjoint, params, init, residuals, xs, *differentiable(bars), length=r.length, unroll=unroll
+        )
 
     run.defvjp(run_forward, run_backward)
     return reverse_mode_only("adjoint_scan", run)(params, r.init, r.xs)
-
-
-def _derived(traced: TracedStep) -> Adjoint:
-    """The three parts by `jax.vjp`: keep the carries, and give the contraction every carry adjoint."""
-
-    def forward(params, carry, x):
-        return traced.step(params, carry, x), carry
-
-    def backward(params, carry, x, carry_bar, y_bar):
-        (previous_bar,) = pull(lambda carry: traced.step(params, carry, x), (carry,), (carry_bar, y_bar))
-        return previous_bar, carry_bar
-
-    def contract(params, carries, xs, ys_bar, carry_bars):
-        return pull(lambda params, xs: traced.over_time(params, carries, xs), (params, xs), (carry_bars, ys_bar))
-
-    return Adjoint(forward, backward, contract)
-
-
-def _without(residuals: Any, outputs: Any) -> tuple[list[Any], Callable[..., Any]]:
-    """The residuals that are not outputs as well, and how to put them all together: what is returned is kept once."""
-    leaves, treedef = jax.tree.flatten(residuals)
-    ids = [id(leaf) for leaf in jax.tree.leaves(outputs)]
-    places = [ids.index(id(leaf)) if id(leaf) in ids else None for leaf in leaves]
-
-    def restore(kept: list[Any], outputs: Any) -> Any:
-        rest, returned = iter(kept), jax.tree.leaves(outputs)
-        return treedef.unflatten([next(rest) if place is None else returned[place] for place in places])
-
-    return [leaf for leaf, place in zip(leaves, places, strict=True) if place is None], restore
-
-
-def _fit(bar: Any, primal: Any, root: str) -> Any:
-    """Check a result of an `Adjoint` against what it is the derivative of, and give it that dtype."""
-    primal, other = split(primal)
-
-    def cast(path, leaf, leaf_bar):
-        aval = jax.typeof(leaf)
-        if leaf_bar.shape != aval.shape:
-            raise ValueError(
-                f"The adjoint's gradient of {name(root, path)} has shape {leaf_bar.shape}, but {name(root, path)} has "
-                f"{aval.shape}: sum over time and batch what it does not have, and check the order of its axes."
-            )
-        return leaf_bar.astype(aval.dtype)
-
-    if jax.tree.structure(bar) == jax.tree.structure(merge(primal, other)):
-        # A gradient of what has none, such as integer inputs of a cell, is left out.
-        bar = jax.tree.map(lambda leaf, leaf_bar: None if leaf is None else leaf_bar, primal, bar, is_leaf=_is_none)
-    bar = differentiable(bar)
-    if jax.tree.structure(bar) != jax.tree.structure(primal):
-        raise ValueError(
-            f"The adjoint's gradient of {root} has structure {jax.tree.structure(bar)}, but {root} has "
-            f"{jax.tree.structure(primal)}: return one gradient for each leaf, None for those without a derivative."
-        )
-    return jax.tree_util.tree_map_with_path(cast, primal, bar)
-
-
-def _is_none(leaf: Any) -> bool:
-    return leaf is None

@@ -5,6 +5,7 @@ it; `trace` finds `W` in the trace and hands it over, so that gradients reach it
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ class TracedStep(NamedTuple):
     Attributes:
         jaxpr: the trace; its constants are `params.closed_over`, its inputs the leaves of (params.leaves, carry, x).
         step: `(params, carry, x) -> (carry, y)`, which evaluates the trace and closes over nothing.
-        over_time: the same for carries and xs stacked over time, all steps at once.
+        branches: whether the step has a `lax.cond` somewhere.
         params: the `ClosedParams` to call it with. Leaves of the user's params that are not arrays (activation
             functions, flags, sizes, strings) stay in the trace.
         out_tree: structure of (carry, y).
@@ -35,10 +36,21 @@ class TracedStep(NamedTuple):
 
     jaxpr: Any
     step: Callable[..., Any]
-    over_time: Callable[..., Any]
+    branches: bool
     params: ClosedParams
     out_tree: Any
     like_params: Callable[[ClosedParams], Any]
+
+
+def map_over_time(fn: Callable[..., Any], *, in_turn: bool) -> Callable[..., Any]:
+    """`fn(params, *at_t)` for all time steps: `(params, *stacked)`.
+
+    All at once, or `in_turn` for a step that branches: under a map branches become selects, which compute, and
+    differentiate, the branch not taken, so that nan would leak.
+    """
+    if in_turn:
+        return lambda params, *stacked: jax.lax.map(lambda at_t: fn(params, *at_t), stacked)
+    return lambda params, *stacked: jax.vmap(partial(fn, params))(*stacked)
 
 
 def trace(recurrence: Recurrence) -> TracedStep:
@@ -61,15 +73,10 @@ def trace(recurrence: Recurrence) -> TracedStep:
         flat = jax.tree.leaves((params.leaves, carry, x))
         return out_tree.unflatten(eval_jaxpr(closed.jaxpr, params.closed_over, *flat))
 
-    def in_turn(params, carries, xs):
-        return jax.lax.map(lambda at_t: step(params, *at_t), (carries, xs))
-
-    # Branches mapped over time become selects, which compute, and differentiate, the branch not taken: nan would leak.
-    over_time = in_turn if "cond" in _primitives(closed.jaxpr) else jax.vmap(step, in_axes=(None, 0, 0))
     return TracedStep(
         jaxpr=closed.jaxpr,
         step=step,
-        over_time=over_time,
+        branches="cond" in _primitives(closed.jaxpr),
         params=ClosedParams(arrays, list(closed.consts)),
         out_tree=out_tree,
         like_params=lambda params: fill(params.leaves, [None] * len(leaves)),
