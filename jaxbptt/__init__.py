@@ -36,7 +36,12 @@ from jaxbptt.network import Network as Network
 from jaxbptt.network import NetworkParams as NetworkParams
 from jaxbptt.network import network as network
 from jaxbptt.scans.adjoint import adjoint_scan as adjoint_scan
+from jaxbptt.scans.checkpointed import checkpointed_scan as checkpointed_scan
 from jaxbptt.scans.exact import scan as scan
+from jaxbptt.scans.schedule import Schedule as Schedule
+from jaxbptt.scans.schedule import checkpoint_schedule as checkpoint_schedule
+from jaxbptt.scans.truncated import truncated_scan as truncated_scan
+from jaxbptt.scans.windowed import windowed_scan as windowed_scan
 from jaxbptt.textbook import TextbookBPTT as TextbookBPTT
 from jaxbptt.textbook import bptt as bptt
 from jaxbptt.training import losses as losses

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.recurrence import Recurrence, differentiable, merge, name, pull, split
@@ -48,7 +49,7 @@ def unroll_forward(
 
     def body(carry, x):
         (carry, y), residuals = adjoint.forward(params, carry, x)
-        kept, restore = _without(residuals, y)
+        kept, restore = without(residuals, y)
         restorers.append(restore)
         return carry, (y, kept)
 
@@ -98,7 +99,7 @@ def _derived(traced: TracedStep) -> Adjoint:
     return Adjoint(forward, backward, contract)
 
 
-def _without(residuals: Any, outputs: Any) -> tuple[list[Any], Callable[..., Any]]:
+def without(residuals: Any, outputs: Any) -> tuple[list[Any], Callable[..., Any]]:
     """The residuals that are not outputs as well, and how to put them all together: what is returned is kept once."""
     leaves, treedef = jax.tree.flatten(residuals)
     ids = [id(leaf) for leaf in jax.tree.leaves(outputs)]
@@ -138,3 +139,23 @@ def fit(bar: Any, primal: Any, root: str) -> Any:
 
 def _is_none(leaf: Any) -> bool:
     return leaf is None
+
+
+def totals(params: Any) -> Any:
+    """Zeros to add up the gradient of params in, in single precision at least."""
+
+    def zeros(leaf):
+        aval = jax.typeof(leaf)
+        return jnp.zeros(aval.shape, jnp.promote_types(aval.dtype, jnp.float32))
+
+    return jax.tree.map(zeros, differentiable(params))
+
+
+def add_up(totals: Any, more: Any) -> Any:
+    """`totals` and what one more stretch adds to them."""
+    return jax.tree.map(lambda total, leaf: total + leaf.astype(total.dtype), totals, more)
+
+
+def as_params(totals: Any, params: Any) -> Any:
+    """`totals` in the dtypes of params."""
+    return jax.tree.map(lambda total, leaf: total.astype(jax.typeof(leaf).dtype), totals, differentiable(params))

@@ -36,6 +36,12 @@ def prepare(step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, le
     return Recurrence(_checked(step), params, init, xs, length)
 
 
+def check_count(name: str, value: Any, what: str) -> None:
+    """Raise unless `value` is a whole number of at least 1."""
+    if not hasattr(value, "__index__") or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}, but it {what}: pass a whole number of at least 1.")
+
+
 def at_one_step(xs: Any) -> Any:
     """The shapes and dtypes of `xs` at a single time step."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), xs)

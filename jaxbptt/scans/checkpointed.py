@@ -1,0 +1,196 @@
+r"""The exact gradient in little memory: keep a few states on the way forward, compute the others again on the way back.
+
+Time is cut into segments. The way back takes one segment at a time: from the state before it, forward once more with
+what the backward needs, then the same backward pass that `adjoint_scan` runs over the whole sequence. Which states are
+kept is decided inside the compiled loop, so that its size depends neither on the length nor on the number of states.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from jaxbptt.cells.cell import Adjoint, Cell
+from jaxbptt.scans import schedule, segments
+from jaxbptt.scans.along_time import room, window
+from jaxbptt.scans.backward import StepWithAdjoint, step_with_adjoint, without
+from jaxbptt.scans.forward_mode import reverse_mode_only
+from jaxbptt.scans.recurrence import Recurrence, at_one_step, check_count, differentiable, merge, prepare, pull
+
+
+def checkpointed_scan(
+    step: Callable[..., Any] | Cell,
+    params: Any,
+    init: Any,
+    xs: Any = None,
+    *,
+    segment_length: int | None = None,
+    checkpoints: int | None = None,
+    length: int | None = None,
+    adjoint: Adjoint | None = None,
+    unroll: int | bool = 1,
+) -> tuple[Any, Any]:
+    r"""`scan` with a reverse-mode derivative that keeps few states and computes the others again.
+
+    Exact: values and gradients are those of `scan`. Memory beyond xs, ys and their gradients:
+
+    - `segment_length=s`: T/s states, and what the backward needs of s steps; 2 T forward steps in all.
+    - `checkpoints=c`: c states, and what the backward needs of a segment that takes half as many bytes as they do. The
+      segments are taken back in the order of Griewank and Walther (`checkpoint_schedule`): with N segments of b steps,
+      about b·(r·N − C(c+r, r−1) + N) forward steps, where r is the least with C(c+r, c) ≥ N.
+    - neither: the s of the first that needs the least memory, near √T.
+
+    Size of the program and compile time depend on neither T, s nor c. What is returned is not part of the saving: a step
+    whose y is as large as its state still returns T of them. For a long sequence, let y be what the loss needs of a step.
+
+    Args:
+        step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
+        params: θ, any pytree. Arrays that `step` closes over get their gradient as well.
+        init: c₀, any pytree of arrays.
+        xs: inputs, leaves `[time, *batch, features]`, or `None`.
+        segment_length: s, time steps, at least 1; from T on, all of them are one segment.
+        checkpoints: c, states kept at the same time, the first included, from 1 to T.
+        length: T, needed where `xs` is `None`.
+        adjoint: the backward of one step. By default the `Cell`'s own, or else derived from `step`.
+        unroll: time steps in one iteration of the compiled loops, as for `lax.scan`.
+
+    Returns:
+        c_T, and the yₜ stacked on a leading time axis.
+
+    Raises:
+        ValueError: both `segment_length` and `checkpoints`, `segment_length` below 1, `checkpoints` outside 1 … T; and as for `adjoint_scan`.
+        TypeError: as for `adjoint_scan`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import jaxbptt as bptt
+        >>> cell = bptt.elman(3, 8)
+        >>> params, h_0, xs = cell.init(jax.random.key(0)), cell.initial_carry(), jnp.ones((10_000, 3))
+        >>> def temporary_bytes(scan, **options):
+        ...     last_state = lambda params: jnp.sum(scan(cell, params, h_0, xs, **options)[0])
+        ...     return jax.jit(jax.grad(last_state)).lower(params).compile().memory_analysis().temp_size_in_bytes
+        >>> temporary_bytes(bptt.checkpointed_scan) < 0.05 * temporary_bytes(bptt.scan)
+        True
+
+    References:
+        Griewank and Walther, Algorithm 799: revolve, 2000, doi:10.1145/347837.347846. Chen, Xu, Zhang and Guestrin,
+        Training deep nets with sublinear memory cost, 2016, arXiv:1604.06174.
+    """
+    r = prepare(step, params, init, xs, length)
+    with_adjoint = step_with_adjoint(step, adjoint, r)
+    step, params, adjoint, _ = with_adjoint
+    cut = layout(r, with_adjoint, segment_length, checkpoints)
+    if r.length == 0:
+        return jax.lax.scan(partial(step, params), r.init, r.xs, length=0)
+
+    @jax.custom_vjp
+    def run(params, init, xs):
+        return jax.lax.scan(partial(step, params), init, xs, length=r.length, unroll=unroll)
+
+    def run_forward(params, init, xs):
+        params, init, xs = jax.tree.map(lambda leaf: leaf.value, (params, init, xs))
+        outputs, states = segments.forward(step, params, init, xs, cut, unroll)
+        return outputs, (params, init, xs, states)
+
+    def run_backward(saved, bars):
+        params, init, xs, states = saved
+        carry_bar, ys_bar = differentiable(bars)
+        # Gradients of outputs that nothing depends on are no arrays: for a loss of c_T alone, T·n bytes less.
+        zeros = jax.tree.map(lambda leaf: leaf if isinstance(leaf, SymbolicZero) else None, ys_bar)
+        ys_bar = jax.tree.map(lambda leaf: None if isinstance(leaf, SymbolicZero) else leaf, ys_bar)
+        carry_bar = jax.tree.map(_dense, carry_bar)
+
+        def gradients(params, init, xs, carry_bar, ys_bar, states):
+            def ys_bar_window(start, length):
+                return merge(window(ys_bar, start, length), room(at_one_step(zeros), length))
+
+            task = segments.Task(step, adjoint, params, init, xs, ys_bar_window, unroll)
+            return segments.backward(task, states, carry_bar, cut)
+
+        def by_scan(params, init, xs, carry_bar, ys_bar):
+            bars = carry_bar, merge(ys_bar, jax.tree.map(_dense, zeros))
+            return pull(
+                lambda *args: jax.lax.scan(partial(step, args[0]), *args[1:], length=r.length), (params, init, xs), bars
+            )
+
+        if not cut.all_kept:
+            # Loops of a length known only when they run have no reverse mode: a second derivative takes the way of `scan`.
+            gradients = _differentiated_as(by_scan, gradients)
+        return gradients(params, init, xs, carry_bar, ys_bar, states)
+
+    run.defvjp(run_forward, run_backward, symbolic_zeros=True)
+    return reverse_mode_only("checkpointed_scan", run)(params, r.init, r.xs)
+
+
+def layout(r: Recurrence, step: StepWithAdjoint, segment_length: Any, checkpoints: Any) -> segments.Layout:
+    """Cut the time of a prepared recurrence as the options say; raises where they make no sense."""
+    if segment_length is not None and checkpoints is not None:
+        raise ValueError(
+            f"Both segment_length={segment_length} and checkpoints={checkpoints} were given: pass the first to keep one state "
+            "in so many steps, the second to keep so many states, or neither."
+        )
+    length = max(r.length, 1)
+    carry_bytes = max(_bytes(r.init), 1)
+    step_bytes, lean_bytes = _bytes_of_a_step(r, step)
+    lean = False
+    if checkpoints is not None:
+        schedule.check_checkpoints(checkpoints, length)
+        longest = -(-length // checkpoints)
+        half = checkpoints * carry_bytes / 2
+        lean = checkpoints * carry_bytes < _bytes(step.params)
+        segment = max(1, min(int(half / (lean_bytes if lean else step_bytes)), longest))
+    elif segment_length is not None:
+        check_count("segment_length", segment_length, "counts time steps")
+        segment = min(int(segment_length), length)
+    else:
+        segment = _divisor_near(length, math.sqrt(length * carry_bytes / step_bytes))
+    units, left_over = divmod(r.length, segment)
+    slots = units if checkpoints is None else min(int(checkpoints), units)
+    kept = list(range(units)) if slots == units else schedule.first_sweep(units, slots)
+    return segments.Layout(segment, units, left_over, slots, kept, lean)
+
+
+def _bytes_of_a_step(r: Recurrence, step: StepWithAdjoint) -> tuple[int, int]:
+    """What a segment keeps of each of its steps, with one contraction for all of it and with one at every step."""
+
+    def one_step(params, carry, x, y_bar, carry_bar):
+        (new_carry, _), residuals = step.adjoint.forward(params, carry, x)
+        others, _ = without(residuals, (carry, new_carry))
+        _, delta = step.adjoint.backward(params, residuals, x, carry_bar, y_bar)
+        return (residuals, delta), (carry, others)
+
+    args = step.params, r.init, at_one_step(r.xs)
+    carry, y = jax.eval_shape(step.step, *args)
+    at_once, lean = jax.eval_shape(one_step, *args, differentiable(y), differentiable(carry))
+    return max(_bytes(at_once), 1), max(_bytes(lean), 1)
+
+
+def _bytes(tree: Any) -> int:
+    avals = [jax.typeof(leaf) for leaf in jax.tree.leaves(tree)]
+    return sum(aval.size * aval.dtype.itemsize for aval in avals)
+
+
+def _divisor_near(length: int, segment: float) -> int:
+    """A divisor of `length` near `segment`, so that no shorter segment is left over, or else what is nearest to it."""
+    near = range(math.ceil(segment / 1.5), math.floor(segment * 1.5) + 1)
+    divisors = [s for s in near if s and length % s == 0]
+    return min(divisors, key=lambda s: abs(math.log(s / segment))) if divisors else max(1, min(round(segment), length))
+
+
+def _dense(leaf: Any) -> Any:
+    return jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, SymbolicZero) else leaf
+
+
+def _differentiated_as(plain: Callable[..., Any], fast: Callable[..., Any]) -> Callable[..., Any]:
+    """`fast(*args, states)`, with the derivative of `plain(*args)`, which is the same function and needs no states."""
+    both = jax.custom_jvp(fast)
+
+    @both.defjvp
+    def jvp(primals, tangents):
+        return jax.jvp(plain, primals[:-1], tangents[:-1])
+
+    return both

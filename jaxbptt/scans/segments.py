@@ -1,0 +1,192 @@
+r"""Forward over segments of time, keeping some states, and back over them, one at a time.
+
+What `checkpointed_scan` runs. Every function takes the `Layout` that says how time is cut.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxbptt.cells.cell import Adjoint
+from jaxbptt.scans import schedule
+from jaxbptt.scans.along_time import at, put, put_window, room, window
+from jaxbptt.scans.backward import add_up, as_params, fit, totals, unroll_backward, unroll_forward, without
+from jaxbptt.scans.recurrence import at_one_step, differentiable
+
+Step = Callable[..., Any]
+
+
+class Layout(NamedTuple):
+    """How time is cut, and what is kept.
+
+    Attributes:
+        segment: time steps in a segment.
+        units: whole segments.
+        left_over: time steps of a last, shorter one, or 0.
+        slots: states kept at the same time.
+        kept: the segments before which a state is kept on the way forward.
+        lean: whether weight gradients are added up at every step, not once for a segment: this needs neither the adjoints
+            of a segment nor a second array like the params, and takes more time.
+    """
+
+    segment: int
+    units: int
+    left_over: int
+    slots: int
+    kept: list[int]
+    lean: bool
+
+    @property
+    def all_kept(self) -> bool:
+        """Whether there is a state before every segment, so that nothing is computed more than twice."""
+        return self.slots >= self.units
+
+    @property
+    def forward_steps(self) -> int:
+        """Steps computed for one gradient: the way forward, and all that is computed again."""
+        length = self.units * self.segment + self.left_over
+        if self.all_kept:
+            return 2 * length
+        # Of the schedule's steps, the way forward is the first sweep up to the last state that is kept.
+        again = schedule.forward_steps(self.units, self.slots) - self.kept[-1]
+        return length + again * self.segment + self.left_over
+
+
+def forward(step: Step, params: Any, init: Any, xs: Any, cut: Layout, unroll: int | bool) -> tuple[Any, Any]:
+    """`lax.scan`, and the states that the way back starts with: in slots, and before what is left over."""
+    upcoming = jnp.array([*cut.kept, cut.units], jnp.int32)
+
+    def stretch(carry, ys, start, length):
+        carry, some = jax.lax.scan(
+            partial(step, params), carry, window(xs, start, length), length=length, unroll=unroll
+        )
+        return carry, put_window(ys, some, start)
+
+    def body(unit, state):
+        carry, ys, states, slot = state
+        # Written at every segment: what stays is the last one written, the state before the segment wanted.
+        slot = slot + (unit > upcoming[slot])
+        states = put(states, carry, slot)
+        return *stretch(carry, ys, unit * cut.segment, cut.segment), states, slot
+
+    _, y = jax.eval_shape(partial(step, params), init, at_one_step(xs))
+    ys = room(y, cut.units * cut.segment + cut.left_over)
+    state = init, ys, room(init, cut.slots + 1), jnp.array(0, jnp.int32)
+    carry, ys, states, _ = jax.lax.fori_loop(0, cut.units, body, state)
+    last = carry
+    if cut.left_over:
+        carry, ys = stretch(carry, ys, cut.units * cut.segment, cut.left_over)
+    return (carry, ys), (states, last)
+
+
+class Task(NamedTuple):
+    """What stays the same on the way back. `ys_bar(start, length)` is a window of the gradient of the outputs."""
+
+    step: Step
+    adjoint: Adjoint
+    params: Any
+    init: Any
+    xs: Any
+    ys_bar: Callable[[Any, int], Any]
+    unroll: int | bool
+
+
+def backward(task: Task, states: Any, carry_bar: Any, cut: Layout) -> tuple[Any, Any, Any]:
+    """Gradients of params, init and xs, from that of the last carry and what `forward` kept."""
+    take_back = partial(_take_back_lean if cut.lean else _take_back, task)
+    states, last = states
+    xs_bar = room(at_one_step(differentiable(task.xs)), cut.units * cut.segment + cut.left_over)
+    back = carry_bar, totals(task.params), xs_bar
+    if cut.left_over:
+        back = take_back(back, last, cut.units * cut.segment, cut.left_over)
+
+    def by_kept_states(i, back):
+        unit = cut.units - 1 - i
+        return take_back(back, at(states, unit), unit * cut.segment, cut.segment)
+
+    def by_schedule(i, both):
+        stack, back = both
+        unit = cut.units - 1 - i
+        stack, carry = _compute_again(task, stack, unit, cut)
+        return stack, take_back(back, carry, unit * cut.segment, cut.segment)
+
+    if cut.all_kept:
+        back = jax.lax.fori_loop(0, cut.units, by_kept_states, back)
+    else:
+        starts = jnp.zeros(cut.slots, jnp.int32).at[: len(cut.kept)].set(jnp.array(cut.kept, jnp.int32))
+        stack = states, starts, jnp.array(len(cut.kept) - 1, jnp.int32)
+        _, back = jax.lax.fori_loop(0, cut.units, by_schedule, (stack, back))
+    carry_bar, params_bar, xs_bar = back
+    return as_params(params_bar, task.params), carry_bar, xs_bar
+
+
+def _compute_again(task: Task, stack: Any, unit: Any, cut: Layout) -> tuple[Any, Any]:
+    """The state before a segment, from the nearest one kept; on the way others are kept as the schedule says.
+
+    The stack is (states, the segments they are before, index of the top one).
+    """
+    reaches = jnp.asarray(schedule.reaches(cut.units, cut.slots))
+
+    def advance(carry, start, stop):
+        def body(t, carry):
+            return task.step(task.params, carry, at(task.xs, t))[0]
+
+        return jax.lax.fori_loop(start * cut.segment, stop * cut.segment, body, carry)
+
+    def worth_keeping(stack):
+        _, starts, top = stack
+        return (starts[top] < unit) & (top + 1 < cut.slots)
+
+    def keep_one(stack):
+        states, starts, top = stack
+        start = starts[top]
+        stop = start + schedule.split(reaches, unit + 1 - start, cut.slots - top)
+        states = put(states, advance(at(states, top), start, stop), top + 1)
+        return states, starts.at[top + 1].set(stop), top + 1
+
+    states, starts, top = jax.lax.while_loop(worth_keeping, keep_one, stack)
+    carry = advance(at(states, top), starts[top], unit)
+    return (states, starts, top - (starts[top] == unit)), carry
+
+
+def _take_back(task: Task, back: Any, carry: Any, start: Any, length: int) -> Any:
+    """One segment: forward once more from `carry`, and back, with one contraction for all of it."""
+    carry_bar, params_bar, xs_bar = back
+    _, adjoint, params, _, xs, ys_bar, unroll = task
+    inputs = window(xs, start, length)
+    _, residuals = unroll_forward(adjoint, params, carry, inputs, length=length, unroll=unroll)
+    more, carry_bar, some = unroll_backward(
+        adjoint, params, carry, residuals, inputs, carry_bar, ys_bar(start, length), length=length, unroll=unroll
+    )
+    return carry_bar, add_up(params_bar, more), put_window(xs_bar, some, start)
+
+
+def _take_back_lean(task: Task, back: Any, carry: Any, start: Any, length: int) -> Any:
+    """The same with a contraction at every step: all that is kept of a step is its carry, and residuals beyond that."""
+    _, adjoint, params, _, xs, ys_bar, unroll = task
+    restorers = []
+
+    def forward(carry, t):
+        (new_carry, _), residuals = adjoint.forward(params, carry, at(xs, t))
+        others, restore = without(residuals, (carry, new_carry))
+        restorers.append(restore)
+        return new_carry, (carry, others)
+
+    def backward(state, at_t):
+        new_carry, (carry_bar, params_bar, xs_bar) = state
+        t, (carry, others) = at_t
+        x, y_bar = at(xs, t), at(ys_bar(t, 1), 0)
+        residuals = restorers[-1](others, (carry, new_carry))
+        previous_bar, delta = adjoint.backward(params, residuals, x, carry_bar, y_bar)
+        more, some = adjoint.contract(params, *jax.tree.map(lambda leaf: leaf[None], (residuals, x, y_bar, delta)))
+        params_bar = add_up(params_bar, fit(more, params, "params"))
+        xs_bar = put_window(xs_bar, fit(some, window(xs, t, 1), "xs"), t)
+        return (carry, (fit(previous_bar, carry, "init"), params_bar, xs_bar)), None
+
+    steps = start + jnp.arange(length, dtype=jnp.int32)
+    new_carry, kept = jax.lax.scan(forward, carry, steps, unroll=unroll)
+    (_, back), _ = jax.lax.scan(backward, (new_carry, back), (steps, kept), reverse=True, unroll=unroll)
+    return back

@@ -1,0 +1,133 @@
+r"""Truncated BPTT in chunks: the state passes from chunk to chunk, the gradient does not.
+
+Since no gradient passes, a chunk's backward needs nothing of the chunks after it. It is run in the order of time: forward
+over a chunk, back over it, on to the next. What is kept at any time is one chunk.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxbptt.cells.cell import Adjoint, Cell
+from jaxbptt.scans.along_time import put_window, room, window
+from jaxbptt.scans.backward import add_up, as_params, step_with_adjoint, totals, unroll_backward, unroll_forward
+from jaxbptt.scans.forward_mode import reverse_mode_only
+from jaxbptt.scans.recurrence import at_one_step, check_count, differentiable, prepare
+from jaxbptt.scans.resets import check_is_first, check_reset_carry, with_resets
+
+
+def truncated_scan(
+    step: Callable[..., Any] | Cell,
+    params: Any,
+    init: Any,
+    xs: Any = None,
+    *,
+    truncation_length: int,
+    is_first: Any = None,
+    reset_carry: Any = None,
+    length: int | None = None,
+    adjoint: Adjoint | None = None,
+    unroll: int | bool = 1,
+) -> tuple[Any, Any]:
+    r"""`scan` whose gradient is cut every K steps: truncated BPTT, the chunked kind.
+
+    ∂cₜ₊₁/∂cₜ counts as 0 where t ≡ 0 (mod K), t > 0
+
+    Biased: a loss at step t reaches back to the start of its chunk, (t − 1) mod K steps; `windowed_scan` reaches equally
+    far from every step. The values are those of `scan`. For K ≥ T the gradient is exact. The caller's `init` is never
+    cut. Time O(T) steps, each computed twice; memory beyond xs, ys and their gradients is that of K steps, however long
+    the sequence.
+
+    Args:
+        step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
+        params: θ, any pytree. Arrays that `step` closes over get their gradient as well.
+        init: c₀, any pytree of arrays.
+        xs: inputs, leaves `[time, *batch, features]`, or `None`.
+        truncation_length: K, time steps; it need not divide T.
+        is_first: booleans `[time, *batch]`, where a new sequence begins: before that xₜ is consumed the row's carry is
+            reset, and no gradient passes.
+        reset_carry: what `is_first` resets to, like `init` or one row of it; zeros by default. It gets its gradient.
+        length: T, needed where `xs` is `None`.
+        adjoint: the backward of one step. By default the `Cell`'s own, or else derived from `step`.
+        unroll: time steps in one iteration of the compiled loops, as for `lax.scan`.
+
+    Returns:
+        c_T, and the yₜ stacked on a leading time axis.
+
+    Raises:
+        ValueError: `truncation_length` below 1, an `is_first` or `reset_carry` that does not fit `init`, a `reset_carry`
+            without `is_first`; and as for `adjoint_scan`.
+        TypeError: an `is_first` that is not boolean; and as for `adjoint_scan`.
+
+    Example:
+        >>> import jax
+        >>> import jaxbptt as bptt
+        >>> power = lambda w, h, x: (w * h, w * h)
+        >>> last = lambda w, K: bptt.truncated_scan(power, w, 0.9, length=3, truncation_length=K)[0]
+        >>> print(jax.grad(last)(0.2, 3).round(4), jax.grad(last)(0.2, 2).round(4))  # 3 w² h₀, and w² h₀
+        0.108 0.036
+
+    References:
+        Williams and Peng, An efficient gradient-based algorithm for on-line training of recurrent network trajectories,
+        1990, doi:10.1162/neco.1990.2.4.490.
+    """
+    check_count("truncation_length", truncation_length, "counts time steps")
+    r = prepare(step, params, init, xs, length)
+    with_adjoint, xs = step_with_adjoint(step, adjoint, r), r.xs
+    if is_first is not None:
+        is_first = check_is_first(is_first, r)
+        with_adjoint = with_resets(with_adjoint, check_reset_carry(reset_carry, r.init))
+        xs = xs, is_first
+    elif reset_carry is not None:
+        raise ValueError("reset_carry says what is_first resets to: pass is_first as well, or leave it out.")
+    step, params, adjoint, _ = with_adjoint
+    chunk = max(min(int(truncation_length), r.length), 1)
+    chunks, left_over = divmod(r.length, chunk)
+
+    @jax.custom_vjp
+    def run(params, init, xs):
+        return jax.lax.scan(partial(step, params), init, xs, length=r.length, unroll=unroll)
+
+    def run_forward(params, init, xs):
+        return run(params, init, xs), (params, init, xs)
+
+    def run_backward(saved, bars):
+        params, init, xs = saved
+        last_bar, ys_bar = differentiable(bars)
+        nothing = jax.tree.map(jnp.zeros_like, last_bar)
+
+        def over_chunk(state, start, length):
+            carry, init_bar, params_bar, xs_bar = state
+            inputs = window(xs, start, length)
+            (next_carry, _), residuals = unroll_forward(
+                adjoint, params, jax.lax.stop_gradient(carry), inputs, length=length, unroll=unroll
+            )
+            carry_bar = jax.tree.map(partial(jnp.where, start + length == r.length), last_bar, nothing)
+            more, carry_bar, some = unroll_backward(
+                adjoint,
+                params,
+                carry,
+                residuals,
+                inputs,
+                carry_bar,
+                window(ys_bar, start, length),
+                length=length,
+                unroll=unroll,
+            )
+            init_bar = jax.tree.map(partial(jnp.where, start == 0), carry_bar, init_bar)
+            return next_carry, init_bar, add_up(params_bar, more), put_window(xs_bar, some, start)
+
+        init_bar = nothing if r.length else last_bar
+        state = init, init_bar, totals(params), room(at_one_step(differentiable(xs)), r.length)
+        if chunks:
+            state = jax.lax.fori_loop(0, chunks, lambda i, state: over_chunk(state, i * chunk, chunk), state)
+        if left_over:
+            state = over_chunk(state, chunks * chunk, left_over)
+        _, init_bar, params_bar, xs_bar = state
+        return as_params(params_bar, params), init_bar, xs_bar
+
+    run.defvjp(run_forward, run_backward)
+    return reverse_mode_only("truncated_scan", run)(params, r.init, xs)

@@ -1,0 +1,111 @@
+r"""Truncated BPTT with a window: every loss term reaches back equally far, whatever its place in the sequence.
+
+The backward runs over the lag, not over time: all loss terms go one step back together, W times. What the loop leaves
+for each step is summed over the lag, and since the contraction over time is linear it is taken once, of the sum.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxbptt.cells.cell import Adjoint, Cell
+from jaxbptt.scans.backward import fit, step_with_adjoint, unroll_forward
+from jaxbptt.scans.forward_mode import reverse_mode_only
+from jaxbptt.scans.recurrence import check_count, differentiable, prepare
+from jaxbptt.scans.tracing import map_over_time
+
+
+def windowed_scan(
+    step: Callable[..., Any] | Cell,
+    params: Any,
+    init: Any,
+    xs: Any = None,
+    *,
+    window: int,
+    length: int | None = None,
+    adjoint: Adjoint | None = None,
+    unroll: int | bool = 1,
+) -> tuple[Any, Any]:
+    r"""`scan` whose gradient reaches back exactly W steps from every loss term: truncated BPTT, the windowed kind.
+
+    Σₗ G⁽ˡ⁾ over l < W, with G⁽ˡ⁾ = Σₜ (∂⁺hₜ₋ₗ/∂θ)ᵀ Aₗ[t],  A₀[t] = aₜ,  Aₗ₊₁[t] = Jₜ₋ₗᵀ Aₗ[t]
+
+    Biased, and equally so at every step; `truncated_scan` is cut at fixed times instead. The values are those of `scan`.
+    For W ≥ T the gradient is exact. A loss term at step t reaches the uses of params and inputs at steps t − W + 1 … t, and
+    `init` where t ≤ W. Time O(W T) steps, but of the backward only W run in sequence; memory O(T n), a few times
+    that of `adjoint_scan`.
+
+    A step that branches (`lax.cond`) is not mapped over time, and then all W T steps run in sequence.
+
+    Args:
+        step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
+        params: θ, any pytree. Arrays that `step` closes over get their gradient as well.
+        init: c₀, any pytree of arrays.
+        xs: inputs, leaves `[time, *batch, features]`, or `None`.
+        window: W, time steps.
+        length: T, needed where `xs` is `None`.
+        adjoint: the backward of one step, which must allow `jax.vmap`. By default the `Cell`'s own, or else derived.
+        unroll: time steps in one iteration of the compiled forward loop, as for `lax.scan`.
+
+    Returns:
+        c_T, and the yₜ stacked on a leading time axis.
+
+    Raises:
+        ValueError: `window` below 1; and as for `adjoint_scan`.
+        TypeError: as for `adjoint_scan`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import jaxbptt as bptt
+        >>> power = lambda w, h, x: (w * h, w * h)
+        >>> total = lambda w, W: bptt.windowed_scan(power, w, 1.0, length=3, window=W)[1].sum()  # w + w² + w³
+        >>> print(jax.grad(total)(0.5, 3), jax.grad(total)(0.5, 1))  # 1 + 2w + 3w², and 1 + w + w²
+        2.75 1.75
+
+    References:
+        Williams and Peng, An efficient gradient-based algorithm for on-line training of recurrent network trajectories,
+        1990, doi:10.1162/neco.1990.2.4.490.
+    """
+    check_count("window", window, "counts time steps")
+    r = prepare(step, params, init, xs, length)
+    step, params, adjoint, branches = step_with_adjoint(step, adjoint, r)
+    lags = min(int(window), r.length)
+
+    @jax.custom_vjp
+    def run(params, init, xs):
+        return jax.lax.scan(partial(step, params), init, xs, length=r.length, unroll=unroll)
+
+    def run_forward(params, init, xs):
+        outputs, residuals = unroll_forward(adjoint, params, init, xs, length=r.length, unroll=unroll)
+        return outputs, (params, init, xs, residuals)
+
+    def run_backward(saved, bars):
+        params, init, xs, residuals = saved
+        last_bar, ys_bar = differentiable(bars)
+        if lags == 0:
+            params_bar, xs_bar = jax.tree.map(jnp.zeros_like, differentiable((params, xs)))
+            return params_bar, last_bar, xs_bar
+        one_step_back = map_over_time(adjoint.backward, in_turn=branches)
+
+        def back(bars, ys_bar):
+            """From the gradients of the carries after each step to those of the carries before it."""
+            before, deltas = one_step_back(params, residuals, xs, bars, ys_bar)
+            after = jax.tree.map(lambda leaf: jnp.concatenate([leaf[1:], jnp.zeros_like(leaf[:1])]), before)
+            return after, jax.tree.map(lambda leaf: leaf[0], before), deltas
+
+        def one_lag_more(state, _):
+            bars, *sums = state
+            bars, *more = back(bars, jax.tree.map(jnp.zeros_like, ys_bar))
+            return (bars, *jax.tree.map(jnp.add, sums, more)), None
+
+        at_end = jax.tree.map(lambda leaf: jnp.zeros((r.length, *leaf.shape), leaf.dtype).at[-1].set(leaf), last_bar)
+        state = back(at_end, ys_bar)
+        (_, init_bar, deltas), _ = jax.lax.scan(one_lag_more, state, None, length=lags - 1)
+        params_bar, xs_bar = adjoint.contract(params, residuals, xs, ys_bar, deltas)
+        return fit(params_bar, params, "params"), fit(init_bar, init, "init"), fit(xs_bar, xs, "xs")
+
+    run.defvjp(run_forward, run_backward)
+    return reverse_mode_only("windowed_scan", run)(params, r.init, r.xs)
