@@ -21,6 +21,9 @@ from jaxbptt.analysis.jacobians import jacobian_products as jacobian_products
 from jaxbptt.analysis.jacobians import log_singular_values as log_singular_values
 from jaxbptt.analysis.jacobians import state_jacobians as state_jacobians
 from jaxbptt.analysis.jacobians import temporal_contributions as temporal_contributions
+from jaxbptt.analysis.paths import surviving_paths as surviving_paths
+from jaxbptt.analysis.plan import Plan as Plan
+from jaxbptt.analysis.plan import plan as plan
 from jaxbptt.cells.cell import Adjoint as Adjoint
 from jaxbptt.cells.cell import Cell as Cell
 from jaxbptt.cells.elman import ElmanParams as ElmanParams

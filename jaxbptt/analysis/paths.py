@@ -1,0 +1,53 @@
+"""Which paths of the gradient a strategy keeps, found by asking it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from jaxbptt.scans.recurrence import check_count
+
+
+def surviving_paths(strategy: Callable[..., Any], length: int, **options: Any) -> Bool[Array, "time time"]:
+    r"""Which ∂Lₜ/∂hₛ a strategy keeps, read off its derivative.
+
+    The strategy unrolls hₛ = hₛ₋₁ + xₛ, in which every ∂hₜ/∂hₛ with s ≤ t is 1: what its gradient of hₜ with respect to xₛ
+    has instead of a 1 has been cut. Costs T gradients of T steps.
+
+    Args:
+        strategy: `truncated_scan`, `windowed_scan`, or any other of the same signature.
+        length: T, time steps.
+        **options: passed to the strategy: `truncation_length=4`, `is_first=flags`.
+
+    Returns:
+        Booleans `[time, time]`: entry [t, s] for the loss of step t and the state after step s. Without a cut it is all
+        that lies on and below the diagonal.
+
+    Raises:
+        ValueError: `length` below 1. What the strategy raises comes through.
+
+    Example:
+        >>> import jaxbptt as bptt
+        >>> print(bptt.surviving_paths(bptt.truncated_scan, 4, truncation_length=2).astype(int))
+        [[1 0 0 0]
+         [1 1 0 0]
+         [0 0 1 0]
+         [0 0 1 1]]
+        >>> print(bptt.surviving_paths(bptt.windowed_scan, 4, window=2).astype(int))
+        [[1 0 0 0]
+         [1 1 0 0]
+         [0 1 1 0]
+         [0 0 1 1]]
+    """
+    check_count("length", length, "counts time steps")
+
+    def step(_, h, x):
+        h = h + x
+        return h, h
+
+    def states(xs):
+        return strategy(step, None, jnp.zeros((), xs.dtype), xs, **options)[1]
+
+    return jax.jacrev(states)(jnp.zeros(length)) != 0

@@ -1,0 +1,225 @@
+r"""Which exact strategy a memory budget allows: compiled for the shapes at hand, so that the bytes are the compiler's."""
+
+from collections.abc import Callable
+from functools import partial
+from math import isqrt
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxbptt.analysis.cost import compile_and_cost
+from jaxbptt.cells.cell import Cell
+from jaxbptt.scans.adjoint import adjoint_scan
+from jaxbptt.scans.backward import step_with_adjoint
+from jaxbptt.scans.checkpointed import checkpointed_scan, layout
+from jaxbptt.scans.exact import scan
+from jaxbptt.scans.recurrence import differentiable, is_array, merge, prepare, split
+from jaxbptt.scans.truncated import truncated_scan
+
+
+class Plan(NamedTuple):
+    """What to use for a gradient within a memory budget.
+
+    Attributes:
+        scan: the strategy with its options, to use in place of `scan`; `None` where nothing exact fits.
+        name: of the strategy.
+        options: of the strategy.
+        fits: whether it fits the budget.
+        predicted_bytes: temporary memory beyond arguments and results; where nothing fits, the least that is needed.
+        forward_steps: steps computed for one gradient, those computed again included.
+        reason: why this one, and where nothing fits what would, in words.
+    """
+
+    scan: Callable[..., Any] | None
+    name: str
+    options: dict[str, int]
+    fits: bool
+    predicted_bytes: int
+    forward_steps: int
+    reason: str
+
+
+def plan(
+    step: Callable[..., Any] | Cell,
+    params: Any,
+    init: Any,
+    xs: Any = None,
+    *,
+    memory_bytes: float,
+    loss: Callable[..., Any] | None = None,
+    length: int | None = None,
+) -> Plan:
+    r"""The exact strategy with the fewest forward steps that fits a memory budget.
+
+    Tried in this order: the hand-written backward of a `Cell`, `scan`, `checkpointed_scan` with the segment of least memory
+    (every step twice), `checkpointed_scan` with as many checkpoints as fit. Bytes are those of the compiled gradient with
+    respect to params and init, beyond arguments and results, at the full length: a few compilations, and no run.
+
+    Args:
+        step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
+        params: θ, any pytree of arrays, or of their shapes (`jax.ShapeDtypeStruct`), as are `init` and `xs`.
+        init: c₀.
+        xs: inputs, leaves `[time, *batch, features]`, or `None` with `length`.
+        memory_bytes: the budget for temporary memory, in bytes.
+        loss: `loss(carry, ys) -> scalar`. By default the sum of squares of both, which needs all outputs at once; a loss of
+            the last carry alone needs much less.
+        length: T, needed where `xs` is `None`.
+
+    Returns:
+        A `Plan`; use `plan.scan(step, params, init, xs)`.
+
+    Raises:
+        ValueError: a budget that is not positive; and as for `scan`.
+        TypeError: as for `scan`.
+
+    Example:
+        >>> import jax
+        >>> import jaxbptt as bptt
+        >>> cell = bptt.elman(8, 64)
+        >>> shapes = jax.eval_shape(cell.init, jax.random.key(0)), jax.eval_shape(cell.initial_carry)
+        >>> xs = jax.ShapeDtypeStruct((10_000, 8), "float32")
+        >>> best = bptt.plan(cell, *shapes, xs, memory_bytes=2**20, loss=lambda carry, ys: (carry**2).sum())
+        >>> best.name, best.forward_steps, best.predicted_bytes < 2**20
+        ('checkpointed_scan', 20000, True)
+    """
+    if not memory_bytes > 0:
+        raise ValueError(f"memory_bytes is {memory_bytes}, but a gradient needs some: pass the bytes there are.")
+    case = _Case(step, *_arrays((params, init, xs)), _sum_of_squares if loss is None else loss, length)
+    steps = _look(case, lambda r, _: r.length)
+    tried = []
+
+    def attempt(strategy: Callable[..., Any], forward_steps: int, why: str, **options: int) -> Plan:
+        scan = partial(strategy, **options) if options else strategy
+        need = _temporary_bytes(case, scan)
+        tried.append(Plan(scan, strategy.__name__, options, need <= memory_bytes, need, forward_steps, why))
+        return tried[-1]
+
+    if isinstance(step, Cell) and step.adjoint is not None:
+        best = attempt(adjoint_scan, steps, "every step is computed once, and the backward is the cell's own")
+        if best.fits:
+            return _explained(best, memory_bytes)
+    best = attempt(scan, steps, "every step is computed once")
+    if not best.fits and steps:
+        segment = _look(case, lambda r, by: layout(r, by, None, None).segment)
+        best = attempt(
+            checkpointed_scan,
+            2 * steps,
+            "every step is computed twice, keeping one state in so many",
+            segment_length=segment,
+        )
+    if not best.fits and steps:
+        best = _most_checkpoints(case, attempt, steps, memory_bytes)
+    if best.fits:
+        return _explained(best, memory_bytes)
+    least = min(tried, key=lambda plan: plan.predicted_bytes)
+    return least._replace(scan=None, fits=False, reason=_what_would_fit(case, least, steps, memory_bytes))
+
+
+class _Case(NamedTuple):
+    """What is to be differentiated; `arrays` may be shapes, `others` is what is no array."""
+
+    step: Any
+    arrays: Any
+    others: Any
+    loss: Callable[..., Any]
+    length: Any
+
+
+def _most_checkpoints(case: _Case, attempt: Callable[..., Plan], steps: int, memory_bytes: float) -> Plan:
+    """As many checkpoints as fit: halve from √T until they do, then take what a straight line between the two allows."""
+
+    def with_checkpoints(number):
+        cut = _look(case, lambda r, by: layout(r, by, None, number))
+        why = f"the states kept are as many as fit, and steps are computed {cut.forward_steps / steps:.1f} times on average"
+        return attempt(checkpointed_scan, cut.forward_steps, why, checkpoints=number)
+
+    best = with_checkpoints(1)
+    number = max(isqrt(steps), 1)
+    if not best.fits or number == 1:
+        return best
+    best = with_checkpoints(number)
+    while not best.fits:
+        above, number = best, number // 2
+        best = with_checkpoints(number)
+        if best.fits:
+            free = (memory_bytes - best.predicted_bytes) / max(above.predicted_bytes - best.predicted_bytes, 1)
+            more = with_checkpoints(number + int(0.9 * free * number))
+            best = more if more.fits else best
+    return best
+
+
+def _what_would_fit(case: _Case, least: Plan, steps: int, memory_bytes: float) -> str:
+    nothing = (
+        f"No exact strategy fits {_size(memory_bytes)}: the least is {least.name} with {_options(least.options)}, which needs "
+        f"{_size(least.predicted_bytes)}."
+    )
+    number = steps
+    while number > 1:
+        number = max(number // 4, 1)
+        need = _temporary_bytes(case, partial(truncated_scan, truncation_length=number))
+        if need <= memory_bytes:
+            return f"{nothing} Biased, truncated_scan with truncation_length={number} fits: {_size(need)}."
+    return (
+        f"{nothing} Truncation does not help: the outputs of all {steps} steps alone are too large. Let the step return "
+        "only what the loss needs of it."
+    )
+
+
+def _explained(plan: Plan, memory_bytes: float) -> Plan:
+    options = f" with {_options(plan.options)}" if plan.options else ""
+    fits = f"{plan.name}{options} needs {_size(plan.predicted_bytes)} of {_size(memory_bytes)}"
+    return plan._replace(reason=f"{fits}: {plan.reason}.")
+
+
+def _options(options: dict[str, int]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in options.items())
+
+
+def _size(number: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if number < 2**10:
+            return f"{number:.4g} {unit}"
+        number /= 2**10
+    return f"{number:.4g} GiB"
+
+
+def _temporary_bytes(case: _Case, scan: Callable[..., Any]) -> int:
+    """Of the gradient with respect to params and init, compiled."""
+
+    def value_and_gradient(arrays):
+        params, init, xs = merge(arrays, case.others)
+        moving, still = split((params, init))
+
+        def unrolled_loss(moving):
+            params, init = merge(moving, still)
+            return case.loss(*scan(case.step, params, init, xs, length=case.length))
+
+        return jax.value_and_grad(unrolled_loss)(moving)
+
+    return compile_and_cost(value_and_gradient, case.arrays)[1].temporary_bytes
+
+
+def _look(case: _Case, at: Callable[..., Any]) -> Any:
+    """`at(recurrence, its step with an adjoint)`, where only shapes are known."""
+    seen = []
+
+    def look(arrays):
+        r = prepare(case.step, *merge(arrays, case.others), case.length)
+        seen.append(at(r, step_with_adjoint(case.step, None, r)))
+
+    jax.eval_shape(look, case.arrays)
+    return seen[-1]
+
+
+def _arrays(tree: Any) -> tuple[Any, Any]:
+    """What is an array, or the shape of one, and what is not."""
+    return (
+        jax.tree.map(lambda leaf: leaf if is_array(leaf) else None, tree),
+        jax.tree.map(lambda leaf: None if is_array(leaf) else leaf, tree),
+    )
+
+
+def _sum_of_squares(carry: Any, ys: Any) -> Any:
+    leaves = jax.tree.leaves(differentiable((carry, ys)))
+    return sum(jnp.vdot(leaf, leaf).real for leaf in leaves)
