@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from jaxbptt.analysis.certificate import Certificate
@@ -114,6 +116,60 @@ def plot_certificate(certificate: Certificate) -> Figure:
     _label(errors, "", "largest relative error", "")
     _label(memory, "", "temporary memory, KiB", "")
     _label(seconds, "", "time, ms", "")
+    return figure
+
+
+def plot_surviving_paths(tables: Any) -> Figure:
+    r"""Which ∂Lₜ/∂hₛ a strategy keeps: rows are losses, columns states; several strategies beside each other.
+
+    Kept is filled, cut is hatched; above the diagonal, where the loss is earlier than the state, there is nothing to keep.
+
+    Args:
+        tables: from `surviving_paths`, or several by name.
+
+    Returns:
+        A matplotlib `Figure`.
+
+    Example:
+        >>> import jaxbptt as bptt
+        >>> from jaxbptt import plots
+        >>> table = bptt.surviving_paths(bptt.truncated_scan, 6, truncation_length=3)
+        >>> figure = plots.plot_surviving_paths({"chunks of 3": table})
+        >>> figure.axes[0].get_xlabel()
+        'state hₛ, step s'
+    """
+    named = {name: np.asarray(table, bool) for name, table in _by_name(tables).items()}
+    figure, panels = _figure(len(named), width=1.0 + 3.6 * len(named), height=4.4, sharey=True)
+    for axes, (name, kept) in zip(panels, named.items(), strict=True):
+        steps = len(kept)
+        cut = np.tril(np.ones_like(kept)) & ~kept
+        edges = np.arange(steps + 1) + 0.5
+        axes.pcolormesh(edges, edges, np.where(kept, 1.0, np.nan), cmap=ListedColormap([COLOURS[0]]))
+        axes.pcolor(
+            edges,
+            edges,
+            np.ma.masked_array(np.zeros(cut.shape), ~cut),
+            hatch="//////",
+            edgecolor="#9a9a9a",
+            alpha=0,
+            lw=0,
+        )
+        axes.set_aspect("equal")
+        axes.set_ylim(steps + 0.5, 0.5)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+        _label(axes, name, "state hₛ, step s", "")
+        axes.grid(visible=False)
+    panels[0].set_ylabel("loss Lₜ, step t")
+    figure.legend(
+        handles=[
+            Patch(color=COLOURS[0], label="kept"),
+            Patch(fill=False, hatch="//////", edgecolor="#9a9a9a", label="cut"),
+        ],
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+    )
     return figure
 
 

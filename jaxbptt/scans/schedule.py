@@ -64,7 +64,7 @@ def checkpoint_schedule(length: int, checkpoints: int) -> Schedule:
     """
     check_count("length", length, "counts time steps")
     check_checkpoints(checkpoints, length)
-    reach = reaches(length, checkpoints)
+    reach = reaches(length, checkpoints) if checkpoints > 1 else None
     kept, moves = [0], []
     for last in reversed(range(length)):
         while last > kept[-1] and len(kept) < checkpoints:
@@ -76,18 +76,29 @@ def checkpoint_schedule(length: int, checkpoints: int) -> Schedule:
             kept.pop()
     table = np.array(moves)
     steps = int((table[:, 1] - table[:, 0]).sum()) + length
-    return Schedule(length, checkpoints, reach.shape[1] - 1, steps, table)
+    return Schedule(length, checkpoints, repetitions(length, checkpoints), steps, table)
 
 
 def forward_steps(length: int, checkpoints: int) -> int:
     """`checkpoint_schedule(length, checkpoints).forward_steps` by the formula."""
-    r = reaches(length, checkpoints).shape[1] - 1
+    r = repetitions(length, checkpoints)
     return r * length - (comb(checkpoints + r, r - 1) if r else 0) + length
+
+
+def repetitions(length: int, checkpoints: int) -> int:
+    """The least r for which C(c+r, c) ≥ T."""
+    if checkpoints == 1:
+        return length - 1
+    r = 0
+    while comb(checkpoints + r, checkpoints) < length:
+        r += 1
+    return r
 
 
 def first_sweep(length: int, checkpoints: int) -> list[int]:
     """The steps before which a state is kept on the way to the end."""
-    reach, kept = reaches(length, checkpoints), [0]
+    kept = [0]
+    reach = reaches(length, checkpoints) if checkpoints > 1 else None
     while length - kept[-1] > 1 and len(kept) < checkpoints:
         kept.append(kept[-1] + int(split(reach, length - kept[-1], checkpoints - len(kept) + 1)))
     return kept

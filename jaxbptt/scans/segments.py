@@ -128,7 +128,6 @@ def _compute_again(task: Task, stack: Any, unit: Any, cut: Layout) -> tuple[Any,
 
     The stack is (states, the segments they are before, index of the top one).
     """
-    reaches = jnp.asarray(schedule.reaches(cut.units, cut.slots))
 
     def advance(carry, start, stop):
         def body(t, carry):
@@ -147,7 +146,10 @@ def _compute_again(task: Task, stack: Any, unit: Any, cut: Layout) -> tuple[Any,
         states = put(states, advance(at(states, top), start, stop), top + 1)
         return states, starts.at[top + 1].set(stop), top + 1
 
-    states, starts, top = jax.lax.while_loop(worth_keeping, keep_one, stack)
+    if cut.slots > 1:  # with the first state alone there is nothing to decide
+        reaches = jnp.asarray(schedule.reaches(cut.units, cut.slots))
+        stack = jax.lax.while_loop(worth_keeping, keep_one, stack)
+    states, starts, top = stack
     carry = advance(at(states, top), starts[top], unit)
     return (states, starts, top - (starts[top] == unit)), carry
 
