@@ -19,6 +19,7 @@ from jaxbptt.analysis.credit import GradientFlow
 from jaxbptt.analysis.jacobians import LogSingularValues
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_CUT = "#c9c9c9"
 _DASHES = ("-", "--", "-.", ":")
 
 
@@ -122,7 +123,7 @@ def plot_certificate(certificate: Certificate) -> Figure:
 def plot_surviving_paths(tables: Any) -> Figure:
     r"""Which ∂Lₜ/∂hₛ a strategy keeps: rows are losses, columns states; several strategies beside each other.
 
-    Kept is filled, cut is hatched; above the diagonal, where the loss is earlier than the state, there is nothing to keep.
+    Above the diagonal, where the loss comes before the state, there is nothing to keep.
 
     Args:
         tables: from `surviving_paths`, or several by name.
@@ -139,21 +140,13 @@ def plot_surviving_paths(tables: Any) -> Figure:
         'state hₛ, step s'
     """
     named = {name: np.asarray(table, bool) for name, table in _by_name(tables).items()}
-    figure, panels = _figure(len(named), width=1.0 + 3.6 * len(named), height=4.4, sharey=True)
+    figure, panels = _figure(len(named), width=0.6 + 3.2 * len(named), height=4.2, sharey=True)
     for axes, (name, kept) in zip(panels, named.items(), strict=True):
         steps = len(kept)
-        cut = np.tril(np.ones_like(kept)) & ~kept
+        shown = np.where(np.tril(np.ones_like(kept)), kept, np.nan)
         edges = np.arange(steps + 1) + 0.5
-        axes.pcolormesh(edges, edges, np.where(kept, 1.0, np.nan), cmap=ListedColormap([COLOURS[0]]))
-        axes.pcolor(
-            edges,
-            edges,
-            np.ma.masked_array(np.zeros(cut.shape), ~cut),
-            hatch="//////",
-            edgecolor="#9a9a9a",
-            alpha=0,
-            lw=0,
-        )
+        lines: dict[str, Any] = {"edgecolors": "white", "linewidth": 0.6} if steps <= 40 else {}
+        axes.pcolormesh(edges, edges, shown, cmap=ListedColormap([_CUT, COLOURS[0]]), vmin=0, vmax=1, **lines)
         axes.set_aspect("equal")
         axes.set_ylim(steps + 0.5, 0.5)
         for axis in (axes.xaxis, axes.yaxis):
@@ -161,15 +154,8 @@ def plot_surviving_paths(tables: Any) -> Figure:
         _label(axes, name, "state hₛ, step s", "")
         axes.grid(visible=False)
     panels[0].set_ylabel("loss Lₜ, step t")
-    figure.legend(
-        handles=[
-            Patch(color=COLOURS[0], label="kept"),
-            Patch(fill=False, hatch="//////", edgecolor="#9a9a9a", label="cut"),
-        ],
-        loc="outside lower center",
-        ncols=2,
-        frameon=False,
-    )
+    handles = [Patch(color=COLOURS[0], label="kept"), Patch(color=_CUT, label="cut")]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
