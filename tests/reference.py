@@ -1,5 +1,7 @@
 """What the tests hold everything against: the meaning of a recurrence as a plain Python loop, and one tolerance."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,15 @@ EXACT = {
     "scan": bptt.scan,
     "adjoint_scan": bptt.adjoint_scan,
     "adjoint_scan (derived)": lambda cell, *args, **kw: bptt.adjoint_scan(getattr(cell, "step", cell), *args, **kw),
+    "checkpointed_scan": bptt.checkpointed_scan,
+    "checkpointed_scan (derived, 1 state)": lambda cell, *args, **kw: bptt.checkpointed_scan(
+        getattr(cell, "step", cell), *args, checkpoints=1, **kw
+    ),
+}
+# Biased strategies where they cut nothing: whatever holds for an exact one holds for them.
+UNCUT = {
+    "truncated_scan": partial(bptt.truncated_scan, truncation_length=10**6),
+    "windowed_scan": partial(bptt.windowed_scan, window=10**6),
 }
 
 

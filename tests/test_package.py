@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_contract_names():
     names = "Cell Adjoint elman gru lstm stack network scan adjoint_scan losses state_jacobians jacobian_products"
+    names += " truncated_scan windowed_scan checkpointed_scan checkpoint_schedule surviving_paths plan"
     names += " gradient_flow lag_contributions certify compare_gradients ElmanParams GRUParams LSTMParams LSTMState"
     assert [name for name in names.split() if not hasattr(bptt, name)] == []
     assert callable(bptt.plots.plot_gradient_flow)
@@ -51,10 +52,9 @@ def test_imports_run_one_way():
         "cells": ("jaxbptt.cells",),
         "scans": (
             "jaxbptt.cells.cell",
-            "jaxbptt.scans.recurrence",
-            "jaxbptt.scans.tracing",
-            "jaxbptt.scans.forward_mode",
-            "jaxbptt.scans.backward",
+            *(f"jaxbptt.scans.{shared}" for shared in ("recurrence", "tracing", "forward_mode", "backward")),
+            *(f"jaxbptt.scans.{shared}" for shared in ("along_time", "resets", "schedule", "segments")),
+            "jaxbptt.scans",  # `from jaxbptt.scans import schedule`
         ),
         "analysis": ("jaxbptt.cells", "jaxbptt.scans", "jaxbptt.analysis"),
         "training": ("jaxbptt.cells", "jaxbptt.scans", "jaxbptt.training"),

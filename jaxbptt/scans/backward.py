@@ -146,7 +146,7 @@ def totals(params: Any) -> Any:
 
     def zeros(leaf):
         aval = jax.typeof(leaf)
-        return jnp.zeros(aval.shape, jnp.promote_types(aval.dtype, jnp.float32))
+        return jnp.zeros(aval.shape, aval.dtype if jnp.finfo(aval.dtype).bits >= 32 else jnp.float32)
 
     return jax.tree.map(zeros, differentiable(params))
 

@@ -11,15 +11,12 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans import schedule, segments
-from jaxbptt.scans.along_time import room, window
 from jaxbptt.scans.backward import StepWithAdjoint, step_with_adjoint, without
 from jaxbptt.scans.forward_mode import reverse_mode_only
-from jaxbptt.scans.recurrence import Recurrence, at_one_step, check_count, differentiable, merge, prepare, pull
+from jaxbptt.scans.recurrence import Recurrence, at_one_step, check_count, differentiable, prepare, pull
 
 
 def checkpointed_scan(
@@ -39,7 +36,7 @@ def checkpointed_scan(
     Exact: values and gradients are those of `scan`. Memory beyond xs, ys and their gradients:
 
     - `segment_length=s`: T/s states, and what the backward needs of s steps; 2 T forward steps in all.
-    - `checkpoints=c`: c states, and what the backward needs of a segment that takes half as many bytes as they do. The
+    - `checkpoints=c`: c states, and what the backward needs of a segment that takes less than half as many bytes as they do. The
       segments are taken back in the order of Griewank and Walther (`checkpoint_schedule`): with N segments of b steps,
       about b·(r·N − C(c+r, r−1) + N) forward steps, where r is the least with C(c+r, c) ≥ N.
     - neither: the s of the first that needs the least memory, near √T.
@@ -87,42 +84,34 @@ def checkpointed_scan(
     if r.length == 0:
         return jax.lax.scan(partial(step, params), r.init, r.xs, length=0)
 
-    @jax.custom_vjp
-    def run(params, init, xs):
+    def unrolled(params, init, xs):
         return jax.lax.scan(partial(step, params), init, xs, length=r.length, unroll=unroll)
 
+    @jax.custom_vjp
+    def run(params, init, xs):
+        # Not `unrolled`: under a vmap inside a scan, JAX takes it that both forwards put the mapped axis in one place.
+        return segments.forward(step, params, init, xs, cut, unroll)[0]
+
     def run_forward(params, init, xs):
-        params, init, xs = jax.tree.map(lambda leaf: leaf.value, (params, init, xs))
         outputs, states = segments.forward(step, params, init, xs, cut, unroll)
         return outputs, (params, init, xs, states)
 
     def run_backward(saved, bars):
-        params, init, xs, states = saved
-        carry_bar, ys_bar = differentiable(bars)
-        # Gradients of outputs that nothing depends on are no arrays: for a loss of c_T alone, T·n bytes less.
-        zeros = jax.tree.map(lambda leaf: leaf if isinstance(leaf, SymbolicZero) else None, ys_bar)
-        ys_bar = jax.tree.map(lambda leaf: None if isinstance(leaf, SymbolicZero) else leaf, ys_bar)
-        carry_bar = jax.tree.map(_dense, carry_bar)
-
-        def gradients(params, init, xs, carry_bar, ys_bar, states):
-            def ys_bar_window(start, length):
-                return merge(window(ys_bar, start, length), room(at_one_step(zeros), length))
-
-            task = segments.Task(step, adjoint, params, init, xs, ys_bar_window, unroll)
+        def gradients(params, init, xs, bars, states):
+            carry_bar, ys_bar = bars
+            task = segments.Task(step, adjoint, params, init, xs, ys_bar, unroll)
             return segments.backward(task, states, carry_bar, cut)
 
-        def by_scan(params, init, xs, carry_bar, ys_bar):
-            bars = carry_bar, merge(ys_bar, jax.tree.map(_dense, zeros))
-            return pull(
-                lambda *args: jax.lax.scan(partial(step, args[0]), *args[1:], length=r.length), (params, init, xs), bars
-            )
+        def by_scan(params, init, xs, bars):
+            return pull(unrolled, (params, init, xs), bars)
 
+        params, init, xs, states = saved
         if not cut.all_kept:
             # Loops of a length known only when they run have no reverse mode: a second derivative takes the way of `scan`.
             gradients = _differentiated_as(by_scan, gradients)
-        return gradients(params, init, xs, carry_bar, ys_bar, states)
+        return gradients(params, init, xs, differentiable(bars), states)
 
-    run.defvjp(run_forward, run_backward, symbolic_zeros=True)
+    run.defvjp(run_forward, run_backward)
     return reverse_mode_only("checkpointed_scan", run)(params, r.init, r.xs)
 
 
@@ -140,9 +129,9 @@ def layout(r: Recurrence, step: StepWithAdjoint, segment_length: Any, checkpoint
     if checkpoints is not None:
         schedule.check_checkpoints(checkpoints, length)
         longest = -(-length // checkpoints)
-        half = checkpoints * carry_bytes / 2
+        share = 0.4 * checkpoints * carry_bytes
         lean = checkpoints * carry_bytes < _bytes(step.params)
-        segment = max(1, min(int(half / (lean_bytes if lean else step_bytes)), longest))
+        segment = max(1, min(int(share / (lean_bytes if lean else step_bytes)), longest))
     elif segment_length is not None:
         check_count("segment_length", segment_length, "counts time steps")
         segment = min(int(segment_length), length)
@@ -179,10 +168,6 @@ def _divisor_near(length: int, segment: float) -> int:
     near = range(math.ceil(segment / 1.5), math.floor(segment * 1.5) + 1)
     divisors = [s for s in near if s and length % s == 0]
     return min(divisors, key=lambda s: abs(math.log(s / segment))) if divisors else max(1, min(round(segment), length))
-
-
-def _dense(leaf: Any) -> Any:
-    return jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, SymbolicZero) else leaf
 
 
 def _differentiated_as(plain: Callable[..., Any], fast: Callable[..., Any]) -> Callable[..., Any]:

@@ -118,7 +118,7 @@ def split(reach: Any, length: Any, checkpoints: Any) -> Any:
     The largest of the optimal choices. Works on numpy and on traced integers.
     """
     row, shorter = reach[checkpoints], reach[checkpoints - 1]
-    r = (row < length).sum()
+    r = (row < length).sum(dtype=np.int32)
     most, least_left = row[r - 1], length - shorter[r - 1]
     return (most + least_left - abs(most - least_left)) // 2  # the smaller of the two
 

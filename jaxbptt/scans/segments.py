@@ -57,7 +57,7 @@ class Layout(NamedTuple):
 
 def forward(step: Step, params: Any, init: Any, xs: Any, cut: Layout, unroll: int | bool) -> tuple[Any, Any]:
     """`lax.scan`, and the states that the way back starts with: in slots, and before what is left over."""
-    upcoming = jnp.array([*cut.kept, cut.units], jnp.int32)
+    upcoming = None if cut.all_kept else jnp.array([*cut.kept, cut.units], jnp.int32)
 
     def stretch(carry, ys, start, length):
         carry, some = jax.lax.scan(
@@ -67,8 +67,9 @@ def forward(step: Step, params: Any, init: Any, xs: Any, cut: Layout, unroll: in
 
     def body(unit, state):
         carry, ys, states, slot = state
+        unit = unit.astype(jnp.int32)
         # Written at every segment: what stays is the last one written, the state before the segment wanted.
-        slot = slot + (unit > upcoming[slot])
+        slot = unit if cut.all_kept else slot + (unit > upcoming[slot]).astype(jnp.int32)
         states = put(states, carry, slot)
         return *stretch(carry, ys, unit * cut.segment, cut.segment), states, slot
 
@@ -83,14 +84,14 @@ def forward(step: Step, params: Any, init: Any, xs: Any, cut: Layout, unroll: in
 
 
 class Task(NamedTuple):
-    """What stays the same on the way back. `ys_bar(start, length)` is a window of the gradient of the outputs."""
+    """What stays the same on the way back; `ys_bar` is the gradient of the outputs."""
 
     step: Step
     adjoint: Adjoint
     params: Any
     init: Any
     xs: Any
-    ys_bar: Callable[[Any, int], Any]
+    ys_bar: Any
     unroll: int | bool
 
 
@@ -109,7 +110,7 @@ def backward(task: Task, states: Any, carry_bar: Any, cut: Layout) -> tuple[Any,
 
     def by_schedule(i, both):
         stack, back = both
-        unit = cut.units - 1 - i
+        unit = cut.units - 1 - i.astype(jnp.int32)
         stack, carry = _compute_again(task, stack, unit, cut)
         return stack, take_back(back, carry, unit * cut.segment, cut.segment)
 
@@ -151,7 +152,7 @@ def _compute_again(task: Task, stack: Any, unit: Any, cut: Layout) -> tuple[Any,
         stack = jax.lax.while_loop(worth_keeping, keep_one, stack)
     states, starts, top = stack
     carry = advance(at(states, top), starts[top], unit)
-    return (states, starts, top - (starts[top] == unit)), carry
+    return (states, starts, top - (starts[top] == unit).astype(jnp.int32)), carry
 
 
 def _take_back(task: Task, back: Any, carry: Any, start: Any, length: int) -> Any:
@@ -161,7 +162,15 @@ def _take_back(task: Task, back: Any, carry: Any, start: Any, length: int) -> An
     inputs = window(xs, start, length)
     _, residuals = unroll_forward(adjoint, params, carry, inputs, length=length, unroll=unroll)
     more, carry_bar, some = unroll_backward(
-        adjoint, params, carry, residuals, inputs, carry_bar, ys_bar(start, length), length=length, unroll=unroll
+        adjoint,
+        params,
+        carry,
+        residuals,
+        inputs,
+        carry_bar,
+        window(ys_bar, start, length),
+        length=length,
+        unroll=unroll,
     )
     return carry_bar, add_up(params_bar, more), put_window(xs_bar, some, start)
 
@@ -179,8 +188,8 @@ def _take_back_lean(task: Task, back: Any, carry: Any, start: Any, length: int) 
 
     def backward(state, at_t):
         new_carry, (carry_bar, params_bar, xs_bar) = state
-        t, (carry, others) = at_t
-        x, y_bar = at(xs, t), at(ys_bar(t, 1), 0)
+        t, (carry, others), y_bar = at_t
+        x = at(xs, t)
         residuals = restorers[-1](others, (carry, new_carry))
         previous_bar, delta = adjoint.backward(params, residuals, x, carry_bar, y_bar)
         more, some = adjoint.contract(params, *jax.tree.map(lambda leaf: leaf[None], (residuals, x, y_bar, delta)))
@@ -190,5 +199,7 @@ def _take_back_lean(task: Task, back: Any, carry: Any, start: Any, length: int) 
 
     steps = start + jnp.arange(length, dtype=jnp.int32)
     new_carry, kept = jax.lax.scan(forward, carry, steps, unroll=unroll)
-    (_, back), _ = jax.lax.scan(backward, (new_carry, back), (steps, kept), reverse=True, unroll=unroll)
+    (_, back), _ = jax.lax.scan(
+        backward, (new_carry, back), (steps, kept, window(ys_bar, start, length)), reverse=True, unroll=unroll
+    )
     return back

@@ -87,12 +87,13 @@ def truncated_scan(
     chunk = max(min(int(truncation_length), r.length), 1)
     chunks, left_over = divmod(r.length, chunk)
 
-    @jax.custom_vjp
-    def run(params, init, xs):
+    def unrolled(params, init, xs):
         return jax.lax.scan(partial(step, params), init, xs, length=r.length, unroll=unroll)
 
+    run = jax.custom_vjp(unrolled)
+
     def run_forward(params, init, xs):
-        return run(params, init, xs), (params, init, xs)
+        return unrolled(params, init, xs), (params, init, xs)
 
     def run_backward(saved, bars):
         params, init, xs = saved
