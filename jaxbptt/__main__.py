@@ -100,6 +100,7 @@ def _report(options: argparse.Namespace) -> None:
         console.print(_table(report))
         for words in report.left_out:
             console.print(f"Left out: {words}.", style="dim")
+        console.print(_bias_table(report))
     for report in reports:
         console.print(reach_sentence(report), highlight=False, soft_wrap=True)
     console.print(f"\nReport: {options.output}", highlight=False, soft_wrap=True)
@@ -139,8 +140,8 @@ def _table(report: Any) -> Any:
     from rich.table import Table
 
     table = Table(title=f"{report.name}: every way, against jax.grad through lax.scan", title_justify="left")
-    table.add_column("way")
-    for column in ("largest relative error", "temporary KiB", "Mflop", "ms"):
+    table.add_column("way", no_wrap=True)
+    for column in ("relative error", "KiB", "Mflop", "ms"):
         table.add_column(column, justify="right")
     table.add_column("agrees")
     for row in report.certificate.rows:
@@ -152,6 +153,21 @@ def _table(report: Any) -> Any:
             f"{row.seconds * 1e3:,.2f}",
             "yes" if row.agrees else "NO",
         )
+    return table
+
+
+def _bias_table(report: Any) -> Any:
+    from rich.table import Table
+
+    bias = report.bias
+    table = Table(title=f"{report.name}: truncated at K steps, against the exact gradient", title_justify="left")
+    table.add_column("K", justify="right")
+    for way in bias.cosines:
+        table.add_column(f"{way}: error", justify="right")
+        table.add_column("cosine", justify="right")
+    for i, K in enumerate(bias.lengths):
+        numbers = [(bias.relative_errors[way][i], bias.cosines[way][i]) for way in bias.cosines]
+        table.add_row(str(K), *(cell for error, cosine in numbers for cell in (f"{error:.2g}", f"{cosine:.3f}")))
     return table
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from jaxbptt import plots
 from jaxbptt.analysis.certificate import Certificate
-from jaxbptt.report import CellReport, reach_sentence
+from jaxbptt.report import CellReport, TruncationBias, reach_sentence
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #ffffff; --line: #d5d5d5; --quiet: #5c5c5c; }
@@ -47,7 +47,7 @@ def render(facts: Mapping[str, str], reports: Sequence[CellReport]) -> str:
         "size is drowned by what is near, and what is under the resolution of the number format changes no sum that has both.</p>",
         _inline(plots.plot_gradient_flow(flows), "Gradient magnitude against time step"),
         "<h2>The ways agree</h2>",
-        "<p>The gradient of the mean loss over all steps, taken every way, against <code>jax.grad</code> through "
+        "<p>The gradient of the mean loss over all steps, taken every exact way, against <code>jax.grad</code> through "
         "<code>lax.scan</code>: with respect to the cell's weights, the first state and the inputs for the scans, to the "
         "weights for the others. The error is the largest over all leaves, "
         "each relative to its own largest entry. Memory is what the compiler reports beyond arguments and results; "
@@ -58,6 +58,14 @@ def render(facts: Mapping[str, str], reports: Sequence[CellReport]) -> str:
         parts.append(_table(report.certificate))
         parts += [f"<p class='quiet'>Left out: {escape(words)}.</p>" for words in report.left_out]
         parts.append(_inline(plots.plot_certificate(report.certificate), f"Certificate of {report.name}"))
+    parts += [
+        "<h2>What truncation leaves out</h2>",
+        "<p>The same gradient with its paths cut: <code>truncated_scan</code> cuts every K steps, <code>windowed_scan</code> "
+        "lets every loss reach back exactly K steps. The error is that of the whole gradient of the weights against the exact "
+        "one, as a vector: its length relative to the exact one's, and the cosine of the angle between the two.</p>",
+        _inline(plots.plot_truncation_bias({report.name: report.bias for report in reports}), "Bias against K"),
+        *(f"<h3>{escape(report.name)}</h3>{_bias_table(report.bias)}" for report in reports),
+    ]
     if values:
         parts += [
             "<h2>Why: products of Jacobians</h2>",
@@ -102,10 +110,23 @@ def _table(certificate: Certificate) -> str:
         )
         for row in certificate.rows
     ]
-    head = "".join(f"<th>{cell}</th>" for cell in _HEAD)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     note = f"<p class='quiet'>{certificate.dtype}: agrees up to {certificate.tolerance:.0e}.</p>"
-    return f"<div class='table'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}"
+    return _html_table(_HEAD, rows) + note
+
+
+def _bias_table(bias: TruncationBias) -> str:
+    head = ["K, time steps", *(f"{way}: {what}" for way in bias.cosines for what in ("error", "cosine"))]
+    rows = [
+        [str(K)] + [f"{v:.3g}" for way in bias.cosines for v in (bias.relative_errors[way][i], bias.cosines[way][i])]
+        for i, K in enumerate(bias.lengths)
+    ]
+    return _html_table(head, rows)
+
+
+def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    top = "".join(f"<th>{cell}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<div class='table'><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _inline(figure: Figure, description: str) -> str:

@@ -159,6 +159,36 @@ def plot_surviving_paths(tables: Any) -> Figure:
     return figure
 
 
+def plot_truncation_bias(biases: Any) -> Figure:
+    r"""Relative norm and cosine of the error of truncated gradients against the truncation length K.
+
+    ‖g_K − g‖ / ‖g‖ on the left, log-log; the cosine between g_K and g on the right, 1 for no error of direction.
+
+    Args:
+        biases: results with `lengths [k]`, and `relative_errors` and `cosines` `[k]` by strategy; several by name.
+
+    Returns:
+        A matplotlib `Figure`.
+    """
+    figure, (errors, cosines) = _figure(2, width=10.0, height=4.4)
+    for i, (name, bias) in enumerate(_by_name(biases).items()):
+        for j, way in enumerate(bias.relative_errors):
+            style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": _DASHES[j], "marker": "os^d"[j]}
+            style["label"] = f"{name} {way}".strip()
+            errors.plot(bias.lengths, _positive(np.asarray(bias.relative_errors[way])), **style)
+            cosines.plot(bias.lengths, bias.cosines[way], **style)
+    for axes in (errors, cosines):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    errors.set_yscale("log")
+    _label(errors, "relative norm of the error", "truncation length K, time steps", "‖g_K − g‖ / ‖g‖")
+    _label(cosines, "direction", "truncation length K, time steps", "cosine of g_K and g")
+    legend = errors.get_legend_handles_labels()
+    figure.legend(*legend, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
 def plot_singular_values(
     values: LogSingularValues | Mapping[str, LogSingularValues],
     *,

@@ -3,7 +3,8 @@ r"""What the report contains: for each cell, the certificate, the gradient's flo
 Only numbers are made here; `page` makes the HTML of them, and the command line the table in the terminal.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,9 @@ from jaxbptt.cells.elman import elman
 from jaxbptt.cells.gru import gru
 from jaxbptt.cells.lstm import lstm
 from jaxbptt.network import NetworkParams, network
+from jaxbptt.scans.adjoint import adjoint_scan
+from jaxbptt.scans.truncated import truncated_scan
+from jaxbptt.scans.windowed import windowed_scan
 from jaxbptt.tasks import NextStep
 from jaxbptt.textbook import bptt
 from jaxbptt.training import losses
@@ -33,12 +37,27 @@ CELLS = {"elman": elman, "gru": gru, "lstm": lstm}
 MAX_DENSE_BYTES = 2**30
 
 
+class TruncationBias(NamedTuple):
+    """How far biased gradients are from the exact one, for several truncation lengths.
+
+    Attributes:
+        lengths: K, time steps, `[k]`.
+        relative_errors: by strategy, ‖g_K − g‖ / ‖g‖ over all leaves, `[k]`.
+        cosines: by strategy, of the angle between g_K and g, `[k]`.
+    """
+
+    lengths: tuple[int, ...]
+    relative_errors: Mapping[str, tuple[float, ...]]
+    cosines: Mapping[str, tuple[float, ...]]
+
+
 class CellReport(NamedTuple):
     """All that the report says of one cell.
 
     Attributes:
         name: of the cell.
-        certificate: the gradient of the mean loss over all steps, every way.
+        certificate: the gradient of the mean loss over all steps, every exact way.
+        bias: of the biased ways, for the same loss.
         flow: the gradient of the last step's loss, back through time.
         singular_values: of ∂h_T/∂hₜ on the first row of the batch, or `None` where the dense Jacobians would not fit.
         bound_rate: γ σ_max(W_hh) for the Elman cell, `None` for the others.
@@ -47,6 +66,7 @@ class CellReport(NamedTuple):
 
     name: str
     certificate: Certificate
+    bias: TruncationBias
     flow: GradientFlow
     singular_values: LogSingularValues | None
     bound_rate: float | None
@@ -57,7 +77,7 @@ def stages(name: str, task: NextStep, hidden: int) -> int:
     """How many times `report_cell` reports progress."""
     dense = _dense_bytes(CELLS[name](task.xs.shape[-1], hidden), task) <= MAX_DENSE_BYTES
     textbook = name == "elman" and task.loss == "cross_entropy"
-    return 4 + 2 * dense + textbook
+    return 7 + 2 * dense + textbook
 
 
 def report_cell(
@@ -99,6 +119,8 @@ def report_cell(
         progress=lambda way: progress(f"{name}: {way}"),
     )
 
+    progress(f"{name}: truncation")
+    bias = _bias(lambda scan, params: whole_loss(*scan(cell, params, init, xs)), params, len(xs))
     progress(f"{name}: gradient flow")
     flow = jax.jit(lambda params, init, xs: gradient_flow(cell, params, init, xs, last_loss))(params, init, xs)
     values = None
@@ -106,7 +128,7 @@ def report_cell(
         progress(f"{name}: singular values")
         values = jax.jit(lambda xs: _singular_values(cell, params, xs))(xs[:, 0])
     rate = float(jnp.linalg.norm(params.W_hh, 2)) if name == "elman" else None
-    return CellReport(name, certificate, jax.tree.map(np.asarray, flow), values, rate, tuple(left_out))
+    return CellReport(name, certificate, bias, jax.tree.map(np.asarray, flow), values, rate, tuple(left_out))
 
 
 def reach(flow: GradientFlow, fraction: float) -> int | None:
@@ -139,6 +161,35 @@ def reach_sentence(report: CellReport) -> str:
     else:
         end = f"{floor + 1} steps back it is so far under it that {dtype} loses it in any sum with what is near"
     return f"{report.name}: {start}; {end}."
+
+
+def _bias(loss: Callable[..., Any], params: Any, steps: int) -> TruncationBias:
+    """Truncated at K = 1, 4, 16 … below T; `loss(scan, params)`."""
+    lengths = tuple(4**i for i in range(12) if 4**i < steps) or (1,)
+
+    def gradient(scan):
+        leaves = jax.jit(jax.grad(partial(loss, scan)))(params)
+        return np.concatenate([np.asarray(leaf, float).ravel() for leaf in jax.tree.leaves(leaves)])
+
+    exact = gradient(adjoint_scan)
+    cut = {
+        "truncated_scan": [gradient(partial(truncated_scan, truncation_length=K)) for K in lengths],
+        "windowed_scan": [gradient(partial(windowed_scan, window=K)) for K in lengths],
+    }
+
+    def cosine(g):
+        norms = np.linalg.norm(g) * np.linalg.norm(exact)
+        return float(g @ exact / norms) if norms else float("nan")
+
+    def relative_error(g):
+        norm = np.linalg.norm(exact)
+        return float(np.linalg.norm(g - exact) / norm) if norm else float("nan")
+
+    return TruncationBias(
+        lengths,
+        {way: tuple(map(relative_error, gradients)) for way, gradients in cut.items()},
+        {way: tuple(map(cosine, gradients)) for way, gradients in cut.items()},
+    )
 
 
 def _dense_bytes(cell: Cell, task: NextStep) -> float:

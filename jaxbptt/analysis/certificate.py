@@ -11,8 +11,9 @@ from jaxbptt.analysis.compare import relative_error, tolerance
 from jaxbptt.analysis.cost import compile_and_cost, median_seconds
 from jaxbptt.cells.cell import Cell
 from jaxbptt.scans.adjoint import adjoint_scan
+from jaxbptt.scans.checkpointed import checkpointed_scan
 from jaxbptt.scans.exact import scan
-from jaxbptt.scans.recurrence import differentiable, merge, name, split
+from jaxbptt.scans.recurrence import differentiable, merge, name, prepare, split
 
 Scans = Mapping[str, Callable[..., Any]] | Sequence[Callable[..., Any]]
 
@@ -92,7 +93,7 @@ def certify(
         xs: inputs, leaves `[time, *batch, features]`, or `None` with `length`.
         loss: `loss(carry, ys) -> scalar`, of the last carry and all outputs.
         scans: the strategies, by name or as a sequence of functions. By default every exact one: `adjoint_scan` with the
-            adjoint derived, and with the `Cell`'s own where there is one.
+            adjoint derived, and with the `Cell`'s own where there is one, and `checkpointed_scan`.
         gradients: further ways that are not a scan, by name: `(params, init, xs) -> ∂L/∂params`.
         length: T, needed where `xs` is `None`.
         repeats: rounds of timing.
@@ -111,8 +112,13 @@ def certify(
         >>> xs = jax.random.normal(jax.random.key(0), (20, 3))
         >>> loss = lambda carry, ys: jnp.mean(ys**2)
         >>> certificate = bptt.certify(cell, cell.init(jax.random.key(1)), cell.initial_carry(), xs, loss)
-        >>> [(row.name, row.agrees) for row in certificate.rows]
-        [('scan', True), ('adjoint_scan (derived)', True), ('adjoint_scan', True)]
+        >>> for row in certificate.rows:
+        ...     print(row.name, row.agrees)
+        scan True
+        adjoint_scan (derived) True
+        adjoint_scan True
+        checkpointed_scan True
+        checkpointed_scan (schedule) True
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}, but at least one round of timing is needed.")
@@ -181,12 +187,21 @@ def certify(
 
 
 def _exact_strategies(step: Callable[..., Any] | Cell) -> list[tuple[str, Callable[..., Any]]]:
-    if not isinstance(step, Cell) or step.adjoint is None:
-        return [("adjoint_scan", adjoint_scan)]
-    return [
-        ("adjoint_scan (derived)", lambda cell, *args, **options: adjoint_scan(cell.step, *args, **options)),
+    strategies: list[tuple[str, Callable[..., Any]]] = [
         ("adjoint_scan", adjoint_scan),
+        ("checkpointed_scan", checkpointed_scan),
+        ("checkpointed_scan (schedule)", _scheduled),
     ]
+    if isinstance(step, Cell) and step.adjoint is not None:
+        strategies.insert(
+            0, ("adjoint_scan (derived)", lambda cell, *args, **options: adjoint_scan(cell.step, *args, **options))
+        )
+    return strategies
+
+
+def _scheduled(step: Any, params: Any, init: Any, xs: Any, *, length: int | None) -> tuple[Any, Any]:
+    steps = prepare(step, params, init, xs, length).length
+    return checkpointed_scan(step, params, init, xs, length=length, checkpoints=max(math.isqrt(steps), 1))
 
 
 def _named(scans: Scans) -> list[tuple[str, Callable[..., Any]]]:
