@@ -30,7 +30,7 @@ th, td { padding: 0.3rem 0.7rem; text-align: right; border-bottom: 1px solid var
 th:first-child, td:first-child { text-align: left; }
 """
 
-_HEAD = ("way", "agrees", "largest relative error", "temporary memory", "Mflop", "time")
+_HEAD = ("way", "agrees", "relative error", "temporary memory", "Mflop", "time")
 
 
 def render(facts: Mapping[str, str], reports: Sequence[CellReport]) -> str:

@@ -106,7 +106,9 @@ def plot_certificate(certificate: Certificate) -> Figure:
         low, high = axes.get_xlim()
         # Within one decade a logarithmic locator may find a single tick.
         axes.xaxis.set_major_locator(
-            LogLocator(subs=(1, 3)) if high > 10 * low else MaxNLocator(3, steps=[1, 2, 5, 10])
+            LogLocator(subs=(1, 3) if high < 30 * low else (1,))
+            if high > 10 * low
+            else MaxNLocator(3, steps=[1, 2, 5, 10])
         )
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     errors.set_xlim(
@@ -171,7 +173,9 @@ def plot_truncation_bias(biases: Any) -> Figure:
         A matplotlib `Figure`.
     """
     figure, (errors, cosines) = _figure(2, width=10.0, height=4.4)
-    for i, (name, bias) in enumerate(_by_name(biases).items()):
+    biases = _by_name(biases)
+    lengths = {K for bias in biases.values() for K in bias.lengths}
+    for i, (name, bias) in enumerate(biases.items()):
         for j, way in enumerate(bias.relative_errors):
             style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": _DASHES[j], "marker": "os^d"[j]}
             style["label"] = f"{name} {way}".strip()
@@ -179,9 +183,10 @@ def plot_truncation_bias(biases: Any) -> Figure:
             cosines.plot(bias.lengths, bias.cosines[way], **style)
     for axes in (errors, cosines):
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axes.set_xticks(sorted(lengths), [f"{K:,}" for K in sorted(lengths)])
         axes.xaxis.set_minor_formatter(NullFormatter())
-    errors.set_yscale("log")
+    if any(np.max(values) > 0 for bias in biases.values() for values in bias.relative_errors.values()):
+        errors.set_yscale("log")
     _label(errors, "relative norm of the error", "truncation length K, time steps", "‖g_K − g‖ / ‖g‖")
     _label(cosines, "direction", "truncation length K, time steps", "cosine of g_K and g")
     legend = errors.get_legend_handles_labels()

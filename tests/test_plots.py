@@ -12,6 +12,7 @@ from reference import make_cell, problem
 
 import jaxbptt as bptt
 from jaxbptt import plots
+from jaxbptt.report import TruncationBias
 
 
 @pytest.fixture(autouse=True)
@@ -90,4 +91,33 @@ def test_singular_values():
     np.testing.assert_allclose(bound, np.arange(30) * np.log10(0.95))
     assert len(two.lines) == 2
     assert len(plots.plot_singular_values(values, bound_rate=0.9).axes[0].lines) == 3
+    assert save(figure)
+
+
+def test_surviving_paths():
+    tables = {
+        "chunks": bptt.surviving_paths(bptt.truncated_scan, 6, truncation_length=3),
+        "full": bptt.surviving_paths(bptt.scan, 6),
+    }
+    figure = plots.plot_surviving_paths(tables)
+    for axes, (name, table) in zip(figure.axes, tables.items(), strict=True):
+        shown = axes.collections[0].get_array().reshape(6, 6)
+        kept = np.ma.filled(shown, -1.0)
+        np.testing.assert_array_equal(kept == 1, table)
+        np.testing.assert_array_equal(kept == 0, np.tril(np.ones((6, 6))) - np.asarray(table, float) > 0)
+        assert axes.get_title() == name
+        assert axes.get_ylim() == (6.5, 0.5)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["kept", "cut"]
+    assert save(figure)
+    assert save(plots.plot_surviving_paths(tables["full"]))
+
+
+def test_truncation_bias():
+    bias = TruncationBias((1, 4), {"cut": (0.5, 0.0), "window": (0.5, 0.1)}, {"cut": (0.8, 1.0), "window": (0.8, 0.9)})
+    figure = plots.plot_truncation_bias({"elman": bias, "gru": bias})
+    errors, cosines = figure.axes
+    assert errors.get_yscale() == errors.get_xscale() == cosines.get_xscale() == "log"
+    assert len(errors.lines) == len(cosines.lines) == 4
+    np.testing.assert_allclose(errors.lines[1].get_ydata(), [0.5, 0.1])
+    assert np.isnan(errors.lines[0].get_ydata()[1]), "no error has no place on a log axis"
     assert save(figure)

@@ -184,7 +184,7 @@ def flow_of(norms):
 
 
 def sentence(norms):
-    return report.reach_sentence(report.CellReport("elman", None, flow_of(norms), None, None, ()))
+    return report.reach_sentence(report.CellReport("elman", None, None, flow_of(norms), None, None, ()))
 
 
 def test_reach():

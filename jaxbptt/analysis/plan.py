@@ -27,7 +27,7 @@ class Plan(NamedTuple):
         options: of the strategy.
         fits: whether it fits the budget.
         predicted_bytes: temporary memory beyond arguments and results; where nothing fits, the least that is needed.
-        forward_steps: steps computed for one gradient, those computed again included.
+        forward_steps: steps computed for one gradient, those computed again included; where nothing fits, for that least.
         reason: why this one, and where nothing fits what would, in words.
     """
 
@@ -127,25 +127,29 @@ class _Case(NamedTuple):
 
 
 def _most_checkpoints(case: _Case, attempt: Callable[..., Plan], steps: int, memory_bytes: float) -> Plan:
-    """As many checkpoints as fit: halve from √T until they do, then take what a straight line between the two allows."""
+    """As many checkpoints as fit, or nearly: bracketed by doubling, then narrowed to a tenth."""
 
     def with_checkpoints(number):
         cut = _look(case, lambda r, by: layout(r, by, None, number))
         why = f"the states kept are as many as fit, and steps are computed {cut.forward_steps / steps:.1f} times on average"
         return attempt(checkpointed_scan, cut.forward_steps, why, checkpoints=number)
 
-    best = with_checkpoints(1)
-    number = max(isqrt(steps), 1)
-    if not best.fits or number == 1:
+    fewest, most = 1, steps + 1
+    best, above = with_checkpoints(fewest), None
+    if not best.fits:
         return best
-    best = with_checkpoints(number)
-    while not best.fits:
-        above, number = best, number // 2
-        best = with_checkpoints(number)
-        if best.fits:
-            free = (memory_bytes - best.predicted_bytes) / max(above.predicted_bytes - best.predicted_bytes, 1)
-            more = with_checkpoints(number + int(0.9 * free * number))
-            best = more if more.fits else best
+    number = max(isqrt(steps), 1)
+    while most - fewest > max(1, fewest // 10):
+        candidate = with_checkpoints(number)
+        if candidate.fits:
+            best, fewest = candidate, number
+        else:
+            above, most = candidate, number
+        if above is None:
+            number = min(2 * number, most - 1)
+        else:  # bytes are nearly a straight line in the number of states
+            share = (memory_bytes - best.predicted_bytes) / max(above.predicted_bytes - best.predicted_bytes, 1)
+            number = min(max(fewest + int(share * (most - fewest)), fewest + 1), most - 1)
     return best
 
 
@@ -154,15 +158,15 @@ def _what_would_fit(case: _Case, least: Plan, steps: int, memory_bytes: float) -
         f"No exact strategy fits {_size(memory_bytes)}: the least is {least.name} with {_options(least.options)}, which needs "
         f"{_size(least.predicted_bytes)}."
     )
-    number = steps
+    number, need = 4 * steps, memory_bytes
     while number > 1:
         number = max(number // 4, 1)
         need = _temporary_bytes(case, partial(truncated_scan, truncation_length=number))
         if need <= memory_bytes:
             return f"{nothing} Biased, truncated_scan with truncation_length={number} fits: {_size(need)}."
     return (
-        f"{nothing} Truncation does not help: the outputs of all {steps} steps alone are too large. Let the step return "
-        "only what the loss needs of it."
+        f"{nothing} Truncation does not help: with truncation_length=1 it needs {_size(need)}, for one step and what the "
+        "loss reads. Where that is the outputs of all steps, let the step return only what the loss needs of it."
     )
 
 

@@ -1,0 +1,53 @@
+"""What the benchmarks share: the machine in words, compiled functions timed in turns, and tables."""
+
+import platform
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxbptt.analysis.cost import Cost, compile_and_cost, median_seconds
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine(*versions: str) -> str:
+    """Device, versions and date, in one line."""
+    device = jax.devices()[0]
+    kind = f"{_processor()}" if device.platform == "cpu" else device.device_kind
+    words = [kind, f"jax {jax.__version__}", *versions, f"Python {platform.python_version()}", str(date.today())]
+    return ", ".join(words)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        return f"{names[0]}, {len(names)} cores"
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def measure(
+    functions: dict[str, Callable[..., Any]], args: Sequence[Any], repeats: int
+) -> dict[str, tuple[Cost, float]]:
+    """Cost and median seconds of each, compiled for `args`; the functions take turns."""
+    compiled = {name: compile_and_cost(fn, *args) for name, fn in functions.items()}
+    seconds = median_seconds([lambda call=call: call(*args) for call, _ in compiled.values()], repeats)
+    return {name: (cost, s) for (name, (_, cost)), s in zip(compiled.items(), seconds, strict=True)}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table, aligned so that it reads in a terminal as well."""
+    cells = [list(map(str, row)) for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "| "
+        + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        + " |"
+        for row in cells
+    ]
+    rule = "| " + " | ".join("-" * (w - 1) + ":" if i else "-" * w for i, w in enumerate(widths)) + " |"
+    return "\n".join([lines[0], rule, *lines[1:]])
