@@ -117,7 +117,7 @@ def backward(task: Task, states: Any, carry_bar: Any, cut: Layout) -> tuple[Any,
     if cut.all_kept:
         back = jax.lax.fori_loop(0, cut.units, by_kept_states, back)
     else:
-        starts = jnp.zeros(cut.slots, jnp.int32).at[: len(cut.kept)].set(jnp.array(cut.kept, jnp.int32))
+        starts = jnp.zeros(cut.slots + 1, jnp.int32).at[: len(cut.kept)].set(jnp.array(cut.kept, jnp.int32))
         stack = states, starts, jnp.array(len(cut.kept) - 1, jnp.int32)
         _, back = jax.lax.fori_loop(0, cut.units, by_schedule, (stack, back))
     carry_bar, params_bar, xs_bar = back
@@ -129,6 +129,7 @@ def _compute_again(task: Task, stack: Any, unit: Any, cut: Layout) -> tuple[Any,
 
     The stack is (states, the segments they are before, index of the top one).
     """
+    reaches = jnp.asarray(schedule.reaches(cut.units, cut.slots)) if cut.slots > 1 else None
 
     def advance(carry, start, stop):
         def body(t, carry):
@@ -136,22 +137,25 @@ def _compute_again(task: Task, stack: Any, unit: Any, cut: Layout) -> tuple[Any,
 
         return jax.lax.fori_loop(start * cut.segment, stop * cut.segment, body, carry)
 
-    def worth_keeping(stack):
-        _, starts, top = stack
-        return (starts[top] < unit) & (top + 1 < cut.slots)
+    def on_the_way(state):
+        _, (_, before) = state
+        return before < unit
 
-    def keep_one(stack):
-        states, starts, top = stack
-        start = starts[top]
-        stop = start + schedule.split(reaches, unit + 1 - start, cut.slots - top)
-        states = put(states, advance(at(states, top), start, stop), top + 1)
-        return states, starts.at[top + 1].set(stop), top + 1
+    def go_on(state):
+        (states, starts, top), (carry, before) = state
+        if reaches is None:  # with the first state alone there is nothing to decide
+            return (states, starts, top), (advance(carry, before, unit), unit)
+        free = top + 1 < cut.slots
+        stop = jnp.where(free, before + schedule.split(reaches, unit + 1 - before, cut.slots - top), unit)
+        carry = advance(carry, before, stop)
+        # Where no slot is free, into the one that is never read.
+        slot = jnp.where(free, top + 1, cut.slots)
+        stack = put(states, carry, slot), starts.at[slot].set(stop), top + free.astype(jnp.int32)
+        return stack, (carry, stop)
 
-    if cut.slots > 1:  # with the first state alone there is nothing to decide
-        reaches = jnp.asarray(schedule.reaches(cut.units, cut.slots))
-        stack = jax.lax.while_loop(worth_keeping, keep_one, stack)
     states, starts, top = stack
-    carry = advance(at(states, top), starts[top], unit)
+    stack, (carry, _) = jax.lax.while_loop(on_the_way, go_on, (stack, (at(states, top), starts[top])))
+    states, starts, top = stack
     return (states, starts, top - (starts[top] == unit).astype(jnp.int32)), carry
 
 
