@@ -82,6 +82,22 @@ def test_windowed_equals_a_loop_from_every_start(name, steps, W):
         assert_close(result, expected)
 
 
+@pytest.mark.parametrize("K", [2, 5])
+def test_second_derivatives_of_a_truncated_gradient(K):
+    """What the cut keeps apart stays apart in the derivative of the gradient, and `init` is not cut there either."""
+    cell = make_cell("elman")
+    params, init, xs = problem(cell, 5)
+
+    def gradient(scan, W_and_h):
+        loss = lambda W, h: jnp.sum(jnp.sin(scan(cell.step, params._replace(W_hh=W), h, xs, truncation_length=K)[1]))
+        return jax.grad(loss, argnums=(0, 1))(*W_and_h)
+
+    at = params.W_hh, init
+    expected = jax.jit(jax.jacrev(partial(gradient, loop_with_cuts)))(at)
+    assert_close(jax.jit(jax.jacrev(partial(gradient, bptt.truncated_scan)))(at), expected)
+    assert_close(jax.jit(jax.jacfwd(partial(gradient, bptt.truncated_scan)))(at), expected)
+
+
 @pytest.mark.parametrize("W", [1, 4, 9])
 def test_windowed_is_the_sum_of_lags(W):
     cell = make_cell("gru")

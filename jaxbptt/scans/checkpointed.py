@@ -127,7 +127,7 @@ def layout(r: Recurrence, step: StepWithAdjoint, segment_length: Any, checkpoint
     step_bytes, lean_bytes = _bytes_of_a_step(r, step)
     lean = False
     if checkpoints is not None:
-        schedule.check_checkpoints(checkpoints, length)
+        schedule.check_checkpoints(checkpoints, r.length or checkpoints)
         longest = -(-length // checkpoints)
         share = 0.4 * checkpoints * carry_bytes
         lean = checkpoints * carry_bytes < _bytes(step.params)

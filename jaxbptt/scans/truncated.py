@@ -103,9 +103,7 @@ def truncated_scan(
         def over_chunk(state, start, length):
             carry, init_bar, params_bar, xs_bar = state
             inputs = window(xs, start, length)
-            (next_carry, _), residuals = unroll_forward(
-                adjoint, params, jax.lax.stop_gradient(carry), inputs, length=length, unroll=unroll
-            )
+            (next_carry, _), residuals = unroll_forward(adjoint, params, carry, inputs, length=length, unroll=unroll)
             carry_bar = jax.tree.map(partial(jnp.where, start + length == r.length), last_bar, nothing)
             more, carry_bar, some = unroll_backward(
                 adjoint,
@@ -119,7 +117,13 @@ def truncated_scan(
                 unroll=unroll,
             )
             init_bar = jax.tree.map(partial(jnp.where, start == 0), carry_bar, init_bar)
-            return next_carry, init_bar, add_up(params_bar, more), put_window(xs_bar, some, start)
+            # Nothing passes to the next chunk, in derivatives of this derivative neither.
+            return (
+                jax.lax.stop_gradient(next_carry),
+                init_bar,
+                add_up(params_bar, more),
+                put_window(xs_bar, some, start),
+            )
 
         init_bar = nothing if r.length else last_bar
         state = init, init_bar, totals(params), room(at_one_step(differentiable(xs)), r.length)
