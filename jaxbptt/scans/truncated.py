@@ -15,7 +15,7 @@ from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.along_time import put_window, room, window
 from jaxbptt.scans.backward import add_up, as_params, step_with_adjoint, totals, unroll_backward, unroll_forward
 from jaxbptt.scans.forward_mode import reverse_mode_only
-from jaxbptt.scans.recurrence import at_one_step, check_count, differentiable, prepare
+from jaxbptt.scans.recurrence import at_one_step, check_count, differentiable, merge, prepare, split
 from jaxbptt.scans.resets import check_is_first, check_reset_carry, with_resets
 
 
@@ -88,7 +88,15 @@ def truncated_scan(
     chunks, left_over = divmod(r.length, chunk)
 
     def unrolled(params, init, xs):
-        return jax.lax.scan(partial(step, params), init, xs, length=r.length, unroll=unroll)
+        # Cut as well, and by a select: what is differentiated here is the gradient, for a second derivative.
+        def body(carry, at_t):
+            t, x = at_t
+            moving, still = split(carry)
+            cut = (t > 0) & (t % chunk == 0)
+            moving = jax.tree.map(lambda leaf: jnp.where(cut, jax.lax.stop_gradient(leaf), leaf), moving)
+            return step(params, merge(moving, still), x)
+
+        return jax.lax.scan(body, init, (jnp.arange(r.length), xs), length=r.length, unroll=unroll)
 
     run = jax.custom_vjp(unrolled)
 

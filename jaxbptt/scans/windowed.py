@@ -38,6 +38,8 @@ def windowed_scan(
     `init` where t ≤ W. Time O(W T) steps, but of the backward only W run in sequence; memory O(T n), a few times
     that of `adjoint_scan`.
 
+    Only first derivatives have the window: outputs are differentiated in full where a gradient is differentiated again.
+
     A step that branches (`lax.cond`) is not mapped over time, and then all W T steps run in sequence.
 
     Args:
