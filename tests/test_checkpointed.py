@@ -63,6 +63,27 @@ def test_both_kinds_of_segment_are_covered():
     assert {cut_of(cell, problem(cell, steps)).left_over > 0 for steps in (64, 97)} == {True, False}
 
 
+def test_lean_segments_of_several_steps():
+    """Residuals that are the carry before or after a step are put together again in the right order."""
+    cell = make_cell("elman")
+    params, init, xs = problem(cell, 100)
+    cut = cut_of(cell, (params, init, xs), checkpoints=6)
+    assert cut.lean
+    assert cut.segment > 1
+    loss = lambda scan, params: jnp.sum(scan(cell, params, init, xs)[1] ** 2)
+    mine = jax.jit(jax.grad(partial(loss, partial(bptt.checkpointed_scan, checkpoints=6))))(params)
+    assert_close(mine, jax.jit(jax.grad(partial(loss, bptt.scan)))(params))
+
+
+def test_a_segment_takes_less_than_half_of_the_states():
+    cell = make_cell("elman")
+    args = problem(cell, 10_000)
+    for checkpoints in (6, 60):
+        cut = cut_of(cell, args, checkpoints=checkpoints)
+        kept_of_a_step = 1 if cut.lean else 3  # the carry; or that before, that after, and δ
+        assert 0.3 * checkpoints <= cut.segment * kept_of_a_step <= 0.5 * checkpoints
+
+
 @pytest.mark.parametrize(
     "options", [{"checkpoints": 1}, {"checkpoints": 4}, {"checkpoints": 12}, {"segment_length": 9}]
 )

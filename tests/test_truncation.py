@@ -156,6 +156,18 @@ def test_resets_equal_a_loop(name, K):
         assert_close(mine(args, to, cotangent), (out, pull(cotangent)))
 
 
+def test_resets_with_integer_inputs_and_plain_numbers():
+    """One-hot integers have no gradient; a reset carry written as a number takes the dtype of init."""
+    cell = make_cell("elman")
+    params, init, _ = problem(cell, 5)
+    xs, is_first = np.eye(3, dtype=int)[[0, 2, 1, 1, 0]], np.arange(5) == 3
+    with jax.numpy_dtype_promotion("standard"):
+        loss = lambda params, step: jnp.sum(
+            bptt.truncated_scan(step, params, init, xs, truncation_length=9, is_first=is_first, reset_carry=0)[1] ** 2
+        )
+        assert_close(jax.grad(loss)(params, cell), jax.grad(loss)(params, cell.step))
+
+
 def test_reset_is_a_sequence_of_its_own():
     """What follows a reset to zeros is what the rest of the sequence gives alone."""
     cell = make_cell("gru")
@@ -211,6 +223,7 @@ def test_illegal_options():
             r"truncation_length is 0, but it counts time steps: pass a whole",
         ),
         (partial(cut, truncation_length=2.5), ValueError, r"truncation_length is 2\.5"),
+        (partial(cut, truncation_length=jnp.array(2.5)), ValueError, r"truncation_length is Array\(2\.5"),
         (partial(cut, truncation_length=True), ValueError, r"truncation_length is True"),
         (partial(bptt.windowed_scan, cell, *args, window=0), ValueError, r"window is 0, but it counts time steps"),
         (

@@ -28,6 +28,7 @@ class Plan(NamedTuple):
         fits: whether it fits the budget.
         predicted_bytes: temporary memory beyond arguments and results; where nothing fits, the least that is needed.
         forward_steps: steps computed for one gradient, those computed again included; where nothing fits, for that least.
+            A bare step, whose adjoint is derived, computes each step twice more on the way back.
         reason: why this one, and where nothing fits what would, in words.
     """
 
@@ -105,7 +106,7 @@ def plan(
         best = attempt(
             checkpointed_scan,
             2 * steps,
-            "every step is computed twice, keeping one state in so many",
+            f"every step is computed twice, and a state kept every {segment} steps",
             segment_length=segment,
         )
     if not best.fits and steps:
@@ -155,15 +156,17 @@ def _most_checkpoints(case: _Case, attempt: Callable[..., Plan], steps: int, mem
 
 def _what_would_fit(case: _Case, least: Plan, steps: int, memory_bytes: float) -> str:
     nothing = (
-        f"No exact strategy fits {_size(memory_bytes)}: the least is {least.name} with {_options(least.options)}, which needs "
+        f"No exact strategy fits {_size(memory_bytes)}: the least is {least.name}{_options(least.options)}, which needs "
         f"{_size(least.predicted_bytes)}."
     )
-    number, need = 4 * steps, memory_bytes
+    if case.loss is _sum_of_squares:
+        nothing += " No loss was given, so one of all outputs was assumed: pass loss= where yours reads less."
+    number, need = steps, memory_bytes
     while number > 1:
         number = max(number // 4, 1)
         need = _temporary_bytes(case, partial(truncated_scan, truncation_length=number))
         if need <= memory_bytes:
-            return f"{nothing} Biased, truncated_scan with truncation_length={number} fits: {_size(need)}."
+            return f"{nothing} Biased, truncated_scan with truncation_length={number} fits, for example: {_size(need)}."
     return (
         f"{nothing} Truncation does not help: with truncation_length=1 it needs {_size(need)}, for one step and what the "
         "loss reads. Where that is the outputs of all steps, let the step return only what the loss needs of it."
@@ -171,13 +174,12 @@ def _what_would_fit(case: _Case, least: Plan, steps: int, memory_bytes: float) -
 
 
 def _explained(plan: Plan, memory_bytes: float) -> Plan:
-    options = f" with {_options(plan.options)}" if plan.options else ""
-    fits = f"{plan.name}{options} needs {_size(plan.predicted_bytes)} of {_size(memory_bytes)}"
+    fits = f"{plan.name}{_options(plan.options)} needs {_size(plan.predicted_bytes)} of {_size(memory_bytes)}"
     return plan._replace(reason=f"{fits}: {plan.reason}.")
 
 
 def _options(options: dict[str, int]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in options.items())
+    return " with " * bool(options) + ", ".join(f"{key}={value}" for key, value in options.items())
 
 
 def _size(number: float) -> str:

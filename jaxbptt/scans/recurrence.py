@@ -6,6 +6,7 @@ out. `split` separates what has a derivative from what has none.
 """
 
 from collections.abc import Callable
+from operator import index
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +39,11 @@ def prepare(step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, le
 
 def check_count(name: str, value: Any, what: str) -> None:
     """Raise unless `value` is a whole number of at least 1."""
-    if not hasattr(value, "__index__") or isinstance(value, bool) or value < 1:
+    try:
+        counts = not isinstance(value, bool) and index(value) >= 1
+    except TypeError:
+        counts = False  # no whole number, or not known before the program runs
+    if not counts:
         raise ValueError(f"{name} is {value!r}, but it {what}: pass a whole number of at least 1.")
 
 

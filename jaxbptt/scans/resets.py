@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint
-from jaxbptt.scans.backward import StepWithAdjoint
+from jaxbptt.scans.backward import StepWithAdjoint, fit
 from jaxbptt.scans.recurrence import Recurrence, name
 
 
@@ -48,7 +48,8 @@ def check_reset_carry(reset_carry: Any, init: Any) -> Any:
         )
 
     def like(path, leaf, target):
-        leaf = jnp.asarray(leaf)
+        # A Python number has no dtype of its own.
+        leaf = jnp.asarray(leaf) if hasattr(leaf, "dtype") else jnp.asarray(leaf, target.dtype)
         if leaf.dtype != target.dtype:
             raise TypeError(
                 f"{name('reset_carry', path)} has dtype {leaf.dtype}, but that of init is {target.dtype}: cast it."
@@ -95,7 +96,9 @@ def with_resets(step: StepWithAdjoint, reset_carry: Any) -> StepWithAdjoint:
 
     def contract(params, residuals, xs_and_first, ys_bar, deltas):
         deltas, to_bars = deltas
-        params_bar, xs_bar = step.adjoint.contract(params[0], residuals, xs_and_first[0], ys_bar, deltas)
+        params, xs = params[0], xs_and_first[0]
+        params_bar, xs_bar = step.adjoint.contract(params, residuals, xs, ys_bar, deltas)
+        params_bar, xs_bar = fit(params_bar, params, "params"), fit(xs_bar, xs, "xs")
         to_bar = jax.tree.map(lambda leaf: leaf.sum(axis=0), to_bars)
         return (params_bar, to_bar), (xs_bar, None)
 

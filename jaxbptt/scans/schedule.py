@@ -20,7 +20,7 @@ class Schedule(NamedTuple):
         checkpoints: c, states kept at the same time, the first one included.
         repetitions: r, the most often that any step is computed before it is taken back.
         forward_steps: steps computed in all, those from which a step is taken back at once included.
-        moves: what to do, in order, rows (start, stop, keep): from the state kept before step `start` compute up to the
+        moves: what to do, in order, rows (start, stop, keep), with steps counted 0 … T − 1: from the state kept before step `start` compute up to the
             state before step `stop`; where `keep` is 1 keep it, where it is 0 take step `stop` back from there.
     """
 
