@@ -211,7 +211,8 @@ def _look(case: _Case, at: Callable[..., Any]) -> Any:
     seen = []
 
     def look(arrays):
-        r = prepare(case.step, *merge(arrays, case.others), case.length)
+        params, init, xs = merge(arrays, case.others)
+        r = prepare(case.step, params, init, xs, case.length)
         seen.append(at(r, step_with_adjoint(case.step, None, r)))
 
     jax.eval_shape(look, case.arrays)

@@ -69,7 +69,7 @@ def forward(step: Step, params: Any, init: Any, xs: Any, cut: Layout, unroll: in
         carry, ys, states, slot = state
         unit = unit.astype(jnp.int32)
         # Written at every segment: what stays is the last one written, the state before the segment wanted.
-        slot = unit if cut.all_kept else slot + (unit > upcoming[slot]).astype(jnp.int32)
+        slot = unit if upcoming is None else slot + (unit > upcoming[slot]).astype(jnp.int32)
         states = put(states, carry, slot)
         return *stretch(carry, ys, unit * cut.segment, cut.segment), states, slot
 
