@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint, Cell
+from jaxbptt.scans.along_time import window
 from jaxbptt.scans.recurrence import Recurrence, differentiable, merge, name, pull, split
 from jaxbptt.scans.tracing import TracedStep, map_over_time, trace
 
@@ -79,6 +80,28 @@ def unroll_backward(
     )
     params_bar, xs_bar = adjoint.contract(params, residuals, xs, ys_bar, deltas)
     return fit(params_bar, params, "params"), fit(init_bar, init, "init"), fit(xs_bar, xs, "xs")
+
+
+def back_over(
+    adjoint: Adjoint,
+    params: Any,
+    carry: Any,
+    xs: Any,
+    carry_bar: Any,
+    ys_bar: Any,
+    *,
+    start: Any,
+    length: int,
+    unroll: int | bool,
+) -> tuple[Any, tuple[Any, Any, Any]]:
+    """Forward over `length` steps of xs from the `carry` before step `start`, and back: (the carry after them, gradients)."""
+    inputs = window(xs, start, length)
+    (after, _), residuals = unroll_forward(adjoint, params, carry, inputs, length=length, unroll=unroll)
+    outputs_bar = window(ys_bar, start, length)
+    bars = unroll_backward(
+        adjoint, params, carry, residuals, inputs, carry_bar, outputs_bar, length=length, unroll=unroll
+    )
+    return after, bars
 
 
 def _derived(traced: TracedStep) -> Adjoint:

@@ -99,7 +99,7 @@ def checkpointed_scan(
     def run_backward(saved, bars):
         def gradients(params, init, xs, bars, states):
             carry_bar, ys_bar = bars
-            task = segments.Task(step, adjoint, params, init, xs, ys_bar, unroll)
+            task = segments.Task(step, adjoint, params, xs, ys_bar, unroll)
             return segments.backward(task, states, carry_bar, cut)
 
         def by_scan(params, init, xs, bars):

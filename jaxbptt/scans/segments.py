@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxbptt.cells.cell import Adjoint
 from jaxbptt.scans import schedule
 from jaxbptt.scans.along_time import at, put, put_window, room, window
-from jaxbptt.scans.backward import add_up, as_params, fit, totals, unroll_backward, unroll_forward, without
+from jaxbptt.scans.backward import add_up, as_params, back_over, fit, totals, without
 from jaxbptt.scans.recurrence import at_one_step, differentiable
 
 Step = Callable[..., Any]
@@ -89,7 +89,6 @@ class Task(NamedTuple):
     step: Step
     adjoint: Adjoint
     params: Any
-    init: Any
     xs: Any
     ys_bar: Any
     unroll: int | bool
@@ -162,26 +161,16 @@ def _compute_again(task: Task, stack: Any, unit: Any, cut: Layout) -> tuple[Any,
 def _take_back(task: Task, back: Any, carry: Any, start: Any, length: int) -> Any:
     """One segment: forward once more from `carry`, and back, with one contraction for all of it."""
     carry_bar, params_bar, xs_bar = back
-    _, adjoint, params, _, xs, ys_bar, unroll = task
-    inputs = window(xs, start, length)
-    _, residuals = unroll_forward(adjoint, params, carry, inputs, length=length, unroll=unroll)
-    more, carry_bar, some = unroll_backward(
-        adjoint,
-        params,
-        carry,
-        residuals,
-        inputs,
-        carry_bar,
-        window(ys_bar, start, length),
-        length=length,
-        unroll=unroll,
+    _, adjoint, params, xs, ys_bar, unroll = task
+    _, (more, carry_bar, some) = back_over(
+        adjoint, params, carry, xs, carry_bar, ys_bar, start=start, length=length, unroll=unroll
     )
     return carry_bar, add_up(params_bar, more), put_window(xs_bar, some, start)
 
 
 def _take_back_lean(task: Task, back: Any, carry: Any, start: Any, length: int) -> Any:
     """The same with a contraction at every step: all that is kept of a step is its carry, and residuals beyond that."""
-    _, adjoint, params, _, xs, ys_bar, unroll = task
+    _, adjoint, params, xs, ys_bar, unroll = task
     restorers = []
 
     def forward(carry, t):

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint, Cell
-from jaxbptt.scans.along_time import put_window, room, window
-from jaxbptt.scans.backward import add_up, as_params, step_with_adjoint, totals, unroll_backward, unroll_forward
+from jaxbptt.scans.along_time import put_window, room
+from jaxbptt.scans.backward import add_up, as_params, back_over, step_with_adjoint, totals
 from jaxbptt.scans.forward_mode import reverse_mode_only
 from jaxbptt.scans.recurrence import at_one_step, check_count, differentiable, merge, prepare, split
 from jaxbptt.scans.resets import check_is_first, check_reset_carry, with_resets
@@ -111,19 +111,9 @@ def truncated_scan(
 
         def over_chunk(state, start, length):
             carry, init_bar, params_bar, xs_bar = state
-            inputs = window(xs, start, length)
-            (next_carry, _), residuals = unroll_forward(adjoint, params, carry, inputs, length=length, unroll=unroll)
             carry_bar = jax.tree.map(partial(jnp.where, start + length == r.length), last_bar, nothing)
-            more, carry_bar, some = unroll_backward(
-                adjoint,
-                params,
-                carry,
-                residuals,
-                inputs,
-                carry_bar,
-                window(ys_bar, start, length),
-                length=length,
-                unroll=unroll,
+            next_carry, (more, carry_bar, some) = back_over(
+                adjoint, params, carry, xs, carry_bar, ys_bar, start=start, length=length, unroll=unroll
             )
             init_bar = jax.tree.map(partial(jnp.where, start == 0), carry_bar, init_bar)
             # Nothing passes to the next chunk, in derivatives of this derivative neither.
