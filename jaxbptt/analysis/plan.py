@@ -86,7 +86,7 @@ def plan(
     """
     if not memory_bytes > 0:
         raise ValueError(f"memory_bytes is {memory_bytes}, but a gradient needs some: pass the bytes there are.")
-    case = _Case(step, *_arrays((params, init, xs)), _sum_of_squares if loss is None else loss, length)
+    case = _Case(step, *split((params, init, xs), by=is_array), _sum_of_squares if loss is None else loss, length)
     steps = _look(case, lambda r, _: r.length)
     tried = []
 
@@ -217,14 +217,6 @@ def _look(case: _Case, at: Callable[..., Any]) -> Any:
 
     jax.eval_shape(look, case.arrays)
     return seen[-1]
-
-
-def _arrays(tree: Any) -> tuple[Any, Any]:
-    """What is an array, or the shape of one, and what is not."""
-    return (
-        jax.tree.map(lambda leaf: leaf if is_array(leaf) else None, tree),
-        jax.tree.map(lambda leaf: None if is_array(leaf) else leaf, tree),
-    )
 
 
 def _sum_of_squares(carry: Any, ys: Any) -> Any:

@@ -62,11 +62,14 @@ def is_differentiable(leaf: Any) -> bool:
     return is_array(leaf) and jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact)
 
 
-def split(tree: Any) -> tuple[Any, Any]:
-    """The leaves with a derivative and those without, each in the structure of `tree` with `None` in the other's place."""
+def split(tree: Any, by: Callable[[Any], bool] = is_differentiable) -> tuple[Any, Any]:
+    """The leaves with a derivative and those without, each in the structure of `tree` with `None` in the other's place.
+
+    Or the leaves of which another question is true, and the others.
+    """
     return (
-        jax.tree.map(lambda leaf: leaf if is_differentiable(leaf) else None, tree),
-        jax.tree.map(lambda leaf: None if is_differentiable(leaf) else leaf, tree),
+        jax.tree.map(lambda leaf: leaf if by(leaf) else None, tree),
+        jax.tree.map(lambda leaf: None if by(leaf) else leaf, tree),
     )
 
 
