@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from jaxbptt.analysis.certificate import Certificate
-from jaxbptt.analysis.credit import GradientFlow
+from jaxbptt.analysis.flow import GradientFlow
 from jaxbptt.analysis.jacobians import LogSingularValues
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

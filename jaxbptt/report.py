@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbptt.analysis.certificate import Certificate, certify
-from jaxbptt.analysis.credit import GradientFlow, gradient_flow
+from jaxbptt.analysis.flow import GradientFlow, gradient_flow
 from jaxbptt.analysis.jacobians import (
     LogSingularValues,
     jacobian_products,

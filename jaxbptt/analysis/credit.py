@@ -1,43 +1,32 @@
-r"""Credit by time step and by lag: how much gradient reaches each state, and what each adds to that of the weights."""
+r"""Credit by lag: how far back the gradient comes from, what cutting it short costs, and which inputs it goes to.
 
-from collections.abc import Callable
+All of it goes over the same backward steps as the strategies in `scans`: a forward pass that keeps residuals, taken once,
+and then `Adjoint.backward` over it, for all time steps at once or for many cuts of the gradient at once.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
-from jaxbptt.analysis.norms import norm, norm_over_time
-from jaxbptt.analysis.readout import readout
+from jaxbptt.analysis.norms import cosine, norm_over_time, tree_norm
 from jaxbptt.cells.cell import Cell
-from jaxbptt.scans.recurrence import differentiable, merge, prepare, pull, split
-from jaxbptt.scans.tracing import map_over_time, trace
+from jaxbptt.scans.backward import (
+    StepWithAdjoint,
+    at_last_step,
+    back_one_lag,
+    fit,
+    step_with_adjoint,
+    totals,
+    unroll_forward,
+)
+from jaxbptt.scans.recurrence import differentiable, merge, prepare, split
 
-
-class GradientFlow(NamedTuple):
-    """The gradient at every time step. Entry `[t]` belongs to the state hₜ after that step.
-
-    Attributes:
-        loss: L.
-        adjoints: dₜ = ∂L/∂hₜ in full, like the carry with leaves `[time, *leaf]`.
-        immediate: aₜ, the part of it through yₜ alone (at the last step also through the final carry).
-        norms: ‖dₜ‖ over all of the state, `[time]`.
-        immediate_norms: ‖aₜ‖, `[time]`.
-        contribution_norms: like the params with leaves `[time]`: the norm of what step t adds to that leaf's gradient.
-        param_gradients: ∂L/∂params.
-        init_gradients: ∂L/∂h₀.
-        input_gradients: ∂L/∂xₜ, like `xs`.
-    """
-
-    loss: Float[Array, ""]
-    adjoints: Any
-    immediate: Any
-    norms: Float[Array, " time"]
-    immediate_norms: Float[Array, " time"]
-    contribution_norms: Any
-    param_gradients: Any
-    init_gradients: Any
-    input_gradients: Any
+# Backward passes that run side by side where many are asked for: more take more memory, and little less time.
+_SIDE_BY_SIDE = 16
 
 
 class LagContributions(NamedTuple):
@@ -45,102 +34,43 @@ class LagContributions(NamedTuple):
 
     Attributes:
         contributions: G⁽ˡ⁾, like the params, leaves `[lag, *leaf]`; over all lags they sum to ∂L/∂params.
+        gradient: ∂L/∂params, by a backward pass of its own.
+        norms: ‖G⁽ˡ⁾‖ over all leaves, `[lag]`.
+        relative_errors: ‖Σₖ G⁽ᵏ⁾ − ∂L/∂params‖ / ‖∂L/∂params‖ with the lags k ≤ l, `[lag]`.
+        cosines: of the angle between Σₖ G⁽ᵏ⁾, k ≤ l, and ∂L/∂params, `[lag]`.
     """
 
     contributions: Any
+    gradient: Any
+    norms: Float[Array, " lag"]
+    relative_errors: Float[Array, " lag"]
+    cosines: Float[Array, " lag"]
 
 
-def gradient_flow(
-    step: Callable[..., Any] | Cell,
-    params: Any,
-    init: Any,
-    xs: Any,
-    loss: Callable[..., Any],
-    *,
-    length: int | None = None,
-) -> GradientFlow:
-    r"""Follow the gradient back through time, for any step and any loss.
+class BiasCurve(NamedTuple):
+    """How far a truncated gradient g_K is from the exact g, for several truncation lengths K.
 
-    dₜ = aₜ + Jₜ₊₁ᵀ dₜ₊₁,  aₜ = ∂L/∂hₜ through yₜ alone,  d_T = a_T
-
-    What step t adds to the weight gradient is (∂⁺hₜ/∂θ)ᵀ dₜ. Time O(T) steps, about four times that of one gradient;
-    memory O(T n + p): the weight gradient of a step is formed, measured and dropped, never kept T times.
-
-    Args:
-        step: `step(params, carry, x) -> (carry, y)`, or a `Cell`. The output may be the state or computed from it; where
-            it is computed inside one `lax.cond` or loop together with the new carry, a warning says that aₜ lacks it.
-        params: θ, any pytree.
-        init: h₀, any pytree of arrays; with batch axes, norms are taken over the batch too.
-        xs: inputs, leaves `[time, *batch, features]`, or `None` with `length`.
-        loss: `loss(carry, ys) -> scalar`, of the last carry and all outputs.
-        length: T, needed where `xs` is `None`.
-
-    Returns:
-        A `GradientFlow`; leaves without a derivative are `None`.
-
-    Raises:
-        ValueError, TypeError: as for `scan`.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> import jaxbptt as bptt
-        >>> cell = bptt.elman(3, 8)
-        >>> params, xs = cell.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (100, 3))
-        >>> flow = bptt.gradient_flow(cell, params, cell.initial_carry(), xs, lambda h, ys: jnp.sum(ys[-1]))
-        >>> flow.norms.shape, bool(flow.norms[0] < flow.norms[-1])
-        ((100,), True)
-
-    References:
-        Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, 2013, arXiv:1211.5063.
+    Attributes:
+        relative_errors: ‖g_K − g‖ / ‖g‖ over all leaves, `[k]`.
+        cosines: of the angle between g_K and g, `[k]`.
     """
-    r = prepare(step, params, init, xs, length)
-    traced = trace(r)
-    read = readout(traced)
-    # Two zeros are added to the state after each step, one that only the output sees and one that only the next step
-    # does: the gradients with respect to them are the two parts of ∂L/∂hₜ.
-    zeros = jax.tree.map(lambda leaf: jnp.zeros((r.length, *leaf.shape), leaf.dtype), differentiable(r.init))
 
-    def probed_step(params, carry, inputs):
-        x, to_output, to_next = inputs
-        new_carry, _ = traced.step(params, carry, x)
-        y = read(params, carry, x, _add(new_carry, to_output))
-        return _add(new_carry, to_next), (carry, y)
+    relative_errors: Float[Array, " k"]
+    cosines: Float[Array, " k"]
 
-    moving, still = split((traced.params, r.init, r.xs))
 
-    def unrolled_loss(moving, to_output, to_next):
-        params, init, xs = merge(moving, still)
-        carry, (carries, ys) = jax.lax.scan(
-            lambda carry, inputs: probed_step(params, carry, inputs), init, (xs, to_output, to_next), length=r.length
-        )
-        return loss(carry, ys), (carry, carries, ys)
+class TruncationBias(NamedTuple):
+    """The bias of truncated BPTT, of both kinds.
 
-    (value, (carry, carries, ys)), (gradients, through_output, through_next) = jax.value_and_grad(
-        unrolled_loss, argnums=(0, 1, 2), has_aux=True
-    )(moving, zeros, zeros)
-    params_bar, init_bar, xs_bar = gradients
+    Attributes:
+        lengths: K, time steps, `[k]`.
+        windowed: of `windowed_scan(window=K)`.
+        chunked: of `truncated_scan(truncation_length=K)`.
+    """
 
-    moving_ys, still_ys = split(ys)
-    ys_bar = jax.grad(lambda ys: loss(carry, merge(ys, still_ys)))(moving_ys)
-
-    def contribution(at_t):
-        carry, x, carry_bar, y_bar = at_t
-        (params_bar,) = pull(lambda params: r.step(params, carry, x), (r.params,), (carry_bar, y_bar))
-        return jax.tree.map(norm, params_bar)
-
-    immediate = jax.tree.map(lambda a, r_t: a.at[-1:].add(r_t[-1:]), through_output, through_next)
-    adjoints = jax.tree.map(jnp.add, through_output, through_next)
-    return GradientFlow(
-        loss=value,
-        adjoints=adjoints,
-        immediate=immediate,
-        norms=norm_over_time(adjoints),
-        immediate_norms=norm_over_time(immediate),
-        contribution_norms=jax.lax.map(contribution, (carries, r.xs, through_next, ys_bar)),
-        param_gradients=traced.like_params(params_bar),
-        init_gradients=init_bar,
-        input_gradients=xs_bar,
-    )
+    lengths: Int[Array, " k"]
+    windowed: BiasCurve
+    chunked: BiasCurve
 
 
 def lag_contributions(
@@ -181,44 +111,219 @@ def lag_contributions(
         >>> lags = bptt.lag_contributions(power, 0.2, 0.9, None, lambda h, ys: ys[-1], length=3)
         >>> print(lags.contributions.round(4))  # w² h₀ for each of the three uses of w
         [0.036 0.036 0.036]
+        >>> print(lags.relative_errors.round(2))
+        [0.67 0.33 0.  ]
 
     References:
         Williams and Peng, An efficient gradient-based algorithm for on-line training of recurrent network trajectories,
         1990, doi:10.1162/neco.1990.2.4.490.
     """
+    u = _unroll(step, params, init, xs, loss, length)
+    lags = u.length if max_lag is None else max_lag + 1
+    if not 1 <= lags <= u.length:
+        raise ValueError(f"max_lag is {max_lag}, but a sequence of {u.length} time steps has lags 0 to {u.length - 1}.")
+    gradient = _cut_every(u, u.length)
+
+    def measure(more, together):
+        return (u.step.like_params(more), tree_norm(more), *_distance(together, gradient))
+
+    contributions, *measures = _map_over_lags(u, lags, measure)
+    return LagContributions(contributions, u.step.like_params(gradient), *measures)
+
+
+def truncation_bias(
+    step: Callable[..., Any] | Cell,
+    params: Any,
+    init: Any,
+    xs: Any,
+    loss: Callable[..., Any],
+    *,
+    lengths: Sequence[int] | None = None,
+    length: int | None = None,
+) -> TruncationBias:
+    r"""How biased truncated BPTT is on this sequence, for every truncation length at once and both kinds of cut.
+
+    ‖g_K − g‖ / ‖g‖ and the cosine of g_K and g,  K = 1 … T
+
+    Windowed: g_K is the sum of the contributions of the lags below K, so one scan over the lag has all K. Chunked: the
+    backward pass is run for each K, several side by side over one forward pass. Time of about as many gradients as
+    there are lengths, plus max K for the windows; memory O(T n + p), a few times.
+
+    Args:
+        step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
+        params: θ, any pytree; the bias is that of their gradient.
+        init: c₀, any pytree of arrays.
+        xs: inputs, leaves `[time, *batch, features]`, or `None` with `length`.
+        loss: `loss(carry, ys) -> scalar`, of the last carry and all outputs.
+        lengths: K, time steps from 1 to T; all of them by default.
+        length: T, needed where `xs` is `None`.
+
+    Returns:
+        `TruncationBias`; nan throughout where the exact gradient is 0.
+
+    Raises:
+        ValueError: a K outside of 1 … T; as for `scan`.
+
+    Example:
+        >>> import jaxbptt as bptt
+        >>> power = lambda w, h, x: (w * h, w * h)
+        >>> bias = bptt.truncation_bias(power, 0.2, 0.9, None, lambda h, ys: ys[-1], length=3)
+        >>> print(bias.windowed.relative_errors.round(2), bias.chunked.relative_errors.round(2))
+        [0.67 0.33 0.  ] [0.67 0.67 0.  ]
+
+    References:
+        Williams and Peng, An efficient gradient-based algorithm for on-line training of recurrent network trajectories,
+        1990, doi:10.1162/neco.1990.2.4.490.
+    """
+    u = _unroll(step, params, init, xs, loss, length)
+    chosen = np.arange(1, u.length + 1) if lengths is None else np.atleast_1d(np.asarray(lengths))
+    if not np.issubdtype(chosen.dtype, np.integer) or not chosen.size or chosen.min() < 1 or chosen.max() > u.length:
+        raise ValueError(f"lengths is {lengths!r}, but {u.length} time steps can be cut every 1 to {u.length} of them.")
+    gradient = _cut_every(u, u.length)
+    windowed = _map_over_lags(u, int(chosen.max()), lambda more, together: _distance(together, gradient))
+    lengths_array = jnp.asarray(chosen)
+    side_by_side = None if u.step.branches else _SIDE_BY_SIDE  # under a map both branches would be computed
+    chunked = jax.lax.map(lambda K: _distance(_cut_every(u, K), gradient), lengths_array, batch_size=side_by_side)
+    return TruncationBias(
+        lengths_array, BiasCurve(*(curve[lengths_array - 1] for curve in windowed)), BiasCurve(*chunked)
+    )
+
+
+def input_saliency(
+    step: Callable[..., Any] | Cell,
+    params: Any,
+    init: Any,
+    xs: Any,
+    losses: Callable[..., Any],
+    *,
+    steps: Sequence[int] | None = None,
+) -> Float[Array, "chosen time"]:
+    r"""Which past input mattered, for the loss of each step on its own.
+
+    ‖∂Lₜ/∂xₛ‖,  s = 1 … T, for chosen t
+
+    One forward pass, and a backward pass for each t, several side by side. Time O(T) steps for each t, memory O(T n).
+
+    Args:
+        step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
+        params: any pytree.
+        init: c₀, any pytree of arrays.
+        xs: inputs, leaves `[time, *batch, features]`, with a derivative; for tokens, their one-hot vectors or embeddings.
+            The norm is taken over all axes but time.
+        losses: `losses(carry, ys) -> [time]`, one loss for each step.
+        steps: which entries of `losses`, from 0; all of them by default.
+
+    Returns:
+        `[chosen, time]`: entry [t, s] for the loss of step t and the input of step s; 0 where s comes after t.
+
+    Raises:
+        ValueError: inputs without a derivative, `losses` that are no vector, steps outside of it; as for `scan`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxbptt as bptt
+        >>> leaky = lambda w, h, x: (w * h + x, w * h + x)
+        >>> print(bptt.input_saliency(leaky, 0.5, 0.0, jnp.ones(3), lambda h, ys: ys))
+        [[1.   0.   0.  ]
+         [0.5  1.   0.  ]
+         [0.25 0.5  1.  ]]
+
+    References:
+        Simonyan, Vedaldi and Zisserman, Deep inside convolutional networks: visualising image classification models and
+        saliency maps, 2013, arXiv:1312.6034.
+    """
+    if not jax.tree.leaves(differentiable(xs)):
+        raise ValueError(
+            "xs has no leaf with a derivative, so no gradient reaches it: pass one-hot vectors or embeddings as inputs in "
+            "place of integers."
+        )
+    u = _unroll(step, params, init, xs, None, None)
+    value, pull = jax.vjp(lambda outputs: losses(*merge(outputs, u.still)), u.outputs)
+    if value.ndim != 1:
+        raise ValueError(f"losses returned an array of shape {value.shape}: return one loss for each step, [time].")
+    chosen = np.arange(len(value)) if steps is None else np.atleast_1d(np.asarray(steps))
+    if not np.issubdtype(chosen.dtype, np.integer) or ((chosen < 0) | (chosen >= len(value))).any():
+        raise ValueError(f"steps is {steps!r}, but there are losses 0 to {len(value) - 1}.")
+
+    def saliency(t):
+        (bars,) = pull(jnp.zeros_like(value).at[t].set(1))
+        return norm_over_time(_contract(u._replace(bars=bars), u.length)[1])
+
+    return jax.lax.map(saliency, jnp.asarray(chosen), batch_size=None if u.step.branches else _SIDE_BY_SIDE)
+
+
+class _Unrolled(NamedTuple):
+    """A forward pass and the gradients of the loss with respect to its results: where every backward pass starts."""
+
+    step: StepWithAdjoint
+    xs: Any
+    length: int
+    residuals: Any
+    outputs: Any
+    still: Any
+    bars: Any
+
+
+def _unroll(
+    step: Callable[..., Any] | Cell,
+    params: Any,
+    init: Any,
+    xs: Any,
+    loss: Callable[..., Any] | None,
+    length: int | None,
+) -> _Unrolled:
     r = prepare(step, params, init, xs, length)
-    max_lag = r.length - 1 if max_lag is None else max_lag
     if r.length == 0:
         raise ValueError("A sequence without time steps has no lags: pass at least one step.")
-    if not 0 <= max_lag < r.length:
-        raise ValueError(f"max_lag is {max_lag}, but a sequence of {r.length} time steps has lags 0 to {r.length - 1}.")
-    traced = trace(r)
-    over_time = map_over_time(traced.step, in_turn=traced.branches)
-
-    def body(carry, x):
-        new_carry, y = traced.step(traced.params, carry, x)
-        return new_carry, (carry, y)
-
-    carry, (carries, ys) = jax.lax.scan(body, r.init, r.xs, length=r.length)
-    moving, still = split((carry, ys))
-    carry_bar, ys_bar = jax.grad(lambda moving: loss(*merge(moving, still)))(moving)
-    no_ys_bar = jax.tree.map(jnp.zeros_like, ys_bar)
-    # Entry [s] of the adjoints is that of the carry after step s: each lag moves them one step back.
-    adjoints = jax.tree.map(lambda leaf: jnp.zeros((r.length, *leaf.shape), leaf.dtype).at[-1:].set(leaf), carry_bar)
-
-    def back_one_lag(bars):
-        params_bar, before_bar = pull(
-            lambda params, carries: over_time(params, carries, r.xs), (traced.params, carries), bars
-        )
-        after_bar = jax.tree.map(lambda leaf: jnp.concatenate([leaf[1:], jnp.zeros_like(leaf[:1])]), before_bar)
-        return traced.like_params(params_bar), after_bar
-
-    first, adjoints = back_one_lag((adjoints, ys_bar))
-    _, others = jax.lax.scan(
-        lambda adjoints, _: back_one_lag((adjoints, no_ys_bar))[::-1], adjoints, None, length=max_lag
+    with_adjoint = step_with_adjoint(step, None, r)
+    results, residuals = unroll_forward(
+        with_adjoint.adjoint, with_adjoint.params, r.init, r.xs, length=r.length, unroll=1
     )
-    return LagContributions(jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, others))
+    outputs, still = split(results)
+    bars = None if loss is None else jax.grad(lambda outputs: loss(*merge(outputs, still)))(outputs)
+    return _Unrolled(with_adjoint, r.xs, r.length, residuals, outputs, still, bars)
 
 
-def _add(carry: Any, more: Any) -> Any:
-    return jax.tree.map(lambda leaf, m: leaf if m is None else leaf + m, carry, more, is_leaf=lambda leaf: leaf is None)
+def _map_over_lags(u: _Unrolled, lags: int, measure: Callable[[Any, Any], Any]) -> Any:
+    """`measure(G⁽ˡ⁾, Σₖ G⁽ᵏ⁾ with k ≤ l)` for the lags l below `lags`, stacked."""
+    adjoint, params = u.step.adjoint, u.step.params
+    last_bar, ys_bar = u.bars
+
+    def body(state, ys_bar):
+        bars, together = state
+        bars, _, deltas = back_one_lag(adjoint, params, u.residuals, u.xs, bars, ys_bar, in_turn=u.step.branches)
+        more = fit(adjoint.contract(params, u.residuals, u.xs, ys_bar, deltas)[0], params, "params")
+        together = jax.tree.map(lambda total, leaf: total + leaf.astype(total.dtype), together, more)
+        return (bars, together), measure(more, together)
+
+    # Outputs are looked at once, at lag 0; after that all comes through the carry.
+    state, first = body((at_last_step(last_bar, u.length), totals(params)), ys_bar)
+    no_bar = jax.tree.map(jnp.zeros_like, ys_bar)
+    _, others = jax.lax.scan(lambda state, _: body(state, no_bar), state, None, length=lags - 1)
+    return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, others)
+
+
+def _contract(u: _Unrolled, K: Any) -> tuple[Any, Any]:
+    """The backward pass, cut every K steps: gradients of params and xs. K may be traced."""
+    adjoint, params = u.step.adjoint, u.step.params
+    last_bar, ys_bar = u.bars
+
+    def body(carry_bar, at_t):
+        t, residuals, x, y_bar = at_t
+        carry_bar, delta = adjoint.backward(params, residuals, x, carry_bar, y_bar)
+        return jax.tree.map(lambda leaf: jnp.where(t % K == 0, jnp.zeros_like(leaf), leaf), carry_bar), delta
+
+    _, deltas = jax.lax.scan(body, last_bar, (jnp.arange(u.length), u.residuals, u.xs, ys_bar), reverse=True)
+    params_bar, xs_bar = adjoint.contract(params, u.residuals, u.xs, ys_bar, deltas)
+    return fit(params_bar, params, "params"), fit(xs_bar, u.xs, "xs")
+
+
+def _cut_every(u: _Unrolled, K: Any) -> Any:
+    return _contract(u, K)[0]
+
+
+def _distance(gradient: Any, exact: Any) -> tuple[Array, Array]:
+    """Relative norm of the difference, and cosine."""
+    exact = jax.tree.map(lambda a, b: b.astype(a.dtype), gradient, exact)
+    difference = jax.tree.map(jnp.subtract, gradient, exact)
+    return tree_norm(difference) / tree_norm(exact), cosine(gradient, exact)

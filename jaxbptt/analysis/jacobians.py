@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from jaxbptt.analysis.norms import norm
+from jaxbptt.analysis.operators import check_square, state_vector, unroll
 from jaxbptt.cells.cell import Cell
 from jaxbptt.scans.recurrence import Recurrence, differentiable, merge, prepare, pull, split
 
@@ -86,7 +87,7 @@ def state_jacobians(
         ((3, 2), (3, 2, 2))
     """
     r = prepare(step, params, init, xs, length)
-    carries, new_carries, _ = _unroll(r)
+    carries, new_carries, _ = unroll(r)
     return new_carries, _jacobians(r, carries)
 
 
@@ -116,10 +117,7 @@ def jacobian_products(J: Float[ArrayLike, "time n n"]) -> ScaledProducts:
         -9999.0
     """
     J = jnp.asarray(J)
-    if J.ndim != 3 or J.shape[1] != J.shape[2]:
-        raise ValueError(
-            f"J has shape {J.shape}, but [time, n, n] is expected: one square Jacobian for each time step."
-        )
+    check_square(J)
     n = J.shape[1]
 
     def body(matrix, jacobian):
@@ -206,7 +204,7 @@ def temporal_contributions(
         Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, 2013, arXiv:1211.5063, eq. 5.
     """
     r = prepare(step, params, init, xs, length)
-    carries, new_carries, ys = _unroll(r)
+    carries, new_carries, ys = unroll(r)
     last = jax.tree.map(lambda start, after: after[-1] if r.length else start, r.init, new_carries)
     moving, still = split((last, ys))
     carry_bar, ys_bar = jax.grad(lambda moving: loss(*merge(moving, still)))(moving)
@@ -214,7 +212,7 @@ def temporal_contributions(
 
     def output_part(carry, x, y_bar):
         """(∂yₜ/∂cₜ₋₁)ᵀ ȳₜ, in forward mode."""
-        flat, state_of = _state(carry)
+        flat, state_of = state_vector(carry)
 
         def weighted_output(flat):
             y = differentiable(r.step(r.params, state_of(flat), x)[1])
@@ -238,34 +236,16 @@ def temporal_contributions(
     return TemporalContributions(jax.lax.map(term, (carries, r.xs, adjoints, ys_bar)), adjoints)
 
 
-def _unroll(r: Recurrence) -> tuple[Any, Any, Any]:
-    """Carries before and after every step, and the outputs."""
-
-    def body(carry, x):
-        new_carry, y = r.step(r.params, carry, x)
-        return new_carry, (carry, new_carry, y)
-
-    return jax.lax.scan(body, r.init, r.xs, length=r.length)[1]
-
-
 def _jacobians(r: Recurrence, carries: Any) -> Array:
     def jacobian(carry, x):
-        flat, state_of = _state(carry)
+        flat, state_of = state_vector(carry)
 
         def next_state(flat):
-            new_carry, _ = r.step(r.params, state_of(flat), x)
-            return ravel_pytree(differentiable(new_carry))[0]
+            return state_vector(r.step(r.params, state_of(flat), x)[0])[0]
 
         return jax.jacfwd(next_state)(flat)
 
     return jax.vmap(jacobian)(carries, r.xs)
-
-
-def _state(carry: Any) -> tuple[Array, Callable[[Array], Any]]:
-    """The carry as one vector, and back."""
-    moving, still = split(carry)
-    flat, unravel = ravel_pytree(moving)
-    return flat, lambda flat: merge(unravel(flat), still)
 
 
 def _normalise(matrix: Array) -> tuple[Array, Array]:

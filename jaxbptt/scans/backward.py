@@ -24,12 +24,14 @@ class StepWithAdjoint(NamedTuple):
         params: to call both with.
         adjoint: the `Adjoint` given, or the `Cell`'s own, or else one derived from the step.
         branches: whether the step has a `lax.cond`, which must not be mapped over time.
+        like_params: puts a gradient of `params` into the structure of the user's.
     """
 
     step: Callable[..., Any]
     params: Any
     adjoint: Adjoint
     branches: bool
+    like_params: Callable[[Any], Any] = lambda params: params
 
 
 def step_with_adjoint(step: Callable[..., Any] | Cell, adjoint: Adjoint | None, r: Recurrence) -> StepWithAdjoint:
@@ -39,7 +41,7 @@ def step_with_adjoint(step: Callable[..., Any] | Cell, adjoint: Adjoint | None, 
     if adjoint is not None:
         return StepWithAdjoint(r.step, r.params, adjoint, branches=False)
     traced = trace(r)
-    return StepWithAdjoint(traced.step, traced.params, _derived(traced), traced.branches)
+    return StepWithAdjoint(traced.step, traced.params, _derived(traced), traced.branches, traced.like_params)
 
 
 def unroll_forward(
@@ -102,6 +104,23 @@ def back_over(
         adjoint, params, carry, residuals, inputs, carry_bar, outputs_bar, length=length, unroll=unroll
     )
     return after, bars
+
+
+def back_one_lag(
+    adjoint: Adjoint, params: Any, residuals: Any, xs: Any, bars: Any, ys_bar: Any, *, in_turn: bool
+) -> tuple[Any, Any, Any]:
+    """All time steps one step back at once: the gradients of the carries after each step, moved to those before it.
+
+    Returns them as gradients of the carries after each step again, so one place earlier, that of init, and the deltas.
+    """
+    before, deltas = map_over_time(adjoint.backward, in_turn=in_turn)(params, residuals, xs, bars, ys_bar)
+    after = jax.tree.map(lambda leaf: jnp.concatenate([leaf[1:], jnp.zeros_like(leaf[:1])]), before)
+    return after, jax.tree.map(lambda leaf: leaf[0], before), deltas
+
+
+def at_last_step(bar: Any, length: int) -> Any:
+    """The gradient of the last carry as one of the carries after every step."""
+    return jax.tree.map(lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype).at[-1].set(leaf), bar)
 
 
 def _derived(traced: TracedStep) -> Adjoint:

@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint, Cell
-from jaxbptt.scans.backward import fit, step_with_adjoint, unroll_forward
+from jaxbptt.scans.backward import at_last_step, back_one_lag, fit, step_with_adjoint, unroll_forward
 from jaxbptt.scans.forward_mode import reverse_mode_only
 from jaxbptt.scans.recurrence import check_count, differentiable, prepare
-from jaxbptt.scans.tracing import map_over_time
 
 
 def windowed_scan(
@@ -90,21 +89,16 @@ def windowed_scan(
         if lags == 0:
             params_bar, xs_bar = jax.tree.map(jnp.zeros_like, differentiable((params, xs)))
             return params_bar, last_bar, xs_bar
-        one_step_back = map_over_time(adjoint.backward, in_turn=branches)
 
         def back(bars, ys_bar):
-            """From the gradients of the carries after each step to those of the carries before it."""
-            before, deltas = one_step_back(params, residuals, xs, bars, ys_bar)
-            after = jax.tree.map(lambda leaf: jnp.concatenate([leaf[1:], jnp.zeros_like(leaf[:1])]), before)
-            return after, jax.tree.map(lambda leaf: leaf[0], before), deltas
+            return back_one_lag(adjoint, params, residuals, xs, bars, ys_bar, in_turn=branches)
 
         def one_lag_more(state, _):
             bars, *sums = state
             bars, *more = back(bars, jax.tree.map(jnp.zeros_like, ys_bar))
             return (bars, *jax.tree.map(jnp.add, sums, more)), None
 
-        at_end = jax.tree.map(lambda leaf: jnp.zeros((r.length, *leaf.shape), leaf.dtype).at[-1].set(leaf), last_bar)
-        state = back(at_end, ys_bar)
+        state = back(at_last_step(last_bar, r.length), ys_bar)
         (_, init_bar, deltas), _ = jax.lax.scan(one_lag_more, state, None, length=lags - 1)
         params_bar, xs_bar = adjoint.contract(params, residuals, xs, ys_bar, deltas)
         return fit(params_bar, params, "params"), fit(init_bar, init, "init"), fit(xs_bar, xs, "xs")

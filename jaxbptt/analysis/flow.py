@@ -1,0 +1,137 @@
+r"""Credit by time step: how much gradient reaches each state, and what each step adds to that of the weights."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxbptt.analysis.norms import norm, norm_over_time
+from jaxbptt.analysis.readout import readout
+from jaxbptt.cells.cell import Cell
+from jaxbptt.scans.recurrence import differentiable, merge, prepare, pull, split
+from jaxbptt.scans.tracing import trace
+
+
+class GradientFlow(NamedTuple):
+    """The gradient at every time step. Entry `[t]` belongs to the state hₜ after that step.
+
+    Attributes:
+        loss: L.
+        adjoints: dₜ = ∂L/∂hₜ in full, like the carry with leaves `[time, *leaf]`.
+        immediate: aₜ, the part of it through yₜ alone (at the last step also through the final carry).
+        norms: ‖dₜ‖ over all of the state, `[time]`.
+        immediate_norms: ‖aₜ‖, `[time]`.
+        contribution_norms: like the params with leaves `[time]`: the norm of what step t adds to that leaf's gradient.
+        param_gradients: ∂L/∂params.
+        init_gradients: ∂L/∂h₀.
+        input_gradients: ∂L/∂xₜ, like `xs`.
+    """
+
+    loss: Float[Array, ""]
+    adjoints: Any
+    immediate: Any
+    norms: Float[Array, " time"]
+    immediate_norms: Float[Array, " time"]
+    contribution_norms: Any
+    param_gradients: Any
+    init_gradients: Any
+    input_gradients: Any
+
+
+def gradient_flow(
+    step: Callable[..., Any] | Cell,
+    params: Any,
+    init: Any,
+    xs: Any,
+    loss: Callable[..., Any],
+    *,
+    length: int | None = None,
+) -> GradientFlow:
+    r"""Follow the gradient back through time, for any step and any loss.
+
+    dₜ = aₜ + Jₜ₊₁ᵀ dₜ₊₁,  aₜ = ∂L/∂hₜ through yₜ alone,  d_T = a_T
+
+    What step t adds to the weight gradient is (∂⁺hₜ/∂θ)ᵀ dₜ. Time O(T) steps, about four times that of one gradient;
+    memory O(T n + p): the weight gradient of a step is formed, measured and dropped, never kept T times.
+
+    Args:
+        step: `step(params, carry, x) -> (carry, y)`, or a `Cell`. The output may be the state or computed from it; where
+            it is computed inside one `lax.cond` or loop together with the new carry, a warning says that aₜ lacks it.
+        params: θ, any pytree.
+        init: h₀, any pytree of arrays; with batch axes, norms are taken over the batch too.
+        xs: inputs, leaves `[time, *batch, features]`, or `None` with `length`.
+        loss: `loss(carry, ys) -> scalar`, of the last carry and all outputs.
+        length: T, needed where `xs` is `None`.
+
+    Returns:
+        A `GradientFlow`; leaves without a derivative are `None`.
+
+    Raises:
+        ValueError, TypeError: as for `scan`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import jaxbptt as bptt
+        >>> cell = bptt.elman(3, 8)
+        >>> params, xs = cell.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (100, 3))
+        >>> flow = bptt.gradient_flow(cell, params, cell.initial_carry(), xs, lambda h, ys: jnp.sum(ys[-1]))
+        >>> flow.norms.shape, bool(flow.norms[0] < flow.norms[-1])
+        ((100,), True)
+
+    References:
+        Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, 2013, arXiv:1211.5063.
+    """
+    r = prepare(step, params, init, xs, length)
+    traced = trace(r)
+    read = readout(traced)
+    # Two zeros are added to the state after each step, one that only the output sees and one that only the next step
+    # does: the gradients with respect to them are the two parts of ∂L/∂hₜ.
+    zeros = jax.tree.map(lambda leaf: jnp.zeros((r.length, *leaf.shape), leaf.dtype), differentiable(r.init))
+
+    def probed_step(params, carry, inputs):
+        x, to_output, to_next = inputs
+        new_carry, _ = traced.step(params, carry, x)
+        y = read(params, carry, x, _add(new_carry, to_output))
+        return _add(new_carry, to_next), (carry, y)
+
+    moving, still = split((traced.params, r.init, r.xs))
+
+    def unrolled_loss(moving, to_output, to_next):
+        params, init, xs = merge(moving, still)
+        carry, (carries, ys) = jax.lax.scan(
+            lambda carry, inputs: probed_step(params, carry, inputs), init, (xs, to_output, to_next), length=r.length
+        )
+        return loss(carry, ys), (carry, carries, ys)
+
+    (value, (carry, carries, ys)), (gradients, through_output, through_next) = jax.value_and_grad(
+        unrolled_loss, argnums=(0, 1, 2), has_aux=True
+    )(moving, zeros, zeros)
+    params_bar, init_bar, xs_bar = gradients
+
+    moving_ys, still_ys = split(ys)
+    ys_bar = jax.grad(lambda ys: loss(carry, merge(ys, still_ys)))(moving_ys)
+
+    def contribution(at_t):
+        carry, x, carry_bar, y_bar = at_t
+        (params_bar,) = pull(lambda params: r.step(params, carry, x), (r.params,), (carry_bar, y_bar))
+        return jax.tree.map(norm, params_bar)
+
+    immediate = jax.tree.map(lambda a, r_t: a.at[-1:].add(r_t[-1:]), through_output, through_next)
+    adjoints = jax.tree.map(jnp.add, through_output, through_next)
+    return GradientFlow(
+        loss=value,
+        adjoints=adjoints,
+        immediate=immediate,
+        norms=norm_over_time(adjoints),
+        immediate_norms=norm_over_time(immediate),
+        contribution_norms=jax.lax.map(contribution, (carries, r.xs, through_next, ys_bar)),
+        param_gradients=traced.like_params(params_bar),
+        init_gradients=init_bar,
+        input_gradients=xs_bar,
+    )
+
+
+def _add(carry: Any, more: Any) -> Any:
+    return jax.tree.map(lambda leaf, m: leaf if m is None else leaf + m, carry, more, is_leaf=lambda leaf: leaf is None)

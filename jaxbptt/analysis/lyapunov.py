@@ -1,0 +1,178 @@
+r"""Lyapunov exponents: how fast perturbations of the state grow or shrink, each direction at its own rate, in the long run.
+
+Benettin's method: a frame of orthonormal vectors goes along with the state, J Q = Q′ R, and the exponents are the means of
+log|Rᵢᵢ|. State and frame run in one loop, and no Jacobian is formed.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxbptt.analysis.operators import state_vector, step_and_push
+from jaxbptt.analysis.spectrum import RESOLUTION, random_frame, rounding_error
+from jaxbptt.cells.cell import Cell
+from jaxbptt.scans.recurrence import Recurrence, check_count, prepare
+
+# Blocks of time whose means give the standard errors: each must be longer than the system's memory.
+_BLOCKS = 20
+
+
+class LyapunovSpectrum(NamedTuple):
+    """Lyapunov exponents, largest first, in nats per unit of time (per step, unless `time_step` was given).
+
+    Attributes:
+        exponents: λᵢ, `[k]`.
+        standard_errors: of the exponents, from the means of up to 20 blocks of time; nan with fewer than two blocks.
+        resolved: False where λᵢ is so far below λ₁ that between two QR factorisations rounding drowns it.
+        running: the estimates as time goes on, after each QR factorisation, `[factorisations, k]`.
+        steps: how many time steps each of them has seen, `[factorisations]`.
+        kaplan_yorke_dimension: j + Σ_{i≤j} λᵢ / |λⱼ₊₁| with the largest j for which the sum is not negative; nan where
+            it takes more exponents than were asked for.
+        entropy_rate: the sum of the positive exponents (Pesin), in nats per unit of time; nan where all of them are
+            positive and there are more.
+    """
+
+    exponents: Float[Array, " k"]
+    standard_errors: Float[Array, " k"]
+    resolved: Bool[Array, " k"]
+    running: Float[Array, "factorisations k"]
+    steps: Int[Array, " factorisations"]
+    kaplan_yorke_dimension: Float[Array, ""]
+    entropy_rate: Float[Array, ""]
+
+
+def lyapunov_exponents(
+    step: Callable[..., Any] | Cell,
+    params: Any,
+    init: Any,
+    xs: Any = None,
+    *,
+    length: int | None = None,
+    num_exponents: int | None = None,
+    burn_in: int = 0,
+    qr_every: int = 1,
+    time_step: float = 1.0,
+    key: Array | None = None,
+) -> LyapunovSpectrum:
+    r"""Lyapunov exponents of a recurrence, driven by inputs or left to itself.
+
+    λᵢ = 1/(N Δt) Σₜ log|Rₜ,ᵢᵢ|,  Jₜ Qₜ₋₁ = Qₜ Rₜ,  Jₜ = ∂cₜ/∂cₜ₋₁,  N = T − burn_in
+
+    λ₁ > 0: perturbations, and gradients on their way back, grow by e^λ₁ a step in all but exceptional directions. λ₁ < 0:
+    all of them shrink. The sum of all n is the mean of log|det Jₜ|, exactly. Pure, to be jitted; `jax.vmap` for a batch;
+    differentiable in params, init and xs (the gradient keeps O(T n k)). Time O(T n² k + T n k²/m) for k exponents and a
+    factorisation every m steps, memory O(n k) beyond the results.
+
+    Args:
+        step: `step(params, carry, x) -> (carry, y)`, or a `Cell`, differentiable in forward mode: no `jax.custom_vjp` in it.
+        params: any pytree, handed to every step.
+        init: c₀ without batch axis; its leaves together are the state, but for those without a derivative.
+        xs: inputs, leaves `[time, features]`, or `None` with `length`.
+        length: T, needed where `xs` is `None`. Burn-in included.
+        num_exponents: k, the largest ones; all n by default.
+        burn_in: steps at the start that are not averaged. In the first half the state alone settles, in the second the
+            frame with it.
+        qr_every: m, steps between two factorisations. A direction that shrinks against the largest by more than 1/eps in m
+            steps is lost, and not `resolved`.
+        time_step: Δt, the time that one step stands for where it integrates a system in continuous time.
+        key: of the random first frame; a fixed one by default.
+
+    Returns:
+        A `LyapunovSpectrum`. A direction that J takes to exactly 0 has the exponent −∞.
+
+    Raises:
+        ValueError: `num_exponents` outside of 1 … n, `burn_in` outside of 0 … T − 1, `qr_every` below 1; as for `scan`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxbptt as bptt
+        >>> logistic = lambda r, x, _: (r * x * (1 - x), None)
+        >>> spectrum = bptt.lyapunov_exponents(logistic, 3.2, 0.3, length=1_000, burn_in=200)
+        >>> print(spectrum.exponents.round(3))  # a cycle of period two: ½ log|4 + 2r − r²|
+        [-0.916]
+
+    References:
+        Benettin, Galgani, Giorgilli and Strelcyn, Lyapunov characteristic exponents, 1980, doi:10.1007/BF02128236; Vogt et
+        al., On Lyapunov exponents for RNNs, 2022, doi:10.3389/fams.2022.818799; Kaplan and Yorke, 1979,
+        doi:10.1007/BFb0064319.
+    """
+    r = prepare(step, params, init, xs, length)
+    flat, _ = state_vector(r.init)
+    k = flat.size if num_exponents is None else num_exponents
+    if not hasattr(k, "__index__") or isinstance(k, bool) or not 1 <= k <= flat.size:
+        raise ValueError(f"num_exponents is {k!r}, but a state of {flat.size} numbers has 1 to {flat.size} exponents.")
+    check_count("qr_every", qr_every, "counts time steps")
+    if not hasattr(burn_in, "__index__") or isinstance(burn_in, bool) or not 0 <= burn_in < r.length:
+        raise ValueError(
+            f"burn_in is {burn_in!r}, but of {r.length} time steps at least one has to be left: pass 0 to {r.length - 1}."
+        )
+    settle, measured = burn_in // 2, r.length - burn_in
+    blocks, left_over = divmod(measured, qr_every)
+
+    state = r.init, random_frame(flat.size, k, flat.dtype, key)
+    carry, _ = jax.lax.scan(
+        lambda carry, x: (r.step(r.params, carry, x)[0], None), state[0], _part(r, 0, settle), settle
+    )
+    state, _ = _factorise(r, (carry, state[1]), settle, 1, burn_in - settle)
+    state, (growth, error) = _factorise(r, state, burn_in, qr_every, blocks)
+    if left_over:
+        _, (more, more_error) = _factorise(r, state, r.length - left_over, left_over, 1)
+        growth, error = jnp.concatenate([growth, more]), jnp.concatenate([error, more_error])
+
+    steps = jnp.minimum(jnp.arange(1, len(growth) + 1) * qr_every, measured)
+    exponents = growth.sum(axis=0) / (measured * time_step)
+    order = jnp.argsort(-exponents)
+    growth, exponents = growth[:, order], exponents[order]
+    every = jnp.asarray(steps, flat.dtype)[:, None] * time_step
+    return LyapunovSpectrum(
+        exponents=exponents,
+        standard_errors=_standard_errors(growth[:blocks]) / (qr_every * time_step),
+        resolved=(error.mean(axis=0) < RESOLUTION)[order],
+        running=jnp.cumsum(growth, axis=0) / every,
+        steps=steps,
+        kaplan_yorke_dimension=_kaplan_yorke_dimension(exponents, flat.size),
+        entropy_rate=jnp.where((exponents[-1] > 0) & (k < flat.size), jnp.nan, jnp.sum(jnp.maximum(exponents, 0))),
+    )
+
+
+def _factorise(r: Recurrence, state: Any, start: int, steps: int, times: int) -> Any:
+    """State and frame over `times` stretches of `steps` steps each, from step `start` on: the two, and log|Rᵢᵢ| of each."""
+
+    def one_step(state, x):
+        carry, V = state
+        return step_and_push(r, carry, x, V), None
+
+    def stretch(state, xs):
+        (carry, V), _ = jax.lax.scan(one_step, state, xs, length=steps)
+        Q, R = jnp.linalg.qr(V)
+        diagonal = jnp.abs(jnp.diagonal(R))
+        return (carry, Q), (jnp.log(diagonal), rounding_error(R, diagonal))
+
+    xs = jax.tree.map(lambda leaf: leaf.reshape(times, steps, *leaf.shape[1:]), _part(r, start, times * steps))
+    return jax.lax.scan(stretch, state, xs, length=times)
+
+
+def _part(r: Recurrence, start: int, length: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[start : start + length], r.xs)
+
+
+def _standard_errors(growth: Float[Array, "time k"]) -> Float[Array, " k"]:
+    """Of the means over time, from those of blocks; what does not fill a block is left out at the start."""
+    blocks = min(_BLOCKS, len(growth))
+    size = len(growth) // max(blocks, 1)
+    if blocks < 2:
+        return jnp.full(growth.shape[1], jnp.nan, growth.dtype)
+    means = growth[len(growth) - blocks * size :].reshape(blocks, size, -1).mean(axis=1)
+    return jnp.std(means, axis=0, ddof=1) / jnp.sqrt(jnp.asarray(blocks, growth.dtype))
+
+
+def _kaplan_yorke_dimension(exponents: Float[Array, " k"], size: int) -> Float[Array, ""]:
+    k = len(exponents)
+    sums = jnp.cumsum(exponents)
+    j = jnp.sum(sums >= 0)  # sums of falling numbers rise and then fall: those not negative come first
+    last = jnp.concatenate([jnp.zeros(1, sums.dtype), sums])[j]
+    fraction = last / jnp.abs(exponents[jnp.minimum(j, k - 1)])
+    return jnp.where(j < k, j + fraction, jnp.asarray(k if k == size else jnp.nan, sums.dtype))
