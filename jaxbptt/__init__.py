@@ -16,8 +16,15 @@ from jaxbptt.analysis.credit import TruncationBias as TruncationBias
 from jaxbptt.analysis.credit import input_saliency as input_saliency
 from jaxbptt.analysis.credit import lag_contributions as lag_contributions
 from jaxbptt.analysis.credit import truncation_bias as truncation_bias
+from jaxbptt.analysis.diagnosis import BadEntry as BadEntry
+from jaxbptt.analysis.diagnosis import GradientDiagnosis as GradientDiagnosis
+from jaxbptt.analysis.diagnosis import GradientRates as GradientRates
+from jaxbptt.analysis.diagnosis import diagnose_gradient as diagnose_gradient
 from jaxbptt.analysis.flow import GradientFlow as GradientFlow
 from jaxbptt.analysis.flow import gradient_flow as gradient_flow
+from jaxbptt.analysis.horizon import AdaptiveTruncation as AdaptiveTruncation
+from jaxbptt.analysis.horizon import adaptive_truncation_length as adaptive_truncation_length
+from jaxbptt.analysis.horizon import effective_horizon as effective_horizon
 from jaxbptt.analysis.jacobians import LogSingularValues as LogSingularValues
 from jaxbptt.analysis.jacobians import ScaledProducts as ScaledProducts
 from jaxbptt.analysis.jacobians import TemporalContributions as TemporalContributions
@@ -35,6 +42,7 @@ from jaxbptt.analysis.plan import plan as plan
 from jaxbptt.analysis.spectrum import jacobian_eigenvalues as jacobian_eigenvalues
 from jaxbptt.analysis.spectrum import log_norms as log_norms
 from jaxbptt.analysis.spectrum import singular_values as singular_values
+from jaxbptt.cells import initializers as initializers
 from jaxbptt.cells.cell import Adjoint as Adjoint
 from jaxbptt.cells.cell import Cell as Cell
 from jaxbptt.cells.elman import ElmanParams as ElmanParams
@@ -59,6 +67,7 @@ from jaxbptt.scans.windowed import windowed_scan as windowed_scan
 from jaxbptt.textbook import TextbookBPTT as TextbookBPTT
 from jaxbptt.textbook import bptt as bptt
 from jaxbptt.training import losses as losses
+from jaxbptt.training import regularizers as regularizers
 
 __version__ = "0.1.0"
 

@@ -15,7 +15,7 @@ def norm(array: Array, axes: Sequence[int] | None = None) -> Array:
     """
     magnitude = jnp.abs(array)
     largest = jax.lax.stop_gradient(jnp.max(magnitude, axis=axes, keepdims=True, initial=0))
-    scale = jnp.where(largest > 0, largest, 1)
+    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
     squares = jnp.sum((magnitude / scale) ** 2, axis=axes)
     root = jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
     return jnp.squeeze(scale, axes) * root

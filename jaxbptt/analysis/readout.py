@@ -15,7 +15,7 @@ from jax.extend.core import DropVar, Literal
 from jaxbptt.scans.tracing import TracedStep, subjaxprs
 
 # Calls that only wrap a function: their inside is evaluated in place, to find the carry where it is computed.
-_WRAPPERS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2"}
+WRAPPERS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2"}
 
 
 def readout(traced: TracedStep) -> Callable[..., Any]:
@@ -51,7 +51,7 @@ def _evaluate(jaxpr: Any, consts: list[Any], inputs: list[Any], replaced: dict[A
     for eqn in jaxpr.eqns:
         values = [get(var) for var in eqn.invars]
         inside = next(subjaxprs(eqn), None)
-        if eqn.primitive.name in _WRAPPERS and inside is not None:
+        if eqn.primitive.name in WRAPPERS and inside is not None:
             inner, inner_consts = inside
             pairs = zip(inner.outvars, eqn.outvars, strict=True)
             inner_replaced = {i: replaced[o] for i, o in pairs if o in replaced and not isinstance(i, Literal)}

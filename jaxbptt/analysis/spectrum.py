@@ -166,8 +166,9 @@ def jacobian_eigenvalues(J: JacobianOperators | Float[ArrayLike, "time n n"]) ->
     Example:
         >>> import jax.numpy as jnp
         >>> import jaxbptt as bptt
-        >>> print(abs(bptt.jacobian_eigenvalues(jnp.array([[[0.0, -0.5], [0.5, 0.0]]]))))  # a rotation by 90°, halved
-        [[0.5 0.5]]
+        >>> quarter_turn = jnp.array([[0.0, -1.0], [1.0, 0.0]])
+        >>> print(abs(bptt.jacobian_eigenvalues(quarter_turn[None])).round(3))
+        [[1. 1.]]
     """
     J = as_operators(J)
     return jax.lax.map(lambda at_t: jnp.linalg.eigvals(J.push(at_t, jnp.eye(J.size, dtype=J.dtype))), J.at)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxbptt.cells import dense
+from jaxbptt.cells import dense, initializers
 from jaxbptt.cells.cell import Adjoint, Cell
 
 
@@ -27,6 +27,7 @@ def gru(
     dtype: Any = jnp.float32,
     recurrent_init: dense.Initializer = dense.orthogonal,
     input_init: dense.Initializer = dense.fan_in_normal,
+    chrono_length: float | None = None,
 ) -> Cell:
     r"""A gated recurrent unit: the state moves only as far as the update gate lets it.
 
@@ -43,12 +44,14 @@ def gru(
         dtype: of the parameters and the carry.
         recurrent_init: jax initializer of each gate's `[hidden, hidden]` block of `W_hh`; orthogonal by default.
         input_init: jax initializer of each gate's block of `W_xh`; normal with variance 1/input_size by default.
+        chrono_length: time steps of the longest dependency to expect: b_z is spread so that the units keep their state for
+            up to that long (`initializers.chrono`); 0 by default.
 
     Returns:
         A `Cell` with `GRUParams`; its carry is the array h `[*batch, hidden]`.
 
     Raises:
-        ValueError: a size below 1; at a step, an x that does not fit the carry's batch axes or `input_size`.
+        ValueError: a size below 1, a `chrono_length` of 2 or less; at a step, an x that does not fit the carry's batch axes or `input_size`.
 
     Example:
         >>> import jax
@@ -60,16 +63,22 @@ def gru(
 
     References:
         Cho et al., Learning phrase representations using RNN encoder-decoder, 2014, arXiv:1406.1078; the order of the
-        reset product is that of version 1 of the paper, and of cuDNN.
+        reset product is that of version 1 of the paper, and of cuDNN. `chrono_length`: Tallec and Ollivier, Can recurrent
+        neural networks warp time?, 2018, arXiv:1804.11188.
     """
     dense.check_sizes(input_size=input_size, hidden_size=hidden_size)
+    chrono = None if chrono_length is None else initializers.chrono(chrono_length)
 
     def init(key: Array) -> GRUParams:
         key_xh, key_hh = jax.random.split(key)
+        b = jnp.zeros(3 * hidden_size, dtype)
+        if chrono is not None:
+            b_z = chrono(jax.random.fold_in(key, 2), (hidden_size,), dtype)
+            b = b.at[hidden_size : 2 * hidden_size].set(b_z)
         return GRUParams(
             W_xh=dense.gate_blocks(input_init, key_xh, 3, (hidden_size, input_size), dtype),
             W_hh=dense.gate_blocks(recurrent_init, key_hh, 3, (hidden_size, hidden_size), dtype),
-            b=jnp.zeros(3 * hidden_size, dtype),
+            b=b,
             b_hn=jnp.zeros(hidden_size, dtype),
         )
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxbptt.cells import dense
+from jaxbptt.cells import dense, initializers
 from jaxbptt.cells.cell import Adjoint, Cell
 
 
@@ -34,6 +34,7 @@ def lstm(
     recurrent_init: dense.Initializer = dense.orthogonal,
     input_init: dense.Initializer = dense.fan_in_normal,
     forget_bias: float = 1.0,
+    chrono_length: float | None = None,
 ) -> Cell:
     r"""A long short-term memory cell: the memory c is added to, and kept where the forget gate is open.
 
@@ -50,12 +51,14 @@ def lstm(
         recurrent_init: jax initializer of each gate's `[hidden, hidden]` block of `W_hh`; orthogonal by default.
         input_init: jax initializer of each gate's block of `W_xh`; normal with variance 1/input_size by default.
         forget_bias: b_f at the start; 1 keeps the memory, and its gradient, open (Jozefowicz et al. 2015).
+        chrono_length: time steps of the longest dependency to expect: in place of `forget_bias`, b_f is spread so that the
+            units keep their memory for up to that long, and b_i = −b_f (`initializers.chrono`).
 
     Returns:
         A `Cell` with `LSTMParams`; its carry is an `LSTMState(h, c)`.
 
     Raises:
-        ValueError: a size below 1; at a step, an x that does not fit the carry's batch axes or `input_size`.
+        ValueError: a size below 1, a `chrono_length` of 2 or less; at a step, an x that does not fit the carry's batch axes or `input_size`.
 
     Example:
         >>> import jax
@@ -68,16 +71,22 @@ def lstm(
     References:
         Hochreiter and Schmidhuber, Long short-term memory, 1997, doi:10.1162/neco.1997.9.8.1735; the forget gate is of
         Gers, Schmidhuber and Cummins, Learning to forget, 2000, doi:10.1162/089976600300015015; its bias of Jozefowicz,
-        Zaremba and Sutskever, An empirical exploration of recurrent network architectures, ICML 2015.
+        Zaremba and Sutskever, An empirical exploration of recurrent network architectures, ICML 2015; `chrono_length` of
+        Tallec and Ollivier, Can recurrent neural networks warp time?, 2018, arXiv:1804.11188.
     """
     dense.check_sizes(input_size=input_size, hidden_size=hidden_size)
+    chrono = None if chrono_length is None else initializers.chrono(chrono_length)
 
     def init(key: Array) -> LSTMParams:
         key_xh, key_hh = jax.random.split(key)
+        b_i, b_f = jnp.zeros(hidden_size, dtype), jnp.full(hidden_size, forget_bias, dtype)
+        if chrono is not None:
+            b_f = chrono(jax.random.fold_in(key, 2), (hidden_size,), dtype)
+            b_i = -b_f
         return LSTMParams(
             W_xh=dense.gate_blocks(input_init, key_xh, 4, (hidden_size, input_size), dtype),
             W_hh=dense.gate_blocks(recurrent_init, key_hh, 4, (hidden_size, hidden_size), dtype),
-            b=jnp.zeros(4 * hidden_size, dtype).at[hidden_size : 2 * hidden_size].set(forget_bias),
+            b=jnp.concatenate([b_i, b_f, jnp.zeros(2 * hidden_size, dtype)]),
         )
 
     def initial_carry(batch_shape: tuple[int, ...] = ()) -> LSTMState:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.backward import step_with_adjoint, unroll_backward, unroll_forward
@@ -24,6 +25,7 @@ def adjoint_scan(
     *,
     length: int | None = None,
     adjoint: Adjoint | None = None,
+    clip_adjoint: float | Callable[[Any], Any] | None = None,
     unroll: int | bool = 1,
 ) -> tuple[Any, Any]:
     r"""`scan` with a hand-written reverse-mode derivative: full BPTT as a backward scan.
@@ -39,6 +41,9 @@ def adjoint_scan(
     The derived contraction maps the step over time. Under such a map a `lax.cond` runs both branches, so a step that
     branches is contracted one step at a time, in a second loop.
 
+    With `clip_adjoint` the recursion itself is clipped, c̄ₜ₋₁ ← clip(c̄ₜ₋₁) at each step, and not the sum at the end: an
+    explosion is stopped where it begins. The gradient is then biased, and exact again where nothing is clipped.
+
     Args:
         step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
         params: θ, any pytree. Arrays that `step` closes over get their gradient as well.
@@ -46,6 +51,8 @@ def adjoint_scan(
         xs: inputs, leaves `[time, *batch, features]`, or `None`.
         length: T, needed where `xs` is `None`.
         adjoint: the backward of one step. By default the `Cell`'s own, or else derived from `step` by `jax.vjp`.
+        clip_adjoint: the largest magnitude that an entry of c̄ may have as it passes from step to step, or a function of c̄
+            that returns it clipped. `None` for the exact gradient.
         unroll: time steps in one iteration of the compiled loops, as for `lax.scan`.
 
     Returns:
@@ -53,7 +60,7 @@ def adjoint_scan(
 
     Raises:
         ValueError: neither `xs` nor `length`, leaves of `xs` that disagree on T, a carry that changes shape, an
-            `Adjoint` whose results do not fit what they are the derivative of.
+            `Adjoint` whose results do not fit what they are the derivative of, a `clip_adjoint` that is not above 0.
         TypeError: a step that returns no pair, a carry that changes structure or dtype, forward-mode differentiation.
 
     Example:
@@ -67,10 +74,13 @@ def adjoint_scan(
         True
 
     References:
-        Werbos, Backpropagation through time: what it does and how to do it, 1990, doi:10.1109/5.58337.
+        Werbos, Backpropagation through time: what it does and how to do it, 1990, doi:10.1109/5.58337. Clipping in the
+        recursion: Graves, Generating sequences with recurrent neural networks, 2013, arXiv:1308.0850.
     """
     r = prepare(step, params, init, xs, length)
-    step, params, adjoint, _ = step_with_adjoint(step, adjoint, r)
+    step, params, adjoint, *_ = step_with_adjoint(step, adjoint, r)
+    if clip_adjoint is not None:
+        adjoint = _clipped(adjoint, clip_adjoint)
 
     @jax.custom_vjp
     def run(params, init, xs):
@@ -88,3 +98,22 @@ def adjoint_scan(
 
     run.defvjp(run_forward, run_backward)
     return reverse_mode_only("adjoint_scan", run)(params, r.init, r.xs)
+
+
+def _clipped(adjoint: Adjoint, clip: float | Callable[[Any], Any]) -> Adjoint:
+    """The same backward, whose carry adjoints are clipped as they leave each step."""
+    if not callable(clip):
+        if isinstance(clip, bool) or not clip > 0:
+            raise ValueError(
+                f"clip_adjoint is {clip!r}, but it bounds a magnitude: pass a number above 0, or a function."
+            )
+        limit = clip
+
+        def clip(carry_bar):
+            return jax.tree.map(lambda leaf: jnp.clip(leaf, -limit, limit), carry_bar)
+
+    def backward(params, residuals, x, carry_bar, y_bar):
+        carry_bar, delta = adjoint.backward(params, residuals, x, carry_bar, y_bar)
+        return clip(carry_bar), delta
+
+    return adjoint._replace(backward=backward)

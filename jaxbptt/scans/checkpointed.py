@@ -79,7 +79,7 @@ def checkpointed_scan(
     """
     r = prepare(step, params, init, xs, length)
     with_adjoint = step_with_adjoint(step, adjoint, r)
-    step, params, adjoint, _ = with_adjoint
+    step, params, adjoint, *_ = with_adjoint
     cut = layout(r, with_adjoint, segment_length, checkpoints)
     if r.length == 0:
         return jax.lax.scan(partial(step, params), r.init, r.xs, length=0)

@@ -84,7 +84,7 @@ def truncated_scan(
         xs = xs, is_first
     elif reset_carry is not None:
         raise ValueError("reset_carry says what is_first resets to: pass is_first as well, or leave it out.")
-    step, params, adjoint, _ = with_adjoint
+    step, params, adjoint, *_ = with_adjoint
     chunk = max(min(int(truncation_length), r.length), 1)
     chunks, left_over = divmod(r.length, chunk)
 

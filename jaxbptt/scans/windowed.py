@@ -72,7 +72,7 @@ def windowed_scan(
     """
     check_count("window", window, "counts time steps")
     r = prepare(step, params, init, xs, length)
-    step, params, adjoint, branches = step_with_adjoint(step, adjoint, r)
+    step, params, adjoint, branches, _ = step_with_adjoint(step, adjoint, r)
     lags = min(int(window), r.length)
 
     @jax.custom_vjp

@@ -1,0 +1,351 @@
+r"""Why a gradient vanished, exploded or is no number: the causes told apart, in numbers and in one sentence.
+
+The rate at which a gradient changes on its way back is split in three, and the parts add up to what was observed: what the
+weights would do with every tanh and σ at its steepest, what their flatness takes away, and what is left to how the
+gradient lies to the direction that lasts longest.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
+
+from jaxbptt.analysis.activations import opened, relative_slopes
+from jaxbptt.analysis.flow import GradientFlow, gradient_flow
+from jaxbptt.analysis.lyapunov import lyapunov_exponents
+from jaxbptt.analysis.norms import norm
+from jaxbptt.analysis.operators import JacobianOperators, jacobian_operators, state_vector, step_and_push, unroll
+from jaxbptt.analysis.spectrum import random_frame
+from jaxbptt.cells.cell import Cell
+from jaxbptt.scans.recurrence import Recurrence, differentiable, is_array, merge, name, prepare, split
+from jaxbptt.scans.tracing import trace
+
+# Over the whole sequence a gradient may shrink or grow by this factor and still count as steady.
+_STEADY = 100.0
+_POWER_ITERATIONS = 30
+
+
+class BadEntry(NamedTuple):
+    """Where something is no finite number first.
+
+    Attributes:
+        leaf: its name, as in `carry.h`, `ys`, `params.W_hh`, `xs`, `∂L/∂carry.h`, `∂L/∂params.W_hh`, `loss`.
+        index: the entry along time, from 0: `xs[index]` is what that step consumed; `None` for what has no time axis.
+        value: "nan" or "inf".
+    """
+
+    leaf: str
+    index: int | None
+    value: str
+
+
+class GradientRates(NamedTuple):
+    """What a gradient grows by at each step back, in nats, and its parts: `observed = weights + saturation + alignment`.
+
+    Attributes:
+        observed: mean of log(‖Jₜᵀ dₜ‖ / ‖dₜ‖).
+        weights: leading Lyapunov exponent with the slope of every tanh and σ at its largest.
+        saturation: the leading Lyapunov exponent, less that.
+        alignment: what was observed, less the leading Lyapunov exponent: below 0 where the gradient has little in the
+            direction that lasts longest.
+    """
+
+    observed: float
+    weights: float
+    saturation: float
+    alignment: float
+
+
+class GradientDiagnosis(NamedTuple):
+    """What happened to a gradient on its way back, and why.
+
+    Attributes:
+        sentence: all of it in plain words.
+        cause: "weights", "saturation" or "alignment" of a gradient that vanishes; "explosion"; "steady"; "no gradient"
+            where it is 0; "forward" or "backward" where it is not finite, by the pass in which that began.
+        rates: how much the gradient grows a step, and the parts of it.
+        exponents: the leading Lyapunov exponents of the state, driven by the inputs, `[k]`.
+        standard_errors: of the exponents, `[k]`.
+        slopes: by tanh and σ in the order of the step, so by layer and gate: the mean slope over units and time, as a part
+            of its largest value; 0 is saturated.
+        alignment: |cos| of dₜ and the direction in which the past has grown most, `[time]`; 1/√n is that of a random one, nan
+            where dₜ is 0.
+        bound_rate: γσ: no gradient can grow faster than (γσ)^lag. The geometric mean over time of the largest singular
+            value of the Jacobian with every slope at its largest: σ_max(W_hh) for an Elman cell.
+        forward: where the forward pass, or what goes into it, stops being finite, or `None`.
+        backward: where the backward pass does, coming from the end, or `None`.
+    """
+
+    sentence: str
+    cause: str
+    rates: GradientRates
+    exponents: Float[np.ndarray, " k"]
+    standard_errors: Float[np.ndarray, " k"]
+    slopes: Mapping[str, float]
+    alignment: Float[np.ndarray, " time"]
+    bound_rate: float
+    forward: BadEntry | None
+    backward: BadEntry | None
+
+
+def diagnose_gradient(
+    step: Callable[..., Any] | Cell,
+    params: Any,
+    init: Any,
+    xs: Any,
+    loss: Callable[..., Any],
+    *,
+    length: int | None = None,
+    num_exponents: int = 8,
+) -> GradientDiagnosis:
+    r"""Say why a gradient vanishes, explodes or is not finite.
+
+    mean log(‖Jₜᵀ dₜ‖/‖dₜ‖) = λ₁° + (λ₁ − λ₁°) + rest
+
+    with dₜ = ∂L/∂hₜ, λ₁ the leading Lyapunov exponent and λ₁° the same with every slope of tanh and σ at its largest: weights,
+    saturation, alignment. Compiles what it needs; not to be called inside of `jit`. Time O(T) steps and Lyapunov
+    exponents of a few directions, memory O(T n).
+
+    Args:
+        step: `step(params, carry, x) -> (carry, y)`, or a `Cell`, differentiable in forward mode: no `jax.custom_vjp` in it.
+        params: θ, any pytree.
+        init: c₀, without batch axis: diagnose one row of a batch.
+        xs: inputs, leaves `[time, features]`, or `None` with `length`.
+        loss: `loss(carry, ys) -> scalar`, of the last carry and all outputs.
+        length: T, needed where `xs` is `None`.
+        num_exponents: how many Lyapunov exponents to report, at most n.
+
+    Returns:
+        A `GradientDiagnosis` of numbers; those that don't exist for a gradient that is 0 or not finite are nan.
+
+    Raises:
+        ValueError, TypeError: as for `scan`; a sequence without time steps.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import jaxbptt as bptt
+        >>> cell = bptt.elman(3, 16)
+        >>> params, xs = cell.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (100, 3))
+        >>> loss = lambda h, ys: jnp.sum(h)
+        >>> bptt.diagnose_gradient(cell, params, cell.initial_carry(), 5 * xs, loss).cause
+        'saturation'
+        >>> small = params._replace(W_hh=params.W_hh / 3)
+        >>> bptt.diagnose_gradient(cell, small, cell.initial_carry(), 0.1 * xs, loss).cause
+        'weights'
+
+    References:
+        Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, 2013, arXiv:1211.5063.
+    """
+    r = prepare(step, params, init, xs, length)
+    if r.length == 0:
+        raise ValueError("A sequence without time steps has no gradient through time: pass at least one step.")
+    arrays, others = split((r.params, r.init, r.xs), by=is_array)
+
+    @jax.jit
+    def found(arrays):
+        params, init, xs = merge(arrays, others)
+        return _numbers(r._replace(params=params, init=init, xs=xs), loss, num_exponents)
+
+    numbers = jax.tree.map(np.asarray, found(arrays))
+    forward = _first_bad_forward(r, numbers)
+    backward = _first_bad_backward(numbers.flow)
+    rates, bound_rate = _rates(numbers)
+    cause = _cause(numbers, rates, forward, backward, r.length)
+    in_order = sorted(numbers.slopes.items(), key=lambda item: int(item[0].split()[1]))
+    slopes = {kind: float(np.mean(values)) for kind, values in in_order}
+    diagnosis = GradientDiagnosis(
+        sentence="",
+        cause=cause,
+        rates=rates,
+        exponents=numbers.exponents,
+        standard_errors=numbers.standard_errors,
+        slopes=slopes,
+        alignment=numbers.alignment,
+        bound_rate=bound_rate,
+        forward=forward,
+        backward=backward,
+    )
+    return diagnosis._replace(sentence=_sentence(diagnosis, r.length, int(np.argmax(numbers.flow.norms > 0))))
+
+
+class _Numbers(NamedTuple):
+    """All that is computed, before it is interpreted."""
+
+    carries: Any
+    ys: Any
+    flow: Any
+    passed_on: Any
+    leading: Any
+    leading_opened: Any
+    largest: Any
+    alignment: Any
+    exponents: Any
+    standard_errors: Any
+    slopes: Any
+
+
+def _numbers(r: Recurrence, loss: Callable[..., Any], num_exponents: int) -> _Numbers:
+    arguments: dict[str, Any] = {"length": r.length}
+    traced = trace(r)
+    without_saturation = r._replace(step=opened(traced), params=traced.params)
+    jacobians = jacobian_operators(r.step, r.params, r.init, r.xs, **arguments)
+    at_steepest = jacobian_operators(*without_saturation[:4], **arguments)
+    carries, new_carries, ys = unroll(r)
+    flow = gradient_flow(r.step, r.params, r.init, r.xs, loss, **arguments)
+    d = jax.vmap(lambda adjoint: ravel_pytree(adjoint)[0])(flow.adjoints)
+    passed_on = jax.lax.map(lambda at: jacobians.pull(at[0], at[1][:, None])[:, 0], (jacobians.at, d))
+    leading, direction = _leading(r)
+    leading_opened, _ = _leading(without_saturation)
+    spectrum = lyapunov_exponents(
+        r.step, r.params, r.init, r.xs, num_exponents=min(num_exponents, jacobians.size), **arguments
+    )
+
+    def slopes(at_t):
+        return relative_slopes(traced)(traced.params, *at_t)
+
+    return _Numbers(
+        carries=new_carries,
+        ys=ys,
+        flow=flow,
+        passed_on=norm(passed_on, (1,)),
+        leading=leading,
+        leading_opened=leading_opened,
+        largest=jax.lax.map(partial(_largest_singular_value, at_steepest), at_steepest.at),
+        alignment=jnp.abs(jnp.sum(direction * (d / norm(d, (1,))[:, None]), axis=1)),
+        exponents=spectrum.exponents,
+        standard_errors=spectrum.standard_errors,
+        slopes=jax.lax.map(slopes, (carries, r.xs)),
+    )
+
+
+def _leading(r: Recurrence) -> tuple[Array, Array]:
+    """Growth of the leading direction at each step, in nats, and the direction after it, of norm 1."""
+
+    def body(state, x):
+        carry, v = step_and_push(r, state[0], x, state[1])
+        size = norm(v)
+        v = v / jnp.where(size > 0, size, 1)
+        return (carry, v), (jnp.log(size), v[:, 0])
+
+    flat, _ = state_vector(r.init)
+    return jax.lax.scan(body, (r.init, random_frame(flat.size, 1, flat.dtype)), r.xs, length=r.length)[1]
+
+
+def _largest_singular_value(J: JacobianOperators, at_t: Any) -> Array:
+    """By power iteration: ‖J v‖ with v ∝ (Jᵀ J)^k v₀."""
+
+    def body(_, v):
+        v = J.pull(at_t, J.push(at_t, v))
+        size = norm(v)
+        return v / jnp.where(size > 0, size, 1)
+
+    v = jax.lax.fori_loop(0, _POWER_ITERATIONS, body, random_frame(J.size, 1, J.dtype))
+    return norm(J.push(at_t, v))
+
+
+def _rates(numbers: _Numbers) -> tuple[GradientRates, float]:
+    def mean_log(values):
+        values = np.asarray(values, float)
+        return float(np.log(values[values > 0]).mean()) if (values > 0).any() else math.nan
+
+    d = np.asarray(numbers.flow.norms, float)
+    observed = mean_log(np.divide(numbers.passed_on, d, out=np.zeros_like(d), where=d > 0))
+    leading, steepest = float(numbers.leading.mean()), float(numbers.leading_opened.mean())
+    return GradientRates(observed, steepest, leading - steepest, observed - leading), math.exp(
+        mean_log(numbers.largest)
+    )
+
+
+def _cause(
+    numbers: _Numbers, rates: GradientRates, forward: BadEntry | None, backward: BadEntry | None, length: int
+) -> str:
+    if forward is not None:
+        return "forward"
+    if backward is not None:
+        return "backward"
+    if not numbers.passed_on.any():
+        return "no gradient"
+    if abs(rates.observed) * length < math.log(_STEADY):
+        return "steady"
+    if rates.observed > 0:
+        return "explosion"
+    parts = rates._asdict()
+    return min(("weights", "saturation", "alignment"), key=lambda part: parts[part])
+
+
+def _first_bad_forward(r: Recurrence, numbers: _Numbers) -> BadEntry | None:
+    found = [
+        *_bad_entries("params", r.params),
+        *_bad_entries("init", r.init),
+        *_bad_entries("xs", r.xs, over_time=True),
+        *_bad_entries("carry", numbers.carries, over_time=True),
+        *_bad_entries("ys", numbers.ys, over_time=True),
+    ]
+    if not found:
+        return next(_bad_entries("loss", numbers.flow.loss), None)
+    return min(found, key=lambda entry: -1 if entry.index is None else entry.index)
+
+
+def _first_bad_backward(flow: GradientFlow) -> BadEntry | None:
+    found = [
+        *_bad_entries("∂L/∂carry", flow.adjoints, over_time=True, backward=True),
+        *_bad_entries("∂L/∂params", flow.contribution_norms, over_time=True, backward=True),
+        *_bad_entries("∂L/∂xs", flow.input_gradients, over_time=True, backward=True),
+    ]
+    if not found:
+        return next(_bad_entries("∂L/∂init", flow.init_gradients), None)
+    return max(found, key=lambda entry: entry.index)
+
+
+def _bad_entries(root: str, tree: Any, *, over_time: bool = False, backward: bool = False) -> Iterator[BadEntry]:
+    """For each leaf with an entry that is not finite: the first one, or coming from the end the last one."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(differentiable(tree)):
+        values = np.asarray(leaf)
+        values = values if np.issubdtype(values.dtype, np.inexact) else values.astype(np.float32)  # bfloat16
+        bad = np.flatnonzero(~np.isfinite(values).all(axis=tuple(range(1, values.ndim)))) if over_time else None
+        if over_time and bad.size:
+            index = int(bad[-1 if backward else 0])
+            yield BadEntry(name(root, path), index, _kind(values[index]))
+        elif not over_time and not np.isfinite(values).all():
+            yield BadEntry(name(root, path), None, _kind(values))
+
+
+def _kind(values: np.ndarray) -> str:
+    return "nan" if np.isnan(values).any() else "inf"
+
+
+def _sentence(found: GradientDiagnosis, length: int, underflows: int) -> str:
+    """In plain words; the first `underflows` steps have a gradient of exactly 0."""
+    if found.cause in ("forward", "backward"):
+        bad = found.forward or found.backward
+        where = "" if bad.index is None else f"[{bad.index}], at time step {bad.index + 1} of {length}"
+        if found.cause == "forward":
+            return f"The forward pass is not finite: the first {bad.value} is in {bad.leaf}{where}."
+        return (
+            f"The forward pass is finite, the backward pass is not: coming from the end, the first {bad.value} is in "
+            f"{bad.leaf}{where}."
+        )
+    if found.cause == "no gradient":
+        return f"No gradient passes from step to step: the loss does not depend on any earlier state of the {length} steps."
+    rates = found.rates
+    flat = min(found.slopes.items(), key=lambda item: item[1], default=None)
+    flattest = "" if flat is None else f", the flattest is {flat[0]} at {flat[1]:.2f} of its steepest"
+    verb = {"steady": "stays within a factor of 100", "explosion": "explodes"}.get(found.cause, "vanishes")
+    because = {
+        "weights": ", mostly for its weights, which shrink the state even without saturation",
+        "saturation": ", mostly for saturation",
+        "alignment": ", mostly since it lies across the direction that lasts",
+    }.get(found.cause, "")
+    lost = f" It is exactly 0 before time step {underflows + 1}." if underflows else ""
+    return (
+        f"Over {length} steps the gradient {verb}{because}: it changes by {rates.observed:+.3f} nats a step; the weights "
+        f"alone would give {rates.weights:+.3f}, saturation {rates.saturation:+.3f}{flattest}, alignment "
+        f"{rates.alignment:+.3f}. Along the direction that lasts longest it would be {rates.weights + rates.saturation:+.3f}, "
+        f"and by the bound of the weights at most {math.log(found.bound_rate):+.3f}.{lost}"
+    )

@@ -1,0 +1,165 @@
+r"""How far back is far enough: the lag beyond which the gradient has nothing more to say, measured or extrapolated."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbptt.analysis.credit import LagContributions
+from jaxbptt.analysis.norms import norm, tree_norm
+
+
+class AdaptiveTruncation(NamedTuple):
+    """The truncation length that keeps the bias small, if the decay of the gradient over the lag allows to say one.
+
+    Attributes:
+        length: K, time steps, for `windowed_scan(window=K)`; `None` where there is no certificate.
+        decay_rate: β, by which the contributions fall from lag to lag, fitted; nan where nothing could be fitted.
+        bound: on the relative bias at K; infinite where there is no certificate.
+        reason: in one sentence.
+    """
+
+    length: int | None
+    decay_rate: float
+    bound: float
+    reason: str
+
+
+def effective_horizon(lags: LagContributions, eps: float | None = None) -> Any:
+    r"""The lag from which on what is still to come is under a fraction ε of the whole, for each leaf of the params.
+
+    min { l : ‖∂L/∂θ − Σ_{k<l} G⁽ᵏ⁾‖ < ε ‖∂L/∂θ‖ }
+
+    So a window of that many steps has all but ε of the gradient. By default ε is that of the leaf's dtype: what lies
+    beyond changes no digit of the gradient, and can't be learned from it. Time and memory O(L p).
+
+    Args:
+        lags: from `lag_contributions`.
+        eps: ε, between 0 and 1; machine epsilon of each leaf by default.
+
+    Returns:
+        Whole numbers, like the params: lags from 1 on, and one more than there are lags where those do not suffice; 0 for a
+        gradient of 0.
+
+    Raises:
+        ValueError: ε not between 0 and 1.
+
+    Example:
+        >>> import jaxbptt as bptt
+        >>> halves = lambda w, h, x: (w["in"] + 0.5 * h, None)  # each step back counts half as much
+        >>> lags = bptt.lag_contributions(halves, {"in": 1.0}, 0.0, None, lambda h, ys: h, length=40)
+        >>> print(bptt.effective_horizon(lags, 0.01)["in"], bptt.effective_horizon(lags)["in"])
+        7 23
+    """
+    if eps is not None and not 0 < eps < 1:
+        raise ValueError(f"eps is {eps!r}, but it is a fraction of the gradient: pass a number between 0 and 1.")
+
+    def horizon(contributions, gradient):
+        # Added up from the far end, where the small ones are: the difference of two large sums would be rounding.
+        beyond = gradient - contributions.sum(axis=0)
+        noise = 8 * jnp.finfo(gradient.dtype).eps * (norm(gradient) + norm(contributions))
+        beyond = jnp.where(norm(beyond) > noise, beyond, jnp.zeros_like(beyond))
+        rest = beyond + jax.lax.cumsum(contributions, reverse=True)
+        sizes = jax.lax.map(norm, jnp.concatenate([rest, beyond[None]]))
+        fraction = jnp.finfo(gradient.dtype).eps if eps is None else eps
+        large = sizes >= fraction * norm(gradient)
+        # The first lag after which none is large: tails need not fall evenly.
+        last = len(large) - jnp.argmax(large[::-1])
+        return jnp.where(jnp.any(large) & (norm(gradient) > 0), last, 0)
+
+    return jax.tree.map(horizon, lags.contributions, lags.gradient)
+
+
+def adaptive_truncation_length(
+    lags: LagContributions, *, relative_bias: float = 0.1, fit_from: int | None = None
+) -> AdaptiveTruncation:
+    r"""The smallest window whose relative bias is certified to be at most δ, from the first lags alone.
+
+    K = min { K : B(K) ≤ δ · maxⱼ (‖Σ_{l<j} G⁽ˡ⁾‖ − B(j)) },  B(K) = Σ_{K≤l<L} ‖G⁽ˡ⁾‖ + C βᴸ/(1 − β)
+
+    B(K) bounds the bias ‖g_K − g‖ by the triangle inequality, and the difference on the right bounds ‖g‖ from below. The L
+    lags that were computed count as they are. Those beyond are assumed to fall geometrically: β by least squares to
+    log‖G⁽ˡ⁾‖ over lags l ≥ τ, C the least for which C βˡ is above all of those. With β ≥ 1 nothing bounds what is still to
+    come, and there is no certificate.
+
+    Args:
+        lags: from `lag_contributions`, with a `max_lag` well below T: the longer the lag, the fewer of the T steps have it.
+            Of concrete arrays: not inside of `jit`.
+        relative_bias: δ, of ‖g_K − g‖ / ‖g‖.
+        fit_from: τ, the lag from which the decay is taken to be geometric; half of the lags by default.
+
+    Returns:
+        `AdaptiveTruncation`; K may lie beyond the lags that were computed.
+
+    Raises:
+        ValueError: δ not above 0, τ that leaves fewer than two lags to fit.
+
+    Example:
+        >>> import jaxbptt as bptt
+        >>> halves = lambda w, h, x: (w + 0.5 * h, None)
+        >>> lags = bptt.lag_contributions(halves, 1.0, 0.0, None, lambda h, ys: h, max_lag=8, length=1_000)
+        >>> bptt.adaptive_truncation_length(lags, relative_bias=0.01).length  # 0.5⁷ = 0.008
+        7
+        >>> sums = lambda w, h, x: (w + h, None)
+        >>> lags = bptt.lag_contributions(sums, 1.0, 0.0, None, lambda h, ys: h, max_lag=8, length=1_000)
+        >>> print(bptt.adaptive_truncation_length(lags).length)  # nothing is ever forgotten
+        None
+
+    References:
+        Aicher, Foti and Fox, Adaptively truncating backpropagation through time to control gradient bias, UAI 2019,
+        arXiv:1905.07473.
+    """
+    if not relative_bias > 0:
+        raise ValueError(f"relative_bias is {relative_bias!r}, but it bounds a relative error: pass a number above 0.")
+    norms = np.asarray(lags.norms, float)
+    count = len(norms)
+    tau = count // 2 if fit_from is None else fit_from
+    if not 0 <= tau <= count - 2:
+        raise ValueError(
+            f"fit_from is {tau}, but of {count} lags at least two are needed to fit a decay: pass at most {count - 2}, or "
+            "compute more lags."
+        )
+    if not np.isfinite(norms).all():
+        return AdaptiveTruncation(None, math.nan, math.inf, "No certificate: the gradient is not finite.")
+    beta, scale = _decay(norms, tau)
+    if beta >= 1:
+        reason = (
+            f"No certificate: from lag {tau} on the contributions do not fall, they go with {beta:.4g} to the power of the "
+            "lag, and nothing bounds what is still to come."
+        )
+        return AdaptiveTruncation(None, beta, math.inf, reason)
+
+    beyond = scale * beta**count / (1 - beta)
+    rest = np.append(np.cumsum(norms[::-1])[::-1], 0.0) + beyond  # B(0) … B(L)
+    partial_sums = jax.tree.map(lambda leaf: jnp.cumsum(leaf, axis=0), lags.contributions)
+    reached = np.append(0.0, np.asarray(jax.lax.map(tree_norm, partial_sums), float))
+    at_least = float(np.max(reached - rest))  # ‖g‖ is not smaller than that
+    if not at_least > 0:
+        reason = f"No certificate: what may lie beyond lag {count - 1} is as large as all before it. Compute more lags than {count}."
+        return AdaptiveTruncation(None, beta, math.inf, reason)
+    enough = np.flatnonzero(rest[1:] <= relative_bias * at_least)
+    if enough.size:
+        K = int(enough[0]) + 1
+        bound = rest[K] / at_least
+    else:
+        K = count + math.ceil(math.log(relative_bias * at_least / beyond) / math.log(beta))
+        bound = beyond * beta ** (K - count) / at_least
+    where = "" if enough.size else f", beyond the {count} lags that were computed"
+    reason = f"A window of {K} steps{where} has a relative bias of at most {bound:.2g}, if the decay by {beta:.4g} a lag goes on."
+    return AdaptiveTruncation(K, beta, bound, reason)
+
+
+def _decay(norms: np.ndarray, tau: int) -> tuple[float, float]:
+    """β and C with ‖G⁽ˡ⁾‖ ≤ C βˡ for l ≥ τ: the slope by least squares, the factor large enough for all of them."""
+    lags = np.arange(tau, len(norms))
+    lags = lags[norms[tau:] > 0]
+    if not lags.size:
+        return 0.0, 0.0
+    if lags.size == 1 or lags[-1] < len(norms) - 1:
+        # It ends within what was computed: nothing is to be extrapolated.
+        return 0.0, 0.0
+    logs = np.log(norms[lags])
+    slope = float(np.polyfit(lags, logs, 1)[0])
+    return math.exp(slope), math.exp(float(np.max(logs - slope * lags)))

@@ -1,0 +1,123 @@
+r"""Terms to add to a loss so that gradients neither vanish nor explode: pure functions, to be differentiated and jitted."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxbptt.analysis.flow import gradient_flow
+from jaxbptt.analysis.lyapunov import lyapunov_exponents
+from jaxbptt.analysis.norms import norm_over_time
+from jaxbptt.analysis.operators import unroll
+from jaxbptt.cells.cell import Cell
+from jaxbptt.scans.recurrence import differentiable, prepare, pull
+from jaxbptt.scans.tracing import map_over_time, trace
+
+
+def pascanu(
+    step: Callable[..., Any] | Cell,
+    params: Any,
+    init: Any,
+    xs: Any,
+    loss: Callable[..., Any],
+    *,
+    length: int | None = None,
+) -> Float[Array, ""]:
+    r"""Pascanu's Ω: asks of every step that it keeps the size of the gradient that goes back through it.
+
+    Ω = Σₜ (‖dₜ₊₁ᵀ Jₜ₊₁‖ / ‖dₜ₊₁‖ − 1)²,  dₜ = ∂L/∂hₜ
+
+    Unlike a penalty on the weights, it looks only at the direction in which the gradient comes. Steps which no gradient
+    reaches count as 0. Time of about three gradients, memory O(T n). Its own gradient is taken in full, through the states
+    and through d; the original leaves those out.
+
+    Args:
+        step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
+        params: θ, any pytree.
+        init: c₀, any pytree of arrays; with batch axes, norms are taken over the batch too.
+        xs: inputs, leaves `[time, *batch, features]`, or `None` with `length`.
+        loss: `loss(carry, ys) -> scalar`, of the last carry and all outputs.
+        length: T, needed where `xs` is `None`.
+
+    Returns:
+        Ω, to be added to the loss with a weight of its own.
+
+    Raises:
+        ValueError, TypeError: as for `scan`.
+
+    Example:
+        >>> import jaxbptt as bptt
+        >>> power = lambda w, h, x: (w * h, None)
+        >>> print(bptt.regularizers.pascanu(power, 0.5, 1.0, None, lambda h, ys: h, length=4))  # 4 times (0.5 − 1)²
+        1.0
+
+    References:
+        Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, 2013, arXiv:1211.5063, eq. 9.
+    """
+    r = prepare(step, params, init, xs, length)
+    traced = trace(r)
+    adjoints = gradient_flow(step, params, init, xs, loss, length=length).adjoints
+    carries, _, _ = unroll(r)
+
+    def to_state(params, carry, x):
+        return traced.step(params, carry, x)[0]
+
+    over_time = map_over_time(to_state, in_turn=traced.branches)
+    (passed_on,) = pull(lambda carries: over_time(traced.params, carries, r.xs), (carries,), adjoints)
+    before, after = norm_over_time(differentiable(passed_on)), norm_over_time(adjoints)
+    ratio = jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1)
+    return jnp.sum((ratio - 1) ** 2)
+
+
+def gradient_flossing(
+    step: Callable[..., Any] | Cell,
+    params: Any,
+    init: Any,
+    xs: Any = None,
+    *,
+    num_exponents: int,
+    length: int | None = None,
+    burn_in: int = 0,
+    qr_every: int = 1,
+) -> Float[Array, ""]:
+    r"""Gradient flossing: keeps the largest Lyapunov exponents near 0, so that as many directions neither vanish nor explode.
+
+    1/k Σ_{i≤k} λᵢ²
+
+    It needs no loss and no targets: before training, or now and then in it, a few steps of descent on this alone. The
+    gradient goes through the states and the QR factorisations. Cost: that of `lyapunov_exponents`, and about three times as
+    much with its gradient.
+
+    Args:
+        step: `step(params, carry, x) -> (carry, y)`, or a `Cell`, differentiable in forward mode.
+        params: θ, any pytree.
+        init: c₀ without batch axis; `jax.vmap` and a mean for a batch.
+        xs: inputs, leaves `[time, features]`, or `None` with `length`.
+        num_exponents: k, from 1 to n.
+        length: T, needed where `xs` is `None`.
+        burn_in: steps at the start that are not averaged.
+        qr_every: steps between two QR factorisations.
+
+    Returns:
+        The mean square, in (nats per step)².
+
+    Raises:
+        ValueError: as for `lyapunov_exponents`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import jaxbptt as bptt
+        >>> linear = lambda w, h, x: (w * h, None)
+        >>> floss = lambda w: bptt.regularizers.gradient_flossing(linear, w, jnp.ones(1), num_exponents=1, length=10)
+        >>> print(f"{floss(0.5):.4f} {jax.grad(floss)(0.5):.4f}")  # (log w)², and its derivative 2 log(w)/w
+        0.4805 -2.7726
+
+    References:
+        Engelken, Gradient flossing: improving gradient descent through dynamic control of Jacobians, NeurIPS 2023,
+        arXiv:2312.17306.
+    """
+    spectrum = lyapunov_exponents(
+        step, params, init, xs, length=length, num_exponents=num_exponents, burn_in=burn_in, qr_every=qr_every
+    )
+    return jnp.mean(spectrum.exponents**2)
