@@ -16,10 +16,10 @@ from jaxbptt.analysis.credit import TruncationBias as TruncationBias
 from jaxbptt.analysis.credit import input_saliency as input_saliency
 from jaxbptt.analysis.credit import lag_contributions as lag_contributions
 from jaxbptt.analysis.credit import truncation_bias as truncation_bias
-from jaxbptt.analysis.diagnosis import BadEntry as BadEntry
 from jaxbptt.analysis.diagnosis import GradientDiagnosis as GradientDiagnosis
 from jaxbptt.analysis.diagnosis import GradientRates as GradientRates
 from jaxbptt.analysis.diagnosis import diagnose_gradient as diagnose_gradient
+from jaxbptt.analysis.finite import BadEntry as BadEntry
 from jaxbptt.analysis.flow import GradientFlow as GradientFlow
 from jaxbptt.analysis.flow import gradient_flow as gradient_flow
 from jaxbptt.analysis.horizon import AdaptiveTruncation as AdaptiveTruncation

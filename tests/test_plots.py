@@ -1,18 +1,23 @@
 """Figures show the numbers they are given, labelled, and leave matplotlib as it was."""
 
 import io
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 from reference import make_cell, problem
 
 import jaxbptt as bptt
 from jaxbptt import plots
-from jaxbptt.report import TruncationBias
+from jaxbptt.plots.figure import MARKERS, NEUTRAL
+
+NO_NUMBERS = [np.zeros(1), np.zeros(4), np.full(4, np.nan), np.array([0.0, np.nan, np.inf, -np.inf])]
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +42,10 @@ def save(figure):
     return buffer.getvalue()
 
 
+def texts(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
 def test_gradient_flow():
     flows = {"elman": flow(), "lstm": flow("lstm")}
     figure = plots.plot_gradient_flow(flows)
@@ -44,7 +53,7 @@ def test_gradient_flow():
     assert axes.get_yscale() == "log"
     assert axes.get_xlabel() == "time step t"
     assert "gradient magnitude" in axes.get_ylabel()
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["elman", "lstm"]
+    assert texts(figure) == ["elman", "lstm"]
     for line, name in zip(axes.lines, flows, strict=True):
         np.testing.assert_allclose(line.get_xdata(), np.arange(1, 10))
         np.testing.assert_allclose(line.get_ydata(), flows[name].norms)
@@ -107,17 +116,306 @@ def test_surviving_paths():
         np.testing.assert_array_equal(kept == 0, np.tril(np.ones((6, 6))) - np.asarray(table, float) > 0)
         assert axes.get_title() == name
         assert axes.get_ylim() == (6.5, 0.5)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["kept", "cut"]
+    assert texts(figure) == ["kept", "cut"]
     assert save(figure)
     assert save(plots.plot_surviving_paths(tables["full"]))
 
 
-def test_truncation_bias():
-    bias = TruncationBias((1, 4), {"cut": (0.5, 0.0), "window": (0.5, 0.1)}, {"cut": (0.8, 1.0), "window": (0.8, 0.9)})
-    figure = plots.plot_truncation_bias({"elman": bias, "gru": bias})
+def bias(lengths, windowed, chunked=None, array=jnp.asarray):
+    """Relative errors of both kinds; cosines are 1 less half of them."""
+    curves = (np.asarray(errors, float) for errors in (windowed, windowed if chunked is None else chunked))
+    curves = (bptt.BiasCurve(array(errors), array(1 - errors / 2)) for errors in curves)
+    return bptt.TruncationBias(array(np.asarray(lengths)), *curves)
+
+
+@pytest.mark.parametrize("array", [jnp.asarray, np.asarray])
+def test_truncation_bias(array):
+    three = bias((1, 4, 20), (0.5, 0.1, 0.01), (0.5, 0.2, 0.0), array)
+    figure = plots.plot_truncation_bias({"elman": three, "gru": three})
     errors, cosines = figure.axes
     assert errors.get_yscale() == errors.get_xscale() == cosines.get_xscale() == "log"
     assert len(errors.lines) == len(cosines.lines) == 4
-    np.testing.assert_allclose(errors.lines[1].get_ydata(), [0.5, 0.1])
-    assert np.isnan(errors.lines[0].get_ydata()[1]), "no error has no place on a log axis"
+    for line, direction, drawn in zip(
+        errors.lines, cosines.lines, [[0.5, 0.1, 0.01], [0.5, 0.2, np.nan]] * 2, strict=True
+    ):
+        np.testing.assert_allclose(line.get_xdata(), [1, 4, 20])
+        np.testing.assert_allclose(line.get_ydata(), drawn, err_msg="no error has no place on a log axis")
+        np.testing.assert_allclose(direction.get_ydata(), 1 - np.nan_to_num(drawn) / 2)
+        assert line.get_marker() in ("o", "s")
+    assert errors.lines[0].get_linestyle() != errors.lines[1].get_linestyle()
+    assert texts(figure) == ["elman windowed", "elman chunked", "gru windowed", "gru chunked"]
+    assert texts(plots.plot_truncation_bias(three)) == ["windowed", "chunked"]
     assert save(figure)
+    assert [label.get_text() for label in cosines.get_xticklabels()] == ["1", "4", "20"]
+
+
+@pytest.mark.parametrize("lengths", [range(1, 401), range(95, 101), range(990, 1_010), range(1, 9), [7]])
+def test_ticks_at_truncation_lengths(lengths):
+    figure = plots.plot_truncation_bias(bias(lengths, 1 / np.array(lengths)))
+    errors, _ = figure.axes
+    assert errors.lines[0].get_marker() == ("None" if len(lengths) > 12 else "o")
+    assert save(figure)
+    low, high = errors.get_xlim()
+    shown = [label.get_text() for label in errors.get_xticklabels() if low <= label.get_position()[0] <= high]
+    assert 1 <= len(shown) <= 10
+    assert all(text.replace(",", "").isdigit() for text in shown)
+    boxes = [label.get_window_extent() for label in errors.get_xticklabels()]
+    assert all(a.x1 < b.x0 for a, b in pairwise(boxes)), "labels do not overlap"
+
+
+def test_truncation_bias_of_what_bptt_returns():
+    cell = make_cell("gru")
+    result = bptt.truncation_bias(cell, *problem(cell, 6), lambda h, ys: jnp.sum(ys**2))
+    figure = plots.plot_truncation_bias(result)
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata()[:5], result.windowed.relative_errors[:5])
+    assert save(figure)
+
+
+def lags(norms, array=jnp.asarray):
+    norms = np.asarray(norms, float)
+    return bptt.LagContributions(None, None, array(norms), array(norms / 2), array(1 - norms / 4))
+
+
+@pytest.mark.parametrize("array", [jnp.asarray, np.asarray])
+def test_lag_contributions(array):
+    figure = plots.plot_lag_contributions({"elman": lags([1, 0, 0.01], array)})
+    sizes, sums = figure.axes
+    assert sizes.get_title() == "elman"
+    assert sizes.get_yscale() == "log"
+    np.testing.assert_allclose([bar.get_height() for bar in sizes.patches], [1, np.nan, 0.01])
+    np.testing.assert_allclose([bar.get_x() + bar.get_width() / 2 for bar in sizes.patches], [0, 1, 2])
+    assert sizes.get_ylim()[0] < 0.01
+    cosine, error = sums.lines
+    np.testing.assert_allclose(cosine.get_ydata(), [0.75, 1, 0.9975])
+    np.testing.assert_allclose(error.get_ydata(), [0.5, 0, 0.005])
+    assert texts(figure) == ["cosine", "relative error"]
+    assert save(figure)
+
+
+def test_many_lags_and_many_names():
+    decay = lags(0.9 ** np.arange(100))
+    figure = plots.plot_lag_contributions(decay)
+    (area,) = figure.axes[0].patches
+    np.testing.assert_allclose(area.get_data().values, decay.norms)
+    np.testing.assert_allclose(area.get_data().edges[:2], [-0.5, 0.5])
+    assert save(figure)
+
+    figure = plots.plot_lag_contributions({"one": decay, "two": lags([1.0, 0.5])})
+    sizes, sums = figure.axes
+    assert not sizes.patches
+    np.testing.assert_allclose(sizes.lines[1].get_ydata(), [1, 0.5])
+    assert len({line.get_color() for line in sizes.lines}) == 2
+    assert len(sums.lines) == 4
+    assert texts(figure) == ["one", "two", "cosine", "relative error"]
+    assert save(figure)
+
+
+def spectrum(exponents, errors=0.1, resolved=True, array=jnp.asarray):
+    exponents = np.asarray(exponents, float)
+    k = len(exponents)
+    fields = exponents, np.full(k, errors), np.broadcast_to(resolved, k), exponents[None], np.array([9])
+    return bptt.LyapunovSpectrum(*map(array, fields), array(0.0), array(0.0))
+
+
+@pytest.mark.parametrize("array", [jnp.asarray, np.asarray])
+def test_lyapunov_spectrum(array):
+    one = spectrum([0.5, -1, -3, -np.inf], resolved=[True, True, False, False], array=array)
+    figure = plots.plot_lyapunov_spectrum(one, theory=array(np.array([0.4, -3.0])))
+    (axes,) = figure.axes
+    zero, filled, hollow, theory = axes.lines
+    assert set(zero.get_ydata()) == {0}
+    np.testing.assert_allclose(filled.get_xdata(), [1, 2, 3, 4])
+    np.testing.assert_allclose(filled.get_ydata(), [0.5, -1, np.nan, np.nan])
+    np.testing.assert_allclose(hollow.get_ydata(), [np.nan, np.nan, -3, np.nan])
+    assert hollow.get_markerfacecolor() == "white"
+    np.testing.assert_allclose(theory.get_xdata(), [1, 4])
+    np.testing.assert_allclose(theory.get_ydata(), [0.4, -3])
+    assert theory.get_linestyle() == "--"
+    bars = axes.collections[0].get_segments()
+    np.testing.assert_allclose(bars[0], [[1, 0.3], [1, 0.7]], err_msg="two standard errors")
+    assert axes.get_xlabel() == "index i"
+    assert texts(figure) == ["theory", "not resolved"]
+    assert save(figure)
+
+
+def test_lyapunov_spectra_of_several_sizes():
+    figure = plots.plot_lyapunov_spectrum({"two": spectrum([0, -1]), "four": spectrum([0, -1, -2, -3])}, theory=-1.0)
+    _, two, four, theory = figure.axes[0].lines
+    np.testing.assert_allclose(two.get_xdata(), [0.5, 1])
+    np.testing.assert_allclose(four.get_xdata(), [0.25, 0.5, 0.75, 1])
+    np.testing.assert_allclose(theory.get_xdata(), [0.25, 1])
+    assert (two.get_marker(), four.get_marker()) == MARKERS[:2]
+    assert figure.axes[0].get_xlabel() == "index i / k"
+    assert texts(figure) == ["two", "four", "theory"]
+    assert save(figure)
+    same = plots.plot_lyapunov_spectrum({"a": spectrum([0, -1]), "b": spectrum([0, -2])})
+    assert same.axes[0].get_xlabel() == "index i"
+
+
+def test_lyapunov_spectrum_without_errors():
+    figure = plots.plot_lyapunov_spectrum(spectrum([-1.0, np.nan], errors=np.nan), theory=[-1.0, -np.inf])
+    assert not figure.legends or texts(figure) == ["theory"]
+    assert save(figure)
+
+
+@pytest.mark.parametrize("array", [jnp.asarray, np.asarray])
+def test_eigenvalues(array):
+    values = np.array([[0.5 + 0.5j, 0.5 - 0.5j], [2.0, np.nan], [-0.1, complex(np.inf, 1)]])
+    figure = plots.plot_eigenvalues({"all": array(values), "real": array(np.array([0.1, 0.2]))})
+    first, second = figure.axes
+    (points,) = first.lines
+    drawn = points.get_xdata() + 1j * points.get_ydata()
+    np.testing.assert_allclose(drawn[np.isfinite(drawn)], [0.5 + 0.5j, 0.5 - 0.5j, 2, -0.1])
+    np.testing.assert_allclose(second.lines[0].get_ydata(), [0, 0])
+    for axes, name in zip(figure.axes, ["all", "real"], strict=True):
+        (circle,) = axes.patches
+        assert (circle.center, circle.radius) == ((0, 0), 1)
+        assert axes.get_aspect() == 1
+        assert axes.get_title() == name
+        low, high = axes.get_xlim()
+        assert low < -1 < 2 < high, "one scale, and all in sight"
+    assert save(figure)
+
+
+def shown(axes):
+    mesh = axes.collections[0]
+    steps = round(mesh.get_array().size ** 0.5)
+    return mesh, np.ma.filled(np.ma.asarray(mesh.get_array(), float), np.nan).reshape(steps, steps)
+
+
+@pytest.mark.parametrize("array", [jnp.asarray, np.asarray])
+def test_log_norms(array):
+    J = jnp.full((5, 1, 1), 0.01)
+    falling = array(np.asarray(bptt.log_norms(J)))
+    figure = plots.plot_log_norms({"small": falling, "smaller": 2 * falling})
+    small, smaller, bar = figure.axes
+    mesh, tens = shown(small)
+    t, s = np.indices((5, 5))
+    np.testing.assert_allclose(tens, np.where(t >= s, -2.0 * (t - s), np.nan))
+    np.testing.assert_allclose(shown(smaller)[1], 2 * tens)
+    np.testing.assert_allclose([mesh.get_clim(), shown(smaller)[0].get_clim()], [(-16, 0)] * 2, err_msg="one scale")
+    assert mesh.cmap.name == "viridis"
+    assert to_rgb(mesh.cmap.get_bad()) == to_rgb(NEUTRAL)
+    assert (small.get_title(), small.get_ylim(), small.get_xlim()) == ("small", (5.5, 0.5), (0.5, 5.5))
+    assert "later" in small.get_ylabel()
+    assert "earlier" in small.get_xlabel()
+    assert "norm" in bar.get_ylabel()
+    assert save(figure)
+
+
+def test_log_norms_on_both_sides_of_one():
+    figure = plots.plot_log_norms(np.log(10) * np.array([[0, -np.inf], [-4, 2]]))
+    mesh, _ = shown(figure.axes[0])
+    np.testing.assert_allclose(mesh.get_clim(), (-4, 4), err_msg="centred on norms of 1")
+    assert mesh.cmap.name == "RdBu_r"
+    mostly_falling = plots.plot_log_norms(np.log(10) * np.array([[0.3, -np.inf], [-9, 0.3]]))
+    assert shown(mostly_falling.axes[0])[0].cmap.name == "viridis"
+    assert save(figure)
+
+
+def written(axes):
+    return "".join(text.get_text() for text in axes.texts)
+
+
+@pytest.mark.parametrize("array", [jnp.asarray, np.asarray])
+def test_text_saliency(array):
+    values = np.array([0.0, 0.1, 0.2, np.nan, 0.4, 0.5, 1.0])
+    figure = plots.plot_text_saliency("a\tb \ncd", array(values), per_line=4)
+    axes, bar = figure.axes
+    assert written(axes) == "a→b·↵cd"
+    places = [text.get_position() for text in axes.texts]
+    np.testing.assert_allclose(
+        places, [(x + 0.5, y + 0.5) for x, y in [(0, 0), (1, 0), (2, 0), (3, 0), (0, 1), (0, 2), (1, 2)]]
+    )
+    (boxes,) = axes.collections
+    np.testing.assert_allclose(np.ma.filled(boxes.get_array(), np.nan), values)
+    assert boxes.get_clim() == (0, 1)
+    corners = [path.get_extents().p0 for path in boxes.get_paths()]
+    np.testing.assert_allclose(corners, np.array(places) - 0.5)
+    assert save(figure)
+    np.testing.assert_allclose(boxes.get_facecolor()[0], [1, 1, 1, 1])
+    np.testing.assert_allclose(boxes.get_facecolor()[3][:3], to_rgb(NEUTRAL))
+    inks = [to_rgb(text.get_color()) for text in axes.texts]
+    assert inks[0] == (0, 0, 0)
+    assert inks[-1] == (1, 1, 1), "white on the darkest shade"
+    assert inks[1] not in [(0, 0, 0), (1, 1, 1)], "symbols are quiet"
+    assert "saliency" in bar.get_xlabel()
+
+
+def test_text_saliency_by_name():
+    figure = plots.plot_text_saliency("word", {"first": np.ones(4), "second": 3 * jnp.ones(4)})
+    first, second, _ = figure.axes
+    assert (first.get_title("left"), second.get_title("left")) == ("first", "second")
+    assert written(first) == written(second) == "word"
+    assert first.collections[0].get_clim() == second.collections[0].get_clim() == (0, 3), "one scale"
+    assert save(figure)
+
+
+def test_text_of_any_characters():
+    text = "$x$ \\frac 漢é😀\x00\ŕ\ud800→"
+    figure = plots.plot_text_saliency(text, np.arange(len(text)))
+    drawn = written(figure.axes[0])
+    assert len(drawn) == len(text)
+    assert drawn.startswith("$x$·\\frac·□é□□")
+    glyphs = get_font(findfont("DejaVu Sans Mono"))
+    assert all(glyphs.get_char_index(ord(character)) for character in drawn)
+    assert save(figure)
+
+
+def test_boxes_keep_their_size():
+    for text, per_line in [("ab", 64), ("word " * 30, 64), ("word\n" * 12, 10)]:
+        figure = plots.plot_text_saliency(text, np.ones(len(text)), per_line=per_line)
+        assert save(figure)
+        axes = figure.axes[0]
+        (x0, y0), (x1, y1) = axes.transData.transform([(0, 0), (1, 1)]) / figure.dpi
+        assert 0.12 < x1 - x0 < 0.17, text
+        assert 0.2 < y0 - y1 < 0.3, text
+
+
+@pytest.mark.parametrize(
+    ("text", "values", "options", "message"),
+    [
+        ("abc", np.ones(2), {}, r"shape \(2,\), but text has 3 characters"),
+        ("abc", np.ones((1, 3)), {}, "one row"),
+        ("abc", {"last": np.ones(4)}, {}, "saliency 'last' has shape"),
+        ("abc", -np.ones(3), {}, "negative"),
+        ("", np.ones(0), {}, "empty"),
+        ("abc", np.ones(3), {"per_line": 0}, "per_line is 0"),
+    ],
+)
+def test_text_saliency_says_what_is_wrong(text, values, options, message):
+    with pytest.raises(ValueError, match=message):
+        plots.plot_text_saliency(text, values, **options)
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("values", NO_NUMBERS, ids=["one zero", "zeros", "nan", "nan and inf"])
+def test_nothing_to_draw_is_no_error(values, several):
+    n = len(values)
+    square = np.broadcast_to(values, (n, n))
+    resolved = np.ones((n, n), bool)
+    drawings = [
+        (plots.plot_gradient_flow, bptt.GradientFlow(*[values] * len(bptt.GradientFlow._fields))),
+        (plots.plot_truncation_bias, bptt.TruncationBias(np.arange(1, n + 1), *[bptt.BiasCurve(values, values)] * 2)),
+        (plots.plot_lag_contributions, bptt.LagContributions(None, None, values, values, values)),
+        (plots.plot_singular_values, bptt.LogSingularValues(square, resolved)),
+        (plots.plot_lyapunov_spectrum, spectrum(values, errors=np.inf)),
+        (plots.plot_eigenvalues, square),
+        (plots.plot_log_norms, square),
+        (plots.plot_surviving_paths, np.zeros((n, n), bool)),
+        (lambda saliency: plots.plot_text_saliency("abcd"[:n], saliency), np.where(values < 0, np.nan, values)),
+    ]
+    for draw, result in drawings:
+        assert save(draw({"a": result, "b": result} if several else result))
+
+
+def test_one_step_is_seen():
+    one = jnp.ones(1)
+    for figure in (
+        plots.plot_gradient_flow(bptt.GradientFlow(*[one] * len(bptt.GradientFlow._fields))),
+        plots.plot_lag_contributions(lags([1.0])),
+        plots.plot_singular_values(bptt.LogSingularValues(jnp.zeros((1, 2)), jnp.ones((1, 2), bool))),
+    ):
+        lines = [line for axes in figure.axes for line in axes.lines]
+        assert lines
+        assert {line.get_marker() for line in lines} == {"o"}

@@ -12,21 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxbptt.analysis.backward_passes import gradients, map_over_lags, unroll
 from jaxbptt.analysis.norms import cosine, norm_over_time, tree_norm
 from jaxbptt.cells.cell import Cell
-from jaxbptt.scans.backward import (
-    StepWithAdjoint,
-    at_last_step,
-    back_one_lag,
-    fit,
-    step_with_adjoint,
-    totals,
-    unroll_forward,
-)
-from jaxbptt.scans.recurrence import differentiable, merge, prepare, split
-
-# Backward passes that run side by side where many are asked for: more take more memory, and little less time.
-_SIDE_BY_SIDE = 16
+from jaxbptt.scans.recurrence import differentiable, merge
 
 
 class LagContributions(NamedTuple):
@@ -118,16 +107,16 @@ def lag_contributions(
         Williams and Peng, An efficient gradient-based algorithm for on-line training of recurrent network trajectories,
         1990, doi:10.1162/neco.1990.2.4.490.
     """
-    u = _unroll(step, params, init, xs, loss, length)
+    u = unroll(step, params, init, xs, loss, length)
     lags = u.length if max_lag is None else max_lag + 1
     if not 1 <= lags <= u.length:
         raise ValueError(f"max_lag is {max_lag}, but a sequence of {u.length} time steps has lags 0 to {u.length - 1}.")
-    gradient = _cut_every(u, u.length)
+    gradient = gradients(u, u.length)[0]
 
     def measure(more, together):
         return (u.step.like_params(more), tree_norm(more), *_distance(together, gradient))
 
-    contributions, *measures = _map_over_lags(u, lags, measure)
+    contributions, *measures = map_over_lags(u, lags, measure)
     return LagContributions(contributions, u.step.like_params(gradient), *measures)
 
 
@@ -177,15 +166,14 @@ def truncation_bias(
         Williams and Peng, An efficient gradient-based algorithm for on-line training of recurrent network trajectories,
         1990, doi:10.1162/neco.1990.2.4.490.
     """
-    u = _unroll(step, params, init, xs, loss, length)
+    u = unroll(step, params, init, xs, loss, length)
     chosen = np.arange(1, u.length + 1) if lengths is None else np.atleast_1d(np.asarray(lengths))
     if not np.issubdtype(chosen.dtype, np.integer) or not chosen.size or chosen.min() < 1 or chosen.max() > u.length:
         raise ValueError(f"lengths is {lengths!r}, but {u.length} time steps can be cut every 1 to {u.length} of them.")
-    gradient = _cut_every(u, u.length)
-    windowed = _map_over_lags(u, int(chosen.max()), lambda more, together: _distance(together, gradient))
+    gradient = gradients(u, u.length)[0]
+    windowed = map_over_lags(u, int(chosen.max()), lambda more, together: _distance(together, gradient))
     lengths_array = jnp.asarray(chosen)
-    side_by_side = None if u.step.branches else _SIDE_BY_SIDE  # under a map both branches would be computed
-    chunked = jax.lax.map(lambda K: _distance(_cut_every(u, K), gradient), lengths_array, batch_size=side_by_side)
+    chunked = u.map(lambda K: _distance(gradients(u, K)[0], gradient), lengths_array)
     return TruncationBias(
         lengths_array, BiasCurve(*(curve[lengths_array - 1] for curve in windowed)), BiasCurve(*chunked)
     )
@@ -239,7 +227,7 @@ def input_saliency(
             "xs has no leaf with a derivative, so no gradient reaches it: pass one-hot vectors or embeddings as inputs in "
             "place of integers."
         )
-    u = _unroll(step, params, init, xs, None, None)
+    u = unroll(step, params, init, xs, None, None)
     value, pull = jax.vjp(lambda outputs: losses(*merge(outputs, u.still)), u.outputs)
     if value.ndim != 1:
         raise ValueError(f"losses returned an array of shape {value.shape}: return one loss for each step, [time].")
@@ -249,79 +237,9 @@ def input_saliency(
 
     def saliency(t):
         (bars,) = pull(jnp.zeros_like(value).at[t].set(1))
-        return norm_over_time(_contract(u._replace(bars=bars), u.length)[1])
+        return norm_over_time(gradients(u._replace(bars=bars), u.length)[1])
 
-    return jax.lax.map(saliency, jnp.asarray(chosen), batch_size=None if u.step.branches else _SIDE_BY_SIDE)
-
-
-class _Unrolled(NamedTuple):
-    """A forward pass and the gradients of the loss with respect to its results: where every backward pass starts."""
-
-    step: StepWithAdjoint
-    xs: Any
-    length: int
-    residuals: Any
-    outputs: Any
-    still: Any
-    bars: Any
-
-
-def _unroll(
-    step: Callable[..., Any] | Cell,
-    params: Any,
-    init: Any,
-    xs: Any,
-    loss: Callable[..., Any] | None,
-    length: int | None,
-) -> _Unrolled:
-    r = prepare(step, params, init, xs, length)
-    if r.length == 0:
-        raise ValueError("A sequence without time steps has no lags: pass at least one step.")
-    with_adjoint = step_with_adjoint(step, None, r)
-    results, residuals = unroll_forward(
-        with_adjoint.adjoint, with_adjoint.params, r.init, r.xs, length=r.length, unroll=1
-    )
-    outputs, still = split(results)
-    bars = None if loss is None else jax.grad(lambda outputs: loss(*merge(outputs, still)))(outputs)
-    return _Unrolled(with_adjoint, r.xs, r.length, residuals, outputs, still, bars)
-
-
-def _map_over_lags(u: _Unrolled, lags: int, measure: Callable[[Any, Any], Any]) -> Any:
-    """`measure(G⁽ˡ⁾, Σₖ G⁽ᵏ⁾ with k ≤ l)` for the lags l below `lags`, stacked."""
-    adjoint, params = u.step.adjoint, u.step.params
-    last_bar, ys_bar = u.bars
-
-    def body(state, ys_bar):
-        bars, together = state
-        bars, _, deltas = back_one_lag(adjoint, params, u.residuals, u.xs, bars, ys_bar, in_turn=u.step.branches)
-        more = fit(adjoint.contract(params, u.residuals, u.xs, ys_bar, deltas)[0], params, "params")
-        together = jax.tree.map(lambda total, leaf: total + leaf.astype(total.dtype), together, more)
-        return (bars, together), measure(more, together)
-
-    # Outputs are looked at once, at lag 0; after that all comes through the carry.
-    state, first = body((at_last_step(last_bar, u.length), totals(params)), ys_bar)
-    no_bar = jax.tree.map(jnp.zeros_like, ys_bar)
-    _, others = jax.lax.scan(lambda state, _: body(state, no_bar), state, None, length=lags - 1)
-    return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, others)
-
-
-def _contract(u: _Unrolled, K: Any) -> tuple[Any, Any]:
-    """The backward pass, cut every K steps: gradients of params and xs. K may be traced."""
-    adjoint, params = u.step.adjoint, u.step.params
-    last_bar, ys_bar = u.bars
-
-    def body(carry_bar, at_t):
-        t, residuals, x, y_bar = at_t
-        carry_bar, delta = adjoint.backward(params, residuals, x, carry_bar, y_bar)
-        return jax.tree.map(lambda leaf: jnp.where(t % K == 0, jnp.zeros_like(leaf), leaf), carry_bar), delta
-
-    _, deltas = jax.lax.scan(body, last_bar, (jnp.arange(u.length), u.residuals, u.xs, ys_bar), reverse=True)
-    params_bar, xs_bar = adjoint.contract(params, u.residuals, u.xs, ys_bar, deltas)
-    return fit(params_bar, params, "params"), fit(xs_bar, u.xs, "xs")
-
-
-def _cut_every(u: _Unrolled, K: Any) -> Any:
-    return _contract(u, K)[0]
+    return u.map(saliency, jnp.asarray(chosen))
 
 
 def _distance(gradient: Any, exact: Any) -> tuple[Array, Array]:

@@ -6,7 +6,7 @@ gradient lies to the direction that lasts longest.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,32 +17,19 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from jaxbptt.analysis.activations import opened, relative_slopes
-from jaxbptt.analysis.flow import GradientFlow, gradient_flow
+from jaxbptt.analysis.finite import BadEntry, first_bad_backward, first_bad_forward
+from jaxbptt.analysis.flow import gradient_flow
 from jaxbptt.analysis.lyapunov import lyapunov_exponents
 from jaxbptt.analysis.norms import norm
 from jaxbptt.analysis.operators import JacobianOperators, jacobian_operators, state_vector, step_and_push, unroll
-from jaxbptt.analysis.spectrum import random_frame
+from jaxbptt.analysis.sweep import random_frame
 from jaxbptt.cells.cell import Cell
-from jaxbptt.scans.recurrence import Recurrence, differentiable, is_array, merge, name, prepare, split
+from jaxbptt.scans.recurrence import Recurrence, is_array, merge, prepare, split
 from jaxbptt.scans.tracing import trace
 
 # Over the whole sequence a gradient may shrink or grow by this factor and still count as steady.
 _STEADY = 100.0
 _POWER_ITERATIONS = 30
-
-
-class BadEntry(NamedTuple):
-    """Where something is no finite number first.
-
-    Attributes:
-        leaf: its name, as in `carry.h`, `ys`, `params.W_hh`, `xs`, `∂L/∂carry.h`, `∂L/∂params.W_hh`, `loss`.
-        index: the entry along time, from 0: `xs[index]` is what that step consumed; `None` for what has no time axis.
-        value: "nan" or "inf".
-    """
-
-    leaf: str
-    index: int | None
-    value: str
 
 
 class GradientRates(NamedTuple):
@@ -153,8 +140,8 @@ def diagnose_gradient(
         return _numbers(r._replace(params=params, init=init, xs=xs), loss, num_exponents)
 
     numbers = jax.tree.map(np.asarray, found(arrays))
-    forward = _first_bad_forward(r, numbers)
-    backward = _first_bad_backward(numbers.flow)
+    forward = first_bad_forward(r, numbers.carries, numbers.ys, numbers.flow.loss)
+    backward = first_bad_backward(numbers.flow)
     rates, bound_rate = _rates(numbers)
     cause = _cause(numbers, rates, forward, backward, r.length)
     in_order = sorted(numbers.slopes.items(), key=lambda item: int(item[0].split()[1]))
@@ -277,47 +264,6 @@ def _cause(
         return "explosion"
     parts = rates._asdict()
     return min(("weights", "saturation", "alignment"), key=lambda part: parts[part])
-
-
-def _first_bad_forward(r: Recurrence, numbers: _Numbers) -> BadEntry | None:
-    found = [
-        *_bad_entries("params", r.params),
-        *_bad_entries("init", r.init),
-        *_bad_entries("xs", r.xs, over_time=True),
-        *_bad_entries("carry", numbers.carries, over_time=True),
-        *_bad_entries("ys", numbers.ys, over_time=True),
-    ]
-    if not found:
-        return next(_bad_entries("loss", numbers.flow.loss), None)
-    return min(found, key=lambda entry: -1 if entry.index is None else entry.index)
-
-
-def _first_bad_backward(flow: GradientFlow) -> BadEntry | None:
-    found = [
-        *_bad_entries("∂L/∂carry", flow.adjoints, over_time=True, backward=True),
-        *_bad_entries("∂L/∂params", flow.contribution_norms, over_time=True, backward=True),
-        *_bad_entries("∂L/∂xs", flow.input_gradients, over_time=True, backward=True),
-    ]
-    if not found:
-        return next(_bad_entries("∂L/∂init", flow.init_gradients), None)
-    return max(found, key=lambda entry: entry.index)
-
-
-def _bad_entries(root: str, tree: Any, *, over_time: bool = False, backward: bool = False) -> Iterator[BadEntry]:
-    """For each leaf with an entry that is not finite: the first one, or coming from the end the last one."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(differentiable(tree)):
-        values = np.asarray(leaf)
-        values = values if np.issubdtype(values.dtype, np.inexact) else values.astype(np.float32)  # bfloat16
-        bad = np.flatnonzero(~np.isfinite(values).all(axis=tuple(range(1, values.ndim)))) if over_time else None
-        if over_time and bad.size:
-            index = int(bad[-1 if backward else 0])
-            yield BadEntry(name(root, path), index, _kind(values[index]))
-        elif not over_time and not np.isfinite(values).all():
-            yield BadEntry(name(root, path), None, _kind(values))
-
-
-def _kind(values: np.ndarray) -> str:
-    return "nan" if np.isnan(values).any() else "inf"
 
 
 def _sentence(found: GradientDiagnosis, length: int, underflows: int) -> str:

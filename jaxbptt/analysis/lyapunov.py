@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxbptt.analysis.operators import state_vector, step_and_push
-from jaxbptt.analysis.spectrum import RESOLUTION, random_frame, rounding_error
+from jaxbptt.analysis.sweep import RESOLUTION, random_frame, rounding_error
 from jaxbptt.cells.cell import Cell
 from jaxbptt.scans.recurrence import Recurrence, check_count, prepare
 

@@ -1,0 +1,67 @@
+r"""Where a nan or an infinity came in first: forward and backward apart, by leaf and time step."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxbptt.analysis.flow import GradientFlow
+from jaxbptt.scans.recurrence import Recurrence, differentiable, name
+
+
+class BadEntry(NamedTuple):
+    """Where something is no finite number first.
+
+    Attributes:
+        leaf: its name, as in `carry.h`, `ys`, `params.W_hh`, `xs`, `∂L/∂carry.h`, `∂L/∂params.W_hh`, `loss`.
+        index: the entry along time, from 0: `xs[index]` is what that step consumed; `None` for what has no time axis.
+        value: "nan" or "inf".
+    """
+
+    leaf: str
+    index: int | None
+    value: str
+
+
+def first_bad_forward(r: Recurrence, carries: Any, ys: Any, loss: Any) -> BadEntry | None:
+    """The earliest in time; what has no time comes before all, the loss after."""
+    found = [
+        *_bad_entries("params", r.params),
+        *_bad_entries("init", r.init),
+        *_bad_entries("xs", r.xs, over_time=True),
+        *_bad_entries("carry", carries, over_time=True),
+        *_bad_entries("ys", ys, over_time=True),
+    ]
+    if not found:
+        return next(_bad_entries("loss", loss), None)
+    return min(found, key=lambda entry: -1 if entry.index is None else entry.index)
+
+
+def first_bad_backward(flow: GradientFlow) -> BadEntry | None:
+    """The latest in time, which is the first on the way back."""
+    found = [
+        *_bad_entries("∂L/∂carry", flow.adjoints, over_time=True, backward=True),
+        *_bad_entries("∂L/∂params", flow.contribution_norms, over_time=True, backward=True),
+        *_bad_entries("∂L/∂xs", flow.input_gradients, over_time=True, backward=True),
+    ]
+    if not found:
+        return next(_bad_entries("∂L/∂init", flow.init_gradients), None)
+    return max(found, key=lambda entry: entry.index)
+
+
+def _bad_entries(root: str, tree: Any, *, over_time: bool = False, backward: bool = False) -> Iterator[BadEntry]:
+    """For each leaf with an entry that is not finite: the first one, or coming from the end the last one."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(differentiable(tree)):
+        values = np.asarray(leaf)
+        values = values if np.issubdtype(values.dtype, np.inexact) else values.astype(np.float32)  # bfloat16
+        bad = np.flatnonzero(~np.isfinite(values).all(axis=tuple(range(1, values.ndim)))) if over_time else None
+        if over_time and bad.size:
+            index = int(bad[-1 if backward else 0])
+            yield BadEntry(name(root, path), index, _kind(values[index]))
+        elif not over_time and not np.isfinite(values).all():
+            yield BadEntry(name(root, path), None, _kind(values))
+
+
+def _kind(values: np.ndarray) -> str:
+    return "nan" if np.isnan(values).any() else "inf"

@@ -1,0 +1,143 @@
+r"""A long product of matrices, kept so that none of its singular values is lost: QR sweep and Jacobi rotations.
+
+A stored product knows its small singular values only down to eps of the largest. Here the product is never stored: it is
+kept as Q · diag(e^d) · U, with Q orthogonal, d logarithms and the rows of U of norm 1, brought up to date by one QR
+factorisation a step (Benettin's sweep). Singular values of diag(e^d) · U then come from Jacobi rotations of its rows, which
+are accurate for each value relative to itself, however far apart they are.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxbptt.analysis.norms import norm
+
+# An estimated rounding error of a logarithm beyond this, and the value counts as unresolved.
+RESOLUTION = 0.01
+_MAX_ROTATIONS = 30
+
+
+def random_frame(size: int, columns: int, dtype: jnp.dtype, key: Array | None = None) -> Float[Array, "n k"]:
+    """Orthonormal random columns; the same ones each time without a key.
+
+    A frame of unit vectors would never leave the subspaces that a diagonal or triangular Jacobian keeps to itself.
+    """
+    key = jax.random.key(0) if key is None else key
+    return jnp.linalg.qr(jax.random.normal(key, (size, columns), dtype))[0]
+
+
+def rounding_error(R: Float[Array, "k k"], diagonal: Float[Array, " k"]) -> Float[Array, " k"]:
+    """Estimated relative error of the diagonal of R in one QR factorisation, from rounding at the size of all of R."""
+    info = jnp.finfo(R.dtype)
+    size = info.eps * jnp.sqrt(jnp.asarray(len(R), R.dtype)) * norm(R)
+    return jnp.maximum(size, info.tiny) / jnp.maximum(diagonal, info.tiny)
+
+
+class Sweep(NamedTuple):
+    """A product of matrices as Q · diag(e^d) · U, and what rounding may have done to it.
+
+    Attributes:
+        Q: orthogonal.
+        d: logarithms of the norms of rows.
+        U: upper triangular, rows of norm 1.
+        growth: Σ log|Rᵢᵢ|.
+        own_error: variance of it from each step's rounding.
+        lowest: the least that growthᵢ − growthⱼ has been, i > j.
+        overtaken: the most that it has risen again since: rounding in direction i is amplified by that much in j.
+    """
+
+    Q: Array
+    d: Array
+    U: Array
+    growth: Array
+    own_error: Array
+    lowest: Array
+    overtaken: Array
+
+    @classmethod
+    def start(cls, n: int, dtype: Any) -> "Sweep":
+        """The product of no matrices."""
+        nothing, pairs = jnp.zeros(n, dtype), jnp.zeros((n, n), dtype)
+        return cls(random_frame(n, n, dtype), nothing, jnp.eye(n, dtype=dtype), nothing, nothing, pairs, pairs)
+
+
+def multiply(sweep: Sweep, matrix: Callable[[Array], Array]) -> Sweep:
+    """The sweep of (matrix · product)."""
+    Q, R = jnp.linalg.qr(matrix(sweep.Q))
+    info = jnp.finfo(R.dtype)
+    # Under the floor there is nothing but noise, and no logarithm of 0.
+    floor = jnp.maximum(info.eps**2 * norm(R), info.tiny)
+    diagonal = jnp.maximum(jnp.abs(jnp.diagonal(R)), floor)
+    logs = jnp.log(diagonal)
+    growth = sweep.growth + logs
+    # R diag(e^d) = diag(e^(d + logs)) M. With the largest directions first no entry of M is large; where rounding has let
+    # one overtake another, the estimates below say so, and the bound keeps M finite.
+    limit = math.log(info.max) / 4
+    M = R / diagonal[:, None] * jnp.exp(jnp.minimum(sweep.d - sweep.d[:, None], limit))
+    U = jnp.triu(M) @ sweep.U
+    size = jnp.maximum(norm(U, (1,)), info.tiny)
+    difference = jnp.tril(growth[:, None] - growth, -1)
+    lowest = jnp.minimum(sweep.lowest, difference)
+    return Sweep(
+        Q=Q,
+        d=sweep.d + logs + jnp.log(size),
+        U=U / size[:, None],
+        growth=growth,
+        own_error=sweep.own_error + rounding_error(R, diagonal) ** 2,
+        lowest=lowest,
+        overtaken=jnp.maximum(sweep.overtaken, difference - lowest),
+    )
+
+
+def log_singular_values(sweep: Sweep) -> tuple[Array, Array]:
+    """Logarithms of the singular values of diag(e^d) U, largest first, and which are resolved."""
+    n, dtype = len(sweep.d), sweep.d.dtype
+    eps = jnp.finfo(dtype).eps
+
+    def rotate(pairs, state):
+        """Make the rows of each pair orthogonal; the pairs have no row in common."""
+        d, U, off = state
+        i, j = jnp.where(d[pairs[0]] >= d[pairs[1]], pairs, pairs[::-1])
+        ratio = jnp.exp(2 * (d[j] - d[i]))
+        cosine = jnp.sum(U[i] * U[j], axis=1)
+        below = 1 - ratio + jnp.sqrt((1 - ratio) ** 2 + 4 * ratio * cosine**2)
+        # The tangent of the angle, over e^(dⱼ − dᵢ): it stays finite where the rows are far apart in size.
+        slope = jnp.where(cosine == 0, 0, 2 * cosine / jnp.where(below == 0, 1, below))
+        c = 1 / jnp.sqrt(1 + ratio * slope**2)
+        turned = jnp.stack([U[i] + (ratio * slope)[:, None] * U[j], U[j] - slope[:, None] * U[i]]) * c[:, None]
+        size = jnp.maximum(norm(turned, (2,)), jnp.finfo(dtype).tiny)
+        both = jnp.stack([i, j])
+        off = jnp.maximum(off, jnp.max(jnp.abs(cosine), initial=0))
+        return d.at[both].add(jnp.log(size)), U.at[both].set(turned / size[..., None]), off
+
+    def over_all_pairs(state):
+        d, U, _, count = state
+        rounds = jnp.asarray(_rounds(n))
+        d, U, off = jax.lax.fori_loop(0, len(rounds), lambda k, s: rotate(rounds[k], s), (d, U, jnp.zeros((), dtype)))
+        return d, U, off, count + 1
+
+    def turning(state):
+        return (state[2] > n * eps) & (state[3] < _MAX_ROTATIONS)
+
+    d, _, off, _ = jax.lax.while_loop(turning, over_all_pairs, (sweep.d, sweep.U, jnp.ones((), dtype), 0))
+    overtaken = jnp.maximum(sweep.overtaken.max(axis=0), sweep.overtaken.max(axis=1))
+    error = jnp.sqrt(sweep.own_error) + n * eps * jnp.exp(jnp.minimum(overtaken, 80))
+    order = jnp.argsort(-d)
+    return d[order], (error < RESOLUTION)[order] & (off <= n * eps)
+
+
+def _rounds(n: int) -> np.ndarray:
+    """All pairs of n rows, as rounds of pairs without a row in common: `[round, 2, pair]`, as in a round-robin tournament."""
+    players = n + n % 2
+    rounds = []
+    for k in range(players - 1):
+        circle = np.roll(np.arange(1, players), k)
+        first, second = np.concatenate([[0], circle[: players // 2 - 1]]), circle[players // 2 - 1 :][::-1]
+        present = (first < n) & (second < n)
+        rounds.append([first[present], second[present]])
+    return np.asarray(rounds, int).reshape(players - 1, 2, -1)

@@ -1,0 +1,17 @@
+r"""Figures from analysis results. Each function returns a new matplotlib `Figure` and touches no global state.
+
+Colours are Okabe and Ito's, which colour-blind readers tell apart, and lines in one panel differ in dash or marker too.
+What is not a number, not finite, or 0 on a logarithmic axis is left out. Needs the extra `report`.
+"""
+
+from jaxbptt.plots.figure import COLOURS as COLOURS
+from jaxbptt.plots.gradients import plot_certificate as plot_certificate
+from jaxbptt.plots.gradients import plot_gradient_flow as plot_gradient_flow
+from jaxbptt.plots.saliency import plot_text_saliency as plot_text_saliency
+from jaxbptt.plots.spectra import plot_eigenvalues as plot_eigenvalues
+from jaxbptt.plots.spectra import plot_log_norms as plot_log_norms
+from jaxbptt.plots.spectra import plot_lyapunov_spectrum as plot_lyapunov_spectrum
+from jaxbptt.plots.spectra import plot_singular_values as plot_singular_values
+from jaxbptt.plots.truncation import plot_lag_contributions as plot_lag_contributions
+from jaxbptt.plots.truncation import plot_surviving_paths as plot_surviving_paths
+from jaxbptt.plots.truncation import plot_truncation_bias as plot_truncation_bias

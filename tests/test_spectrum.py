@@ -1,0 +1,198 @@
+"""Long products: singular values far beyond the range of floats, norms of all pairs, eigenvalues; dense and matrix-free."""
+
+import inspect
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import CELLS, make_cell, problem
+
+import jaxbptt as bptt
+
+
+def orthogonal(rng, n):
+    return np.linalg.qr(rng.standard_normal((n, n)))[0]
+
+
+def chain(diagonals, seed=0):
+    """J_t = Q_t D_t Q_{t−1}ᵀ with random orthogonal Q: the singular values of a product are products of diagonals."""
+    rng = np.random.default_rng(seed)
+    Q = [orthogonal(rng, diagonals.shape[1]) for _ in range(len(diagonals) + 1)]
+    return np.stack([Q[t + 1] @ np.diag(d) @ Q[t].T for t, d in enumerate(diagonals)])
+
+
+def test_condition_number_beyond_the_range_of_floats():
+    rng = np.random.default_rng(1)
+    diagonals = np.exp(rng.standard_normal((400, 5)) + np.array([3.0, 1.0, 0.0, -1.0, -3.0]))
+    values, resolved = jax.jit(bptt.singular_values)(chain(diagonals))
+    expected = np.log(diagonals).sum(axis=0)
+    assert expected[0] - expected[-1] > 2 * 300 * math.log(10)
+    np.testing.assert_allclose(values, expected, rtol=1e-12)
+    assert resolved.all()
+
+
+def test_close_singular_values():
+    """One QR sweep alone would need hundreds of repetitions to tell these apart."""
+    diagonals = np.tile(np.linspace(1.0, 1.001, 6), (30, 1))
+    values, resolved = bptt.singular_values(chain(diagonals))
+    np.testing.assert_allclose(values, np.sort(np.log(diagonals).sum(axis=0))[::-1], atol=1e-13)
+    assert resolved.all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+def test_short_products_against_a_full_decomposition(n):
+    J = np.random.default_rng(n).standard_normal((5, n, n))
+    product = np.linalg.multi_dot(J[::-1])
+    values, resolved = bptt.singular_values(J)
+    np.testing.assert_allclose(values, np.log(np.linalg.svd(product, compute_uv=False)), rtol=1e-9, atol=1e-12)
+    assert resolved.all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_ten_thousand_steps_of_a_linear_network(dtype):
+    """Powers of W = Q D Qᵀ; values of 10^±10,000 and the volume, kept exactly."""
+    rng = np.random.default_rng(0)
+    Q = orthogonal(rng, 3)
+    J = jnp.broadcast_to(jnp.asarray(Q @ np.diag([10, 1, 0.1]) @ Q.T, dtype), (10_000, 3, 3))
+    values, resolved = jax.jit(bptt.singular_values)(J)
+    assert values.dtype == dtype
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(values, 10_000 * np.log([10, 1, 0.1]), atol=10_000 * 30 * eps)
+    assert resolved.all()
+
+
+def test_several_starts_and_the_stored_products():
+    J = np.random.default_rng(3).standard_normal((12, 4, 4))
+    values, resolved = bptt.singular_values(J, start=[5, 0, 11, 5])
+    stored = bptt.log_singular_values(bptt.jacobian_products(J))
+    assert values.shape == resolved.shape == (4, 4)
+    np.testing.assert_allclose(values[0], stored.values[4], rtol=1e-9)
+    np.testing.assert_allclose(values[2], stored.values[10], rtol=1e-9)
+    np.testing.assert_array_equal(values[0], values[3])
+    np.testing.assert_allclose(values[1], bptt.singular_values(J).values, rtol=1e-12)
+
+
+UNRESOLVED = {
+    # One Jacobian with σ₁/σₙ = 10^300: what is left of the small one in floats is rounding.
+    "one step": np.stack([orthogonal(np.random.default_rng(0), 3) @ np.diag([1e150, 1.0, 1e-150])]),
+    # One direction grows and then shrinks, the other the other way round: rounding along the way is amplified 10^200 times.
+    "crossing": np.concatenate([np.tile(np.diag([10, 0.1]), (100, 1, 1)), np.tile(np.diag([0.1, 10]), (100, 1, 1))]),
+    "zero": np.zeros((5, 3, 3)),
+    "rank one": np.tile(np.diag([1.0, 0.0, 0.0]), (5, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", UNRESOLVED)
+def test_what_rounding_has_drowned_is_said_to_be(name):
+    J = UNRESOLVED[name]
+    values, resolved = bptt.singular_values(J)
+    assert np.isfinite(values).all()
+    assert not resolved[-1]
+    assert resolved[0] == (name in ("one step", "rank one"))
+    if name == "one step":
+        np.testing.assert_allclose(values[0], 150 * math.log(10), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_matrix_free_equals_dense(name):
+    cell = make_cell(name)
+    args = problem(cell, 30)
+    _, J = bptt.state_jacobians(cell, *args)
+
+    def matrix_free(*args):
+        J = bptt.jacobian_operators(cell, *args)
+        return bptt.singular_values(J, start=[0, 20]), bptt.log_norms(J), bptt.jacobian_eigenvalues(J)
+
+    values, norms, eigenvalues = jax.jit(matrix_free)(*args)
+    np.testing.assert_allclose(values.values, bptt.singular_values(J, start=[0, 20]).values, rtol=1e-9)
+    np.testing.assert_allclose(norms, bptt.log_norms(J), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(eigenvalues, bptt.jacobian_eigenvalues(J), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_operators_are_jacobians_and_their_transposes(name):
+    cell = make_cell(name)
+    args = problem(cell, 3)
+    _, J = bptt.state_jacobians(cell, *args)
+    operators = bptt.jacobian_operators(cell, *args)
+    V = np.random.default_rng(0).standard_normal((operators.size, 2))
+    at_1 = jax.tree.map(lambda leaf: leaf[1], operators.at)
+    np.testing.assert_allclose(operators.push(at_1, V), J[1] @ V, atol=1e-13)
+    np.testing.assert_allclose(operators.pull(at_1, V), J[1].T @ V, atol=1e-13)
+    assert (operators.length, operators.size) == (3, J.shape[1])
+
+
+def test_matrix_free_memory():
+    """T = 10,000 and n = 128: of the order of T n + n² numbers, where the dense Jacobians alone have T n²."""
+    cell = bptt.elman(4, 128)
+    params = jax.eval_shape(cell.init, jax.random.key(0))
+    xs = jax.ShapeDtypeStruct((10_000, 4), jnp.float32)
+
+    def values(params, xs):
+        return bptt.singular_values(bptt.jacobian_operators(cell, params, cell.initial_carry(), xs))
+
+    memory = jax.jit(values).lower(params, xs).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * (3 * 10_000 * 128 + 30 * 128**2)
+
+
+def test_log_norms_of_all_pairs():
+    J = np.random.default_rng(0).standard_normal((6, 3, 3))
+    norms = bptt.log_norms(J)
+    for t in range(6):
+        for s in range(6):
+            product = np.eye(3)
+            for k in range(s + 1, t + 1):
+                product = J[k] @ product
+            expected = np.log(np.linalg.norm(product)) if s <= t else -np.inf
+            np.testing.assert_allclose(norms[t, s], expected, rtol=1e-10, atol=1e-13)
+
+
+def test_log_norms_beyond_the_range_of_floats():
+    J = np.tile(1e-3 * np.eye(2), (500, 1, 1))
+    norms = bptt.log_norms(J)
+    np.testing.assert_allclose(norms[499, 0], 499 * math.log(1e-3) + 0.5 * math.log(2), rtol=1e-12)
+    J[250] = 0
+    norms = bptt.log_norms(J)
+    assert norms[499, 249] == -np.inf
+    assert np.isfinite(norms[499, 250:]).all()
+    assert not np.isnan(norms).any()
+
+
+def test_log_norms_by_random_probes():
+    """Unbiased in the squared norm; all n directions are exact."""
+    J = np.random.default_rng(0).standard_normal((4, 20, 20)) / np.sqrt(20)
+    exact = bptt.log_norms(J)
+    np.testing.assert_allclose(bptt.log_norms(J, probes=20), exact, rtol=1e-9, atol=1e-12)
+    keys = jax.random.split(jax.random.key(0), 300)
+    squares = jnp.exp(2 * jax.vmap(lambda key: bptt.log_norms(J, probes=5, key=key))(keys))
+    lower = np.tril_indices(4)
+    ratio = (squares.mean(axis=0) / jnp.exp(2 * exact))[lower]
+    np.testing.assert_allclose(ratio, 1, atol=0.1)
+    logs = 0.5 * jnp.log(squares)
+    assert (logs.std(axis=0)[lower] <= 1 / math.sqrt(2 * 5)).all()
+
+
+def test_eigenvalues():
+    W = np.diag([0.5, -2.0]) + np.triu(np.ones((2, 2)), 1)
+    eigenvalues = bptt.jacobian_eigenvalues(np.tile(W, (3, 1, 1)))
+    np.testing.assert_allclose(np.sort(eigenvalues.real, axis=1), [[-2, 0.5]] * 3, rtol=1e-12)
+
+
+@pytest.mark.parametrize("start", [3, -1, 1.5, [0, 3]])
+def test_wrong_start(start):
+    with pytest.raises(ValueError, match=r"start is .*, but with T = 3 Jacobians a product starts after 0 to 2 steps"):
+        inspect.unwrap(bptt.singular_values)(jnp.zeros((3, 2, 2)), start=start)
+
+
+def test_wrong_arguments():
+    J = jnp.zeros((3, 2, 2))
+    for function in (bptt.singular_values, bptt.log_norms, bptt.jacobian_eigenvalues):
+        with pytest.raises(ValueError, match=r"J has shape \(3, 2\), but \[time, n, n\] is expected"):
+            inspect.unwrap(function)(J[:, 0])
+    for probes in (0, 3, 1.5):
+        with pytest.raises(ValueError, match="probes is .*, but there are 1 to 2 directions"):
+            inspect.unwrap(bptt.log_norms)(J, probes=probes)
+    with pytest.raises(ValueError, match="key draws the random probes: pass probes as well"):
+        bptt.log_norms(J, key=jax.random.key(0))
