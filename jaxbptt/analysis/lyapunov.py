@@ -175,4 +175,4 @@ def _kaplan_yorke_dimension(exponents: Float[Array, " k"], size: int) -> Float[A
     j = jnp.sum(sums >= 0)  # sums of falling numbers rise and then fall: those not negative come first
     last = jnp.concatenate([jnp.zeros(1, sums.dtype), sums])[j]
     fraction = last / jnp.abs(exponents[jnp.minimum(j, k - 1)])
-    return jnp.where(j < k, j + fraction, jnp.asarray(k if k == size else jnp.nan, sums.dtype))
+    return jnp.where(j < k, j.astype(sums.dtype) + fraction, jnp.asarray(k if k == size else jnp.nan, sums.dtype))

@@ -43,9 +43,9 @@ class Sweep(NamedTuple):
 
     Attributes:
         Q: orthogonal.
-        d: logarithms of the norms of rows.
+        d: logarithms of the norms of rows, as a sum with its rounding error, `[2, n]`.
         U: upper triangular, rows of norm 1.
-        growth: Σ log|Rᵢᵢ|.
+        growth: Σ log|Rᵢᵢ|, likewise.
         own_error: variance of it from each step's rounding.
         lowest: the least that growthᵢ − growthⱼ has been, i > j.
         overtaken: the most that it has risen again since: rounding in direction i is amplified by that much in j.
@@ -62,8 +62,8 @@ class Sweep(NamedTuple):
     @classmethod
     def start(cls, n: int, dtype: Any) -> "Sweep":
         """The product of no matrices."""
-        nothing, pairs = jnp.zeros(n, dtype), jnp.zeros((n, n), dtype)
-        return cls(random_frame(n, n, dtype), nothing, jnp.eye(n, dtype=dtype), nothing, nothing, pairs, pairs)
+        nothing, sums, pairs = jnp.zeros(n, dtype), jnp.zeros((2, n), dtype), jnp.zeros((n, n), dtype)
+        return cls(random_frame(n, n, dtype), sums, jnp.eye(n, dtype=dtype), sums, nothing, pairs, pairs)
 
 
 def multiply(sweep: Sweep, matrix: Callable[[Array], Array]) -> Sweep:
@@ -74,18 +74,18 @@ def multiply(sweep: Sweep, matrix: Callable[[Array], Array]) -> Sweep:
     floor = jnp.maximum(info.eps**2 * norm(R), info.tiny)
     diagonal = jnp.maximum(jnp.abs(jnp.diagonal(R)), floor)
     logs = jnp.log(diagonal)
-    growth = sweep.growth + logs
+    growth = _add(sweep.growth, logs)
     # R diag(e^d) = diag(e^(d + logs)) M. With the largest directions first no entry of M is large; where rounding has let
     # one overtake another, the estimates below say so, and the bound keeps M finite.
     limit = math.log(info.max) / 4
-    M = R / diagonal[:, None] * jnp.exp(jnp.minimum(sweep.d - sweep.d[:, None], limit))
+    M = R / diagonal[:, None] * jnp.exp(jnp.minimum(_differences(sweep.d).T, limit))
     U = jnp.triu(M) @ sweep.U
     size = jnp.maximum(norm(U, (1,)), info.tiny)
-    difference = jnp.tril(growth[:, None] - growth, -1)
+    difference = jnp.tril(_differences(growth), -1)
     lowest = jnp.minimum(sweep.lowest, difference)
     return Sweep(
         Q=Q,
-        d=sweep.d + logs + jnp.log(size),
+        d=_add(sweep.d, logs + jnp.log(size)),
         U=U / size[:, None],
         growth=growth,
         own_error=sweep.own_error + rounding_error(R, diagonal) ** 2,
@@ -94,9 +94,21 @@ def multiply(sweep: Sweep, matrix: Callable[[Array], Array]) -> Sweep:
     )
 
 
+def _add(total: Array, more: Array) -> Array:
+    """Kahan's sum: after thousands of steps the logarithms would be rounded where their differences matter."""
+    more = more - total[1]
+    new = total[0] + more
+    return jnp.stack([new, (new - total[0]) - more])
+
+
+def _differences(total: Array) -> Array:
+    """Entry [i, j]: total i less total j."""
+    return (total[0][:, None] - total[0]) - (total[1][:, None] - total[1])
+
+
 def log_singular_values(sweep: Sweep) -> tuple[Array, Array]:
     """Logarithms of the singular values of diag(e^d) U, largest first, and which are resolved."""
-    n, dtype = len(sweep.d), sweep.d.dtype
+    n, dtype = sweep.d.shape[1], sweep.d.dtype
     eps = jnp.finfo(dtype).eps
 
     def rotate(pairs, state):
@@ -124,11 +136,13 @@ def log_singular_values(sweep: Sweep) -> tuple[Array, Array]:
     def turning(state):
         return (state[2] > n * eps) & (state[3] < _MAX_ROTATIONS)
 
-    d, _, off, _ = jax.lax.while_loop(turning, over_all_pairs, (sweep.d, sweep.U, jnp.ones((), dtype), 0))
+    d, _, off, _ = jax.lax.while_loop(
+        turning, over_all_pairs, (_differences(sweep.d)[:, 0], sweep.U, jnp.ones((), dtype), 0)
+    )
     overtaken = jnp.maximum(sweep.overtaken.max(axis=0), sweep.overtaken.max(axis=1))
     error = jnp.sqrt(sweep.own_error) + n * eps * jnp.exp(jnp.minimum(overtaken, 80))
     order = jnp.argsort(-d)
-    return d[order], (error < RESOLUTION)[order] & (off <= n * eps)
+    return (d + (sweep.d[0, 0] - sweep.d[1, 0]))[order], (error < RESOLUTION)[order] & (off <= n * eps)
 
 
 def _rounds(n: int) -> np.ndarray:
