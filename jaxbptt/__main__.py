@@ -75,7 +75,7 @@ def _report(options: argparse.Namespace) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         from jaxbptt import page
-        from jaxbptt.report import cells_of, reach_sentence, report_cell, stages
+        from jaxbptt.report import cells_of, horizon_sentence, reach_sentence, report_cell, stages
     except ModuleNotFoundError as error:
         raise tasks.InputError(f"{error.name} is not installed: pip install 'jaxbptt[report]'.") from None
 
@@ -102,7 +102,13 @@ def _report(options: argparse.Namespace) -> None:
             console.print(f"Left out: {words}.", style="dim")
         console.print(_bias_table(report))
     for report in reports:
-        console.print(reach_sentence(report), highlight=False, soft_wrap=True)
+        for sentence in (
+            reach_sentence(report),
+            horizon_sentence(report),
+            f"{report.name}: {report.diagnosis.sentence}",
+        ):
+            if sentence:
+                console.print(sentence, highlight=False, soft_wrap=True)
     console.print(f"\nReport: {options.output}", highlight=False, soft_wrap=True)
 
 
@@ -160,13 +166,14 @@ def _bias_table(report: Any) -> Any:
     from rich.table import Table
 
     bias = report.bias
+    kinds = {"truncated_scan": bias.chunked, "windowed_scan": bias.windowed}
     table = Table(title=f"{report.name}: truncated at K steps, against the exact gradient", title_justify="left")
     table.add_column("K", justify="right")
-    for way in bias.cosines:
+    for way in kinds:
         table.add_column(f"{way}: error", justify="right")
         table.add_column("cosine", justify="right")
     for i, K in enumerate(bias.lengths):
-        numbers = [(bias.relative_errors[way][i], bias.cosines[way][i]) for way in bias.cosines]
+        numbers = [(kind.relative_errors[i], kind.cosines[i]) for kind in kinds.values()]
         table.add_row(str(K), *(cell for error, cosine in numbers for cell in (f"{error:.2g}", f"{cosine:.3f}")))
     return table
 

@@ -5,7 +5,7 @@ import io
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from jaxbptt import plots
 from jaxbptt.analysis.certificate import Certificate
-from jaxbptt.report import CellReport, TruncationBias, reach_sentence
+from jaxbptt.analysis.credit import TruncationBias
+from jaxbptt.report import CellReport, horizon_sentence, reach_sentence
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #ffffff; --line: #d5d5d5; --quiet: #5c5c5c; }
@@ -41,11 +42,16 @@ def render(facts: Mapping[str, str], reports: Sequence[CellReport]) -> str:
     parts = [
         "<h1>The gradient through time, every way</h1>",
         "<p class='quiet'>" + " · ".join(f"{escape(key)} {escape(value)}" for key, value in facts.items()) + "</p>",
-        "<h2>How far back the gradient reaches</h2>",
-        "<ul>" + "".join(f"<li>{escape(reach_sentence(report))}</li>" for report in reports) + "</ul>",
+        "<h2>How far back, and why</h2>",
+        _list(map(reach_sentence, reports)),
         "<p>The loss of the last step alone, followed back through an untrained network: what is under 1 % of its largest "
         "size is drowned by what is near, and what is under the resolution of the number format changes no sum that has both.</p>",
         _inline(plots.plot_gradient_flow(flows), "Gradient magnitude against time step"),
+        "<p>Why, on the first sequence of the batch. The rate at which the gradient changes a step is what the weights would "
+        "do with every tanh and σ at its steepest, what their flatness takes away, and what is left to how the gradient lies "
+        "to the direction that lasts longest; the three add up.</p>",
+        _list(f"{report.name}: {report.diagnosis.sentence}" for report in reports),
+        *_lags(reports),
         "<h2>The ways agree</h2>",
         "<p>The gradient of the mean loss over all steps, taken every exact way, against <code>jax.grad</code> through "
         "<code>lax.scan</code>: with respect to the cell's weights, the first state and the inputs for the scans, to the "
@@ -98,6 +104,22 @@ def write(path: str | Path, text: str) -> None:
         raise
 
 
+def _list(sentences: Iterable[str]) -> str:
+    return "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences) + "</ul>"
+
+
+def _lags(reports: Sequence[CellReport]) -> list[str]:
+    lags = {report.name: report.lags for report in reports if report.lags is not None}
+    if not lags:
+        return []
+    return [
+        "<p>The gradient of the mean loss over all steps, split by lag: what paths of each length, from a loss back to a use "
+        "of the weights, add to it.</p>",
+        _list(sentence for sentence in map(horizon_sentence, reports) if sentence),
+        _inline(plots.plot_lag_contributions(lags), "Contributions to the gradient by lag"),
+    ]
+
+
 def _table(certificate: Certificate) -> str:
     rows = [
         (
@@ -115,10 +137,10 @@ def _table(certificate: Certificate) -> str:
 
 
 def _bias_table(bias: TruncationBias) -> str:
-    head = ["K, time steps", *(f"{way}: {what}" for way in bias.cosines for what in ("error", "cosine"))]
+    kinds = {"truncated_scan": bias.chunked, "windowed_scan": bias.windowed}
+    head = ["K, time steps", *(f"{way}: {what}" for way in kinds for what in ("error", "cosine"))]
     rows = [
-        [str(K)] + [f"{v:.3g}" for way in bias.cosines for v in (bias.relative_errors[way][i], bias.cosines[way][i])]
-        for i, K in enumerate(bias.lengths)
+        [str(K)] + [f"{curve[i]:.3g}" for kind in kinds.values() for curve in kind] for i, K in enumerate(bias.lengths)
     ]
     return _html_table(head, rows)
 

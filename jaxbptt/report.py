@@ -3,8 +3,7 @@ r"""What the report contains: for each cell, the certificate, the gradient's flo
 Only numbers are made here; `page` makes the HTML of them, and the command line the table in the terminal.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbptt.analysis.certificate import Certificate, certify
+from jaxbptt.analysis.credit import LagContributions, TruncationBias, lag_contributions, truncation_bias
+from jaxbptt.analysis.diagnosis import GradientDiagnosis, diagnose_gradient
 from jaxbptt.analysis.flow import GradientFlow, gradient_flow
+from jaxbptt.analysis.horizon import effective_horizon
 from jaxbptt.analysis.jacobians import (
     LogSingularValues,
     jacobian_products,
@@ -25,9 +27,6 @@ from jaxbptt.cells.elman import elman
 from jaxbptt.cells.gru import gru
 from jaxbptt.cells.lstm import lstm
 from jaxbptt.network import NetworkParams, network
-from jaxbptt.scans.adjoint import adjoint_scan
-from jaxbptt.scans.truncated import truncated_scan
-from jaxbptt.scans.windowed import windowed_scan
 from jaxbptt.tasks import NextStep
 from jaxbptt.textbook import bptt
 from jaxbptt.training import losses
@@ -35,20 +34,6 @@ from jaxbptt.training import losses
 CELLS = {"elman": elman, "gru": gru, "lstm": lstm}
 # Dense Jacobians and one weight gradient for each step are what the third road needs: beyond this it is left out.
 MAX_DENSE_BYTES = 2**30
-
-
-class TruncationBias(NamedTuple):
-    """How far biased gradients are from the exact one, for several truncation lengths.
-
-    Attributes:
-        lengths: K, time steps, `[k]`.
-        relative_errors: by strategy, ‖g_K − g‖ / ‖g‖ over all leaves, `[k]`.
-        cosines: by strategy, of the angle between g_K and g, `[k]`.
-    """
-
-    lengths: tuple[int, ...]
-    relative_errors: Mapping[str, tuple[float, ...]]
-    cosines: Mapping[str, tuple[float, ...]]
 
 
 class CellReport(NamedTuple):
@@ -59,6 +44,9 @@ class CellReport(NamedTuple):
         certificate: the gradient of the mean loss over all steps, every exact way.
         bias: of the biased ways, for the same loss.
         flow: the gradient of the last step's loss, back through time.
+        diagnosis: why that gradient became what it is, on the first row of the batch.
+        lags: the gradient of the mean loss by lag, without the contributions themselves; `None` where they would not fit.
+        horizon: the lag from which on what is still to come is under 1 % of that gradient, the longest over its leaves.
         singular_values: of ∂h_T/∂hₜ on the first row of the batch, or `None` where the dense Jacobians would not fit.
         bound_rate: γ σ_max(W_hh) for the Elman cell, `None` for the others.
         left_out: ways that did not fit in memory, in words.
@@ -68,6 +56,9 @@ class CellReport(NamedTuple):
     certificate: Certificate
     bias: TruncationBias
     flow: GradientFlow
+    diagnosis: GradientDiagnosis
+    lags: LagContributions | None
+    horizon: int | None
     singular_values: LogSingularValues | None
     bound_rate: float | None
     left_out: tuple[str, ...]
@@ -77,7 +68,7 @@ def stages(name: str, task: NextStep, hidden: int) -> int:
     """How many times `report_cell` reports progress."""
     dense = _dense_bytes(CELLS[name](task.xs.shape[-1], hidden), task) <= MAX_DENSE_BYTES
     textbook = name == "elman" and task.loss == "cross_entropy"
-    return 7 + 2 * dense + textbook
+    return 8 + 3 * dense + textbook
 
 
 def report_cell(
@@ -105,7 +96,7 @@ def report_cell(
             cell, params, xs, lambda hs, targets: loss(hs @ W_hy.T, targets), targets
         )
     else:
-        left_out.append(f"Jacobian products and singular values: {dense / 2**30:.1f} GiB of dense matrices")
+        left_out.append(f"Jacobian products, singular values and lags: {dense / 2**30:.1f} GiB of dense matrices")
     if name == "elman" and task.loss == "cross_entropy":
         gradients["textbook loop"] = lambda params, init, xs: _by_textbook(params, W_hy, init, xs, targets)
     certificate = certify(
@@ -120,15 +111,24 @@ def report_cell(
     )
 
     progress(f"{name}: truncation")
-    bias = _bias(lambda scan, params: whole_loss(*scan(cell, params, init, xs)), params, len(xs))
+    lengths = [2**i for i in range(len(xs).bit_length())]
+    bias = jax.jit(lambda *args: truncation_bias(cell, *args, whole_loss, lengths=lengths))(params, init, xs)
     progress(f"{name}: gradient flow")
     flow = jax.jit(lambda params, init, xs: gradient_flow(cell, params, init, xs, last_loss))(params, init, xs)
-    values = None
+    progress(f"{name}: why")
+    first_row = jax.tree.map(lambda leaf: leaf[0], init), xs[:, 0]
+    diagnosis = diagnose_gradient(cell, params, *first_row, lambda carry, hs: loss(hs[-1] @ W_hy.T, targets[-1, 0]))
+    values = lags = horizon = None
     if dense <= MAX_DENSE_BYTES:
+        progress(f"{name}: lags")
+        lags = jax.jit(lambda *args: lag_contributions(cell, *args, whole_loss))(params, init, xs)
+        horizon = max(jax.tree.leaves(jax.tree.map(int, effective_horizon(lags, 0.01))))
+        lags = jax.tree.map(np.asarray, lags._replace(contributions=None))
         progress(f"{name}: singular values")
         values = jax.jit(lambda xs: _singular_values(cell, params, xs))(xs[:, 0])
     rate = float(jnp.linalg.norm(params.W_hh, 2)) if name == "elman" else None
-    return CellReport(name, certificate, bias, jax.tree.map(np.asarray, flow), values, rate, tuple(left_out))
+    flow, bias = jax.tree.map(np.asarray, (flow, bias))
+    return CellReport(name, certificate, bias, flow, diagnosis, lags, horizon, values, rate, tuple(left_out))
 
 
 def reach(flow: GradientFlow, fraction: float) -> int | None:
@@ -163,33 +163,14 @@ def reach_sentence(report: CellReport) -> str:
     return f"{report.name}: {start}; {end}."
 
 
-def _bias(loss: Callable[..., Any], params: Any, steps: int) -> TruncationBias:
-    """Truncated at K = 1, 4, 16 … below T; `loss(scan, params)`."""
-    lengths = tuple(4**i for i in range(12) if 4**i < steps) or (1,)
-
-    def gradient(scan):
-        leaves = jax.jit(jax.grad(partial(loss, scan)))(params)
-        return np.concatenate([np.asarray(leaf, float).ravel() for leaf in jax.tree.leaves(leaves)])
-
-    exact = gradient(adjoint_scan)
-    cut = {
-        "truncated_scan": [gradient(partial(truncated_scan, truncation_length=K)) for K in lengths],
-        "windowed_scan": [gradient(partial(windowed_scan, window=K)) for K in lengths],
-    }
-
-    def cosine(g):
-        norms = np.linalg.norm(g) * np.linalg.norm(exact)
-        return float(g @ exact / norms) if norms else float("nan")
-
-    def relative_error(g):
-        norm = np.linalg.norm(exact)
-        return float(np.linalg.norm(g - exact) / norm) if norm else float("nan")
-
-    return TruncationBias(
-        lengths,
-        {way: tuple(map(relative_error, gradients)) for way, gradients in cut.items()},
-        {way: tuple(map(cosine, gradients)) for way, gradients in cut.items()},
-    )
+def horizon_sentence(report: CellReport) -> str | None:
+    """How far back the gradient of the mean loss comes from, in one sentence; `None` where it was not computed."""
+    if report.lags is None:
+        return None
+    steps = len(report.lags.norms)
+    if not np.isfinite(report.lags.norms).all() or not report.horizon:
+        return f"{report.name}: no horizon, the gradient of the mean loss is 0 or not finite."
+    return f"{report.name}: all but 1 % of the gradient of the mean loss comes from the last {report.horizon} of {steps} steps."
 
 
 def _dense_bytes(cell: Cell, task: NextStep) -> float:

@@ -164,14 +164,114 @@ def test_memory_holds_no_weight_gradient_for_each_step():
     assert growth < 192 * 128 * 128 * 4 / 4
 
 
+def vector(tree):
+    return np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(tree)])
+
+
+def cosine(a, b):
+    return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+
 @losses
-@everything
+@pytest.mark.parametrize("name", ["elman", "gru", "lstm", "stack", "network", "wrapped"])
 def test_lags_sum_to_the_gradient(name, loss):
     step, params, init, xs = any_problem(name)
-    lags = jax.jit(lambda *args: bptt.lag_contributions(step, *args, loss).contributions)(params, init, xs)
+    lags = jax.jit(lambda *args: bptt.lag_contributions(step, *args, loss))(params, init, xs)
     gradient = jax.grad(lambda params: loss(*python_loop(compiled(step), params, init, xs)))(params)
-    assert_close(jax.tree.map(lambda leaf: leaf.sum(axis=0), lags), gradient)
-    assert all(len(leaf) == 6 for leaf in jax.tree.leaves(lags))
+    assert_close(jax.tree.map(lambda leaf: leaf.sum(axis=0), lags.contributions), gradient)
+    assert_close(lags.gradient, gradient)
+    assert all(len(leaf) == 6 for leaf in jax.tree.leaves(lags.contributions))
+    exact, partial_sum = vector(gradient), 0
+    for lag in range(6):
+        one = vector(jax.tree.map(lambda leaf, lag=lag: leaf[lag], lags.contributions))
+        partial_sum = partial_sum + one
+        np.testing.assert_allclose(lags.norms[lag], np.linalg.norm(one), rtol=1e-10)
+        np.testing.assert_allclose(lags.cosines[lag], cosine(partial_sum, exact), rtol=1e-10)
+        error = np.linalg.norm(partial_sum - exact) / np.linalg.norm(exact)
+        np.testing.assert_allclose(lags.relative_errors[lag], error, rtol=1e-8, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "lengths"),
+    [
+        ("elman", loss_of_all, range(1, 7)),
+        ("elman", loss_of_last, range(1, 7)),
+        ("lstm", loss_of_all, (1, 4)),
+        ("wrapped", loss_of_all, (2, 5)),
+    ],
+)
+def test_bias_is_that_of_the_truncated_strategies(name, loss, lengths):
+    """At every K, both kinds of cut."""
+    step, params, init, xs = any_problem(name)
+    bias = jax.jit(lambda *args: bptt.truncation_bias(step, *args, loss))(params, init, xs)
+    exact = vector(jax.jit(jax.grad(lambda params: loss(*bptt.scan(step, params, init, xs))))(params))
+    strategies = {"windowed": (bptt.windowed_scan, "window"), "chunked": (bptt.truncated_scan, "truncation_length")}
+    for kind, (scan, option) in strategies.items():
+        curve = getattr(bias, kind)
+        for K in lengths:
+            cut = jax.grad(lambda p, scan=scan, option=option, K=K: loss(*scan(step, p, init, xs, **{option: K})))
+            cut = vector(jax.jit(cut)(params))
+            error = np.linalg.norm(cut - exact) / np.linalg.norm(exact)
+            np.testing.assert_allclose(curve.relative_errors[K - 1], error, rtol=1e-8, atol=1e-14)
+            np.testing.assert_allclose(curve.cosines[K - 1], cosine(cut, exact), rtol=1e-10)
+    assert bias.lengths.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_bias_at_chosen_lengths():
+    step, params, init, xs = any_problem("elman")
+    chosen = bptt.truncation_bias(step, params, init, xs, loss_of_all, lengths=[4, 1])
+    every = bptt.truncation_bias(step, params, init, xs, loss_of_all)
+    assert chosen.lengths.tolist() == [4, 1]
+    for kind in ("windowed", "chunked"):
+        for some, all_of_them in zip(getattr(chosen, kind), getattr(every, kind), strict=True):
+            np.testing.assert_allclose(some, all_of_them[np.array([3, 0])], rtol=1e-12)
+
+
+@pytest.mark.parametrize("lengths", [[0], [7], [1.5], []])
+def test_wrong_lengths(lengths):
+    step, params, init, xs = any_problem("elman")
+    with pytest.raises(ValueError, match=r"lengths is \[.*\], but 6 time steps can be cut every 1 to 6 of them"):
+        bptt.truncation_bias(step, params, init, xs, loss_of_all, lengths=lengths)
+
+
+@pytest.mark.parametrize("name", ["lstm", "wrapped"])
+def test_saliency_is_the_norm_of_input_gradients(name):
+    step, params, init, xs = any_problem(name)
+
+    def step_losses(carry, ys):
+        return sum(
+            jnp.sum(jnp.sin(leaf), axis=range(1, leaf.ndim)) for leaf in jax.tree.leaves(ys) if leaf.dtype == float
+        )
+
+    saliency = jax.jit(lambda *args: bptt.input_saliency(step, *args, step_losses))(params, init, xs)
+    rows = jax.jacrev(lambda xs: step_losses(*python_loop(compiled(step), params, init, xs)))(xs)
+    np.testing.assert_allclose(saliency, jnp.linalg.norm(rows, axis=2), rtol=1e-10, atol=1e-14)
+    assert not np.triu(saliency, 1).any()
+    chosen = bptt.input_saliency(step, params, init, xs, step_losses, steps=[5, 2])
+    np.testing.assert_allclose(chosen, saliency[np.array([5, 2])], rtol=1e-12)
+
+
+def test_wrong_saliency():
+    cell = make_cell("elman")
+    params, init, xs = problem(cell, 4)
+    with pytest.raises(ValueError, match="xs has no leaf with a derivative, so no gradient reaches it: pass one-hot"):
+        bptt.input_saliency(lambda p, h, x: (h, h), params, init, jnp.arange(4), lambda h, ys: ys)
+    with pytest.raises(ValueError, match=r"losses returned an array of shape \(4, 4\): return one loss for each step"):
+        bptt.input_saliency(cell, params, init, xs, lambda h, ys: ys)
+    for steps in ([4], [-1], [0.5]):
+        with pytest.raises(ValueError, match=r"steps is \[.*\], but there are losses 0 to 3"):
+            bptt.input_saliency(cell, params, init, xs, lambda h, ys: ys.sum(axis=1), steps=steps)
+
+
+def test_no_nan_out_of_branches_not_taken():
+    """Side by side both branches of a `lax.cond` would be computed, and the derivative of √0 is infinite."""
+    step = lambda w, h, x: (jax.lax.cond(h > 0, lambda: jnp.sqrt(w * h), lambda: w * h), w * h + x)
+    args = 0.5, 0.0, jnp.array([0.0, 0.0, 1.0])
+    bias = bptt.truncation_bias(step, *args, lambda h, ys: ys.sum() + h)
+    lags = bptt.lag_contributions(step, *args, lambda h, ys: ys.sum() + h)
+    assert np.isfinite(lags.contributions).all()
+    assert not np.isinf(bias.chunked.relative_errors).any()
+    assert np.isfinite(bptt.input_saliency(step, *args, lambda h, ys: ys)).all()
 
 
 def test_lags_are_windows_cut_by_hand():

@@ -192,7 +192,7 @@ def test_wrong_arguments():
         with pytest.raises(ValueError, match=r"J has shape \(3, 2\), but \[time, n, n\] is expected"):
             inspect.unwrap(function)(J[:, 0])
     for probes in (0, 3, 1.5):
-        with pytest.raises(ValueError, match="probes is .*, but there are 1 to 2 directions"):
+        with pytest.raises(ValueError, match=r"probes is .*, but there are 1 to 2 directions"):
             inspect.unwrap(bptt.log_norms)(J, probes=probes)
     with pytest.raises(ValueError, match="key draws the random probes: pass probes as well"):
         bptt.log_norms(J, key=jax.random.key(0))

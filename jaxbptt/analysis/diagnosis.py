@@ -284,13 +284,13 @@ def _sentence(found: GradientDiagnosis, length: int, underflows: int) -> str:
     flattest = "" if flat is None else f", the flattest is {flat[0]} at {flat[1]:.2f} of its steepest"
     verb = {"steady": "stays within a factor of 100", "explosion": "explodes"}.get(found.cause, "vanishes")
     because = {
-        "weights": ", mostly for its weights, which shrink the state even without saturation",
+        "weights": ", mostly for its weights and gates, which shrink it without any saturation",
         "saturation": ", mostly for saturation",
         "alignment": ", mostly since it lies across the direction that lasts",
     }.get(found.cause, "")
     lost = f" It is exactly 0 before time step {underflows + 1}." if underflows else ""
     return (
-        f"Over {length} steps the gradient {verb}{because}: it changes by {rates.observed:+.3f} nats a step; the weights "
+        f"Over {length} steps the gradient {verb}{because}: it changes by {rates.observed:+.3f} nats a step; weights and gates "
         f"alone would give {rates.weights:+.3f}, saturation {rates.saturation:+.3f}{flattest}, alignment "
         f"{rates.alignment:+.3f}. Along the direction that lasts longest it would be {rates.weights + rates.saturation:+.3f}, "
         f"and by the bound of the weights at most {math.log(found.bound_rate):+.3f}.{lost}"

@@ -1,0 +1,185 @@
+"""Causes told apart: planted ones are found, and the parts add up."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import make_cell, problem
+
+import jaxbptt as bptt
+
+
+def set_up(scale_weights=1.0, scale_inputs=1.0, steps=60):
+    cell = bptt.elman(3, 8, dtype=jnp.float64)
+    params = cell.init(jax.random.key(0))
+    xs = scale_inputs * jax.random.normal(jax.random.key(1), (steps, 3), jnp.float64)
+    return cell, params._replace(W_hh=scale_weights * params.W_hh), cell.initial_carry(), xs
+
+
+def last(h, ys):
+    return jnp.sum(h)
+
+
+@pytest.mark.parametrize(
+    ("scales", "cause", "words"),
+    [
+        ((0.3, 0.1), "weights", "vanishes, mostly for its weights"),
+        ((1.0, 5.0), "saturation", "vanishes, mostly for saturation"),
+        ((1.5, 1e-15), "explosion", "explodes"),
+        ((1.0, 0.01), "steady", "stays within a factor of 100"),
+    ],
+)
+def test_planted_causes(scales, cause, words):
+    cell, *args = set_up(*scales)
+    found = bptt.diagnose_gradient(cell, *args, last)
+    assert found.cause == cause
+    assert words in found.sentence
+    assert found.forward is found.backward is None
+    rates = found.rates
+    np.testing.assert_allclose(rates.weights + rates.saturation + rates.alignment, rates.observed, atol=1e-12)
+    # Of an orthogonal matrix times g all is known: with every slope at 1 the exponents are log g, and so is the bound.
+    np.testing.assert_allclose(rates.weights, np.log(scales[0]), atol=1e-9)
+    np.testing.assert_allclose(found.bound_rate, scales[0], rtol=1e-9)
+    # What was observed, from the gradients themselves.
+    flow = bptt.gradient_flow(cell, *args, last)
+    first = np.linalg.norm(flow.init_gradients)
+    np.testing.assert_allclose(rates.observed, np.log(first / flow.norms[-1]) / 60, rtol=1e-9, atol=1e-12)
+    slopes = 1 - np.asarray(bptt.scan(cell, *args)[1]) ** 2
+    assert list(found.slopes) == ["tanh 1"]
+    np.testing.assert_allclose(found.slopes["tanh 1"], slopes.mean(), rtol=1e-9)
+    assert found.alignment.shape == (60,)
+    assert ((found.alignment >= 0) & (found.alignment <= 1 + 1e-12)).all()
+
+
+def test_gradient_across_the_direction_that_lasts():
+    """One direction is kept for ever, and the loss looks at the other."""
+    W = jnp.diag(jnp.array([1.0, 0.5]))
+    step = lambda W, h, x: (W @ h, None)
+    found = bptt.diagnose_gradient(step, W, jnp.ones(2), None, lambda h, ys: h[1], length=40)
+    assert found.cause == "alignment"
+    assert "since it lies across the direction that lasts" in found.sentence
+    np.testing.assert_allclose(found.rates.observed, np.log(0.5), rtol=1e-12)
+    assert found.alignment[-1] < 1e-9
+    along = bptt.diagnose_gradient(step, W, jnp.ones(2), None, lambda h, ys: h[0], length=40)
+    assert along.cause == "steady"
+    np.testing.assert_allclose(along.alignment[-1], 1, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["lstm", "stack"])
+def test_slopes_by_gate_and_layer(name):
+    """In the order of the step, from the pre-activations; the LSTM's by hand."""
+    cell = make_cell(name)
+    params, init, xs = problem(cell, 12)
+    found = bptt.diagnose_gradient(cell, params, init, xs, lambda carry, ys: jnp.sum(ys[-1]), num_exponents=2)
+    kinds = ["logistic 1", "logistic 2", "tanh 3", "logistic 4", "tanh 5"]
+    if name == "stack":
+        kinds += ["logistic 6", "logistic 7", "tanh 8", "tanh 9"]
+    assert [kind.split()[1] for kind in found.slopes] == [str(i + 1) for i in range(len(kinds))]
+    assert sorted(found.slopes) == sorted(kinds)
+    assert found.exponents.shape == found.standard_errors.shape == (2,)
+    if name == "stack":
+        return
+    forget, state = [], init
+    for x in xs:
+        a_f = (params.W_hh @ state.h + params.W_xh @ x + params.b)[4:8]
+        forget.append(4 * jax.nn.sigmoid(a_f) * jax.nn.sigmoid(-a_f))
+        state, _ = cell.step(params, state, x)
+    assert any(np.isclose(slope, np.mean(forget), rtol=1e-9) for slope in found.slopes.values())
+
+
+def test_slopes_that_one_minus_tanh_squared_has_lost():
+    cell, params, h_0, xs = set_up(steps=5)
+    found = bptt.diagnose_gradient(cell, params._replace(b=params.b + 30), h_0, xs, last)
+    assert 0 < found.slopes["tanh 1"] < 1e-20
+    # The gradient itself has lost them: the step computes 1 − tanh².
+    assert found.cause == "no gradient"
+
+
+def plant(where, cell, params, h_0, xs):
+    bad = {"inf": jnp.inf, "nan": jnp.nan}
+    place, kind = where
+    if place == "params":
+        return cell, params._replace(W_hh=params.W_hh.at[0, 1].set(bad[kind])), h_0, xs
+    if place == "xs":
+        return cell, params, h_0, xs.at[17, 1].set(bad[kind])
+    at_17 = jnp.arange(60) == 17
+
+    def step(params, h, inputs):
+        x, here = inputs
+        h, y = cell.step(params, h, x)
+        return jnp.where(here, h / 0 if kind == "inf" else h * jnp.nan, h), y
+
+    return step, params, h_0, (xs, at_17)
+
+
+@pytest.mark.parametrize(
+    ("where", "leaf", "index"),
+    [
+        (("params", "inf"), "params.W_hh", None),
+        (("xs", "nan"), "xs", 17),
+        (("step", "nan"), "carry", 17),
+        (("step", "inf"), "carry", 17),
+    ],
+)
+def test_where_the_forward_pass_breaks(where, leaf, index):
+    found = bptt.diagnose_gradient(*plant(where, *set_up()), last)
+    assert found.cause == "forward"
+    assert found.forward == bptt.BadEntry(leaf, index, where[1])
+    assert found.sentence.startswith("The forward pass is not finite: the first " + where[1])
+    assert ("time step 18 of 60" in found.sentence) == (index is not None)
+
+
+def test_loss_that_breaks():
+    found = bptt.diagnose_gradient(*set_up(steps=5), lambda h, ys: jnp.log(-jnp.sum(h**2)))
+    assert (found.cause, found.forward) == ("forward", bptt.BadEntry("loss", None, "nan"))
+
+
+def test_where_the_backward_pass_breaks():
+    """√ at 0 is finite, its derivative is not: in the output of step 31, in the weights of step 21."""
+    cell, params, h_0, xs = set_up()
+    here = jnp.where(jnp.arange(60) == 30, 0.0, 1.0)
+
+    def through_output(params, h, inputs):
+        x, scale = inputs
+        h, _ = cell.step(params, h, x)
+        return h, jnp.sum(jnp.sqrt(jnp.abs(scale * h)))
+
+    found = bptt.diagnose_gradient(through_output, params, h_0, (xs, here), lambda h, ys: jnp.sum(ys))
+    assert (found.cause, found.forward, found.backward.leaf, found.backward.index) == (
+        "backward",
+        None,
+        "∂L/∂carry",
+        30,
+    )
+    assert "The forward pass is finite, the backward pass is not: coming from the end, the first" in found.sentence
+    assert "∂L/∂carry[30], at time step 31 of 60" in found.sentence
+
+    def through_weights(params, h, inputs):
+        x, scale = inputs
+        cell_params, gain = params
+        h, _ = cell.step(cell_params, h, x)
+        return h + jnp.sqrt(gain * scale) - jnp.sqrt(scale), None
+
+    here = jnp.where(jnp.arange(60) == 20, 0.0, 1.0)
+    found = bptt.diagnose_gradient(through_weights, (params, jnp.ones(())), h_0, (xs, here), last)
+    assert (found.cause, found.forward, found.backward.index) == ("backward", None, 20)
+    assert found.backward.leaf in ("∂L/∂params[1]", "∂L/∂xs[1]")
+
+
+def test_underflow_is_said():
+    cell, params, h_0, xs = set_up(0.01, 0.1, steps=400)
+    found = bptt.diagnose_gradient(cell, params, h_0, xs, last)
+    assert found.cause == "weights"
+    zeros = int(np.argmax(np.asarray(bptt.gradient_flow(cell, params, h_0, xs, last).norms) > 0))
+    assert zeros > 100
+    assert found.sentence.endswith(f"It is exactly 0 before time step {zeros + 1}.")
+    assert np.isnan(found.alignment[0])
+
+
+def test_no_gradient_and_no_time_steps():
+    cell, params, h_0, xs = set_up(steps=5)
+    found = bptt.diagnose_gradient(cell, params, h_0, xs, lambda h, ys: 0 * jnp.sum(h))
+    assert found.cause == "no gradient"
+    assert "the loss does not depend on any earlier state" in found.sentence
+    with pytest.raises(ValueError, match="A sequence without time steps has no gradient through time"):
+        bptt.diagnose_gradient(cell, params, h_0, xs[:0], last)
