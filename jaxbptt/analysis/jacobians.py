@@ -31,15 +31,15 @@ class ScaledProducts(NamedTuple):
 
 
 class LogSingularValues(NamedTuple):
-    """Singular values of a product of Jacobians, as natural logarithms, largest first.
+    """Singular values of products of Jacobians, as natural logarithms, largest first.
 
     Attributes:
         values: log σᵢ.
-        resolved: False where σᵢ lies under the rounding error of the product, n·eps·σ₁: such a value is noise.
+        resolved: False where rounding has drowned σᵢ: such a value is noise.
     """
 
-    values: Float[Array, "time n"]
-    resolved: Bool[Array, "time n"]
+    values: Float[Array, "*products n"]
+    resolved: Bool[Array, "*products n"]
 
 
 class TemporalContributions(NamedTuple):
@@ -141,7 +141,7 @@ def log_singular_values(products: ScaledProducts) -> LogSingularValues:
     log σᵢ(∂h_T/∂hₜ),  i = 1 … n
 
     Time O(T n³), memory O(T n²). A stored product knows its directions only relative to the largest: below n·eps·σ₁
-    its singular values are rounding noise, and `resolved` says so.
+    its singular values are rounding noise, and `resolved` says so. `singular_values` resolves them, for chosen steps.
 
     Args:
         products: from `jacobian_products`.

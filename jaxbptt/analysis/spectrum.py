@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike, Complex, Float
 from jaxbptt.analysis.jacobians import LogSingularValues
 from jaxbptt.analysis.norms import norm
 from jaxbptt.analysis.operators import JacobianOperators, as_operators
-from jaxbptt.analysis.sweep import Sweep, log_singular_values, multiply, random_frame
+from jaxbptt.analysis.sweep import Sweep, decompose, multiply, random_frame
 
 
 def singular_values(
@@ -76,7 +76,7 @@ def singular_values(
     first = Sweep.start(J.size, J.dtype)
     room = jax.tree.map(lambda leaf: jnp.zeros((len(chosen), *leaf.shape), leaf.dtype), first)
     (_, kept), _ = jax.lax.scan(body, (first, room), (J.at, jnp.asarray(slots)), reverse=True)
-    values, resolved = jax.lax.map(log_singular_values, kept)
+    values, resolved = jax.lax.map(decompose, kept)
     shape = (*np.shape(start), J.size)
     return LogSingularValues(values[places].reshape(shape), resolved[places].reshape(shape))
 

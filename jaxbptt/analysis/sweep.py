@@ -106,7 +106,7 @@ def _differences(total: Array) -> Array:
     return (total[0][:, None] - total[0]) - (total[1][:, None] - total[1])
 
 
-def log_singular_values(sweep: Sweep) -> tuple[Array, Array]:
+def decompose(sweep: Sweep) -> tuple[Array, Array]:
     """Logarithms of the singular values of diag(e^d) U, largest first, and which are resolved."""
     n, dtype = sweep.d.shape[1], sweep.d.dtype
     eps = jnp.finfo(dtype).eps
