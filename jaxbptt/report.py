@@ -112,7 +112,9 @@ def report_cell(
 
     progress(f"{name}: truncation")
     lengths = [2**i for i in range(len(xs).bit_length())]
-    bias = jax.jit(lambda *args: truncation_bias(cell, *args, whole_loss, lengths=lengths))(params, init, xs)
+    bias = jax.jit(lambda params, init, xs: truncation_bias(cell, params, init, xs, whole_loss, lengths=lengths))(
+        params, init, xs
+    )
     progress(f"{name}: gradient flow")
     flow = jax.jit(lambda params, init, xs: gradient_flow(cell, params, init, xs, last_loss))(params, init, xs)
     progress(f"{name}: why")
@@ -121,7 +123,7 @@ def report_cell(
     values = lags = horizon = None
     if dense <= MAX_DENSE_BYTES:
         progress(f"{name}: lags")
-        lags = jax.jit(lambda *args: lag_contributions(cell, *args, whole_loss))(params, init, xs)
+        lags = jax.jit(lambda params, init, xs: lag_contributions(cell, params, init, xs, whole_loss))(params, init, xs)
         horizon = max(jax.tree.leaves(jax.tree.map(int, effective_horizon(lags, 0.01))))
         lags = jax.tree.map(np.asarray, lags._replace(contributions=None))
         progress(f"{name}: singular values")

@@ -145,7 +145,7 @@ def test_where_the_backward_pass_breaks():
         return h, jnp.sum(jnp.sqrt(jnp.abs(scale * h)))
 
     found = bptt.diagnose_gradient(through_output, params, h_0, (xs, here), lambda h, ys: jnp.sum(ys))
-    assert (found.cause, found.forward, found.backward.leaf, found.backward.index) == (
+    assert (found.cause, found.forward, found.backward.leaf, found.backward.time_index) == (
         "backward",
         None,
         "∂L/∂carry",
@@ -162,7 +162,7 @@ def test_where_the_backward_pass_breaks():
 
     here = jnp.where(jnp.arange(60) == 20, 0.0, 1.0)
     found = bptt.diagnose_gradient(through_weights, (params, jnp.ones(())), h_0, (xs, here), last)
-    assert (found.cause, found.forward, found.backward.index) == ("backward", None, 20)
+    assert (found.cause, found.forward, found.backward.time_index) == ("backward", None, 20)
     assert found.backward.leaf in ("∂L/∂params[1]", "∂L/∂xs[1]")
 
 

@@ -268,9 +268,10 @@ def _cause(
 
 def _sentence(found: GradientDiagnosis, length: int, underflows: int) -> str:
     """In plain words; the first `underflows` steps have a gradient of exactly 0."""
-    if found.cause in ("forward", "backward"):
-        bad = found.forward or found.backward
-        where = "" if bad.index is None else f"[{bad.index}], at time step {bad.index + 1} of {length}"
+    bad = found.forward or found.backward
+    if bad is not None:
+        at = bad.time_index
+        where = "" if at is None else f"[{at}], at time step {at + 1} of {length}"
         if found.cause == "forward":
             return f"The forward pass is not finite: the first {bad.value} is in {bad.leaf}{where}."
         return (

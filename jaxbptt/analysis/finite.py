@@ -15,12 +15,12 @@ class BadEntry(NamedTuple):
 
     Attributes:
         leaf: its name, as in `carry.h`, `ys`, `params.W_hh`, `xs`, `∂L/∂carry.h`, `∂L/∂params.W_hh`, `loss`.
-        index: the entry along time, from 0: `xs[index]` is what that step consumed; `None` for what has no time axis.
+        time_index: the entry along time, from 0: `xs[time_index]` is what that step consumed; `None` for what has no time axis.
         value: "nan" or "inf".
     """
 
     leaf: str
-    index: int | None
+    time_index: int | None
     value: str
 
 
@@ -35,7 +35,7 @@ def first_bad_forward(r: Recurrence, carries: Any, ys: Any, loss: Any) -> BadEnt
     ]
     if not found:
         return next(_bad_entries("loss", loss), None)
-    return min(found, key=lambda entry: -1 if entry.index is None else entry.index)
+    return min(found, key=lambda entry: -1 if entry.time_index is None else entry.time_index)
 
 
 def first_bad_backward(flow: GradientFlow) -> BadEntry | None:
@@ -47,7 +47,7 @@ def first_bad_backward(flow: GradientFlow) -> BadEntry | None:
     ]
     if not found:
         return next(_bad_entries("∂L/∂init", flow.init_gradients), None)
-    return max(found, key=lambda entry: entry.index)
+    return max(found, key=lambda entry: -1 if entry.time_index is None else entry.time_index)
 
 
 def _bad_entries(root: str, tree: Any, *, over_time: bool = False, backward: bool = False) -> Iterator[BadEntry]:
@@ -55,11 +55,14 @@ def _bad_entries(root: str, tree: Any, *, over_time: bool = False, backward: boo
     for path, leaf in jax.tree_util.tree_leaves_with_path(differentiable(tree)):
         values = np.asarray(leaf)
         values = values if np.issubdtype(values.dtype, np.inexact) else values.astype(np.float32)  # bfloat16
-        bad = np.flatnonzero(~np.isfinite(values).all(axis=tuple(range(1, values.ndim)))) if over_time else None
-        if over_time and bad.size:
-            index = int(bad[-1 if backward else 0])
+        bad = ~np.isfinite(values)
+        if not bad.any():
+            continue
+        if over_time:
+            steps = np.flatnonzero(bad.reshape(len(bad), -1).any(axis=1))
+            index = int(steps[-1 if backward else 0])
             yield BadEntry(name(root, path), index, _kind(values[index]))
-        elif not over_time and not np.isfinite(values).all():
+        else:
             yield BadEntry(name(root, path), None, _kind(values))
 
 

@@ -75,7 +75,8 @@ def jacobian_operators(
     flat, _ = state_vector(r.init)
 
     def push(at_t, V):
-        return step_and_push(r, *at_t, V)[1]
+        carry, x = at_t
+        return step_and_push(r, carry, x, V)[1]
 
     def pull(at_t, U):
         carry, x = at_t

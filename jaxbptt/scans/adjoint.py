@@ -102,18 +102,15 @@ def adjoint_scan(
 
 def _clipped(adjoint: Adjoint, clip: float | Callable[[Any], Any]) -> Adjoint:
     """The same backward, whose carry adjoints are clipped as they leave each step."""
-    if not callable(clip):
-        if isinstance(clip, bool) or not clip > 0:
-            raise ValueError(
-                f"clip_adjoint is {clip!r}, but it bounds a magnitude: pass a number above 0, or a function."
-            )
-        limit = clip
-
-        def clip(carry_bar):
-            return jax.tree.map(lambda leaf: jnp.clip(leaf, -limit, limit), carry_bar)
+    if callable(clip):
+        function = clip
+    elif isinstance(clip, bool) or not clip > 0:
+        raise ValueError(f"clip_adjoint is {clip!r}, but it bounds a magnitude: pass a number above 0, or a function.")
+    else:
+        function = partial(jax.tree.map, lambda leaf: jnp.clip(leaf, -clip, clip))
 
     def backward(params, residuals, x, carry_bar, y_bar):
         carry_bar, delta = adjoint.backward(params, residuals, x, carry_bar, y_bar)
-        return clip(carry_bar), delta
+        return function(carry_bar), delta
 
     return adjoint._replace(backward=backward)
