@@ -1,6 +1,7 @@
 """The third road: Jacobians by forward mode, their products at any length, and the gradient put together from them."""
 
 import inspect
+import math
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,18 @@ def test_singular_values_of_a_linear_network_are_powers():
     # 0.5/1.1 falls under eps of the largest after 45 steps or so: below that the value is noise, and said to be.
     assert not resolved[0, 2]
     assert resolved[30, 2]
+
+
+def test_a_value_once_lost_stays_lost():
+    """A direction that vanishes under rounding and grows back: its noise grows with it, and must not pass for a value."""
+    rng = np.random.default_rng(0)
+    Q = np.linalg.qr(rng.standard_normal((2, 2)))[0]
+    shrink, grow = Q @ np.diag([1, 0.01]) @ Q.T, Q @ np.diag([1, 100]) @ Q.T
+    J = np.concatenate([np.tile(grow, (12, 1, 1)), np.tile(shrink, (13, 1, 1))])
+    values, resolved = bptt.log_singular_values(bptt.jacobian_products(J))
+    assert abs(values[0, 1] - math.log(0.01**2)) > 1
+    assert not resolved[0, 1]
+    assert resolved[20, 1]
 
 
 def test_wrong_shape():

@@ -140,8 +140,9 @@ def log_singular_values(products: ScaledProducts) -> LogSingularValues:
 
     log σᵢ(∂h_T/∂hₜ),  i = 1 … n
 
-    Time O(T n³), memory O(T n²). A stored product knows its directions only relative to the largest: below n·eps·σ₁
-    its singular values are rounding noise, and `resolved` says so. `singular_values` resolves them, for chosen steps.
+    Time O(T n³), memory O(T n²). A stored product knows its directions only relative to the largest: below
+    n·eps·σ₁ for each factor its singular values are rounding noise, and so they are in all products made from it; `resolved`
+    says so. `singular_values` resolves them, for chosen steps.
 
     Args:
         products: from `jacobian_products`.
@@ -157,8 +158,12 @@ def log_singular_values(products: ScaledProducts) -> LogSingularValues:
         [False, False, False, False, False, True, True, True, True]
     """
     sigma = jnp.linalg.svd(products.matrices, compute_uv=False)
-    floor = sigma.shape[-1] * jnp.finfo(sigma.dtype).eps * sigma[:, :1]
-    return LogSingularValues(jnp.log(sigma) + products.log_scales[:, None], sigma > floor)
+    steps, n = sigma.shape
+    factors = jnp.arange(steps, 0, -1, dtype=sigma.dtype)  # each leaves its rounding error behind
+    floor = n * jnp.finfo(sigma.dtype).eps * factors[:, None] * sigma[:, :1]
+    # What a product has lost, the longer ones made from it don't know either, however large their value is.
+    resolved = jax.lax.cummin((sigma > floor).astype(jnp.int8), reverse=True).astype(bool)
+    return LogSingularValues(jnp.log(sigma) + products.log_scales[:, None], resolved)
 
 
 def temporal_contributions(
