@@ -103,6 +103,17 @@ def test_singular_values():
     assert save(figure)
 
 
+def test_singular_values_at_chosen_lags():
+    """Of the sweep, for starts in any order; entry s has the lag T − s."""
+    J = jnp.tile(jnp.diag(jnp.array([0.9, 0.1])), (30, 1, 1))
+    starts = np.array([0, 25, 10])
+    figure = plots.plot_singular_values(bptt.singular_values(J, start=starts), lags=30 - starts, bound_rate=0.95)
+    largest, smallest, bound = figure.axes[0].lines
+    for line, rate in ((largest, 0.9), (smallest, 0.1), (bound, 0.95)):
+        np.testing.assert_array_equal(line.get_xdata(), [5, 20, 30])
+        np.testing.assert_allclose(line.get_ydata(), np.array([5, 20, 30]) * np.log10(rate), rtol=1e-9)
+
+
 def test_surviving_paths():
     tables = {
         "chunks": bptt.surviving_paths(bptt.truncated_scan, 6, truncation_length=3),

@@ -127,7 +127,7 @@ def truncation_bias(
     xs: Any,
     loss: Callable[..., Any],
     *,
-    lengths: Sequence[int] | None = None,
+    lengths: Sequence[int] | Int[np.ndarray, " k"] | None = None,
     length: int | None = None,
 ) -> TruncationBias:
     r"""How biased truncated BPTT is on this sequence, for every truncation length at once and both kinds of cut.
@@ -186,7 +186,7 @@ def input_saliency(
     xs: Any,
     losses: Callable[..., Any],
     *,
-    steps: Sequence[int] | None = None,
+    steps: Sequence[int] | Int[np.ndarray, " chosen"] | None = None,
 ) -> Float[Array, "chosen time"]:
     r"""Which past input mattered, for the loss of each step on its own.
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Complex, Float
+from jaxtyping import Array, ArrayLike, Complex, Float, Int
 
 from jaxbptt.analysis.jacobians import LogSingularValues
 from jaxbptt.analysis.norms import norm
@@ -17,7 +17,7 @@ from jaxbptt.analysis.sweep import Sweep, decompose, multiply, random_frame
 
 
 def singular_values(
-    J: JacobianOperators | Float[ArrayLike, "time n n"], *, start: int | Sequence[int] = 0
+    J: JacobianOperators | Float[ArrayLike, "time n n"], *, start: int | Sequence[int] | Int[np.ndarray, " starts"] = 0
 ) -> LogSingularValues:
     r"""All singular values of long products of Jacobians, as logarithms, by a QR sweep.
 

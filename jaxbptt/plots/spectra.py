@@ -36,6 +36,7 @@ def plot_singular_values(
     values: LogSingularValues | Mapping[str, LogSingularValues],
     *,
     bound_rate: float | Mapping[str, float] | None = None,
+    lags: Any = None,
     ranks: int = 8,
 ) -> Figure:
     r"""Singular values of ∂h_T/∂hₜ against the lag T − t, log scale, one panel for each name.
@@ -44,8 +45,9 @@ def plot_singular_values(
     for tanh). Values below the rounding error of the product are left out.
 
     Args:
-        values: from `log_singular_values`, or several by name.
+        values: from `log_singular_values`, or from `singular_values` for several starts; or several by name.
         bound_rate: the rate of the bound, or several by the same names.
+        lags: of the entries, where they are not T − 1 … 0 as those of `log_singular_values`: T − s for each start s.
         ranks: how many of the n singular values to draw, evenly spaced from the largest to the smallest.
 
     Returns:
@@ -68,16 +70,18 @@ def plot_singular_values(
     figure, panels = new_figure(len(values), width=3.6 * len(values) + 1.0, sharey=True)
     for axes, (label, (logs, resolved)) in zip(panels, values.items(), strict=True):
         # In powers of ten, drawn as such: e to the power of a log singular value may be outside the range of floats.
-        tens = np.where(resolved, finite(logs), np.nan)[::-1] / np.log(10)
-        lags = np.arange(len(tens))
+        tens = np.where(resolved, finite(logs), np.nan) / np.log(10)
+        x = np.arange(len(tens))[::-1] if lags is None else np.asarray(lags)
+        order = np.argsort(x)
+        x, tens = x[order], tens[order]
         drawn = np.unique(np.linspace(0, tens.shape[1] - 1, ranks).round().astype(int))
         for shade, rank in zip(np.linspace(1, 0.35, len(drawn)), drawn, strict=True):
             name = "largest, σ₁" if rank == 0 else "smaller ones, to σₙ" if rank == drawn[-1] else None
             style: dict[str, Any] = {"alpha": shade, "linewidth": 2 if rank == 0 else 1, "label": name}
-            axes.plot(lags, tens[:, rank], "o" if len(lags) == 1 else "-", color=COLOURS[0], **style)
+            axes.plot(x, tens[:, rank], "o" if len(x) == 1 else "-", color=COLOURS[0], **style)
         rate = bounds.get(label)
         if rate is not None:
-            axes.plot(lags, lags * np.log10(positive(rate)), "--", color=COLOURS[1], label="bound (γσ)^lag")
+            axes.plot(x, x * np.log10(positive(rate)), "--", color=COLOURS[1], label="bound (γσ)^lag")
         label_axes(axes, label, "lag T − t, time steps", "")
         axes.yaxis.set_major_formatter(power_of_ten)
     panels[0].set_ylabel("singular values of ∂h_T/∂hₜ")
