@@ -3,7 +3,8 @@ r"""A long product of matrices, kept so that none of its singular values is lost
 A stored product knows its small singular values only down to eps of the largest. Here the product is never stored: it is
 kept as Q · diag(e^d) · U, with Q orthogonal, d logarithms and the rows of U of norm 1, brought up to date by one QR
 factorisation a step (Benettin's sweep). Singular values of diag(e^d) · U then come from Jacobi rotations of its rows, which
-are accurate for each value relative to itself, however far apart they are.
+are accurate for each value relative to itself, however far apart they are. What rounding has done to them is
+shown by a second sweep from another frame, with more noise added at each step than rounding makes.
 """
 
 import math
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float
 
 from jaxbptt.analysis.norms import norm
 
-# An estimated rounding error of a logarithm beyond this, and the value counts as unresolved.
+# A rounding error of a logarithm beyond this, and the value counts as unresolved.
 RESOLUTION = 0.01
 _MAX_ROTATIONS = 30
 
@@ -45,52 +46,45 @@ class Sweep(NamedTuple):
         Q: orthogonal.
         d: logarithms of the norms of rows, as a sum with its rounding error, `[2, n]`.
         U: upper triangular, rows of norm 1.
-        growth: Σ log|Rᵢᵢ|, likewise.
-        own_error: variance of it from each step's rounding.
-        lowest: the least that growthᵢ − growthⱼ has been, i > j.
-        overtaken: the most that it has risen again since: rounding in direction i is amplified by that much in j.
+        variance: of each d, from the rounding of every factorisation.
     """
 
     Q: Array
     d: Array
     U: Array
-    growth: Array
-    own_error: Array
-    lowest: Array
-    overtaken: Array
+    variance: Array
 
     @classmethod
-    def start(cls, n: int, dtype: Any) -> "Sweep":
+    def start(cls, n: int, dtype: Any, key: Array | None = None) -> "Sweep":
         """The product of no matrices."""
-        nothing, sums, pairs = jnp.zeros(n, dtype), jnp.zeros((2, n), dtype), jnp.zeros((n, n), dtype)
-        return cls(random_frame(n, n, dtype), sums, jnp.eye(n, dtype=dtype), sums, nothing, pairs, pairs)
+        return cls(
+            Q=random_frame(n, n, dtype, key),
+            d=jnp.zeros((2, n), dtype),
+            U=jnp.eye(n, dtype=dtype),
+            variance=jnp.zeros(n, dtype),
+        )
 
 
-def multiply(sweep: Sweep, matrix: Callable[[Array], Array]) -> Sweep:
-    """The sweep of (matrix · product)."""
-    Q, R = jnp.linalg.qr(matrix(sweep.Q))
+def multiply(sweep: Sweep, matrix: Callable[[Array], Array], noise: Float[Array, "n n"]) -> Sweep:
+    """The sweep of (matrix · product), with `noise` added to matrix · Q, relative to its largest entry."""
+    moved = matrix(sweep.Q)
+    Q, R = jnp.linalg.qr(moved + jnp.max(jnp.abs(moved), initial=0) * noise)
     info = jnp.finfo(R.dtype)
     # Under the floor there is nothing but noise, and no logarithm of 0.
     floor = jnp.maximum(info.eps**2 * norm(R), info.tiny)
     diagonal = jnp.maximum(jnp.abs(jnp.diagonal(R)), floor)
     logs = jnp.log(diagonal)
-    growth = _add(sweep.growth, logs)
-    # R diag(e^d) = diag(e^(d + logs)) M. With the largest directions first no entry of M is large; where rounding has let
-    # one overtake another, the estimates below say so, and the bound keeps M finite.
+    # R diag(e^d) = diag(e^(d + logs)) M. With the largest directions first no entry of M is large; where one overtakes
+    # another by more than floats can hold, rounding has drowned the two of them, and the bound keeps M finite.
     limit = math.log(info.max) / 4
     M = R / diagonal[:, None] * jnp.exp(jnp.minimum(_differences(sweep.d).T, limit))
     U = jnp.triu(M) @ sweep.U
     size = jnp.maximum(norm(U, (1,)), info.tiny)
-    difference = jnp.tril(_differences(growth), -1)
-    lowest = jnp.minimum(sweep.lowest, difference)
     return Sweep(
         Q=Q,
         d=_add(sweep.d, logs + jnp.log(size)),
         U=U / size[:, None],
-        growth=growth,
-        own_error=sweep.own_error + rounding_error(R, diagonal) ** 2,
-        lowest=lowest,
-        overtaken=jnp.maximum(sweep.overtaken, difference - lowest),
+        variance=sweep.variance + rounding_error(R, diagonal) ** 2,
     )
 
 
@@ -107,7 +101,7 @@ def _differences(total: Array) -> Array:
 
 
 def decompose(sweep: Sweep) -> tuple[Array, Array]:
-    """Logarithms of the singular values of diag(e^d) U, largest first, and which are resolved."""
+    """Logarithms of the singular values of diag(e^d) U, largest first, and the rounding error of the sweep in each."""
     n, dtype = sweep.d.shape[1], sweep.d.dtype
     eps = jnp.finfo(dtype).eps
 
@@ -139,10 +133,9 @@ def decompose(sweep: Sweep) -> tuple[Array, Array]:
     d, _, off, _ = jax.lax.while_loop(
         turning, over_all_pairs, (_differences(sweep.d)[:, 0], sweep.U, jnp.ones((), dtype), 0)
     )
-    overtaken = jnp.maximum(sweep.overtaken.max(axis=0), sweep.overtaken.max(axis=1))
-    error = jnp.sqrt(sweep.own_error) + n * eps * jnp.exp(jnp.minimum(overtaken, 80))
     order = jnp.argsort(-d)
-    return (d + (sweep.d[0, 0] - sweep.d[1, 0]))[order], (error < RESOLUTION)[order] & (off <= n * eps)
+    error = jnp.where(off <= n * eps, jnp.sqrt(sweep.variance), jnp.inf)
+    return (d + (sweep.d[0, 0] - sweep.d[1, 0]))[order], error[order]
 
 
 def _rounds(n: int) -> np.ndarray:
