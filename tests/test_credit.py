@@ -297,10 +297,21 @@ def test_lags_are_windows_cut_by_hand():
     np.testing.assert_allclose(short.contributions.W_hh, lags[:3], rtol=1e-12)
 
 
-@pytest.mark.parametrize("max_lag", [-1, 3])
+@pytest.mark.parametrize("max_lag", [-1, 3, 1.5, True])
 def test_wrong_lag(max_lag):
     with pytest.raises(ValueError, match=rf"max_lag is {max_lag}, but a sequence of 3 time steps has lags 0 to 2"):
         bptt.lag_contributions(lambda w, h, x: (w * h, h), 0.5, 1.0, None, lambda h, ys: h, max_lag=max_lag, length=3)
+
+
+def test_measures_are_of_the_params_alone():
+    """Arrays that the step closes over are no params: neither in the contributions, nor in the norms."""
+    W = jax.random.normal(jax.random.key(0), (3, 3))
+    xs = jax.random.normal(jax.random.key(1), (5, 3))
+    closing = lambda b, h, x: ((h := jnp.tanh(W @ h + x + b)), h)
+    lags = bptt.lag_contributions(closing, jnp.ones(3), jnp.zeros(3), xs, loss_of_all)
+    np.testing.assert_allclose(lags.norms, jnp.linalg.norm(lags.contributions, axis=1), rtol=1e-12)
+    with pytest.raises(ValueError, match="params has no leaf with a derivative: pass what the step learns as params"):
+        bptt.lag_contributions(lambda _, h, x: (W @ h, h), None, jnp.zeros(3), xs, loss_of_all)
 
 
 def test_no_time_steps_have_no_lags():

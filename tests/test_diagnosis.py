@@ -176,6 +176,39 @@ def test_underflow_is_said():
     assert np.isnan(found.alignment[0])
 
 
+def test_a_step_that_cuts_the_gradient():
+    """A reset at step 51: before it the gradient is exactly 0, after it nothing is lost."""
+    step = lambda p, h, keep: (keep * h + p, h)
+    keep = jnp.ones(100).at[50].set(0)
+    found = bptt.diagnose_gradient(step, 1.0, 0.0, keep, lambda h, ys: h)
+    assert found.cause == "cut"
+    assert found.sentence.startswith("Time step 51 of 100 passes nothing on")
+    np.testing.assert_allclose([*found.rates, np.log(found.bound_rate)], 0, atol=1e-12)
+
+
+def test_compiled_once():
+    """For the same functions: a training loop may ask again and again."""
+    cell, params, h_0, xs = set_up(steps=6)
+    traces = []
+
+    def step(params, h, x):
+        traces.append(1)
+        return cell.step(params, h, x)
+
+    first = bptt.diagnose_gradient(step, params, h_0, xs, last)
+    count = len(traces)
+    second = bptt.diagnose_gradient(step, params, h_0, 2 * xs, last)
+    assert len(traces) == count
+    assert second.rates.saturation < first.rates.saturation
+
+
+def test_params_that_are_no_arrays():
+    cell, params, h_0, xs = set_up(steps=6)
+    step = lambda p, h, x: (p["activation"](p["cell"].W_hh @ h + p["cell"].W_xh @ x), None)
+    found = bptt.diagnose_gradient(step, {"cell": params, "activation": jnp.tanh}, h_0, xs, last)
+    np.testing.assert_allclose(found.rates, bptt.diagnose_gradient(cell, params, h_0, xs, last).rates, atol=1e-12)
+
+
 def test_no_gradient_and_no_time_steps():
     cell, params, h_0, xs = set_up(steps=5)
     found = bptt.diagnose_gradient(cell, params, h_0, xs, lambda h, ys: 0 * jnp.sum(h))

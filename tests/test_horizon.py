@@ -64,8 +64,7 @@ def test_geometric_decay_gives_the_smallest_window(relative_bias):
     found = bptt.adaptive_truncation_length(decaying({"w": 0.8}, {"w": 1.0}, lags=30), relative_bias=relative_bias)
     np.testing.assert_allclose(found.decay_rate, 0.8, rtol=1e-10)
     assert 0.8**found.length <= found.bound <= relative_bias
-    shortest = int(np.ceil(np.log(relative_bias) / np.log(0.8)))
-    assert shortest <= found.length <= shortest + 1
+    assert found.bound / 0.8 > relative_bias  # one step less would not do
     assert f"A window of {found.length} steps" in found.reason
     assert ("beyond the 30 lags" in found.reason) == (found.length > 30)
 
@@ -83,6 +82,35 @@ def test_bound_holds_for_a_network():
     assert bias.windowed.relative_errors[0] <= found.bound <= 0.05
 
 
+def test_decay_is_an_upper_envelope():
+    """Contributions that go up and down: what lies beyond is bounded by the largest of them, not by the middle."""
+    norms = np.where(np.arange(200) % 3 == 0, 1.0, 0.2) * 0.9 ** np.arange(200)
+    lags = decaying({"w": 0.5}, {"w": 1.0}, lags=20)
+    lags = lags._replace(norms=norms[:20], contributions={"w": norms[:20]})
+    for relative_bias in (0.3, 0.1, 0.01):
+        found = bptt.adaptive_truncation_length(lags, relative_bias=relative_bias)
+        left_out = norms[found.length :].sum() / norms.sum()
+        assert left_out <= found.bound <= relative_bias
+
+
+@pytest.mark.parametrize("max_lag", [9, 10, 21])
+def test_lags_that_contribute_nothing_are_no_end(max_lag):
+    """Two states that swap places: every other lag has nothing, and 0.99 a swap is hardly a decay."""
+    swap = lambda w, c, x: ((0.99 * c[1] + w, c[0]), None)
+    lags = bptt.lag_contributions(swap, 1.0, (0.0, 0.0), None, lambda c, ys: c[0], max_lag=max_lag, length=1_000)
+    found = bptt.adaptive_truncation_length(lags)
+    assert found.length is None
+    np.testing.assert_allclose(found.decay_rate, np.sqrt(0.99), rtol=1e-9)
+
+
+def test_horizon_is_not_moved_by_the_rounding_of_the_sum():
+    """All lags are there, so nothing can lie beyond them, in single precision neither."""
+    cell = make_cell("gru", jnp.float32)
+    args = problem(cell, 30, dtype=jnp.float32)
+    lags = jax.jit(lambda *args: bptt.lag_contributions(cell, *args, lambda h, ys: jnp.sum(jnp.sin(ys))))(*args)
+    assert max(int(K) for K in jax.tree.leaves(bptt.effective_horizon(lags))) <= 30
+
+
 def test_no_certificate():
     growing = bptt.adaptive_truncation_length(decaying({"w": 1.01}, {"w": 1.0}, lags=20, steps=100))
     assert growing.length is None
@@ -93,6 +121,9 @@ def test_no_certificate():
     assert slow.length is None
     assert "what may lie beyond lag 19 is as large as all before it" in slow.reason
     lags = decaying({"w": 0.5}, {"w": 1.0}, lags=20)
+    alone = bptt.adaptive_truncation_length(lags._replace(norms=lags.norms.at[10:19].set(0)))
+    assert alone.length is None
+    assert "a single one contributes anything" in alone.reason
     broken = bptt.adaptive_truncation_length(lags._replace(norms=lags.norms.at[3].set(jnp.nan)))
     assert broken.length is None
     assert "not finite" in broken.reason

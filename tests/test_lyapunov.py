@@ -204,6 +204,17 @@ def test_a_direction_that_is_lost_between_factorisations_is_said_to_be():
     assert seldom.resolved.tolist() == [True, False]
 
 
+def test_step_that_branches():
+    """A network that switches weights with the sign of its input; by hand from the Jacobians."""
+    cell = make_cell("elman")
+    params, h_0, xs = problem(cell, 40)
+    other = params._replace(W_hh=params.W_hh.T)
+    step = lambda p, h, x: jax.lax.cond(x[0] > 0, lambda: cell.step(params, h, x), lambda: cell.step(p, h, x))
+    spectrum = jax.jit(lambda p, h, xs: bptt.lyapunov_exponents(step, p, h, xs))(other, h_0, xs)
+    _, J = bptt.state_jacobians(step, other, h_0, xs)
+    np.testing.assert_allclose(spectrum.exponents.sum(), np.linalg.slogdet(J)[1].mean(), atol=1e-8)
+
+
 def test_burn_in_leaves_the_start_out():
     """Growth of 2 at first, of 1/2 later."""
     w = jnp.where(jnp.arange(30) < 10, 2.0, 0.5)
@@ -240,8 +251,10 @@ def test_matrix_free_memory():
         ({"burn_in": 5}, "burn_in is 5, but of 5 time steps at least one has to be left: pass 0 to 4"),
         ({"burn_in": -1}, "burn_in is -1"),
         ({"qr_every": 0}, "qr_every is 0, but it counts time steps"),
+        ({"time_step": -0.1}, "time_step is -0.1, but it is the time that a step stands for"),
+        ({"length": 0}, "A sequence without time steps has no exponents"),
     ],
 )
 def test_wrong_arguments(options, message):
     with pytest.raises(ValueError, match=message):
-        bptt.lyapunov_exponents(linear, jnp.eye(3), jnp.ones(3), length=5, **options)
+        bptt.lyapunov_exponents(linear, jnp.eye(3), jnp.ones(3), **({"length": 5} | options))

@@ -10,6 +10,7 @@ import pytest
 from reference import CELLS, make_cell, problem
 
 import jaxbptt as bptt
+from jaxbptt.analysis import sweep
 
 
 def orthogonal(rng, n):
@@ -82,6 +83,30 @@ UNRESOLVED = {
     "zero": np.zeros((5, 3, 3)),
     "rank one": np.tile(np.diag([1.0, 0.0, 0.0]), (5, 1, 1)),
 }
+
+
+@pytest.mark.parametrize(("m", "dtype"), [(15, np.float64), (20, np.float64), (7, np.float32)])
+def test_rounding_amplified_over_three_directions(m, dtype):
+    """No two of them show it: one is overtaken by the second, and the second later by the third."""
+    Q = np.eye(3) - 2 / 3
+    stages = np.array([(-1.0, 1, 0), (-1, 0, 0), (1, 0, -1)])
+    J = np.stack([Q @ np.diag(4.0**rates) @ Q for rates in stages for _ in range(m)]).astype(dtype)
+    values, resolved = bptt.singular_values(J)
+    np.testing.assert_allclose(values[0], m * math.log(4), rtol=1e-5)
+    assert np.abs(values[1:] + m * math.log(4)).min() > 0.05
+    assert resolved.tolist() == [True, False, False]
+
+
+def test_logarithms_are_summed_to_the_last_digit():
+    """In single precision, where sums of ten thousand have no decimals left: two rates that differ by 1e-4."""
+    more = np.array([2.3026, 2.3025, -1.7], np.float32)
+
+    def body(total, _):
+        return sweep._add(total, more), None
+
+    total, _ = jax.lax.scan(body, jnp.zeros((2, 3), jnp.float32), None, length=10_000)
+    exact = 10_000 * more.astype(float)
+    np.testing.assert_allclose(sweep._differences(total), exact[:, None] - exact, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", UNRESOLVED)
@@ -161,17 +186,21 @@ def test_log_norms_beyond_the_range_of_floats():
 
 
 def test_log_norms_by_random_probes():
-    """Unbiased in the squared norm; all n directions are exact."""
+    """Unbiased in the squared norm, also of products of rank one; all n directions are exact."""
     J = np.random.default_rng(0).standard_normal((4, 20, 20)) / np.sqrt(20)
+    J[1] = np.outer(J[1, :, 0], J[1, 0])
     exact = bptt.log_norms(J)
     np.testing.assert_allclose(bptt.log_norms(J, probes=20), exact, rtol=1e-9, atol=1e-12)
-    keys = jax.random.split(jax.random.key(0), 300)
-    squares = jnp.exp(2 * jax.vmap(lambda key: bptt.log_norms(J, probes=5, key=key))(keys))
+    keys = jax.random.split(jax.random.key(0), 500)
+    squares = jnp.exp(2 * jax.vmap(lambda key: bptt.log_norms(J, probes=10, key=key))(keys))
     lower = np.tril_indices(4)
     ratio = (squares.mean(axis=0) / jnp.exp(2 * exact))[lower]
     np.testing.assert_allclose(ratio, 1, atol=0.1)
     logs = 0.5 * jnp.log(squares)
-    assert (logs.std(axis=0)[lower] <= 1 / math.sqrt(2 * 5)).all()
+    assert (logs.std(axis=0)[lower] <= 1.1 / math.sqrt(2 * 10)).all()
+    low = (exact - logs.mean(axis=0))[lower]
+    assert (low > -0.02).all()
+    assert (low < 1.5 / (2 * 10)).all()
 
 
 def test_eigenvalues():
@@ -186,12 +215,46 @@ def test_wrong_start(start):
         inspect.unwrap(bptt.singular_values)(jnp.zeros((3, 2, 2)), start=start)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int32])
+def test_half_precision_and_integers_are_multiplied_in_full(dtype):
+    J = jnp.tile(jnp.asarray([[2, 0], [0, 1]], dtype), (5, 1, 1))
+    values, _ = bptt.singular_values(J)
+    assert values.dtype == (jnp.float64 if dtype == jnp.int32 else jnp.float32)
+    np.testing.assert_allclose(values, [5 * math.log(2), 0], atol=1e-5)
+    if dtype == jnp.int32:
+        return
+    W = J[0]
+    step = lambda W, h, x: (W @ h, None)
+    J = bptt.jacobian_operators(step, W, jnp.ones(2, dtype), length=5)
+    np.testing.assert_allclose(bptt.singular_values(J).values, [5 * math.log(2), 0], atol=0.05)
+    spectrum = bptt.lyapunov_exponents(step, W, jnp.ones(2, dtype), length=40, burn_in=30)
+    assert spectrum.exponents.dtype == jnp.float32
+    np.testing.assert_allclose(spectrum.exponents, [math.log(2), 0], atol=0.05)
+
+
+def test_what_is_no_state_vector():
+    step = lambda p, h, x: (h, None)
+    for function in (bptt.jacobian_operators, bptt.lyapunov_exponents):
+        with pytest.raises(TypeError, match=r"init\[0\] has dtype complex128: a state vector is real"):
+            function(step, None, (jnp.ones(2, complex),), length=3)
+        with pytest.raises(ValueError, match="init has no numbers with a derivative: there is no state to follow"):
+            function(step, None, jnp.array(1), length=3)
+        cell = make_cell("lstm")
+        params, init, xs = problem(cell, 3, (5,))
+        with pytest.raises(
+            ValueError, match=r"init\.h has shape \(5, 4\), with batch axes before \(4,\): the state would be"
+        ):
+            function(cell, params, init, xs)
+    with pytest.raises(TypeError, match="J has dtype complex128: pass real Jacobians"):
+        inspect.unwrap(bptt.singular_values)(jnp.ones((3, 2, 2), complex))
+
+
 def test_wrong_arguments():
     J = jnp.zeros((3, 2, 2))
     for function in (bptt.singular_values, bptt.log_norms, bptt.jacobian_eigenvalues):
         with pytest.raises(ValueError, match=r"J has shape \(3, 2\), but \[time, n, n\] is expected"):
             inspect.unwrap(function)(J[:, 0])
-    for probes in (0, 3, 1.5):
+    for probes in (0, 3, 1.5, True):
         with pytest.raises(ValueError, match=r"probes is .*, but there are 1 to 2 directions"):
             inspect.unwrap(bptt.log_norms)(J, probes=probes)
     with pytest.raises(ValueError, match="key draws the random probes: pass probes as well"):

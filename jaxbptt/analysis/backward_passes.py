@@ -21,7 +21,7 @@ from jaxbptt.scans.backward import (
     totals,
     unroll_forward,
 )
-from jaxbptt.scans.recurrence import merge, prepare, split
+from jaxbptt.scans.recurrence import differentiable, merge, prepare, split
 
 # Backward passes that run side by side where many are asked for: more take more memory, and little less time.
 _SIDE_BY_SIDE = 16
@@ -55,6 +55,8 @@ def unroll(
     r = prepare(step, params, init, xs, length)
     if r.length == 0:
         raise ValueError("A sequence without time steps has no lags: pass at least one step.")
+    if loss is not None and not jax.tree.leaves(differentiable(params)):
+        raise ValueError("params has no leaf with a derivative: pass what the step learns as params, not in a closure.")
     with_adjoint = step_with_adjoint(step, None, r)
     results, residuals = unroll_forward(
         with_adjoint.adjoint, with_adjoint.params, r.init, r.xs, length=r.length, unroll=1
@@ -72,12 +74,13 @@ def map_over_lags(u: Unrolled, lags: int, measure: Callable[[Any, Any], Any]) ->
     def body(state, ys_bar):
         bars, together = state
         bars, _, deltas = back_one_lag(adjoint, params, u.residuals, u.xs, bars, ys_bar, in_turn=u.step.branches)
-        more = fit(adjoint.contract(params, u.residuals, u.xs, ys_bar, deltas)[0], params, "params")
+        params_bar, _ = adjoint.contract(params, u.residuals, u.xs, ys_bar, deltas)
+        more = u.step.like_params(fit(params_bar, params, "params"))
         together = add_up(together, more)
         return (bars, together), measure(more, together)
 
     # Outputs are looked at once, at lag 0; after that all comes through the carry.
-    state, first = body((at_last_step(last_bar, u.length), totals(params)), ys_bar)
+    state, first = body((at_last_step(last_bar, u.length), u.step.like_params(totals(params))), ys_bar)
     no_bar = jax.tree.map(jnp.zeros_like, ys_bar)
     _, others = jax.lax.scan(lambda state, _: body(state, no_bar), state, None, length=lags - 1)
     return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, others)
@@ -95,4 +98,4 @@ def gradients(u: Unrolled, K: Any) -> tuple[Any, Any]:
 
     _, deltas = jax.lax.scan(body, last_bar, (jnp.arange(u.length), u.residuals, u.xs, ys_bar), reverse=True)
     params_bar, xs_bar = adjoint.contract(params, u.residuals, u.xs, ys_bar, deltas)
-    return fit(params_bar, params, "params"), fit(xs_bar, u.xs, "xs")
+    return u.step.like_params(fit(params_bar, params, "params")), fit(xs_bar, u.xs, "xs")

@@ -109,15 +109,15 @@ def lag_contributions(
     """
     u = unroll(step, params, init, xs, loss, length)
     lags = u.length if max_lag is None else max_lag + 1
-    if not 1 <= lags <= u.length:
+    if not hasattr(lags, "__index__") or isinstance(max_lag, bool) or not 1 <= lags <= u.length:
         raise ValueError(f"max_lag is {max_lag}, but a sequence of {u.length} time steps has lags 0 to {u.length - 1}.")
     gradient = gradients(u, u.length)[0]
 
     def measure(more, together):
-        return (u.step.like_params(more), tree_norm(more), *_distance(together, gradient))
+        return (more, tree_norm(more), *_distance(together, gradient))
 
     contributions, *measures = map_over_lags(u, lags, measure)
-    return LagContributions(contributions, u.step.like_params(gradient), *measures)
+    return LagContributions(contributions, gradient, *measures)
 
 
 def truncation_bias(

@@ -21,10 +21,17 @@ from jaxbptt.analysis.finite import BadEntry, first_bad_backward, first_bad_forw
 from jaxbptt.analysis.flow import gradient_flow
 from jaxbptt.analysis.lyapunov import lyapunov_exponents
 from jaxbptt.analysis.norms import norm
-from jaxbptt.analysis.operators import JacobianOperators, jacobian_operators, state_vector, step_and_push, unroll
+from jaxbptt.analysis.operators import (
+    JacobianOperators,
+    jacobian_operators,
+    prepare_state,
+    state_size,
+    step_and_push,
+    unroll,
+)
 from jaxbptt.analysis.sweep import random_frame
-from jaxbptt.cells.cell import Cell
-from jaxbptt.scans.recurrence import Recurrence, is_array, merge, prepare, split
+from jaxbptt.cells.cell import Cell, step_of
+from jaxbptt.scans.recurrence import Recurrence, is_array
 from jaxbptt.scans.tracing import trace
 
 # Over the whole sequence a gradient may shrink or grow by this factor and still count as steady.
@@ -54,8 +61,9 @@ class GradientDiagnosis(NamedTuple):
 
     Attributes:
         sentence: all of it in plain words.
-        cause: "weights", "saturation" or "alignment" of a gradient that vanishes; "explosion"; "steady"; "no gradient"
-            where it is 0; "forward" or "backward" where it is not finite, by the pass in which that began.
+        cause: "weights", "saturation" or "alignment" of a gradient that vanishes; "explosion"; "steady"; "cut" where a step
+            takes it to exactly 0, "no gradient" where none passes at all; "forward" or "backward" where it is not finite,
+            by the pass in which that began.
         rates: how much the gradient grows a step, and the parts of it.
         exponents: the leading Lyapunov exponents of the state, driven by the inputs, `[k]`.
         standard_errors: of the exponents, `[k]`.
@@ -96,8 +104,8 @@ def diagnose_gradient(
     mean log(‖Jₜᵀ dₜ‖/‖dₜ‖) = λ₁° + (λ₁ − λ₁°) + rest
 
     with dₜ = ∂L/∂hₜ, λ₁ the leading Lyapunov exponent and λ₁° the same with every slope of tanh and σ at its largest: weights,
-    saturation, alignment. Compiles what it needs; not to be called inside of `jit`. Time O(T) steps and Lyapunov
-    exponents of a few directions, memory O(T n).
+    saturation, alignment. Compiled once for a step and a loss, so pass the same functions again; not to be called inside of
+    `jit`. Time O(T) steps and Lyapunov exponents of a few directions, memory O(T n).
 
     Args:
         step: `step(params, carry, x) -> (carry, y)`, or a `Cell`, differentiable in forward mode: no `jax.custom_vjp` in it.
@@ -112,7 +120,7 @@ def diagnose_gradient(
         A `GradientDiagnosis` of numbers; those that don't exist for a gradient that is 0 or not finite are nan.
 
     Raises:
-        ValueError, TypeError: as for `scan`; a sequence without time steps.
+        ValueError, TypeError: as for `jacobian_operators`; a sequence without time steps.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -129,21 +137,24 @@ def diagnose_gradient(
     References:
         Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, 2013, arXiv:1211.5063.
     """
-    r = prepare(step, params, init, xs, length)
+    r = prepare_state(step, params, init, xs, length)
     if r.length == 0:
         raise ValueError("A sequence without time steps has no gradient through time: pass at least one step.")
-    arrays, others = split((r.params, r.init, r.xs), by=is_array)
-
-    @jax.jit
-    def found(arrays):
-        params, init, xs = merge(arrays, others)
-        return _numbers(r._replace(params=params, init=init, xs=xs), loss, num_exponents)
-
-    numbers = jax.tree.map(np.asarray, found(arrays))
+    leaves, treedef = jax.tree.flatten((r.params, r.init, r.xs))
+    arrays = [leaf if is_array(leaf) else None for leaf in leaves]
+    others = tuple(None if is_array(leaf) else leaf for leaf in leaves)
+    static = step_of(step), loss, num_exponents, r.length, treedef, others
+    try:
+        hash(static)
+        found = _compiled(*static, arrays)
+    except TypeError:
+        found = jax.jit(partial(_numbers, *static))(arrays)
+    numbers = jax.tree.map(np.asarray, found)
     forward = first_bad_forward(r, numbers.carries, numbers.ys, numbers.flow.loss)
     backward = first_bad_backward(numbers.flow)
     rates, bound_rate = _rates(numbers)
-    cause = _cause(numbers, rates, forward, backward, r.length)
+    cut_at = _cut_at(numbers)
+    cause = _cause(numbers, rates, forward, backward, cut_at)
     in_order = sorted(numbers.slopes.items(), key=lambda item: int(item[0].split()[1]))
     slopes = {kind: float(np.mean(values)) for kind, values in in_order}
     diagnosis = GradientDiagnosis(
@@ -158,7 +169,8 @@ def diagnose_gradient(
         forward=forward,
         backward=backward,
     )
-    return diagnosis._replace(sentence=_sentence(diagnosis, r.length, int(np.argmax(numbers.flow.norms > 0))))
+    underflows = int(np.argmax(numbers.flow.norms > 0))
+    return diagnosis._replace(sentence=_sentence(diagnosis, r.length, cut_at, underflows))
 
 
 class _Numbers(NamedTuple):
@@ -177,8 +189,19 @@ class _Numbers(NamedTuple):
     slopes: Any
 
 
-def _numbers(r: Recurrence, loss: Callable[..., Any], num_exponents: int) -> _Numbers:
-    arguments: dict[str, Any] = {"length": r.length}
+def _numbers(
+    step: Callable[..., Any],
+    loss: Callable[..., Any],
+    num_exponents: int,
+    length: int,
+    treedef: Any,
+    others: tuple[Any, ...],
+    arrays: list[Any],
+) -> _Numbers:
+    """Params, init and xs come apart: arrays, and what is none and part of the program."""
+    params, init, xs = treedef.unflatten([a if o is None else o for a, o in zip(arrays, others, strict=True)])
+    r = prepare_state(step, params, init, xs, length)
+    arguments: dict[str, Any] = {"length": length}
     traced = trace(r)
     without_saturation = r._replace(step=opened(traced), params=traced.params)
     jacobians = jacobian_operators(r.step, r.params, r.init, r.xs, **arguments)
@@ -211,17 +234,22 @@ def _numbers(r: Recurrence, loss: Callable[..., Any], num_exponents: int) -> _Nu
     )
 
 
+# Compiled once for a step and a loss, and not at each call.
+_compiled = jax.jit(_numbers, static_argnums=range(6))
+
+
 def _leading(r: Recurrence) -> tuple[Array, Array]:
-    """Growth of the leading direction at each step, in nats, and the direction after it, of norm 1."""
+    """Growth of the leading direction at each step, a factor, and the direction after it, of norm 1."""
 
     def body(state, x):
         carry, v = step_and_push(r, state[0], x, state[1])
-        size = norm(v)
-        v = v / jnp.where(size > 0, size, 1)
-        return (carry, v), (jnp.log(size), v[:, 0])
+        grown = norm(v)
+        v = jnp.where(grown > 0, v / jnp.where(grown > 0, grown, 1), first)  # what was taken to 0 starts again
+        return (carry, v), (grown, v[:, 0])
 
-    flat, _ = state_vector(r.init)
-    return jax.lax.scan(body, (r.init, random_frame(flat.size, 1, flat.dtype)), r.xs, length=r.length)[1]
+    size, dtype = state_size(r.init)
+    first = random_frame(size, 1, dtype)
+    return jax.lax.scan(body, (r.init, first), r.xs, length=r.length)[1]
 
 
 def _largest_singular_value(J: JacobianOperators, at_t: Any) -> Array:
@@ -237,20 +265,29 @@ def _largest_singular_value(J: JacobianOperators, at_t: Any) -> Array:
 
 
 def _rates(numbers: _Numbers) -> tuple[GradientRates, float]:
-    def mean_log(values):
-        values = np.asarray(values, float)
-        return float(np.log(values[values > 0]).mean()) if (values > 0).any() else math.nan
+    """Means over the same steps: those where a gradient arrives, is passed on, and no direction is taken to 0."""
+    d, passed_on = np.asarray(numbers.flow.norms, float), np.asarray(numbers.passed_on, float)
+    counted = (d > 0) & (passed_on > 0) & (numbers.leading > 0) & (numbers.leading_opened > 0)
 
-    d = np.asarray(numbers.flow.norms, float)
-    observed = mean_log(np.divide(numbers.passed_on, d, out=np.zeros_like(d), where=d > 0))
-    leading, steepest = float(numbers.leading.mean()), float(numbers.leading_opened.mean())
-    return GradientRates(observed, steepest, leading - steepest, observed - leading), math.exp(
-        mean_log(numbers.largest)
-    )
+    def mean_log(values):
+        return float(np.log(np.asarray(values, float)[counted]).mean()) if counted.any() else math.nan
+
+    observed = mean_log(passed_on) - mean_log(d)
+    leading, steepest = mean_log(numbers.leading), mean_log(numbers.leading_opened)
+    rates = GradientRates(observed, steepest, leading - steepest, observed - leading)
+    return rates, math.exp(mean_log(numbers.largest))
+
+
+def _cut_at(numbers: _Numbers) -> int | None:
+    """The last step which takes the gradient to exactly 0, and not for want of range."""
+    d = np.asarray(numbers.flow.norms)
+    in_range = d > np.finfo(d.dtype).tiny ** 0.5
+    cuts = np.flatnonzero(in_range & (numbers.passed_on == 0))
+    return int(cuts[-1]) if cuts.size else None
 
 
 def _cause(
-    numbers: _Numbers, rates: GradientRates, forward: BadEntry | None, backward: BadEntry | None, length: int
+    numbers: _Numbers, rates: GradientRates, forward: BadEntry | None, backward: BadEntry | None, cut_at: int | None
 ) -> str:
     if forward is not None:
         return "forward"
@@ -258,7 +295,9 @@ def _cause(
         return "backward"
     if not numbers.passed_on.any():
         return "no gradient"
-    if abs(rates.observed) * length < math.log(_STEADY):
+    if cut_at is not None:
+        return "cut"
+    if abs(rates.observed) * len(numbers.passed_on) < math.log(_STEADY):
         return "steady"
     if rates.observed > 0:
         return "explosion"
@@ -266,7 +305,7 @@ def _cause(
     return min(("weights", "saturation", "alignment"), key=lambda part: parts[part])
 
 
-def _sentence(found: GradientDiagnosis, length: int, underflows: int) -> str:
+def _sentence(found: GradientDiagnosis, length: int, cut_at: int | None, underflows: int) -> str:
     """In plain words; the first `underflows` steps have a gradient of exactly 0."""
     bad = found.forward or found.backward
     if bad is not None:
@@ -280,6 +319,11 @@ def _sentence(found: GradientDiagnosis, length: int, underflows: int) -> str:
         )
     if found.cause == "no gradient":
         return f"No gradient passes from step to step: the loss does not depend on any earlier state of the {length} steps."
+    if found.cause == "cut" and cut_at is not None:
+        return (
+            f"Time step {cut_at + 1} of {length} passes nothing on: its Jacobian takes the gradient to exactly 0, as a reset "
+            "or a unit that is switched off does. Nothing before it can be learned from what comes after."
+        )
     rates = found.rates
     flat = min(found.slopes.items(), key=lambda item: item[1], default=None)
     flattest = "" if flat is None else f", the flattest is {flat[0]} at {flat[1]:.2f} of its steepest"

@@ -30,7 +30,7 @@ class AdaptiveTruncation(NamedTuple):
 def effective_horizon(lags: LagContributions, eps: float | None = None) -> Any:
     r"""The lag from which on what is still to come is under a fraction ε of the whole, for each leaf of the params.
 
-    min { l : ‖∂L/∂θ − Σ_{k<l} G⁽ᵏ⁾‖ < ε ‖∂L/∂θ‖ }
+    min { K : ‖∂L/∂θ − Σ_{l<k} G⁽ˡ⁾‖ < ε ‖∂L/∂θ‖ for all k ≥ K }
 
     So a window of that many steps has all but ε of the gradient. By default ε is that of the leaf's dtype: what lies
     beyond changes no digit of the gradient, and can't be learned from it. Time and memory O(L p).
@@ -124,6 +124,9 @@ def adaptive_truncation_length(
     if not np.isfinite(norms).all():
         return AdaptiveTruncation(None, math.nan, math.inf, "No certificate: the gradient is not finite.")
     beta, scale = _decay(norms, tau)
+    if math.isnan(beta):
+        reason = f"No certificate: from lag {tau} on a single one contributes anything, and a decay takes two. Compute more lags."
+        return AdaptiveTruncation(None, beta, math.inf, reason)
     if beta >= 1:
         reason = (
             f"No certificate: from lag {tau} on the contributions do not fall, they go with {beta:.4g} to the power of the "
@@ -153,13 +156,12 @@ def adaptive_truncation_length(
 
 def _decay(norms: np.ndarray, tau: int) -> tuple[float, float]:
     """β and C with ‖G⁽ˡ⁾‖ ≤ C βˡ for l ≥ τ: the slope by least squares, the factor large enough for all of them."""
-    lags = np.arange(tau, len(norms))
-    lags = lags[norms[tau:] > 0]
+    lags = np.flatnonzero(norms > 0)
+    lags = lags[lags >= tau]
     if not lags.size:
-        return 0.0, 0.0
-    if lags.size == 1 or lags[-1] < len(norms) - 1:
-        # It ends within what was computed: nothing is to be extrapolated.
-        return 0.0, 0.0
+        return 0.0, 0.0  # nothing over all of the range: there is nothing to extrapolate
+    if lags.size == 1:
+        return math.nan, math.nan
     logs = np.log(norms[lags])
     slope = float(np.polyfit(lags, logs, 1)[0])
     return math.exp(slope), math.exp(float(np.max(logs - slope * lags)))

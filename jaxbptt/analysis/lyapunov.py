@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxbptt.analysis.operators import state_vector, step_and_push
+from jaxbptt.analysis.operators import prepare_state, state_size, step_and_push
 from jaxbptt.analysis.sweep import RESOLUTION, random_frame, rounding_error
 from jaxbptt.cells.cell import Cell
-from jaxbptt.scans.recurrence import Recurrence, check_count, prepare
+from jaxbptt.scans.recurrence import Recurrence, check_count
 
 # Blocks of time whose means give the standard errors: each must be longer than the system's memory.
 _BLOCKS = 20
@@ -62,7 +62,7 @@ def lyapunov_exponents(
     λᵢ = 1/(N Δt) Σₜ log|Rₜ,ᵢᵢ|,  Jₜ Qₜ₋₁ = Qₜ Rₜ,  Jₜ = ∂cₜ/∂cₜ₋₁,  N = T − burn_in
 
     λ₁ > 0: perturbations, and gradients on their way back, grow by e^λ₁ a step in all but exceptional directions. λ₁ < 0:
-    all of them shrink. The sum of all n is the mean of log|det Jₜ|, exactly. Pure, to be jitted; `jax.vmap` for a batch;
+    all of them shrink. The sum of all n is the mean of log|det Jₜ|, whatever the frame, as long as all are resolved. Pure, to be jitted; `jax.vmap` for a batch;
     differentiable in params, init and xs (the gradient keeps O(T n k)). Time O(T n² k + T n k²/m) for k exponents and a
     factorisation every m steps, memory O(n k) beyond the results.
 
@@ -76,15 +76,16 @@ def lyapunov_exponents(
         burn_in: steps at the start that are not averaged. In the first half the state alone settles, in the second the
             frame with it.
         qr_every: m, steps between two factorisations. A direction that shrinks against the largest by more than 1/eps in m
-            steps is lost, and not `resolved`.
+            steps is lost, and not `resolved`; m Jacobians must not multiply to more than a float can hold.
         time_step: Δt, the time that one step stands for where it integrates a system in continuous time.
         key: of the random first frame; a fixed one by default.
 
     Returns:
-        A `LyapunovSpectrum`. A direction that J takes to exactly 0 has the exponent −∞.
+        A `LyapunovSpectrum`. A direction that J takes to 0 has the exponent −∞, or what rounding makes of it, not `resolved`.
 
     Raises:
-        ValueError: `num_exponents` outside of 1 … n, `burn_in` outside of 0 … T − 1, `qr_every` below 1; as for `scan`.
+        ValueError: `num_exponents` outside of 1 … n, `burn_in` outside of 0 … T − 1, `qr_every` below 1, a `time_step` not
+            above 0, batch axes in the carry of a `Cell`; as for `jacobian_operators`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -99,12 +100,18 @@ def lyapunov_exponents(
         al., On Lyapunov exponents for RNNs, 2022, doi:10.3389/fams.2022.818799; Kaplan and Yorke, 1979,
         doi:10.1007/BFb0064319.
     """
-    r = prepare(step, params, init, xs, length)
-    flat, _ = state_vector(r.init)
-    k = flat.size if num_exponents is None else num_exponents
-    if not hasattr(k, "__index__") or isinstance(k, bool) or not 1 <= k <= flat.size:
-        raise ValueError(f"num_exponents is {k!r}, but a state of {flat.size} numbers has 1 to {flat.size} exponents.")
+    r = prepare_state(step, params, init, xs, length)
+    size, dtype = state_size(r.init)
+    k = size if num_exponents is None else num_exponents
+    if not hasattr(k, "__index__") or isinstance(k, bool) or not 1 <= k <= size:
+        raise ValueError(f"num_exponents is {k!r}, but a state of {size} numbers has 1 to {size} exponents.")
     check_count("qr_every", qr_every, "counts time steps")
+    if isinstance(time_step, float | int) and not time_step > 0:
+        raise ValueError(
+            f"time_step is {time_step!r}, but it is the time that a step stands for: pass a number above 0."
+        )
+    if r.length == 0:
+        raise ValueError("A sequence without time steps has no exponents: pass at least one step.")
     if not hasattr(burn_in, "__index__") or isinstance(burn_in, bool) or not 0 <= burn_in < r.length:
         raise ValueError(
             f"burn_in is {burn_in!r}, but of {r.length} time steps at least one has to be left: pass 0 to {r.length - 1}."
@@ -112,7 +119,7 @@ def lyapunov_exponents(
     settle, measured = burn_in // 2, r.length - burn_in
     blocks, left_over = divmod(measured, qr_every)
 
-    state = r.init, random_frame(flat.size, k, flat.dtype, key)
+    state = r.init, random_frame(size, k, dtype, key)
     carry, _ = jax.lax.scan(
         lambda carry, x: (r.step(r.params, carry, x)[0], None), state[0], _part(r, 0, settle), settle
     )
@@ -126,15 +133,15 @@ def lyapunov_exponents(
     exponents = growth.sum(axis=0) / (measured * time_step)
     order = jnp.argsort(-exponents)
     growth, exponents = growth[:, order], exponents[order]
-    every = jnp.asarray(steps, flat.dtype)[:, None] * time_step
+    every = jnp.asarray(steps, dtype)[:, None] * time_step
     return LyapunovSpectrum(
         exponents=exponents,
         standard_errors=_standard_errors(growth[:blocks]) / (qr_every * time_step),
         resolved=(error.mean(axis=0) < RESOLUTION)[order],
         running=jnp.cumsum(growth, axis=0) / every,
         steps=steps,
-        kaplan_yorke_dimension=_kaplan_yorke_dimension(exponents, flat.size),
-        entropy_rate=jnp.where((exponents[-1] > 0) & (k < flat.size), jnp.nan, jnp.sum(jnp.maximum(exponents, 0))),
+        kaplan_yorke_dimension=_kaplan_yorke_dimension(exponents, size),
+        entropy_rate=jnp.where((exponents[-1] > 0) & (k < size), jnp.nan, jnp.sum(jnp.maximum(exponents, 0))),
     )
 
 

@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxbptt.cells.cell import Cell
-from jaxbptt.scans.recurrence import Recurrence, differentiable, merge, prepare, split
+from jaxbptt.scans.recurrence import Recurrence, differentiable, merge, name, prepare, split
 
 
 class JacobianOperators(NamedTuple):
@@ -25,7 +25,7 @@ class JacobianOperators(NamedTuple):
         at: what the two need of each step, leaves `[time, ...]`.
         length: T, time steps.
         size: n, numbers in the state.
-        dtype: of the state vector.
+        dtype: of the products: that of the state vector, float32 at least.
     """
 
     push: Callable[[Any, Array], Array]
@@ -59,7 +59,8 @@ def jacobian_operators(
         `jacobian_eigenvalues`.
 
     Raises:
-        ValueError, TypeError: as for `scan`.
+        ValueError: batch axes in the carry of a `Cell`, a carry without a number that has a derivative; as for `scan`.
+        TypeError: a complex carry; as for `scan`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -70,9 +71,9 @@ def jacobian_operators(
         >>> values.shape, bool(jnp.isfinite(values).all())
         ((5,), True)
     """
-    r = prepare(step, params, init, xs, length)
+    r = prepare_state(step, params, init, xs, length)
     carries, _, _ = unroll(r)
-    flat, _ = state_vector(r.init)
+    size, dtype = state_size(r.init)
 
     def push(at_t, V):
         carry, x = at_t
@@ -82,9 +83,9 @@ def jacobian_operators(
         carry, x = at_t
         flat, state_of = state_vector(carry)
         _, vjp = jax.vjp(lambda flat: state_vector(r.step(r.params, state_of(flat), x)[0])[0], flat)
-        return jax.vmap(lambda u: vjp(u)[0], 1, 1)(U)
+        return jax.vmap(lambda u: vjp(u)[0], 1, 1)(U.astype(flat.dtype)).astype(U.dtype)
 
-    return JacobianOperators(push, pull, (carries, r.xs), r.length, flat.size, flat.dtype)
+    return JacobianOperators(push, pull, (carries, r.xs), r.length, size, dtype)
 
 
 def as_operators(J: JacobianOperators | Float[ArrayLike, "time n n"]) -> JacobianOperators:
@@ -93,6 +94,11 @@ def as_operators(J: JacobianOperators | Float[ArrayLike, "time n n"]) -> Jacobia
         return J
     J = jnp.asarray(J)
     check_square(J)
+    if jnp.iscomplexobj(J):
+        raise TypeError(
+            f"J has dtype {J.dtype}: pass real Jacobians, with real and imaginary parts as states of their own."
+        )
+    J = J.astype(_at_least_float32(J.dtype))
     return JacobianOperators(lambda J, V: J @ V, lambda J, U: J.T @ U, J, len(J), J.shape[1], J.dtype)
 
 
@@ -102,6 +108,42 @@ def check_square(J: Array) -> None:
         raise ValueError(
             f"J has shape {J.shape}, but [time, n, n] is expected: one square Jacobian for each time step."
         )
+
+
+def prepare_state(step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, length: int | None) -> Recurrence:
+    """`prepare`, for what takes the carry as one state vector: real, not empty, and without batch axes as far as one can see."""
+    r = prepare(step, params, init, xs, length)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(differentiable(r.init)):
+        if jnp.iscomplexobj(leaf):
+            raise TypeError(
+                f"{name('init', path)} has dtype {leaf.dtype}: a state vector is real, carry real and imaginary parts apart."
+            )
+    if sum(leaf.size for leaf in jax.tree.leaves(differentiable(r.init))) == 0:
+        raise ValueError(
+            "init has no numbers with a derivative: there is no state to follow. Start from floating-point numbers."
+        )
+    if isinstance(step, Cell):
+        one = jax.eval_shape(step.initial_carry)
+        for (path, leaf), row in zip(jax.tree_util.tree_leaves_with_path(r.init), jax.tree.leaves(one), strict=False):
+            if leaf.ndim > row.ndim:
+                raise ValueError(
+                    f"{name('init', path)} has shape {leaf.shape}, with batch axes before {row.shape}: the state would be that of "
+                    "all rows together. Pass one row of init and xs, or use jax.vmap."
+                )
+    return r
+
+
+def state_size(carry: Any) -> tuple[int, Any]:
+    """Numbers in the state vector, and the dtype to multiply Jacobians in."""
+    flat, _ = state_vector(carry)
+    return flat.size, _at_least_float32(flat.dtype)
+
+
+def _at_least_float32(dtype: Any) -> Any:
+    """QR factorisations have no half precision, and integers no Jacobians."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return jnp.result_type(float)
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
 def unroll(r: Recurrence) -> tuple[Any, Any, Any]:
@@ -130,4 +172,4 @@ def step_and_push(r: Recurrence, carry: Any, x: Any, V: Array) -> tuple[Any, Arr
         return ravel_pytree(differentiable(new_carry))[0], new_carry
 
     _, jvp, new_carry = jax.linearize(next_state, flat, has_aux=True)
-    return new_carry, jax.vmap(jvp, 1, 1)(V)
+    return new_carry, jax.vmap(jvp, 1, 1)(V.astype(flat.dtype)).astype(V.dtype)

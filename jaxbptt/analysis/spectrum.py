@@ -133,7 +133,9 @@ def log_norms(
     J = as_operators(J)
     if key is not None and probes is None:
         raise ValueError("key draws the random probes: pass probes as well, or leave it out.")
-    if probes is not None and not (hasattr(probes, "__index__") and 1 <= probes <= J.size):
+    if isinstance(probes, bool) or (
+        probes is not None and not (hasattr(probes, "__index__") and 1 <= probes <= J.size)
+    ):
         raise ValueError(
             f"probes is {probes!r}, but there are 1 to {J.size} directions to probe: leave it out for all of them."
         )

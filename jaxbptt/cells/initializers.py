@@ -20,7 +20,7 @@ def orthogonal(scale: float = 1.0) -> Callable[..., Array]:
         scale: g.
 
     Returns:
-        A jax initializer `(key, shape, dtype) -> W`.
+        A jax initializer `(key, shape, dtype) -> W`; float32 or float64, the cells cast it where they are in half precision.
 
     Example:
         >>> import jax, jax.numpy as jnp
