@@ -125,8 +125,8 @@ def test_gradients_and_contributions(name, loss):
 def test_initial_state_batch_and_no_inputs():
     cell = make_cell("lstm")
     params, init, xs = problem(cell, 5, (3,))
-    flow = bptt.gradient_flow(cell, params, init, xs, loss_of_last)
-    expected = jax.grad(lambda init: loss_of_last(*python_loop(cell, params, init, xs)))(init)
+    flow = jax.jit(lambda *args: bptt.gradient_flow(cell, *args, loss_of_last))(params, init, xs)
+    expected = jax.grad(lambda init: loss_of_last(*python_loop(compiled(cell), params, init, xs)))(init)
     assert_close(flow.init_gradients, expected)
     together = np.sqrt(np.sum(np.asarray(flow.adjoints.h) ** 2 + np.asarray(flow.adjoints.c) ** 2, axis=(1, 2)))
     np.testing.assert_allclose(flow.norms, together, rtol=1e-12)
@@ -219,8 +219,12 @@ def test_bias_is_that_of_the_truncated_strategies(name, loss, lengths):
 
 def test_bias_at_chosen_lengths():
     step, params, init, xs = any_problem("elman")
-    chosen = bptt.truncation_bias(step, params, init, xs, loss_of_all, lengths=[4, 1])
-    every = bptt.truncation_bias(step, params, init, xs, loss_of_all)
+    chosen, every = (
+        jax.jit(
+            lambda params, lengths=lengths: bptt.truncation_bias(step, params, init, xs, loss_of_all, lengths=lengths)
+        )(params)
+        for lengths in ([4, 1], None)
+    )
     assert chosen.lengths.tolist() == [4, 1]
     for kind in ("windowed", "chunked"):
         for some, all_of_them in zip(getattr(chosen, kind), getattr(every, kind), strict=True):
@@ -247,7 +251,7 @@ def test_saliency_is_the_norm_of_input_gradients(name):
     rows = jax.jacrev(lambda xs: step_losses(*python_loop(compiled(step), params, init, xs)))(xs)
     np.testing.assert_allclose(saliency, jnp.linalg.norm(rows, axis=2), rtol=1e-10, atol=1e-14)
     assert not np.triu(saliency, 1).any()
-    chosen = bptt.input_saliency(step, params, init, xs, step_losses, steps=[5, 2])
+    chosen = jax.jit(lambda *args: bptt.input_saliency(step, *args, step_losses, steps=[5, 2]))(params, init, xs)
     np.testing.assert_allclose(chosen, saliency[np.array([5, 2])], rtol=1e-12)
 
 

@@ -14,9 +14,11 @@ def decaying(rate, weights, *, lags, steps=1_000, dtype=jnp.float64):
     step = lambda w, h, x: ({k: w[k] + jnp.asarray(rate[k], dtype) * h[k] for k in w}, None)
     weights = {k: jnp.asarray(w, dtype) for k, w in weights.items()}
     zeros = jax.tree.map(jnp.zeros_like, weights)
-    return bptt.lag_contributions(
-        step, weights, zeros, None, lambda h, ys: sum(h.values()), length=steps, max_lag=lags - 1
+    loss = lambda h, ys: sum(h.values())
+    compiled = jax.jit(
+        lambda weights: bptt.lag_contributions(step, weights, zeros, None, loss, length=steps, max_lag=lags - 1)
     )
+    return compiled(weights)
 
 
 def test_horizon_of_each_leaf():

@@ -28,7 +28,8 @@ def symmetric(n, seed=0):
 @pytest.mark.parametrize("options", [{}, {"qr_every": 7}, {"num_exponents": 3}], ids=str)
 def test_linear_network(options):
     W = symmetric(6)
-    spectrum = bptt.lyapunov_exponents(linear, W, jnp.ones(6), length=2_000, burn_in=1_500, **options)
+    run = jax.jit(lambda W: bptt.lyapunov_exponents(linear, W, jnp.ones(6), length=2_000, burn_in=1_500, **options))
+    spectrum = run(W)
     expected = np.sort(np.log(np.abs(np.linalg.eigvalsh(W))))[::-1]
     np.testing.assert_allclose(spectrum.exponents, expected[: len(spectrum.exponents)], atol=1e-8)
     assert spectrum.resolved.all()
@@ -43,7 +44,7 @@ def test_diagonal_network_has_its_largest_exponents_found():
 
 
 @pytest.mark.parametrize("options", [{}, {"qr_every": 3}, {"burn_in": 11, "qr_every": 4}], ids=str)
-@pytest.mark.parametrize("name", ["elman", "gru", "lstm", "stack"])
+@pytest.mark.parametrize("name", ["elman", "gru", "lstm"])
 def test_sum_is_the_mean_log_determinant(name, options):
     cell = make_cell(name)
     args = problem(cell, 50)
@@ -175,7 +176,7 @@ def test_continuous_time():
 def test_batch_by_vmap():
     cell = make_cell("gru")
     params, _, xs = problem(cell, 20, (3,))
-    one = lambda xs: bptt.lyapunov_exponents(cell, params, cell.initial_carry(), xs)
+    one = jax.jit(lambda xs: bptt.lyapunov_exponents(cell, params, cell.initial_carry(), xs))
     together = jax.vmap(one, in_axes=1)(xs)
     np.testing.assert_allclose(together.exponents[2], one(xs[:, 2]).exponents, rtol=1e-9)
 
@@ -185,6 +186,7 @@ def test_gradient_against_finite_differences(options):
     cell = make_cell("elman")
     params, h_0, xs = problem(cell, 15)
 
+    @jax.jit
     def square(W_hh):
         spectrum = bptt.lyapunov_exponents(cell, params._replace(W_hh=W_hh), h_0, xs, num_exponents=2, **options)
         return jnp.mean(spectrum.exponents**2)
