@@ -35,7 +35,7 @@ class LogSingularValues(NamedTuple):
 
     Attributes:
         values: log σᵢ.
-        resolved: False where rounding has drowned σᵢ: such a value is noise.
+        resolved: False where rounding may have drowned σᵢ.
     """
 
     values: Float[Array, "*products n"]
