@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jaxtyping import Array
 
-from jaxbptt.analysis.readout import WRAPPERS
-from jaxbptt.scans.tracing import TracedStep, subjaxprs
+from jaxbptt.scans.tracing import TracedStep, bind, wrapped
 
 # Largest slope, and how fast the slope falls with |a|: tanh′(a) = 1/cosh²(a), σ′(a) = 1/(4 cosh²(a/2)).
 _SQUASHING = {"tanh": (1.0, 2.0), "logistic": (0.25, 1.0)}
@@ -67,12 +66,11 @@ def _evaluate(
 
     for eqn in jaxpr.eqns:
         values, kind = [get(var) for var in eqn.invars], eqn.primitive.name
-        inside = next(subjaxprs(eqn), None)
-        if kind in WRAPPERS and inside is not None:
+        inside = wrapped(eqn)
+        if inside is not None:
             results = _evaluate(*inside, values, visit)
         else:
             seen = visit(kind, values[0]) if kind in _SQUASHING else None
-            results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params)) if seen is None else seen
-            results = results if eqn.primitive.multiple_results else [results]
+            results = bind(eqn, values) if seen is None else [seen]
         env |= dict(zip(eqn.outvars, results, strict=True))
     return [get(var) for var in jaxpr.outvars]

@@ -31,7 +31,7 @@ from jaxbptt.analysis.operators import (
 )
 from jaxbptt.analysis.sweep import random_frame
 from jaxbptt.cells.cell import Cell, step_of
-from jaxbptt.scans.recurrence import Recurrence, is_array
+from jaxbptt.scans.recurrence import Recurrence, is_array, merge, split
 from jaxbptt.scans.tracing import trace
 
 # Over the whole sequence a gradient may shrink or grow by this factor and still count as steady.
@@ -140,10 +140,9 @@ def diagnose_gradient(
     r = prepare_state(step, params, init, xs, length)
     if r.length == 0:
         raise ValueError("A sequence without time steps has no gradient through time: pass at least one step.")
-    leaves, treedef = jax.tree.flatten((r.params, r.init, r.xs))
-    arrays = [leaf if is_array(leaf) else None for leaf in leaves]
-    others = tuple(None if is_array(leaf) else leaf for leaf in leaves)
-    static = step_of(step), loss, num_exponents, r.length, treedef, others
+    arrays, others = split((r.params, r.init, r.xs), by=is_array)
+    leaves, treedef = jax.tree.flatten(others)
+    static = step_of(step), loss, num_exponents, r.length, treedef, tuple(leaves)
     try:
         hash(static)
         found = _compiled(*static, arrays)
@@ -196,17 +195,17 @@ def _numbers(
     length: int,
     treedef: Any,
     others: tuple[Any, ...],
-    arrays: list[Any],
+    arrays: Any,
 ) -> _Numbers:
     """Params, init and xs come apart: arrays, and what is none and part of the program."""
-    params, init, xs = treedef.unflatten([a if o is None else o for a, o in zip(arrays, others, strict=True)])
+    params, init, xs = merge(arrays, treedef.unflatten(others))
     r = prepare_state(step, params, init, xs, length)
     arguments: dict[str, Any] = {"length": length}
     traced = trace(r)
     without_saturation = r._replace(step=opened(traced), params=traced.params)
     jacobians = jacobian_operators(r.step, r.params, r.init, r.xs, **arguments)
     at_steepest = jacobian_operators(*without_saturation[:4], **arguments)
-    carries, new_carries, ys = unroll(r)
+    _, new_carries, ys = unroll(r)
     flow = gradient_flow(r.step, r.params, r.init, r.xs, loss, **arguments)
     d = jax.vmap(lambda adjoint: ravel_pytree(adjoint)[0])(flow.adjoints)
     passed_on = jax.lax.map(lambda at: jacobians.pull(at[0], at[1][:, None])[:, 0], (jacobians.at, d))
@@ -226,11 +225,11 @@ def _numbers(
         passed_on=norm(passed_on, (1,)),
         leading=leading,
         leading_opened=leading_opened,
-        largest=jax.lax.map(partial(_largest_singular_value, at_steepest), at_steepest.at),
+        largest=jax.lax.map(partial(_largest_singular_value, at_steepest), jacobians.at),
         alignment=jnp.abs(jnp.sum(direction * (d / norm(d, (1,))[:, None]), axis=1)),
         exponents=spectrum.exponents,
         standard_errors=spectrum.standard_errors,
-        slopes=jax.lax.map(slopes, (carries, r.xs)),
+        slopes=jax.lax.map(slopes, jacobians.at),
     )
 
 

@@ -12,10 +12,7 @@ from typing import Any
 import jax
 from jax.extend.core import DropVar, Literal
 
-from jaxbptt.scans.tracing import TracedStep, subjaxprs
-
-# Calls that only wrap a function: their inside is evaluated in place, to find the carry where it is computed.
-WRAPPERS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2"}
+from jaxbptt.scans.tracing import TracedStep, bind, subjaxprs, wrapped
 
 
 def readout(traced: TracedStep) -> Callable[..., Any]:
@@ -50,15 +47,14 @@ def _evaluate(jaxpr: Any, consts: list[Any], inputs: list[Any], replaced: dict[A
 
     for eqn in jaxpr.eqns:
         values = [get(var) for var in eqn.invars]
-        inside = next(subjaxprs(eqn), None)
-        if eqn.primitive.name in WRAPPERS and inside is not None:
+        inside = wrapped(eqn)
+        if inside is not None:  # evaluated in place, to find the carry where it is computed
             inner, inner_consts = inside
             pairs = zip(inner.outvars, eqn.outvars, strict=True)
             inner_replaced = {i: replaced[o] for i, o in pairs if o in replaced and not isinstance(i, Literal)}
             results = _evaluate(inner, inner_consts, values, inner_replaced)
         else:
-            results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-            results = results if eqn.primitive.multiple_results else [results]
+            results = bind(eqn, values)
             replaced = _with_copies(eqn, replaced)
         env |= {var: replaced.get(var, value) for var, value in zip(eqn.outvars, results, strict=True)}
     return [var.val if isinstance(var, Literal) else replaced.get(var, env[var]) for var in jaxpr.outvars]

@@ -13,6 +13,9 @@ from jax.core import eval_jaxpr
 
 from jaxbptt.scans.recurrence import Recurrence, at_one_step, is_array
 
+# Calls that only wrap a function: their inside can be evaluated in place.
+_WRAPPERS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2"}
+
 
 class ClosedParams(NamedTuple):
     """All that a traced step reads beside carry and x: array leaves of the params, and arrays it had closed over."""
@@ -89,6 +92,17 @@ def subjaxprs(eqn: Any) -> Iterator[tuple[Any, list[Any]]]:
         for item in value if isinstance(value, tuple | list) else (value,):
             if hasattr(item, "eqns"):
                 yield getattr(item, "jaxpr", item), list(getattr(item, "consts", ()))
+
+
+def wrapped(eqn: Any) -> tuple[Any, list[Any]] | None:
+    """The traced function, with its constants, of an operation that only wraps one; `None` for any other operation."""
+    return next(subjaxprs(eqn), None) if eqn.primitive.name in _WRAPPERS else None
+
+
+def bind(eqn: Any, values: list[Any]) -> list[Any]:
+    """The results of one operation of a trace."""
+    results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return results if eqn.primitive.multiple_results else [results]
 
 
 def _primitives(jaxpr: Any) -> Iterator[str]:

@@ -11,7 +11,7 @@ from jaxbptt.analysis.lyapunov import lyapunov_exponents
 from jaxbptt.analysis.norms import norm_over_time
 from jaxbptt.analysis.operators import unroll
 from jaxbptt.cells.cell import Cell
-from jaxbptt.scans.recurrence import differentiable, prepare, pull
+from jaxbptt.scans.recurrence import prepare, pull
 from jaxbptt.scans.tracing import map_over_time, trace
 
 
@@ -65,7 +65,7 @@ def pascanu(
 
     over_time = map_over_time(to_state, in_turn=traced.branches)
     (passed_on,) = pull(lambda carries: over_time(traced.params, carries, r.xs), (carries,), adjoints)
-    before, after = norm_over_time(differentiable(passed_on)), norm_over_time(adjoints)
+    before, after = norm_over_time(passed_on), norm_over_time(adjoints)
     ratio = jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1)
     return jnp.sum((ratio - 1) ** 2)
 
