@@ -2,14 +2,17 @@ import os
 
 # The suite compiles much and runs little: code that is compiled fast costs a quarter less time than fast code.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-# One core for each worker and what it starts: threads of several that wait for each other cost more than they bring.
-worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-if worker and hasattr(os, "sched_setaffinity"):
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 import jax
 import pytest
+
+
+def pytest_configure():
+    """One core for each worker and what it starts: threads of several that wait for each other cost more than they bring."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
 @pytest.fixture(autouse=True)
