@@ -15,6 +15,7 @@ from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.backward import step_with_adjoint, unroll_backward, unroll_forward
 from jaxbptt.scans.forward_mode import reverse_mode_only
 from jaxbptt.scans.recurrence import differentiable, prepare
+from jaxbptt.scans.resets import with_flags
 
 
 def adjoint_scan(
@@ -24,6 +25,9 @@ def adjoint_scan(
     xs: Any = None,
     *,
     length: int | None = None,
+    is_first: Any = None,
+    mask: Any = None,
+    reset_carry: Any = None,
     adjoint: Adjoint | None = None,
     clip_adjoint: float | Callable[[Any], Any] | None = None,
     unroll: int | bool = 1,
@@ -50,6 +54,11 @@ def adjoint_scan(
         init: c₀, any pytree of arrays.
         xs: inputs, leaves `[time, *batch, features]`, or `None`.
         length: T, needed where `xs` is `None`.
+        is_first: booleans `[time, *batch]`, where a new sequence begins: before that xₜ is consumed the row's carry is
+            reset, and no gradient passes.
+        mask: booleans `[time, *batch]`, False where a step is padding: it is not taken, the carry is held, yₜ is 0, and
+            what stands in xₜ changes nothing.
+        reset_carry: what `is_first` resets to, like `init` or one row of it; zeros by default. It gets its gradient.
         adjoint: the backward of one step. By default the `Cell`'s own, or else derived from `step` by `jax.vjp`.
         clip_adjoint: the largest magnitude that an entry of c̄ may have as it passes from step to step, or a function of c̄
             that returns it clipped. `None` for the exact gradient.
@@ -59,9 +68,9 @@ def adjoint_scan(
         c_T, and the yₜ stacked on a leading time axis.
 
     Raises:
-        ValueError: neither `xs` nor `length`, leaves of `xs` that disagree on T, a carry that changes shape, an
-            `Adjoint` whose results do not fit what they are the derivative of, a `clip_adjoint` that is not above 0.
-        TypeError: a step that returns no pair, a carry that changes structure or dtype, forward-mode differentiation.
+        ValueError: an `Adjoint` whose results do not fit what they are the derivative of, a `clip_adjoint` that is not
+            above 0; and as for `scan`.
+        TypeError: forward-mode differentiation; and as for `scan`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -78,7 +87,8 @@ def adjoint_scan(
         recursion: Graves, Generating sequences with recurrent neural networks, 2013, arXiv:1308.0850.
     """
     r = prepare(step, params, init, xs, length)
-    step, params, adjoint, *_ = step_with_adjoint(step, adjoint, r)
+    with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, mask, reset_carry)
+    step, params, adjoint, *_ = with_adjoint
     if clip_adjoint is not None:
         adjoint = _clipped(adjoint, clip_adjoint)
 
@@ -97,7 +107,7 @@ def adjoint_scan(
         )
 
     run.defvjp(run_forward, run_backward)
-    return reverse_mode_only("adjoint_scan", run)(params, r.init, r.xs)
+    return reverse_mode_only("adjoint_scan", run)(params, r.init, xs)
 
 
 def _clipped(adjoint: Adjoint, clip: float | Callable[[Any], Any]) -> Adjoint:

@@ -17,6 +17,7 @@ from jaxbptt.scans import schedule, segments
 from jaxbptt.scans.backward import StepWithAdjoint, step_with_adjoint, without
 from jaxbptt.scans.forward_mode import reverse_mode_only
 from jaxbptt.scans.recurrence import Recurrence, at_one_step, check_count, differentiable, prepare, pull
+from jaxbptt.scans.resets import with_flags
 
 
 def checkpointed_scan(
@@ -28,6 +29,9 @@ def checkpointed_scan(
     segment_length: int | None = None,
     checkpoints: int | None = None,
     length: int | None = None,
+    is_first: Any = None,
+    mask: Any = None,
+    reset_carry: Any = None,
     adjoint: Adjoint | None = None,
     unroll: int | bool = 1,
 ) -> tuple[Any, Any]:
@@ -52,6 +56,11 @@ def checkpointed_scan(
         segment_length: s, time steps, at least 1; from T on, all of them are one segment.
         checkpoints: c, states kept at the same time, the first included, from 1 to T.
         length: T, needed where `xs` is `None`.
+        is_first: booleans `[time, *batch]`, where a new sequence begins: before that xₜ is consumed the row's carry is
+            reset, and no gradient passes.
+        mask: booleans `[time, *batch]`, False where a step is padding: it is not taken, the carry is held, yₜ is 0, and
+            what stands in xₜ changes nothing.
+        reset_carry: what `is_first` resets to, like `init` or one row of it; zeros by default. It gets its gradient.
         adjoint: the backward of one step. By default the `Cell`'s own, or else derived from `step`.
         unroll: time steps in one iteration of the compiled loops, as for `lax.scan`.
 
@@ -78,7 +87,8 @@ def checkpointed_scan(
         Training deep nets with sublinear memory cost, 2016, arXiv:1604.06174.
     """
     r = prepare(step, params, init, xs, length)
-    with_adjoint = step_with_adjoint(step, adjoint, r)
+    with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, mask, reset_carry)
+    r = r._replace(xs=xs)
     step, params, adjoint, *_ = with_adjoint
     cut = layout(r, with_adjoint, segment_length, checkpoints)
     if r.length == 0:

@@ -8,6 +8,7 @@ import jax
 
 from jaxbptt.cells.cell import Cell
 from jaxbptt.scans.recurrence import prepare
+from jaxbptt.scans.resets import without_adjoint
 
 
 def scan(
@@ -17,6 +18,9 @@ def scan(
     xs: Any = None,
     *,
     length: int | None = None,
+    is_first: Any = None,
+    mask: Any = None,
+    reset_carry: Any = None,
     unroll: int | bool = 1,
 ) -> tuple[Any, Any]:
     r"""Unroll a recurrence with `lax.scan`; its gradient is full BPTT, taken by JAX.
@@ -32,14 +36,20 @@ def scan(
         init: c₀, any pytree of arrays; every step returns one like it.
         xs: inputs, leaves `[time, *batch, features]`, or `None`.
         length: T, needed where `xs` is `None`.
+        is_first: booleans `[time, *batch]`, where a new sequence begins: before that xₜ is consumed the row's carry is
+            reset, and no gradient passes.
+        mask: booleans `[time, *batch]`, False where a step is padding: it is not taken, the carry is held, yₜ is 0, and
+            what stands in xₜ changes nothing.
+        reset_carry: what `is_first` resets to, like `init` or one row of it; zeros by default. It gets its gradient.
         unroll: time steps in one iteration of the compiled loop, as for `lax.scan`.
 
     Returns:
         c_T, and the yₜ stacked on a leading time axis.
 
     Raises:
-        ValueError: neither `xs` nor `length`, leaves of `xs` that disagree on T, a carry that changes shape.
-        TypeError: a step that returns no pair, a carry that changes structure or dtype.
+        ValueError: neither `xs` nor `length`, leaves of `xs` that disagree on T, a carry that changes shape, flags or a
+            `reset_carry` that do not fit `init`, a `reset_carry` without `is_first`.
+        TypeError: a step that returns no pair, a carry that changes structure or dtype, flags that are not boolean.
 
     Example:
         >>> import jax
@@ -54,5 +64,5 @@ def scan(
     References:
         Werbos, Backpropagation through time: what it does and how to do it, 1990, doi:10.1109/5.58337.
     """
-    r = prepare(step, params, init, xs, length)
+    r = without_adjoint(prepare(step, params, init, xs, length), is_first, mask, reset_carry)
     return jax.lax.scan(partial(r.step, r.params), r.init, r.xs, length=r.length, unroll=unroll)

@@ -1,4 +1,8 @@
-r"""Sequences that begin anew in the middle: the carry is reset before the input that comes first is consumed."""
+r"""Rows of unequal length: sequences that begin anew in the middle, and steps that are padding.
+
+Every strategy takes `is_first` and `mask`, and turns them here into another step, whose input has the flags of its time
+step beside x. What is cut or left out is selected, in both directions, never multiplied by 0: 0·∞ is no number.
+"""
 
 from typing import Any
 
@@ -10,29 +14,172 @@ from jaxbptt.scans.backward import StepWithAdjoint, fit
 from jaxbptt.scans.recurrence import Recurrence, name
 
 
-def check_is_first(is_first: Any, r: Recurrence) -> Any:
-    """`is_first` as an array of flags `[time, *batch]`, or an error that says what it should be."""
-    is_first = jnp.asarray(is_first)
-    if is_first.dtype != jnp.bool_:
+def with_flags(
+    step: StepWithAdjoint, r: Recurrence, is_first: Any, mask: Any, reset_carry: Any
+) -> tuple[StepWithAdjoint, Any]:
+    r"""The step whose input is (x, is_first, mask) at a time step, and all its inputs; as it was, without flags.
+
+    cₜ₋₁ becomes the reset carry where xₜ is the first of a sequence, and cₜ = cₜ₋₁ where the mask says that there is no
+    xₜ. The reset carry becomes a part of the params and gets its gradient.
+    """
+    xs, reset_carry, flagged = _check(r, is_first, mask, reset_carry)
+    if not flagged:
+        return step, xs
+    params = step.params, reset_carry
+    return step._replace(step=_flagged_step(step.step), params=params, adjoint=_flagged_adjoint(step.adjoint)), xs
+
+
+def without_adjoint(r: Recurrence, is_first: Any, mask: Any, reset_carry: Any) -> Recurrence:
+    """The same for a strategy that leaves the derivative to JAX."""
+    xs, reset_carry, flagged = _check(r, is_first, mask, reset_carry)
+    if not flagged:
+        return r
+    return r._replace(step=_flagged_step(r.step), params=(r.params, reset_carry), xs=xs)
+
+
+def _check(r: Recurrence, is_first: Any, mask: Any, reset_carry: Any) -> tuple[Any, Any, bool]:
+    """The inputs with their flags, the carry to reset to, and whether there are flags at all."""
+    if is_first is None and reset_carry is not None:
+        raise ValueError("reset_carry says what is_first resets to: pass is_first as well, or leave it out.")
+    if is_first is None and mask is None:
+        return r.xs, None, False
+    xs = r.xs
+    if mask is not None:
+        mask = _check_flags("mask", mask, r)
+        xs = _made_safe(xs, mask)
+    if is_first is not None:
+        is_first = _check_flags("is_first", is_first, r)
+        reset_carry = _check_reset_carry(reset_carry, r.init)
+        if mask is not None:
+            if is_first.shape != mask.shape:
+                raise ValueError(
+                    f"is_first has shape {is_first.shape}, but mask has {mask.shape}: both are [time, *batch], the same."
+                )
+            is_first &= mask  # a step that is not taken begins nothing
+    return (xs, is_first, mask), reset_carry, True
+
+
+def _flagged_step(step: Any) -> Any:
+    def flagged_step(params, carry, x_and_flags):
+        x, first, valid = x_and_flags
+        carry = _start(params[1], carry, first)
+        new_carry, y = step(params[0], carry, x)
+        return _taken(valid, new_carry, carry), _present(valid, y)
+
+    return flagged_step
+
+
+def _flagged_adjoint(adjoint: Adjoint) -> Adjoint:
+    def forward(params, carry, x_and_flags):
+        x, first, valid = x_and_flags
+        carry = _start(params[1], carry, first)
+        (new_carry, y), residuals = adjoint.forward(params[0], carry, x)
+        return (_taken(valid, new_carry, carry), _present(valid, y)), residuals
+
+    def backward(params, residuals, x_and_flags, carry_bar, y_bar):
+        x, first, valid = x_and_flags
+        bars = _present(valid, carry_bar), _present(valid, y_bar)
+        previous_bar, delta = adjoint.backward(params[0], residuals, x, *bars)
+        carry_bar = _taken(valid, previous_bar, carry_bar)
+        if first is None:
+            return carry_bar, (delta, None)
+        zeros = jax.tree.map(jnp.zeros_like, carry_bar)
+        return _select(first, zeros, carry_bar), (delta, _select(first, carry_bar, zeros))
+
+    def contract(params, residuals, xs_and_flags, ys_bar, deltas):
+        xs, _, mask = xs_and_flags
+        deltas, reset_bars = deltas
+        params_bar, xs_bar = adjoint.contract(params[0], residuals, xs, _present(mask, ys_bar), deltas)
+        params_bar, xs_bar = fit(params_bar, params[0], "params"), fit(xs_bar, xs, "xs")
+        reset_bar = jax.tree.map(lambda leaf: leaf.sum(axis=0), reset_bars)
+        return (params_bar, reset_bar), (xs_bar, None, None)
+
+    return Adjoint(forward, backward, contract)
+
+
+def _start(reset_carry: Any, carry: Any, first: Any) -> Any:
+    return carry if first is None else _select(first, reset_carry, carry)
+
+
+def _select(flag: Any, yes: Any, no: Any) -> Any:
+    """`yes` in the rows whose flag is set, `no` in the others."""
+
+    def leaf(yes, no):
+        return jnp.where(flag.reshape(flag.shape + (1,) * (no.ndim - flag.ndim)), yes, no)
+
+    return jax.tree.map(leaf, yes, no)
+
+
+def _taken(valid: Any, new: Any, old: Any) -> Any:
+    return new if valid is None else _select(valid, new, old)
+
+
+def _present(valid: Any, tree: Any) -> Any:
+    """0 in rows that have no such step."""
+    if valid is None:
+        return tree
+
+    def leaf(path, leaf):
+        if leaf.shape[: valid.ndim] != valid.shape:
+            raise ValueError(
+                f"{name('y', path)} has shape {leaf.shape} at a time step, but mask has {valid.shape} there: let every leaf "
+                "of y begin with the batch axes, or pass a mask [time]."
+            )
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return leaf  # a random key has no zero
+        return _select(valid, leaf, jnp.zeros_like(leaf))
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def _made_safe(xs: Any, mask: Any) -> Any:
+    """What stands in the padding gives way to the row's first valid input, and to 0 in a row that has none.
+
+    The step runs on padding too, and its results are dropped; where it is not defined there, at 0 or at nan, its
+    derivative would still be nan, and nan times the 0 that comes back is nan.
+    """
+    if not len(mask):
+        return xs
+    first = jnp.argmax(mask, axis=0)[None]
+
+    def leaf(x):
+        if x.shape[: mask.ndim] != mask.shape:
+            return x  # one input for all rows
+        index = first.reshape(first.shape + (1,) * (x.ndim - first.ndim))
+        fill = jnp.take_along_axis(x, index, axis=0)
+        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            fill = _select(mask.any(axis=0)[None], fill, jnp.zeros_like(fill))
+        return _select(mask, x, jnp.broadcast_to(fill, x.shape))
+
+    return jax.tree.map(leaf, xs)
+
+
+def _check_flags(flags_name: str, flags: Any, r: Recurrence) -> Any:
+    """`is_first` or `mask` as an array of flags `[time, *batch]`, or an error that says what it should be."""
+    flags = jnp.asarray(flags)
+    if flags.dtype != jnp.bool_:
+        hint = (
+            ", or episode_number[1:] != episode_number[:-1] with True put in front" if flags_name == "is_first" else ""
+        )
         raise TypeError(
-            f"is_first has dtype {is_first.dtype}, but it says yes or no for each step: pass booleans, "
-            "such as is_first.astype(bool), or episode_number[1:] != episode_number[:-1] with True put in front."
+            f"{flags_name} has dtype {flags.dtype}, but it says yes or no for each step: pass booleans, "
+            f"such as {flags_name}.astype(bool){hint}."
         )
-    if not is_first.ndim or is_first.shape[0] != r.length:
+    if not flags.ndim or flags.shape[0] != r.length:
         raise ValueError(
-            f"is_first has shape {is_first.shape}, but there are {r.length} time steps: time is its first axis."
+            f"{flags_name} has shape {flags.shape}, but there are {r.length} time steps: time is its first axis."
         )
-    batch = is_first.shape[1:]
+    batch = flags.shape[1:]
     for path, leaf in jax.tree_util.tree_leaves_with_path(r.init):
         if leaf.shape[: len(batch)] != batch:
             raise ValueError(
-                f"is_first has shape {is_first.shape}, that is [time, *batch] with batch {batch}, but {name('init', path)} has "
+                f"{flags_name} has shape {flags.shape}, that is [time, *batch] with batch {batch}, but {name('init', path)} has "
                 f"shape {leaf.shape}: its first axes must be the same, one flag for each row and time step."
             )
-    return is_first
+    return flags
 
 
-def check_reset_carry(reset_carry: Any, init: Any) -> Any:
+def _check_reset_carry(reset_carry: Any, init: Any) -> Any:
     """The carry to reset to, in the shapes of `init`: zeros by default."""
     if reset_carry is None:
         for path, leaf in jax.tree_util.tree_leaves_with_path(init):
@@ -63,43 +210,3 @@ def check_reset_carry(reset_carry: Any, init: Any) -> Any:
             ) from None
 
     return jax.tree_util.tree_map_with_path(like, reset_carry, init)
-
-
-def with_resets(step: StepWithAdjoint, reset_carry: Any) -> StepWithAdjoint:
-    r"""The step whose input is (x, is_first): cₜ₋₁ is the reset carry where the flag is set, and no gradient passes there.
-
-    A select in both directions: what is cut may be infinite, and 0·∞ is no number. The reset carry becomes a part of the
-    params and gets its gradient.
-    """
-
-    def reset(first, carry, to):
-        def leaf(old, new):
-            return jnp.where(first.reshape(first.shape + (1,) * (old.ndim - first.ndim)), new, old)
-
-        return jax.tree.map(leaf, carry, to)
-
-    def reset_step(params, carry, x_and_first):
-        x, first = x_and_first
-        params, to = params
-        return step.step(params, reset(first, carry, to), x)
-
-    def forward(params, carry, x_and_first):
-        x, first = x_and_first
-        params, to = params
-        return step.adjoint.forward(params, reset(first, carry, to), x)
-
-    def backward(params, residuals, x_and_first, carry_bar, y_bar):
-        x, first = x_and_first
-        carry_bar, delta = step.adjoint.backward(params[0], residuals, x, carry_bar, y_bar)
-        zeros = jax.tree.map(jnp.zeros_like, carry_bar)
-        return reset(first, carry_bar, zeros), (delta, reset(first, zeros, carry_bar))
-
-    def contract(params, residuals, xs_and_first, ys_bar, deltas):
-        deltas, to_bars = deltas
-        params, xs = params[0], xs_and_first[0]
-        params_bar, xs_bar = step.adjoint.contract(params, residuals, xs, ys_bar, deltas)
-        params_bar, xs_bar = fit(params_bar, params, "params"), fit(xs_bar, xs, "xs")
-        to_bar = jax.tree.map(lambda leaf: leaf.sum(axis=0), to_bars)
-        return (params_bar, to_bar), (xs_bar, None)
-
-    return StepWithAdjoint(reset_step, (step.params, reset_carry), Adjoint(forward, backward, contract), step.branches)

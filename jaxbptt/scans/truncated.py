@@ -16,7 +16,7 @@ from jaxbptt.scans.along_time import put_window, room
 from jaxbptt.scans.backward import add_up, as_params, back_over, step_with_adjoint, totals
 from jaxbptt.scans.forward_mode import reverse_mode_only
 from jaxbptt.scans.recurrence import at_one_step, check_count, differentiable, merge, prepare, split
-from jaxbptt.scans.resets import check_is_first, check_reset_carry, with_resets
+from jaxbptt.scans.resets import with_flags
 
 
 def truncated_scan(
@@ -26,9 +26,10 @@ def truncated_scan(
     xs: Any = None,
     *,
     truncation_length: int,
-    is_first: Any = None,
-    reset_carry: Any = None,
     length: int | None = None,
+    is_first: Any = None,
+    mask: Any = None,
+    reset_carry: Any = None,
     adjoint: Adjoint | None = None,
     unroll: int | bool = 1,
 ) -> tuple[Any, Any]:
@@ -48,10 +49,12 @@ def truncated_scan(
         init: c₀, any pytree of arrays.
         xs: inputs, leaves `[time, *batch, features]`, or `None`.
         truncation_length: K, time steps; it need not divide T.
+        length: T, needed where `xs` is `None`.
         is_first: booleans `[time, *batch]`, where a new sequence begins: before that xₜ is consumed the row's carry is
             reset, and no gradient passes.
+        mask: booleans `[time, *batch]`, False where a step is padding: it is not taken, the carry is held, yₜ is 0, and
+            what stands in xₜ changes nothing.
         reset_carry: what `is_first` resets to, like `init` or one row of it; zeros by default. It gets its gradient.
-        length: T, needed where `xs` is `None`.
         adjoint: the backward of one step. By default the `Cell`'s own, or else derived from `step`.
         unroll: time steps in one iteration of the compiled loops, as for `lax.scan`.
 
@@ -59,9 +62,8 @@ def truncated_scan(
         c_T, and the yₜ stacked on a leading time axis.
 
     Raises:
-        ValueError: `truncation_length` below 1, an `is_first` or `reset_carry` that does not fit `init`, a `reset_carry`
-            without `is_first`; and as for `adjoint_scan`.
-        TypeError: an `is_first` that is not boolean; and as for `adjoint_scan`.
+        ValueError: `truncation_length` below 1; and as for `adjoint_scan`.
+        TypeError: as for `adjoint_scan`.
 
     Example:
         >>> import jax
@@ -77,13 +79,7 @@ def truncated_scan(
     """
     check_count("truncation_length", truncation_length, "counts time steps")
     r = prepare(step, params, init, xs, length)
-    with_adjoint, xs = step_with_adjoint(step, adjoint, r), r.xs
-    if is_first is not None:
-        is_first = check_is_first(is_first, r)
-        with_adjoint = with_resets(with_adjoint, check_reset_carry(reset_carry, r.init))
-        xs = xs, is_first
-    elif reset_carry is not None:
-        raise ValueError("reset_carry says what is_first resets to: pass is_first as well, or leave it out.")
+    with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, mask, reset_carry)
     step, params, adjoint, *_ = with_adjoint
     chunk = max(min(int(truncation_length), r.length), 1)
     chunks, left_over = divmod(r.length, chunk)

@@ -15,6 +15,7 @@ from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.backward import at_last_step, back_one_lag, fit, step_with_adjoint, unroll_forward
 from jaxbptt.scans.forward_mode import reverse_mode_only
 from jaxbptt.scans.recurrence import check_count, differentiable, prepare
+from jaxbptt.scans.resets import with_flags
 
 
 def windowed_scan(
@@ -25,6 +26,9 @@ def windowed_scan(
     *,
     window: int,
     length: int | None = None,
+    is_first: Any = None,
+    mask: Any = None,
+    reset_carry: Any = None,
     adjoint: Adjoint | None = None,
     unroll: int | bool = 1,
 ) -> tuple[Any, Any]:
@@ -48,6 +52,11 @@ def windowed_scan(
         xs: inputs, leaves `[time, *batch, features]`, or `None`.
         window: W, time steps.
         length: T, needed where `xs` is `None`.
+        is_first: booleans `[time, *batch]`, where a new sequence begins: before that xₜ is consumed the row's carry is
+            reset, and no gradient passes.
+        mask: booleans `[time, *batch]`, False where a step is padding: it is not taken, the carry is held, yₜ is 0, and
+            what stands in xₜ changes nothing.
+        reset_carry: what `is_first` resets to, like `init` or one row of it; zeros by default. It gets its gradient.
         adjoint: the backward of one step, which must allow `jax.vmap`. By default the `Cell`'s own, or else derived.
         unroll: time steps in one iteration of the compiled forward loop, as for `lax.scan`.
 
@@ -72,7 +81,8 @@ def windowed_scan(
     """
     check_count("window", window, "counts time steps")
     r = prepare(step, params, init, xs, length)
-    step, params, adjoint, branches, _ = step_with_adjoint(step, adjoint, r)
+    with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, mask, reset_carry)
+    step, params, adjoint, branches, _ = with_adjoint
     lags = min(int(window), r.length)
 
     @jax.custom_vjp
@@ -104,4 +114,4 @@ def windowed_scan(
         return fit(params_bar, params, "params"), fit(init_bar, init, "init"), fit(xs_bar, xs, "xs")
 
     run.defvjp(run_forward, run_backward)
-    return reverse_mode_only("windowed_scan", run)(params, r.init, r.xs)
+    return reverse_mode_only("windowed_scan", run)(params, r.init, xs)

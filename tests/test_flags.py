@@ -1,0 +1,223 @@
+"""Resets and masks in every strategy: rows that begin anew, end early or have holes give what their sequences give alone."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import EXACT, UNCUT, assert_close, make_cell, problem, random_like
+
+import jaxbptt as bptt
+
+STRATEGIES = EXACT | UNCUT
+
+
+def loop_with_flags(step, params, init, xs, is_first, mask, reset_carry):
+    """What the flags mean, row by row: reset before the first step of a sequence; a step that is not there is not taken."""
+    ys, last = np.zeros((len(xs), *mask.shape[1:]), object), []
+    for row in range(mask.shape[1]):
+        carry = jax.tree.map(lambda leaf, row=row: leaf[row], init)
+        for t in range(len(xs)):
+            if not mask[t, row]:
+                continue
+            if is_first[t, row]:
+                carry = jax.tree.map(lambda leaf, row=row: leaf[row], reset_carry)
+            carry, ys[t, row] = step(params, carry, xs[jnp.array(t), jnp.array(row)])
+        last.append(carry)
+    shape = next(y for y in ys.flat if not isinstance(y, int)).shape
+    ys = jnp.stack([jnp.zeros(shape) if isinstance(y, int) else y for y in ys.flat]).reshape(*ys.shape, *shape)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *last), ys
+
+
+FLAGS = {
+    "is_first": np.array([[0, 1], [0, 0], [1, 0], [1, 0], [0, 1], [0, 1], [1, 0], [0, 1]], bool),
+    # A hole, an end, a row that starts late, and a sequence whose first step is not there.
+    "mask": np.array([[1, 0], [1, 0], [1, 1], [0, 1], [1, 1], [1, 0], [1, 1], [0, 1]], bool),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [("elman", "is_first"), ("elman", "mask"), ("lstm", "both"), ("stack", "both")]
+)
+def test_every_strategy_equals_a_loop(name, given):
+    cell = make_cell(name)
+    params, init, xs = problem(cell, 8, (2,))
+    to = random_like(init, 7)
+    flags = {
+        "is_first": FLAGS["is_first"] if given != "mask" else np.zeros((8, 2), bool),
+        "mask": FLAGS["mask"] if given != "is_first" else np.ones((8, 2), bool),
+    }
+    loop = lambda *args: loop_with_flags(jax.jit(cell.step), *args[:3], **flags, reset_carry=args[3])
+    expected, pull = jax.vjp(loop, params, init, xs, to)
+    cotangent = random_like(expected, 3)
+    expected = expected, pull(cotangent)
+    # In the padding: nan among the inputs, and in what comes back from outputs that should not have been looked at.
+    spoilt = jnp.where(flags["mask"][..., None], xs, jnp.nan)
+    cotangent = cotangent[0], jnp.where(flags["mask"][..., None], cotangent[1], jnp.nan)
+    options = {"is_first": flags["is_first"], "mask": flags["mask"]}
+    if given != "both":
+        options = {given: flags[given]}
+
+    @jax.jit
+    def ways(params, init, xs, to, cotangent):
+        results = {}
+        for name, scan in STRATEGIES.items():
+            if "is_first" in options:
+                run = lambda *args, scan=scan: scan(cell, *args[:3], reset_carry=args[3], **options)
+            else:
+                run = lambda *args, scan=scan: scan(cell, *args[:3], **options)
+            out, pull = jax.vjp(run, params, init, xs, to)
+            results[name] = out, pull(cotangent)
+        return results
+
+    for name, result in ways(params, init, spoilt, to, cotangent).items():
+        assert_close(result, expected), name
+
+
+def test_a_rollout_is_replayed():
+    """An agent acts step by step in environments that end at times of their own; replayed at once, its states are the same."""
+    cell = bptt.gru(3, 5, dtype=jnp.float64)
+    params, rng = cell.init(jax.random.key(0)), np.random.default_rng(0)
+    step = jax.jit(cell.step)
+    carry, done = cell.initial_carry((4,)), np.ones(4, bool)
+    observations, dones, carries = [], [], []
+    for _ in range(30):
+        carry = jnp.where(done[:, None], 0.0, carry)  # a new episode: the agent has seen nothing of it
+        observation = rng.standard_normal((4, 3))
+        carry, _ = step(params, carry, observation)
+        done = rng.random(4) < 0.2
+        observations.append(observation)
+        dones.append(done)
+        carries.append(carry)
+    is_first = bptt.streams.is_first_from_done(np.stack(dones))
+    assert is_first[1:].any()
+    for scan in STRATEGIES.values():
+        last, replayed = scan(cell, params, random_like(carry, 1), jnp.stack(observations), is_first=is_first)
+        assert_close(replayed, jnp.stack(carries))
+        assert_close(last, carries[-1])
+
+
+def test_padding_where_the_step_is_not_defined():
+    """Zeros are padding as well: 1/0 there would make the derivative nan though its result is dropped."""
+    step = lambda w, h, x: (jnp.tanh(w * h + 1 / x), h)
+    mask = jnp.array([[True, False], [False, True], [True, True], [False, False]])
+    xs = jnp.where(mask, 2.0, 0.0)
+    for scan in (bptt.scan, bptt.adjoint_scan, bptt.checkpointed_scan, partial(bptt.windowed_scan, window=9)):
+        loss = lambda w, xs, scan=scan: jnp.sum(scan(step, w, jnp.zeros(2), xs, mask=mask)[0])
+        gradients = jax.grad(loss, argnums=(0, 1))(0.5, xs)
+        assert all(np.isfinite(gradient).all() for gradient in gradients)
+        assert not gradients[1][~mask].any()
+
+
+def test_whatever_has_no_batch_axis_or_no_derivative():
+    """Inputs shared by all rows, integers, random keys and a mask of time alone."""
+    shared = jnp.arange(4.0)
+    step = lambda w, h, x: (jnp.tanh(w * h + x["own"][:, None] + x["shared"]), {"key": x["key"], "h": h})
+    xs = {"own": jnp.ones((4, 2), int), "shared": shared, "key": jax.random.split(jax.random.key(0), (4, 2))}
+    xs["own"] = xs["own"].astype(float)
+    mask = jnp.array([[True, True], [True, False], [False, True], [True, True]])
+    expected = bptt.scan(step, 0.5, jnp.zeros((2, 3)), xs, mask=mask)[0]
+    row = {"own": xs["own"][:, :1], "shared": shared, "key": xs["key"][:, :1]}
+    alone = jax.tree.map(lambda leaf: leaf[jnp.array([0, 1, 3])], row)
+    assert_close(expected[:1], bptt.scan(step, 0.5, jnp.zeros((1, 3)), alone)[0])
+    of_time = bptt.adjoint_scan(step, 0.5, jnp.zeros((2, 3)), xs, mask=mask[:, 0])[0]
+    assert_close(of_time[:1], expected[:1])
+    no_steps = jax.tree.map(lambda leaf: leaf[:0], xs)
+    assert_close(bptt.scan(step, 0.5, jnp.ones((2, 3)), no_steps, mask=mask[:0])[0], jnp.ones((2, 3)))
+
+
+@pytest.mark.parametrize("scan", [bptt.scan, bptt.adjoint_scan])
+def test_errors(scan):
+    cell = make_cell("elman")
+    args = problem(cell, 5, (2,))
+    flags = jnp.ones((5, 2), bool)
+    for options, error, message in (
+        ({"mask": flags.astype(int)}, TypeError, r"mask has dtype int64.*such as mask\.astype\(bool\)\.$"),
+        ({"mask": flags[:3]}, ValueError, r"mask has shape \(3, 2\), but there are 5 time steps"),
+        ({"mask": flags[:, :1]}, ValueError, r"mask has shape \(5, 1\).*init has shape \(2, 4\)"),
+        ({"mask": flags, "is_first": flags[:, 0]}, ValueError, r"is_first has shape \(5,\), but mask has \(5, 2\)"),
+        ({"reset_carry": args[1]}, ValueError, r"reset_carry says what is_first resets to"),
+    ):
+        with pytest.raises(error, match=message):
+            scan(cell, *args, **options)
+    summed = lambda params, h, x: (cell.step(params, h, x)[0], jnp.sum(h))
+    with pytest.raises(ValueError, match=r"y has shape \(\) at a time step, but mask has \(2,\) there"):
+        scan(summed, *args, mask=flags)
+
+
+STEPS, ROWS, PATTERNS = 6, 3, 100
+
+
+def _bits(number):
+    return np.array([number >> i & 1 for i in range(STEPS * ROWS)], bool).reshape(STEPS, ROWS)
+
+
+def _loss(scan, cell, params, xs, targets, is_first, mask):
+    carry = cell.initial_carry(xs.shape[1:-1])
+    _, ys = scan(cell, params, carry, xs, is_first=is_first, mask=mask)
+    return bptt.losses.mean_squared_error(ys, targets, mask=mask, reduction="sum")
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Gradients of a hundred patterns at once by every strategy, and of many sequences of one length, each alone."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        cell = bptt.gru(2, 3, dtype=jnp.float64)
+        params = random_like(jax.eval_shape(cell.init, jax.random.key(0)), 0, 0.7)
+
+        def every(*args):
+            return {
+                name: jax.vmap(partial(jax.value_and_grad(_loss, argnums=2), scan, cell, params))(*args)
+                for name, scan in STRATEGIES.items()
+            }
+
+        def alone(xs, targets):
+            def loss(params, xs, targets):
+                _, ys = bptt.scan(cell, params, cell.initial_carry(), xs)
+                return bptt.losses.mean_squared_error(ys, targets, reduction="sum")
+
+            return jax.vmap(partial(jax.value_and_grad(loss), params))(xs, targets)
+
+        yield jax.jit(every), jax.jit(alone)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(
+    patterns=st.lists(st.tuples(*[st.integers(0, 2 ** (STEPS * ROWS) - 1)] * 2), min_size=PATTERNS, max_size=PATTERNS),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_ten_thousand_patterns(compiled, patterns, seed):
+    """Loss and gradient of rows with any resets, ends and holes are the sums of those of each sequence run alone."""
+    every, alone = compiled
+    rng = np.random.default_rng(seed)
+    xs, targets = rng.standard_normal((PATTERNS, STEPS, ROWS, 2)), rng.standard_normal((PATTERNS, STEPS, ROWS, 3))
+    mask, is_first = (np.stack([_bits(pattern[i]) for pattern in patterns]) for i in (0, 1))
+    sequences = {length: [] for length in range(1, STEPS + 1)}  # (pattern, row, its time steps)
+    for p, row in np.ndindex(PATTERNS, ROWS):
+        here = np.flatnonzero(mask[p, :, row])
+        begins = np.flatnonzero(is_first[p, here, row])
+        for steps in np.split(here, begins):
+            if len(steps):
+                sequences[len(steps)].append((p, row, steps))
+    losses, gradients = np.zeros(PATTERNS), None
+    for found in sequences.values():
+        if not found:
+            continue
+        p, row, steps = (np.array(part) for part in zip(*found, strict=True))
+        room = -len(p) % 256  # few shapes, so that few are compiled
+        own = [np.pad(array[p[:, None], steps, row[:, None]], ((0, room), (0, 0), (0, 0))) for array in (xs, targets)]
+        count = len(p)
+        values, grads = jax.tree.map(lambda leaf, count=count: np.asarray(leaf)[:count], alone(*own))
+        np.add.at(losses, p, values)
+        gradients = (
+            jax.tree.map(lambda g: np.zeros((PATTERNS, *g.shape[1:])), grads) if gradients is None else gradients
+        )
+        jax.tree.map(lambda total, g, p=p: np.add.at(total, p, g), gradients, grads)
+    spoilt = np.where(mask[..., None], xs, np.nan), np.where(mask[..., None], targets, np.nan)
+    for name, (value, gradient) in every(*spoilt, is_first, mask).items():
+        np.testing.assert_allclose(value, losses, rtol=1e-12, atol=1e-12, err_msg=name)
+        if gradients is not None:
+            jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12, err_msg=name), gradient, gradients)
