@@ -1,5 +1,7 @@
 """Readers give what is in the file, and refuse the rest in one line that says what and where."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 
@@ -128,7 +130,7 @@ def test_too_short(tmp_path):
 
 
 def test_no_source_of_the_standard_library(monkeypatch):
-    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(tasks.InputError, match="pass a text of your own with --text"):
         tasks.read_standard_library()
 

@@ -1,0 +1,29 @@
+r"""Sequences to learn from: the user's own text or numbers, and problems that are known to be hard to remember."""
+
+from jaxbptt.tasks.chaotic import lorenz as lorenz
+from jaxbptt.tasks.chaotic import lorenz_series as lorenz_series
+from jaxbptt.tasks.chaotic import mackey_glass as mackey_glass
+from jaxbptt.tasks.chaotic import mackey_glass_series as mackey_glass_series
+from jaxbptt.tasks.characters import characters as characters
+from jaxbptt.tasks.digits import Digits as Digits
+from jaxbptt.tasks.digits import digits as digits
+from jaxbptt.tasks.files import MAX_SYMBOLS as MAX_SYMBOLS
+from jaxbptt.tasks.files import InputError as InputError
+from jaxbptt.tasks.files import NextStep as NextStep
+from jaxbptt.tasks.files import Series as Series
+from jaxbptt.tasks.files import next_step as next_step
+from jaxbptt.tasks.files import read_csv as read_csv
+from jaxbptt.tasks.files import read_npz as read_npz
+from jaxbptt.tasks.files import read_standard_library as read_standard_library
+from jaxbptt.tasks.files import read_text as read_text
+from jaxbptt.tasks.mapped import MappedArray as MappedArray
+from jaxbptt.tasks.mapped import MappedText as MappedText
+from jaxbptt.tasks.mapped import map_array as map_array
+from jaxbptt.tasks.mapped import map_text as map_text
+from jaxbptt.tasks.mapped import mean_and_deviation as mean_and_deviation
+from jaxbptt.tasks.synthetic import adding_problem as adding_problem
+from jaxbptt.tasks.synthetic import copy_memory as copy_memory
+from jaxbptt.tasks.synthetic import delayed_xor as delayed_xor
+from jaxbptt.tasks.synthetic import temporal_order as temporal_order
+from jaxbptt.tasks.task import Sequences as Sequences
+from jaxbptt.tasks.task import Task as Task
