@@ -4,6 +4,7 @@ import importlib as _importlib
 from typing import Any as _Any
 
 from jaxbptt import interop as interop
+from jaxbptt import tasks as tasks
 from jaxbptt.analysis.certificate import Certificate as Certificate
 from jaxbptt.analysis.certificate import CertificateRow as CertificateRow
 from jaxbptt.analysis.certificate import certify as certify
@@ -68,6 +69,13 @@ from jaxbptt.textbook import TextbookBPTT as TextbookBPTT
 from jaxbptt.textbook import bptt as bptt
 from jaxbptt.training import losses as losses
 from jaxbptt.training import regularizers as regularizers
+from jaxbptt.training import sharding as sharding
+from jaxbptt.training import streams as streams
+from jaxbptt.training.chunks import Chunk as Chunk
+from jaxbptt.training.tbptt import Metrics as Metrics
+from jaxbptt.training.tbptt import TrainState as TrainState
+from jaxbptt.training.tbptt import TruncatedBPTT as TruncatedBPTT
+from jaxbptt.training.tbptt import tbptt as tbptt
 
 __version__ = "0.1.0"
 

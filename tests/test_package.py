@@ -57,7 +57,7 @@ def test_imports_run_one_way():
             "jaxbptt.scans",  # `from jaxbptt.scans import schedule`
         ),
         "analysis": ("jaxbptt.cells", "jaxbptt.scans", "jaxbptt.analysis"),
-        "training": ("jaxbptt.cells", "jaxbptt.scans", "jaxbptt.analysis", "jaxbptt.training"),
+        "training": ("jaxbptt.cells", "jaxbptt.scans", "jaxbptt.analysis", "jaxbptt.training", "jaxbptt.tasks"),
     }
     for folder, prefixes in allowed.items():
         for file in (package / folder).glob("*.py"):

@@ -28,9 +28,12 @@ def norm_over_time(tree: Any) -> Array:
 
 
 def tree_norm(tree: Any) -> Array:
-    """The norm of all leaves together."""
-    dtype = jnp.result_type(*jax.tree.leaves(tree))
-    return norm(jnp.stack([norm(leaf).astype(dtype) for leaf in jax.tree.leaves(tree)]))
+    """The norm of all leaves together; 0 where there are none."""
+    leaves = jax.tree.leaves(tree)
+    if not leaves:
+        return jnp.zeros(())
+    dtype = jnp.result_type(*leaves)
+    return norm(jnp.stack([norm(leaf).astype(dtype) for leaf in leaves]))
 
 
 def cosine(a: Any, b: Any) -> Array:

@@ -1,0 +1,153 @@
+r"""Chunks, what `tbptt` updates on, and streams of them.
+
+Row i of a chunk goes on where row i of the chunk before it stopped. A stream gives the chunk at any position, so that the
+position is all there is to save of it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool
+
+
+class Chunk(NamedTuple):
+    """A stretch of time of a batch of sequences; leaves are `[time, batch, ...]`.
+
+    Attributes:
+        xs: inputs.
+        targets: what the loss compares the outputs with.
+        mask: booleans `[time, batch]`, False where a step is padding: it is not taken and does not count. `None`: none is.
+        is_first: booleans `[time, batch]`, True where a new sequence begins: the row's carry is reset before that step.
+            `None`: all go on from the chunk before.
+    """
+
+    xs: Any
+    targets: Any = None
+    mask: Any = None
+    is_first: Any = None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Chunks by position, epoch after epoch; all of one shape, so that what they go through is traced once.
+
+    Attributes:
+        read: `(epoch, index) -> Chunk` of numpy arrays.
+        chunks: in an epoch.
+    """
+
+    read: Callable[[int, int], Chunk]
+    chunks: int
+
+    def __len__(self) -> int:
+        """Chunks in an epoch."""
+        return self.chunks
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """The first epoch."""
+        return (self.at(position) for position in range(self.chunks))
+
+    def at(self, position: int) -> Chunk:
+        """The chunk at a position, counted from 0 and on through all epochs."""
+        return self.read(*divmod(int(position), self.chunks))
+
+    def start(self, position: int = 0) -> "StreamIterator":
+        """All chunks from a position on, without end."""
+        return StreamIterator(self, int(position))
+
+
+@dataclass
+class StreamIterator:
+    """Goes through a stream; `position` is that of the chunk that comes next, and all there is to save."""
+
+    stream: Stream
+    position: int
+
+    def __iter__(self) -> "StreamIterator":
+        """Itself."""
+        return self
+
+    def __next__(self) -> Chunk:
+        """The next chunk."""
+        chunk = self.stream.at(self.position)
+        self.position += 1
+        return chunk
+
+
+def is_first_from_done(done: Bool[ArrayLike, " time *batch"], *, first: Any = True) -> Bool[Array, " time *batch"]:
+    r"""Where sequences begin, from where they end: one step later.
+
+    is_firstₜ = doneₜ₋₁
+
+    With `done` as most environments return it, of the transition that step t takes, the observation of step t + 1 is the
+    first of a new episode, and the carry is reset before it is consumed.
+
+    Args:
+        done: booleans `[time, *batch]`, True at the last step of an episode.
+        first: `done` of the step before the first one here, `[*batch]`; True where a rollout starts afresh.
+
+    Returns:
+        Booleans `[time, *batch]`.
+
+    Raises:
+        TypeError: `done` is not boolean.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxbptt import streams
+        >>> print(streams.is_first_from_done(jnp.array([False, True, False])))
+        [ True False  True]
+    """
+    done = jnp.asarray(done)
+    if done.dtype != jnp.bool_:
+        raise TypeError(f"done has dtype {done.dtype}, but True and False are expected: pass done.astype(bool).")
+    before = jnp.broadcast_to(jnp.asarray(first, bool), done.shape[1:])[None]
+    return jnp.concatenate([before, done])[: len(done)]
+
+
+def pad(chunk: Chunk, length: int) -> Chunk:
+    r"""The chunk padded with masked steps to a length, for a last one that is shorter than the others.
+
+    Args:
+        chunk: leaves `[time, batch, ...]`; without a mask all of its steps count.
+        length: time steps, at least as many as there are.
+
+    Returns:
+        A `Chunk` with leaves `[length, batch, ...]`, zeros (or the last entry, for random keys) after the end, a mask and is_first.
+
+    Raises:
+        ValueError: `length` is shorter than the chunk, or a leaf has no batch axis.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxbptt import streams
+        >>> chunk = streams.pad(streams.Chunk(xs=jnp.ones((2, 1))), 3)
+        >>> print(chunk.xs.T, chunk.mask.T, chunk.is_first.T)
+        [[1. 1. 0.]] [[ True  True False]] [[False False False]]
+    """
+    steps, batch = _time_and_batch(chunk)
+    if length < steps:
+        raise ValueError(f"length is {length}, but the chunk has {steps} time steps: cut it, or pad to more.")
+
+    def longer(leaf):
+        leaf = jnp.asarray(leaf)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return leaf[jnp.minimum(jnp.arange(length), steps - 1)]
+        return jnp.pad(leaf, [(0, length - steps)] + [(0, 0)] * (leaf.ndim - 1))
+
+    mask = jnp.ones((steps, batch), bool) if chunk.mask is None else chunk.mask
+    is_first = jnp.zeros((steps, batch), bool) if chunk.is_first is None else chunk.is_first
+    return jax.tree.map(longer, Chunk(chunk.xs, chunk.targets, mask, is_first))
+
+
+def _time_and_batch(chunk: Chunk) -> tuple[int, int]:
+    shapes = {jnp.shape(leaf)[:2] for leaf in jax.tree.leaves(chunk)}
+    shape = next(iter(shapes), ())
+    if len(shapes) != 1 or len(shape) != 2:
+        raise ValueError(
+            f"The chunk's leaves begin with the axes {sorted(shapes)}, but [time, batch] must be the same."
+        )
+    return shape[0], shape[1]

@@ -1,0 +1,97 @@
+r"""Where a run's arrays lie on many devices: rows of a batch apart, everything else everywhere.
+
+JAX does the rest: an `update` compiled for arrays that lie so runs each row where it is, and adds the gradients up.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxbptt.scans.recurrence import name
+from jaxbptt.training.chunks import Chunk
+from jaxbptt.training.tbptt import TrainState
+
+
+def shard_state(state: TrainState, mesh: Mesh) -> TrainState:
+    r"""A `TrainState` on a mesh: the carry by rows over the mesh's first axis, the rest on every device.
+
+    Args:
+        state: as `init` returns it; leaves of its carry are `[batch, ...]`. Every process passes the same.
+        mesh: of devices, of this process or of several.
+
+    Returns:
+        The same values, on the mesh.
+
+    Raises:
+        ValueError: a carry whose rows can't be shared out evenly.
+
+    Example:
+        >>> import jax, optax
+        >>> import numpy as np
+        >>> import jaxbptt as bptt
+        >>> cell = bptt.elman(3, 8)
+        >>> init, update = bptt.tbptt(lambda *args, **kwargs: None, optax.sgd(0.1))
+        >>> state = init(cell.init(jax.random.key(0)), cell.initial_carry((4,)), jax.random.key(1))
+        >>> mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
+        >>> print(bptt.sharding.shard_state(state, mesh).carry.sharding.spec[0])
+        batch
+    """
+    carry = _place(state.carry, mesh, 0, "carry")
+    rest = jax.tree.map(lambda leaf: _put(leaf, NamedSharding(mesh, PartitionSpec())), state._replace(carry=None))
+    return rest._replace(carry=carry)
+
+
+def shard_chunk(chunk: Chunk, mesh: Mesh) -> Chunk:
+    r"""A `Chunk` on a mesh, by rows over the mesh's first axis.
+
+    Args:
+        chunk: leaves `[time, batch, ...]`. Every process passes the whole chunk; each of its devices gets its rows.
+        mesh: of devices, of this process or of several.
+
+    Returns:
+        The same values, on the mesh.
+
+    Raises:
+        ValueError: rows that can't be shared out evenly.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import numpy as np
+        >>> import jaxbptt as bptt
+        >>> mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
+        >>> print(bptt.sharding.shard_chunk(bptt.streams.Chunk(jnp.ones((5, 4, 3))), mesh).xs.sharding.spec[1])
+        batch
+    """
+    return _place(chunk, mesh, 1, "chunk")
+
+
+def _place(tree: Any, mesh: Mesh, axis: int, root: str) -> Any:
+    rows = mesh.axis_names[0]
+    sharding = NamedSharding(mesh, PartitionSpec(*(None,) * axis, rows))
+
+    def leaf(path, leaf):
+        if leaf.ndim <= axis or leaf.shape[axis] % mesh.shape[rows]:
+            raise ValueError(
+                f"{name(root, path)} has shape {leaf.shape}, whose axis {axis} can't be shared out evenly over the "
+                f"{mesh.shape[rows]} devices of mesh axis {rows!r}: make the batch a multiple of their number."
+            )
+        return _put(leaf, sharding)
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> Any:
+    """Each process hands over what its own devices need; random keys by their data."""
+    if _is_key(leaf):
+        data = _put(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def _is_key(leaf: Any) -> bool:
+    """Whether a leaf is a typed random key."""
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -1,0 +1,273 @@
+r"""Sequences too long, too many or too unequal for one array, cut into chunks of one shape.
+
+Arrays are read where a chunk needs them and not before: a `numpy.memmap` is never in memory as a whole.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbptt.tasks.files import InputError
+from jaxbptt.training.chunks import Chunk as Chunk
+from jaxbptt.training.chunks import Stream as Stream
+from jaxbptt.training.chunks import is_first_from_done as is_first_from_done
+from jaxbptt.training.chunks import pad as pad
+
+
+def rows(
+    values: Any,
+    targets: Any = None,
+    *,
+    batch: int,
+    chunk_length: int,
+    overlap: int = 0,
+    encode: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Stream:
+    r"""One long sequence, cut into contiguous rows that run side by side.
+
+    Row i has steps i R + 1 … (i + 1) R of the N there are, R = ⌈N / batch⌉; chunk j has steps j C + 1 … (j + 1) C of each row.
+
+    Nothing is dropped: the last rows may be shorter, and the last chunk is padded, with a mask. Carries are reset where an
+    epoch begins, since row i ends where row i + 1 began. Reading a chunk takes time and memory of its own size.
+
+    Args:
+        values: `[time]` or `[time, features]`, integers, booleans or real numbers; an array or a `numpy.memmap`.
+        targets: as long as `values`; by default the values one step later, and the last one is only a target.
+        batch: rows.
+        chunk_length: C, new time steps in a chunk.
+        overlap: time steps of the chunk before that each chunk begins with again, for `tbptt` with a `truncation_length`
+            above `update_every`.
+        encode: maps a stretch of `values` to what the network reads, such as `lambda bytes: table[bytes]`.
+
+    Returns:
+        A `Stream` of chunks with xs and targets `[overlap + C, batch, ...]`, mask and is_first.
+
+    Raises:
+        ValueError: sizes below 1, more rows than steps, values that are not numbers, targets of another length.
+        InputError: when a chunk is read that is not finite or has missing values, with their place.
+
+    Example:
+        >>> import numpy as np
+        >>> from jaxbptt import streams
+        >>> stream = streams.rows(np.arange(9), batch=2, chunk_length=3)
+        >>> for chunk in stream:
+        ...     print(chunk.xs.T.tolist(), chunk.targets.T.tolist(), chunk.mask.T.tolist())
+        [[0, 1, 2], [4, 5, 6]] [[1, 2, 3], [5, 6, 7]] [[True, True, True], [True, True, True]]
+        [[3, 0, 0], [7, 0, 0]] [[4, 0, 0], [8, 0, 0]] [[True, False, False], [True, False, False]]
+    """
+    _check_counts(batch=batch, chunk_length=chunk_length)
+    if overlap < 0:
+        raise ValueError(f"overlap is {overlap}, but it counts time steps: pass 0 or more.")
+    values = _numbers("values", values)
+    steps = len(values) - 1
+    if targets is not None:
+        targets = _numbers("targets", targets)
+        steps = len(values)
+        if len(targets) != steps:
+            raise ValueError(f"targets have {len(targets)} time steps, but values have {steps}: one target for each.")
+    if steps < batch:
+        raise ValueError(f"values have {len(values)} time steps, too few for batch={batch} rows: use fewer rows.")
+    row_length = -(-steps // batch)
+
+    def read(epoch: int, index: int) -> Chunk:
+        start = index * chunk_length - overlap
+        pieces = []
+        for row in range(batch):
+            begin = row * row_length
+            low = max(start, 0)
+            high = min(start + overlap + chunk_length, row_length, steps - begin)
+            if low >= high:
+                continue
+            low_here, high_here = begin + low, begin + high
+            if targets is None:
+                block = _finite("values", values, low_here, high_here + 1)
+                block = block if encode is None else encode(block)
+                x, y = block[:-1], block[1:]
+            else:
+                x = _finite("values", values, low_here, high_here)
+                x = x if encode is None else encode(x)
+                y = _finite("targets", targets, low_here, high_here)
+            pieces.append(_Piece(row, low - start, x, y, begins=low == 0))
+        return _put_together(pieces, overlap + chunk_length, batch)
+
+    return Stream(read, -(-row_length // chunk_length))
+
+
+def episodes(sequences: Sequence[tuple[Any, Any]], *, batch: int, chunk_length: int) -> Stream:
+    r"""Sequences of different lengths, one after the other in each row, with `is_first` where one begins.
+
+    Every episode goes whole into the row that is the shortest so far; only the ends of the rows are padded. `padded` gives each
+    sequence a row of its own.
+
+    Args:
+        sequences: episodes, pairs (xs, targets) of arrays `[time, ...]`, or trees of them; targets may be `None`.
+        batch: rows.
+        chunk_length: time steps in a chunk.
+
+    Returns:
+        A `Stream` of chunks with xs and targets `[chunk_length, batch, ...]`, mask and is_first.
+
+    Raises:
+        ValueError: sizes below 1, no episodes, an empty one, one whose leaves disagree on time.
+        InputError: when a chunk is read that is not finite or has missing values, with their place.
+
+    Example:
+        >>> import numpy as np
+        >>> from jaxbptt import streams
+        >>> long, short = np.array([1, 2, 3, 4, 5]), np.array([6, 7])
+        >>> (chunk,) = streams.episodes([(long, long), (short, short), (short, short)], batch=2, chunk_length=5)
+        >>> print(chunk.xs.T.tolist())
+        [[1, 2, 3, 4, 5], [6, 7, 6, 7, 0]]
+        >>> print(chunk.is_first.T.astype(int).tolist(), chunk.mask[:, 1].tolist())
+        [[1, 0, 0, 0, 0], [1, 0, 1, 0, 0]] [True, True, True, True, False]
+    """
+    _check_counts(batch=batch, chunk_length=chunk_length)
+    lengths = _lengths("sequences", sequences)
+    ends = [0] * batch
+    placed: list[list[tuple[int, int]]] = [[] for _ in range(batch)]  # for each row, (first step, episode)
+    for number, length in enumerate(lengths):
+        row = ends.index(min(ends))
+        placed[row].append((ends[row], number))
+        ends[row] += length
+
+    def read(epoch: int, index: int) -> Chunk:
+        start = index * chunk_length
+        pieces = []
+        for row, row_episodes in enumerate(placed):
+            for begin, number in row_episodes:
+                low = max(start, begin)
+                high = min(start + chunk_length, begin + lengths[number])
+                if low < high:
+                    x, y = _stretch(f"sequences[{number}]", sequences[number], low - begin, high - begin)
+                    pieces.append(_Piece(row, low - start, x, y, begins=low == begin))
+        return _put_together(pieces, chunk_length, batch)
+
+    return Stream(read, -(-max(ends) // chunk_length))
+
+
+def padded(sequences: Sequence[tuple[Any, Any]], *, batch: int, seed: int | None = None) -> Stream:
+    r"""Whole sequences of different lengths side by side, each padded to the longest of all.
+
+    Args:
+        sequences: pairs (xs, targets) of arrays `[time, ...]`, or trees of them; targets may be `None`.
+        batch: sequences in a chunk. Where their number is not a multiple of it, the rows left over are masked.
+        seed: of a new order in every epoch, the same at every start; `None` keeps the order given.
+
+    Returns:
+        A `Stream` of chunks with xs and targets `[longest, batch, ...]`, mask and is_first.
+
+    Raises:
+        ValueError: a batch below 1, no sequences, an empty one, one whose leaves disagree on time.
+        InputError: when a chunk is read that is not finite or has missing values, with their place.
+
+    Example:
+        >>> import numpy as np
+        >>> from jaxbptt import streams
+        >>> long, short = np.array([1.0, 2.0, 3.0]), np.array([4.0])
+        >>> (chunk,) = streams.padded([(long, None), (short, None)], batch=2)
+        >>> print(chunk.xs.T.tolist(), chunk.mask.sum(axis=0).tolist())
+        [[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]] [3, 1]
+    """
+    _check_counts(batch=batch)
+    lengths = _lengths("sequences", sequences)
+    number_of_sequences, longest = len(lengths), max(lengths)
+
+    def read(epoch: int, index: int) -> Chunk:
+        order = np.arange(number_of_sequences)
+        if seed is not None:
+            order = np.random.default_rng([seed, epoch]).permutation(number_of_sequences)
+        pieces = []
+        for row, place in enumerate(order[index * batch : (index + 1) * batch]):
+            number = int(place)
+            x, y = _stretch(f"sequences[{number}]", sequences[number], 0, lengths[number])
+            pieces.append(_Piece(row, 0, x, y, begins=True))
+        return _put_together(pieces, longest, batch)
+
+    return Stream(read, -(-number_of_sequences // batch))
+
+
+class _Piece(NamedTuple):
+    """A stretch of one sequence in a chunk: from time `at` on in `row`."""
+
+    row: int
+    at: int
+    xs: Any
+    targets: Any
+    begins: bool
+
+
+def _put_together(pieces: list[_Piece], steps: int, batch: int) -> Chunk:
+    mask, is_first = np.zeros((2, steps, batch), bool)
+
+    def room(leaf):
+        return np.zeros((steps, batch, *leaf.shape[1:]), leaf.dtype)
+
+    whole_xs, whole_targets = jax.tree.map(room, (pieces[0].xs, pieces[0].targets))
+    for row, at, xs, targets, begins in pieces:
+
+        def write(to, leaf, row=row, at=at):
+            to[at : at + len(leaf), row] = leaf
+
+        jax.tree.map(write, (whole_xs, whole_targets), (xs, targets))
+        mask[at : at + len(jax.tree.leaves(xs)[0]), row] = True
+        is_first[at, row] = begins
+    return Chunk(whole_xs, whole_targets, mask, is_first)
+
+
+def _numbers(what: str, values: Any) -> Any:
+    """An array to read stretches of; not `np.asarray`, which would forget the mask of a masked array."""
+    values = values if isinstance(values, np.ndarray) else np.asarray(values)
+    if values.dtype.kind not in "biuf" and not jnp.issubdtype(values.dtype, jnp.floating):
+        raise ValueError(f"{what} are of dtype {values.dtype}, but integers, booleans or real numbers are expected.")
+    if not values.ndim:
+        raise ValueError(f"{what} have shape (), but time is their first axis.")
+    return values
+
+
+def _finite(what: str, values: Any, low: int, high: int) -> np.ndarray:
+    """values[low:high], or an error that says where the first number is missing or not finite."""
+    block = values[low:high]
+    bad = np.ma.getmaskarray(block) if np.ma.isMaskedArray(block) else np.zeros(block.shape, bool)
+    block = np.asarray(block)
+    if jnp.issubdtype(block.dtype, jnp.floating):
+        bad = bad | ~np.isfinite(block)
+    if bad.any():
+        place = np.argwhere(bad)[0]
+        word = "missing" if np.isfinite(block[tuple(place)]) else str(block[tuple(place)])
+        place[0] += low
+        raise InputError(
+            f"{what} {place.tolist()} is {word}: fill it in, or cut the sequence there, before it reaches the network."
+        )
+    return block
+
+
+def _stretch(what: str, sequence: tuple[Any, Any], low: int, high: int) -> tuple[Any, Any]:
+    def leaf(path, leaf):
+        return _finite(what + jax.tree_util.keystr(path), _numbers(what, leaf), low, high)
+
+    return jax.tree_util.tree_map_with_path(leaf, tuple(sequence))
+
+
+def _lengths(what: str, sequences: Sequence[tuple[Any, Any]]) -> list[int]:
+    if not len(sequences):
+        raise ValueError(f"There are no {what}: pass at least one (xs, targets).")
+    lengths = []
+    for number, sequence in enumerate(sequences):
+        if not isinstance(sequence, tuple | list) or len(sequence) != 2:
+            raise ValueError(f"{what}[{number}] is no pair (xs, targets): pass (xs, None) where there are no targets.")
+        sizes = {np.shape(leaf)[0] if np.ndim(leaf) else 0 for leaf in jax.tree.leaves(tuple(sequence))}
+        if len(sizes) != 1 or not min(sizes):
+            raise ValueError(
+                f"{what}[{number}] has leaves of {sorted(sizes)} time steps: all of them must agree, and have at least 1."
+            )
+        lengths.append(sizes.pop())
+    return lengths
+
+
+def _check_counts(**counts: int) -> None:
+    for count, value in counts.items():
+        if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+            raise ValueError(f"{count} is {value!r}: pass a whole number of at least 1.")

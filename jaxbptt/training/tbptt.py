@@ -1,0 +1,274 @@
+r"""Truncated BPTT as a pure update: the state goes on from chunk to chunk, the gradient does not.
+
+`tbptt` makes two functions in optax's style, and the loop is the user's. What makes a run is in one pytree, `TrainState`;
+saved and loaded again, it goes on as if nothing had happened.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from jaxbptt.analysis.norms import tree_norm
+from jaxbptt.scans.adjoint import adjoint_scan
+from jaxbptt.scans.exact import scan as exact_scan
+from jaxbptt.scans.recurrence import check_count, differentiable, merge, split
+from jaxbptt.scans.truncated import truncated_scan
+from jaxbptt.training.chunks import Chunk
+
+
+class TrainState(NamedTuple):
+    """A run between two updates, one pytree.
+
+    Attributes:
+        params: of the network, any pytree.
+        opt_state: of the clipping and the optimiser, for the params that have a derivative.
+        carry: before the next chunk.
+        step: updates so far; where each chunk is used once, the position in the stream as well.
+        key: random key, split at each update.
+    """
+
+    params: Any
+    opt_state: Any
+    carry: Any
+    step: Array
+    key: Any
+
+
+class Metrics(NamedTuple):
+    """What an update measured, scalars.
+
+    Attributes:
+        loss: before the update.
+        gradient_norm: ‖dL/dθ‖₂ over all leaves, before clipping.
+        fraction_clipped: of the gradient's entries that are not 0, the share that clipping changed.
+        carry_norm: ‖c‖₂ over all leaves and rows, after the chunk.
+    """
+
+    loss: Array
+    gradient_norm: Array
+    fraction_clipped: Array
+    carry_norm: Array
+
+
+class TruncatedBPTT(NamedTuple):
+    """The two functions of `tbptt`.
+
+    Attributes:
+        init: `(params, carry, key) -> TrainState`.
+        update: `(state, chunk) -> (state, Metrics)`.
+    """
+
+    init: Callable[..., TrainState]
+    update: Callable[..., tuple[TrainState, Metrics]]
+
+
+def tbptt(
+    loss: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    *,
+    truncation_length: int | None = None,
+    update_every: int | None = None,
+    burn_in: int = 0,
+    scan: Callable[..., Any] | None = None,
+    clip: optax.GradientTransformation | None = None,
+) -> TruncatedBPTT:
+    r"""Truncated BPTT: an update every k₁ time steps, with a gradient that reaches back k₂ of them.
+
+    c, L = loss(θ, c, chunk),  θ ← θ + optimizer(clip(∂L/∂θ)),  with ∂c/∂θ = 0 for the carry that came in
+
+    - neither length given: the gradient goes back to the start of the chunk (k₁ = k₂ = the chunk's length);
+    - `truncation_length` < `update_every`: it is cut inside the chunk too, every k₂ steps (`truncated_scan`);
+    - `truncation_length` > `update_every`: a chunk has k₂ steps, of which the first k₂ − k₁ are those that the chunk before
+      it ended with (`streams.rows(..., overlap=k₂ - k₁)`). They are run again with the params of now, the losses of the
+      last k₁ reach back into them, and only these count. Costs another k₁ steps forward, for the carry to go on with.
+
+    One update costs what its gradient and the optimiser cost, and keeps nothing: memory does not grow with their number.
+    Chunks of one shape are traced once; pad a shorter one (`streams` do).
+
+    Args:
+        loss: `loss(params, carry, chunk, *, scan, key) -> (loss, carry)`. It unrolls the network with the `scan` it is
+            handed, `carry, ys = scan(step, params, carry, chunk.xs)`, which knows the chunk's `mask` and `is_first`; and
+            masks what it computes from the outputs with `chunk.mask`, as in `losses.cross_entropy(ys, chunk.targets,
+            mask=chunk.mask)`. `key` is another at every update.
+        optimizer: any of optax's; schedules are part of it.
+        truncation_length: k₂, time steps.
+        update_every: k₁, time steps; by default the chunk's length, whatever it is.
+        burn_in: time steps at the start of each chunk that only bring the carry up to date, without gradient or loss, as
+            for replayed sequences with a stored state (Kapturowski et al. 2019).
+        scan: the strategy; `adjoint_scan` by default. `truncation_length` < `update_every` sets it to `truncated_scan`.
+        clip: a transformation of the gradient before the optimiser, `optax.clip_by_global_norm(1.0)` or another. Only it
+            is counted in `fraction_clipped`.
+
+    Returns:
+        `init(params, carry, key) -> TrainState` and `update(state, chunk) -> (state, Metrics)`, to be jitted by the
+        caller, best with `donate_argnums=0`. A chunk is a `Chunk` with leaves `[time, batch, ...]`. Params without a
+        derivative, such as integers, are left as they are.
+
+    Raises:
+        ValueError: lengths below 1, a `truncation_length` that cuts a `scan` of the user's, a `burn_in` where chunks
+            overlap; from `update`, a chunk of another length than they say.
+        TypeError: from `update`, a chunk that is no `Chunk`, a loss that returns no pair.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> import jaxbptt as bptt
+        >>> cell = bptt.lstm(1, 8)
+        >>> net = bptt.network(cell, output_size=1)
+        >>> def loss(params, carry, chunk, *, scan, key):
+        ...     carry, outputs = net.apply(params, carry, chunk.xs, scan=scan)
+        ...     return bptt.losses.mean_squared_error(outputs, chunk.targets, mask=chunk.mask), carry
+        >>> init, update = bptt.tbptt(loss, optax.adam(1e-2), clip=optax.clip_by_global_norm(1.0))
+        >>> state = init(net.init(jax.random.key(0)), cell.initial_carry((4,)), jax.random.key(1))
+        >>> waves = bptt.streams.rows(jnp.sin(jnp.arange(2_000.0))[:, None], batch=4, chunk_length=20)
+        >>> update = jax.jit(update)
+        >>> first = update(state, waves.at(0))[1].loss
+        >>> for chunk in waves:
+        ...     state, metrics = update(state, chunk)
+        >>> int(state.step), bool(metrics.loss < first / 2)
+        (25, True)
+
+    References:
+        Williams and Peng, An efficient gradient-based algorithm for on-line training of recurrent network trajectories,
+        1990, doi:10.1162/neco.1990.2.4.490: BPTT(h; h′) with h = k₂ and h′ = k₁. Kapturowski et al., Recurrent experience
+        replay in distributed reinforcement learning, ICLR 2019.
+    """
+    overlap = _overlap(truncation_length, update_every, burn_in, scan)
+    if scan is not None:
+        strategy = scan
+    elif truncation_length is not None and overlap == 0:
+        strategy = partial(truncated_scan, truncation_length=truncation_length)
+    else:
+        strategy = adjoint_scan
+    clip = optax.identity() if clip is None else clip
+    uncounted = max(overlap, burn_in)
+
+    def init(params: Any, carry: Any, key: Any) -> TrainState:
+        trained = differentiable(params)
+        opt_state = clip.init(trained), optimizer.init(trained)
+        # Copies, since `update` may be given leave to reuse the memory of the state.
+        params, carry = jax.tree.map(partial(jnp.array, copy=True), (params, carry))
+        return TrainState(params, opt_state, carry, jnp.zeros((), jnp.int32), key)
+
+    def run(params: Any, carry: Any, chunk: Chunk, key: Any) -> tuple[Array, Any]:
+        flags = {name: flag for name in ("mask", "is_first") if (flag := getattr(chunk, name)) is not None}
+        bound = partial(_with_burn_in, strategy, burn_in) if burn_in else strategy
+        if uncounted:
+            chunk = chunk._replace(mask=_without_the_first(uncounted, chunk))
+        result = loss(params, carry, chunk, scan=partial(bound, **flags), key=key)
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(f"The loss returns a pair (loss, carry), but this one returned {type(result).__name__}.")
+        return result
+
+    def update(state: TrainState, chunk: Chunk) -> tuple[TrainState, Metrics]:
+        steps = _check_chunk(chunk, truncation_length, update_every, burn_in)
+        key, key_now = jax.random.split(state.key)
+        trained, fixed = split(state.params)
+        carry = jax.lax.stop_gradient(state.carry)
+
+        def of_trained(trained):
+            return run(merge(trained, fixed), carry, chunk, key_now)
+
+        (value, next_carry), gradient = jax.value_and_grad(of_trained, has_aux=True)(trained)
+        if overlap:
+            # The next chunk begins in the middle of this one.
+            new_part = jax.tree.map(lambda leaf: leaf[: steps - overlap], chunk)
+            next_carry = run(state.params, carry, new_part, key_now)[1]
+        clip_state, opt_state = state.opt_state
+        clipped, clip_state = clip.update(gradient, clip_state, trained)
+        updates, opt_state = optimizer.update(clipped, opt_state, trained)
+        params = merge(optax.apply_updates(trained, updates), fixed)
+        metrics = Metrics(
+            loss=value,
+            gradient_norm=tree_norm(gradient),
+            fraction_clipped=_fraction_changed(gradient, clipped),
+            carry_norm=tree_norm(differentiable(next_carry)),
+        )
+        return TrainState(params, (clip_state, opt_state), next_carry, state.step + 1, key), metrics
+
+    return TruncatedBPTT(init, update)
+
+
+def _overlap(truncation_length: Any, update_every: Any, burn_in: Any, scan: Any) -> int:
+    """How many steps a chunk shares with the one before it; raises where the options make no sense together."""
+    if truncation_length is not None:
+        check_count("truncation_length", truncation_length, "counts time steps")
+    if update_every is not None:
+        check_count("update_every", update_every, "counts time steps")
+    if burn_in:
+        check_count("burn_in", burn_in, "counts time steps")
+    overlap = max(truncation_length - update_every, 0) if truncation_length and update_every else 0
+    if overlap and burn_in:
+        raise ValueError(
+            f"burn_in={burn_in} was given with truncation_length={truncation_length} above update_every={update_every}, whose "
+            "chunks begin with steps that are run again anyway: leave one of them out."
+        )
+    if scan is not None and truncation_length is not None and not overlap and truncation_length != update_every:
+        raise ValueError(
+            f"truncation_length={truncation_length} cuts inside a chunk, which is a strategy of its own, and scan is another: "
+            "leave one of them out, or pass scan=partial(truncated_scan, truncation_length=...)."
+        )
+    return overlap
+
+
+def _check_chunk(chunk: Any, truncation_length: Any, update_every: Any, burn_in: int) -> int:
+    """Time steps of a chunk, if it has as many as the lengths say."""
+    if not isinstance(chunk, Chunk):
+        raise TypeError(f"update takes a Chunk(xs, targets, mask, is_first), but got a {type(chunk).__name__}.")
+    sizes = {jnp.shape(leaf)[0] if jnp.ndim(leaf) else 0 for leaf in jax.tree.leaves(chunk)}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"The chunk's leaves have {sorted(sizes)} time steps: time is their first axis, and they must agree on it."
+        )
+    (steps,) = sizes
+    if update_every is not None:
+        expected = max(truncation_length or 0, update_every)
+        if steps != expected:
+            more = f", the last {update_every} of them new (streams.rows(..., overlap=...))" * (expected > update_every)
+            raise ValueError(
+                f"The chunk has {steps} time steps, but update_every={update_every} and truncation_length={truncation_length} "
+                f"take chunks of {expected}{more}: cut it, or pad it with streams.pad."
+            )
+    elif truncation_length is not None and steps < truncation_length:
+        raise ValueError(
+            f"The chunk has {steps} time steps, but truncation_length is {truncation_length}: a gradient that reaches back "
+            "beyond the chunk needs update_every as well, and chunks that overlap."
+        )
+    if burn_in >= steps:
+        raise ValueError(f"The chunk has {steps} time steps, and burn_in={burn_in} leaves none of them to learn from.")
+    return steps
+
+
+def _without_the_first(steps: int, chunk: Chunk) -> Array:
+    """The chunk's mask for the loss: the first steps don't count."""
+    mask = chunk.mask
+    if mask is None:
+        first = jax.tree.leaves((chunk.is_first, chunk.targets, chunk.xs))[0]
+        mask = jnp.ones(first.shape[:2], bool)
+    counted = jnp.arange(len(mask)) >= steps
+    return mask & counted.reshape(-1, *(1,) * (mask.ndim - 1))
+
+
+def _with_burn_in(
+    scan: Callable[..., Any], burn_in: int, step: Any, params: Any, init: Any, xs: Any = None, **options: Any
+) -> tuple[Any, Any]:
+    """`scan` whose first steps have no gradient, neither through the carry nor through their outputs."""
+    along_time = {name: options.pop(name) for name in ("mask", "is_first") if name in options}
+    before = jax.tree.map(lambda leaf: leaf[:burn_in], (xs, along_time))
+    after = jax.tree.map(lambda leaf: leaf[burn_in:], (xs, along_time))
+    resets = {name: options[name] for name in ("reset_carry",) if name in options}
+    carry, ys = jax.lax.stop_gradient(exact_scan(step, params, init, before[0], **before[1], **resets))
+    carry, more_ys = scan(step, params, carry, after[0], **after[1], **options)
+    return carry, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), ys, more_ys)
+
+
+def _fraction_changed(before: Any, after: Any) -> Array:
+    """The share of the entries that are not 0 and were changed."""
+    pairs = list(zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
+    changed = sum(jnp.sum(old != new) for old, new in pairs)
+    entries = sum(jnp.sum(old != 0) for old, _ in pairs)
+    return jnp.asarray(changed, jnp.float32) / jnp.maximum(entries, 1).astype(jnp.float32)

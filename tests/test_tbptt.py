@@ -1,0 +1,311 @@
+"""The update of truncated BPTT against the loop it stands for, written out in Python; and what a run must not do."""
+
+import gc
+import resource
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from reference import EXACT, assert_close, python_loop, random_like
+
+import jaxbptt as bptt
+from jaxbptt import losses, streams
+
+BATCH, FEATURES, HIDDEN = 2, 2, 3
+
+
+@pytest.fixture(autouse=True)
+def optax_promotes(strict):
+    """Optax's Adam raises a Python float to the power of an integer array."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def net():
+    cell = bptt.gru(FEATURES, HIDDEN, dtype=jnp.float64)
+    return cell, bptt.network(cell, FEATURES)
+
+
+def loss(params, carry, chunk, *, scan, key):
+    carry, outputs = net()[1].apply(params, carry, chunk.xs, scan=scan)
+    return losses.mean_squared_error(outputs, chunk.targets, mask=chunk.mask), carry
+
+
+def start(init, seed=0):
+    cell, network = net()
+    params = random_like(jax.eval_shape(network.init, jax.random.key(0)), seed, 0.7)
+    return init(params, cell.initial_carry((BATCH,)), jax.random.key(1))
+
+
+def values(steps=40, seed=5):
+    return np.random.default_rng(seed).standard_normal((steps, FEATURES))
+
+
+def by_hand(params, carry, xs, targets, counted=None, cut_every=10**6):
+    """Mean squared error over the counted steps, with the carry cut every so many of them, and the carry after each."""
+    cell, errors, carries = net()[0], [], []
+    for t in range(len(xs)):
+        if t > 0 and t % cut_every == 0:
+            carry = jax.lax.stop_gradient(carry)
+        carry, y = cell.step(params.cell, carry, xs[t])
+        carries.append(carry)
+        errors.append(jnp.mean((y @ params.W_hy.T - targets[t]) ** 2, axis=-1))
+    errors = jnp.stack(errors)[slice(None) if counted is None else counted]
+    return jnp.mean(errors), carries
+
+
+@pytest.mark.parametrize(
+    ("every", "back", "length"),
+    [(None, None, 5), (5, 5, 5), (5, 2, 5), (3, 7, 7), (2, 8, 8), (1, 4, 4)],
+)
+def test_updates_equal_a_loop(every, back, length):
+    """An update every k1 steps with a gradient that reaches back k2: params, carry and metrics, update by update."""
+    optimizer, clip = optax.sgd(0.1, momentum=0.9), optax.clip_by_global_norm(0.3)
+    init, update = bptt.tbptt(loss, optimizer, truncation_length=back, update_every=every, clip=clip)
+    state = start(init)
+    new = every or length
+    series = values(2 * 2 * 6 + 3)
+    stream = streams.rows(series, batch=BATCH, chunk_length=new, overlap=length - new)
+    update = jax.jit(update)
+
+    params, carry, opt_state = state.params, state.carry, optimizer.init(state.params)
+    row = -(-(len(series) - 1) // BATCH)
+    rows = jnp.stack([series[:row], series[row : 2 * row]], axis=1)
+    next_rows = jnp.stack([series[1 : row + 1], series[row + 1 : 2 * row + 1]], axis=1)
+    reference = jax.jit(jax.value_and_grad(by_hand, has_aux=True), static_argnames=("cut_every",))
+    before = 0  # the step that the carry stands before
+    for number in range(min(6, row // new)):
+        stop = (number + 1) * new
+        first = max(stop - length, 0)
+        while before < first:  # with the params of now
+            carry, before = net()[0].step(params.cell, carry, rows[before])[0], before + 1
+        (value, carries), gradient = reference(
+            params,
+            carry,
+            rows[first:stop],
+            next_rows[first:stop],
+            np.arange(stop - new - first, stop - first),
+            cut_every=back if length == new and back else 10**6,
+        )
+        state, metrics = update(state, stream.at(number))
+        np.testing.assert_allclose(metrics.loss, value, rtol=1e-12)
+        np.testing.assert_allclose(metrics.gradient_norm, optax.tree.norm(gradient), rtol=1e-12)
+        # The carry that the next chunk begins with, from before this update.
+        begins_next = max(stop + new - length, 0)
+        carry, before = (carries[begins_next - 1 - first], begins_next) if begins_next > first else (carry, first)
+        if length == new:
+            assert_close(state.carry, carry)
+        clipped, _ = clip.update(gradient, clip.init(params))
+        updates, opt_state = optimizer.update(clipped, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        assert_close(state.params, params)
+    assert int(state.step) == number + 1
+
+
+@pytest.mark.parametrize("name", [*EXACT, "truncated_scan", "windowed_scan"])
+def test_any_strategy_and_nothing_is_lost(name):
+    """At learning rate 0 an epoch in ragged chunks is one pass over the data: every step's loss once, and the last carries."""
+    ways = EXACT | {
+        "truncated_scan": partial(bptt.truncated_scan, truncation_length=2),
+        "windowed_scan": partial(bptt.windowed_scan, window=2),
+    }
+    init, update = bptt.tbptt(loss, optax.sgd(0.0), scan=ways[name])
+    series = values(24)  # 23 steps: rows of 12 and 11, chunks of 5, 5 and 2
+    stream = streams.rows(series, batch=BATCH, chunk_length=5)
+    state, total = start(init), 0.0
+    update = jax.jit(update)
+    for chunk in stream:
+        state, metrics = update(state, chunk)
+        total += float(metrics.loss) * chunk.mask.sum()
+    cell = net()[0]
+    expected, carries = 0.0, []
+    for part in (slice(0, 12), slice(12, 23)):
+        xs, targets = series[:-1][part], series[1:][part]
+        carry, ys = python_loop(cell, state.params.cell, cell.initial_carry(), jnp.asarray(xs))
+        expected += float(jnp.sum(jnp.mean((ys @ state.params.W_hy.T - targets) ** 2, axis=-1)))
+        carries.append(carry)
+    np.testing.assert_allclose(total, expected, rtol=1e-12)
+    assert_close(state.carry, jnp.stack(carries))
+
+
+def test_overlapping_chunks_count_every_step_once():
+    init, update = bptt.tbptt(loss, optax.sgd(0.0), truncation_length=9, update_every=4)
+    series = values(24)
+    counted = 0.0
+    for k1, overlap in ((4, 5), (23, 0)):
+        init, update = bptt.tbptt(loss, optax.sgd(0.0), truncation_length=k1 + overlap, update_every=k1)
+        state, total = start(init), 0.0
+        for chunk in streams.rows(series, batch=BATCH, chunk_length=k1, overlap=overlap):
+            mask = chunk.mask & (np.arange(len(chunk.mask)) >= overlap)[:, None]
+            state, metrics = jax.jit(update)(state, chunk)
+            total += float(metrics.loss) * mask.sum()
+        counted = counted or total
+    np.testing.assert_allclose(counted, total, rtol=1e-12)
+
+
+def test_burn_in_has_neither_gradient_nor_loss():
+    init, update = bptt.tbptt(loss, optax.sgd(1.0), burn_in=3)
+    state = start(init)
+    series = values(16)
+    (chunk,) = streams.rows(series, batch=1, chunk_length=15)
+    state = state._replace(carry=state.carry[:1])
+    carry = state.carry
+    for t in range(3):
+        carry = net()[0].step(state.params.cell, carry, series[t : t + 1])[0]
+    (value, carries), gradient = jax.value_and_grad(by_hand, has_aux=True)(
+        state.params, carry, series[3:15, None], series[4:16, None]
+    )
+    for mask in (chunk.mask, None):
+        new_state, metrics = jax.jit(update)(state, chunk._replace(mask=mask))
+        np.testing.assert_allclose(metrics.loss, value, rtol=1e-12)
+        assert_close(jax.tree.map(jnp.subtract, state.params, new_state.params), gradient)
+        assert_close(new_state.carry, carries[-1])
+
+
+def test_burn_in_with_resets_and_a_reset_carry():
+    """Resets inside the burn-in and after it are those of the whole chunk."""
+
+    def learned_start(params, carry, chunk, *, scan, key):
+        scan = partial(scan, reset_carry=params["start"])
+        carry, outputs = net()[1].apply(params["net"], carry, chunk.xs, scan=scan)
+        return losses.mean_squared_error(outputs, chunk.targets, mask=chunk.mask), carry
+
+    init, update = bptt.tbptt(learned_start, optax.sgd(0.0), burn_in=3)
+    plain, plain_update = bptt.tbptt(learned_start, optax.sgd(0.0))
+    state = start(init)
+    params = {"net": state.params, "start": jnp.ones(HIDDEN)}
+    state = init(params, state.carry, state.key)
+    chunk = streams.rows(values(17), batch=BATCH, chunk_length=8).at(0)
+    chunk.is_first[[1, 5], 0] = True
+    burnt, _ = jax.jit(update)(state, chunk)
+    assert_close(burnt.carry, jax.jit(plain_update)(plain(params, state.carry, state.key), chunk)[0].carry)
+
+
+def test_one_trace_for_an_epoch_that_ends_ragged():
+    init, update = bptt.tbptt(loss, optax.adam(1e-2), truncation_length=9, update_every=4)
+    update = jax.jit(chex.assert_max_traces(update, n=1))
+    state = start(init)
+    for chunk in streams.rows(values(31), batch=BATCH, chunk_length=4, overlap=5):
+        state, metrics = update(state, chunk)
+    assert np.isfinite(metrics.loss)
+
+
+def test_metrics():
+    gradient = {"a": jnp.array([3.0, 0.0, -4.0]), "b": jnp.array(12.0)}
+
+    def linear(params, carry, chunk, *, scan, key):
+        return sum(jnp.vdot(p, g) for p, g in zip(params.values(), gradient.values(), strict=True)), carry
+
+    chunk = bptt.Chunk(jnp.zeros((2, 1)))
+    zeros = jax.tree.map(jnp.zeros_like, gradient)
+    for clip, clipped in ((optax.clip(3.5), 2 / 3), (optax.clip_by_global_norm(12.0), 1.0), (optax.clip(12.0), 0.0)):
+        init, update = bptt.tbptt(linear, optax.sgd(1.0), clip=clip)
+        state = init(zeros, {"h": jnp.array([3.0, 4.0]), "n": jnp.array(7)}, jax.random.key(0))
+        state, metrics = update(state, chunk)
+        np.testing.assert_allclose(metrics.gradient_norm, 13)
+        np.testing.assert_allclose(metrics.fraction_clipped, clipped)
+        np.testing.assert_allclose(metrics.carry_norm, 5)
+        assert_close(state.params, jax.tree.map(jnp.negative, clip.update(gradient, clip.init(zeros))[0]))
+
+
+def test_resumed_from_a_copy_it_goes_on_bit_for_bit():
+    def noisy(params, carry, chunk, *, scan, key):
+        value, carry = loss(params, carry, chunk, scan=scan, key=key)
+        return value + 0.1 * jax.random.normal(key) * jnp.sum(params.W_hy), carry
+
+    init, update = bptt.tbptt(noisy, optax.adamw(1e-2), clip=optax.adaptive_grad_clip(0.1))
+    update = jax.jit(update)
+    stream = streams.rows(values(40), batch=BATCH, chunk_length=3)
+
+    def train(state, until):
+        chunks = stream.start(int(state.step))
+        while int(state.step) < until:
+            state, _ = update(state, next(chunks))
+        assert chunks.position == until
+        return state
+
+    straight = train(start(init), 16)
+    half = train(start(init), 9)
+    saved = [np.asarray(jax.random.key_data(x) if x is half.key else x) for x in jax.tree.leaves(half)]
+    leaves, structure = jax.tree.flatten(half)
+    loaded = [jax.random.wrap_key_data(s) if leaf is half.key else s for s, leaf in zip(saved, leaves, strict=True)]
+    resumed = train(structure.unflatten(loaded), 16)
+    for a, b in zip(jax.tree.leaves(straight), jax.tree.leaves(resumed), strict=True):
+        assert (jax.random.key_data(a) == jax.random.key_data(b)).all() if a is straight.key else (a == b).all()
+
+
+def test_each_update_has_a_key_of_its_own():
+    seen = lambda params, carry, chunk, *, scan, key: (params * jax.random.normal(key), carry)
+    init, update = bptt.tbptt(seen, optax.sgd(0.0))
+    state, found = init(jnp.ones(()), (), jax.random.key(0)), []
+    for _ in range(3):
+        state, metrics = update(state, bptt.Chunk(jnp.zeros((1, 1))))
+        found.append(float(metrics.loss))
+    assert len(set(found)) == 3
+
+
+def test_params_without_a_derivative_are_left_alone():
+    params = {"w": jnp.ones(()), "n": jnp.array(3), "key": jax.random.key(0)}
+    square = lambda params, carry, chunk, *, scan, key: (params["w"] ** 2 * params["n"].astype(float), carry)
+    init, update = bptt.tbptt(square, optax.adam(0.1))
+    state, _ = jax.jit(update)(init(params, (), jax.random.key(1)), bptt.Chunk(jnp.zeros((1, 1))))
+    assert state.params["n"] == 3
+    assert state.params["w"] < 1
+
+
+def test_memory_of_a_run_does_not_grow():
+    init, update = bptt.tbptt(loss, optax.adam(1e-3), clip=optax.clip_by_global_norm(1.0))
+    update = jax.jit(update, donate_argnums=0)
+    chunks = streams.rows(values(60), batch=BATCH, chunk_length=4).start()
+
+    def run(state, updates):
+        for _ in range(updates):
+            state, _ = update(state, next(chunks))
+        gc.collect()
+        return state, len(jax.live_arrays()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    state, arrays, _ = run(start(init), 200)
+    state, arrays_then, peak_then = run(state, 300)
+    state, arrays_now, peak_now = run(state, 1_000)
+    assert arrays_now == arrays_then == arrays
+    assert peak_now - peak_then < 2_000  # KiB; 1,000 copies of the state would be 3,000
+
+
+def test_errors():
+    for options, message in (
+        ({"truncation_length": 0}, r"truncation_length is 0, but it counts time steps"),
+        ({"update_every": 1.5}, r"update_every is 1\.5"),
+        ({"burn_in": -1}, r"burn_in is -1"),
+        (
+            {"burn_in": 2, "truncation_length": 9, "update_every": 3},
+            r"burn_in=2 was given with truncation_length=9 above",
+        ),
+        (
+            {"truncation_length": 3, "scan": bptt.scan},
+            r"truncation_length=3 cuts inside a chunk.*leave one of them out",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bptt.tbptt(loss, optax.sgd(0.1), **options)
+    chunk = streams.rows(values(21), batch=BATCH, chunk_length=6).at(0)
+    for options, message in (
+        ({"update_every": 5}, r"has 6 time steps, but update_every=5.*take chunks of 5: cut it, or pad"),
+        ({"update_every": 5, "truncation_length": 8}, r"take chunks of 8, the last 5 of them new \(streams\.rows"),
+        ({"truncation_length": 8}, r"has 6 time steps, but truncation_length is 8: .*needs update_every"),
+        ({"burn_in": 6}, r"burn_in=6 leaves none of them to learn from"),
+    ):
+        init, update = bptt.tbptt(loss, optax.sgd(0.1), **options)
+        with pytest.raises(ValueError, match=message):
+            update(start(init), chunk)
+    init, update = bptt.tbptt(loss, optax.sgd(0.1))
+    with pytest.raises(TypeError, match=r"update takes a Chunk\(xs, targets, mask, is_first\), but got a ndarray"):
+        update(start(init), chunk.xs)
+    with pytest.raises(ValueError, match="time is their first axis, and they must agree"):
+        update(start(init), chunk._replace(targets=chunk.targets[1:]))
+    init, update = bptt.tbptt(lambda *args, **kwargs: jnp.zeros(()), optax.sgd(0.1))
+    with pytest.raises(TypeError, match=r"returns a pair \(loss, carry\), but this one returned"):
+        update(start(init), chunk)
