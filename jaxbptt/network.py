@@ -30,7 +30,9 @@ class Network(NamedTuple):
     apply: Callable[..., Any]
 
 
-def network(cell: Cell, output_size: int, *, output_init: dense.Initializer = dense.fan_in_normal) -> Network:
+def network(
+    cell: Cell, output_size: int, *, output_init: dense.Initializer = dense.fan_in_normal, compute_dtype: Any = None
+) -> Network:
     r"""A cell with a linear read-out of its output.
 
     hₜ = cell(θ, hₜ₋₁, xₜ),  yₜ = W_hy hₜ
@@ -41,13 +43,14 @@ def network(cell: Cell, output_size: int, *, output_init: dense.Initializer = de
         cell: any `Cell` whose output is an array `[*batch, hidden]`, with the features of its carry's last leaf.
         output_size: features of y.
         output_init: jax initializer of `W_hy`; normal with variance 1/hidden by default.
+        compute_dtype: what the factors of the read-out's products are rounded to, as in the cells.
 
     Returns:
         A `Network`. `apply(params, carry, xs, *, scan=scan)` takes inputs `[time, *batch, features]`, unrolls the cell by
         the strategy given (`scan`, `adjoint_scan`, …), and returns the last carry and outputs `[time, *batch, output]`.
 
     Raises:
-        ValueError: an output size below 1.
+        ValueError: an output size below 1, a `compute_dtype` that is not floating-point.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -60,6 +63,7 @@ def network(cell: Cell, output_size: int, *, output_init: dense.Initializer = de
         (10, 2)
     """
     dense.check_sizes(output_size=output_size)
+    products = dense.products(compute_dtype)
 
     def init(key: Array) -> NetworkParams:
         key_cell, key_hy = jax.random.split(key)
@@ -69,6 +73,6 @@ def network(cell: Cell, output_size: int, *, output_init: dense.Initializer = de
 
     def apply(params: NetworkParams, carry: Any, xs: Any, *, scan: Callable[..., Any] = scan) -> tuple[Any, Array]:
         carry, hs = scan(cell, params.cell, carry, xs)
-        return carry, dense.linear(params.W_hy, hs)
+        return carry, products.linear(params.W_hy, hs)
 
     return Network(init, apply)

@@ -23,6 +23,7 @@ def elman(
     hidden_size: int,
     *,
     dtype: Any = jnp.float32,
+    compute_dtype: Any = None,
     recurrent_init: dense.Initializer = dense.orthogonal,
     input_init: dense.Initializer = dense.fan_in_normal,
 ) -> Cell:
@@ -37,6 +38,8 @@ def elman(
         input_size: features of x.
         hidden_size: n, the size of the state.
         dtype: of the parameters and the carry.
+        compute_dtype: what the factors of matrix products are rounded to, forward and back, such as `jnp.bfloat16`; sums,
+            carry and gradients stay in `dtype`. `None` rounds nothing.
         recurrent_init: jax initializer of `W_hh`; orthogonal by default, so that no direction shrinks or grows before
             tanh has its say.
         input_init: jax initializer of `W_xh`; normal with variance 1/input_size by default.
@@ -45,7 +48,7 @@ def elman(
         A `Cell` with `ElmanParams`; its carry is the array h `[*batch, hidden]`.
 
     Raises:
-        ValueError: a size below 1; at a step, an x that does not fit the carry's batch axes or `input_size`.
+        ValueError: a size below 1, a `compute_dtype` that is not floating-point; at a step, an x that does not fit the carry's batch axes or `input_size`.
 
     Example:
         >>> import jax
@@ -60,6 +63,7 @@ def elman(
         Elman, Finding structure in time, 1990, doi:10.1207/s15516709cog1402_1.
     """
     dense.check_sizes(input_size=input_size, hidden_size=hidden_size)
+    products = dense.products(compute_dtype)
 
     def init(key: Array) -> ElmanParams:
         key_xh, key_hh = jax.random.split(key)
@@ -74,7 +78,7 @@ def elman(
 
     def step(params, h, x):
         dense.check_input("elman", x, h, input_size)
-        h = jnp.tanh(dense.linear(params.W_hh, h) + dense.linear(params.W_xh, x) + params.b)
+        h = jnp.tanh(products.linear(params.W_hh, h) + products.linear(params.W_xh, x) + params.b)
         return h, h
 
     def forward(params, h_prev, x):
@@ -85,16 +89,16 @@ def elman(
         _, h = residuals
         # (1 − h)(1 + h) is 1 − h² without the cancellation as |h| → 1.
         delta = (h_bar + y_bar) * ((1 - h) * (1 + h))
-        return delta @ params.W_hh, delta
+        return products.back(delta, params.W_hh), delta
 
     def contract(params, residuals, xs, ys_bar, deltas):
         hs_prev, _ = residuals
         params_bar = ElmanParams(
-            W_xh=dense.weight_gradient(deltas, xs),
-            W_hh=dense.weight_gradient(deltas, hs_prev),
+            W_xh=products.weight_gradient(deltas, xs),
+            W_hh=products.weight_gradient(deltas, hs_prev),
             b=dense.sum_rows(deltas),
         )
-        return params_bar, deltas @ params.W_xh
+        return params_bar, products.back(deltas, params.W_xh)
 
     return Cell(init, initial_carry, step, Adjoint(forward, backward, contract))
 

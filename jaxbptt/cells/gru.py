@@ -25,6 +25,7 @@ def gru(
     hidden_size: int,
     *,
     dtype: Any = jnp.float32,
+    compute_dtype: Any = None,
     recurrent_init: dense.Initializer = dense.orthogonal,
     input_init: dense.Initializer = dense.fan_in_normal,
     chrono_length: float | None = None,
@@ -42,6 +43,8 @@ def gru(
         input_size: features of x.
         hidden_size: n, the size of the state.
         dtype: of the parameters and the carry.
+        compute_dtype: what the factors of matrix products are rounded to, forward and back, such as `jnp.bfloat16`; sums,
+            carry and gradients stay in `dtype`. `None` rounds nothing.
         recurrent_init: jax initializer of each gate's `[hidden, hidden]` block of `W_hh`; orthogonal by default.
         input_init: jax initializer of each gate's block of `W_xh`; normal with variance 1/input_size by default.
         chrono_length: time steps of the longest dependency to expect: b_z is spread so that the units keep their state for
@@ -51,7 +54,7 @@ def gru(
         A `Cell` with `GRUParams`; its carry is the array h `[*batch, hidden]`.
 
     Raises:
-        ValueError: a size below 1, a `chrono_length` of 2 or less; at a step, an x that does not fit the carry's batch axes or `input_size`.
+        ValueError: a size below 1, a `compute_dtype` that is not floating-point, a `chrono_length` of 2 or less; at a step, an x that does not fit the carry's batch axes or `input_size`.
 
     Example:
         >>> import jax
@@ -67,6 +70,7 @@ def gru(
         neural networks warp time?, 2018, arXiv:1804.11188.
     """
     dense.check_sizes(input_size=input_size, hidden_size=hidden_size)
+    products = dense.products(compute_dtype)
     chrono = None if chrono_length is None else initializers.chrono(chrono_length)
 
     def init(key: Array) -> GRUParams:
@@ -87,8 +91,8 @@ def gru(
 
     def gates(params, h, x):
         dense.check_input("gru", x, h, input_size)
-        x_r, x_z, x_n = jnp.split(dense.linear(params.W_xh, x) + params.b, 3, axis=-1)
-        h_r, h_z, h_n = jnp.split(dense.linear(params.W_hh, h), 3, axis=-1)
+        x_r, x_z, x_n = jnp.split(products.linear(params.W_xh, x) + params.b, 3, axis=-1)
+        h_r, h_z, h_n = jnp.split(products.linear(params.W_hh, h), 3, axis=-1)
         r = jax.nn.sigmoid(h_r + x_r)
         z = jax.nn.sigmoid(h_z + x_z)
         m = h_n + params.b_hn
@@ -112,19 +116,19 @@ def gru(
         delta_z = h_bar * (h_prev - n) * z * (1 - z)
         # Through W_hh the candidate is reached only behind the reset gate.
         behind = jnp.concatenate([delta_r, delta_z, delta_n * r], axis=-1)
-        return h_bar * z + behind @ params.W_hh, (delta_r, delta_z, delta_n)
+        return h_bar * z + products.back(behind, params.W_hh), (delta_r, delta_z, delta_n)
 
     def contract(params, residuals, xs, ys_bar, deltas):
         hs_prev, r = residuals[:2]
         behind = (*deltas[:2], deltas[2] * r)
         # One product a gate: put together first, the deltas would be written a second time.
         params_bar = GRUParams(
-            W_xh=jnp.concatenate([dense.weight_gradient(delta, xs) for delta in deltas]),
-            W_hh=jnp.concatenate([dense.weight_gradient(delta, hs_prev) for delta in behind]),
+            W_xh=jnp.concatenate([products.weight_gradient(delta, xs) for delta in deltas]),
+            W_hh=jnp.concatenate([products.weight_gradient(delta, hs_prev) for delta in behind]),
             b=jnp.concatenate([dense.sum_rows(delta) for delta in deltas]),
             b_hn=dense.sum_rows(behind[2]),
         )
-        W_xr, W_xz, W_xn = jnp.split(params.W_xh, 3)
-        return params_bar, deltas[0] @ W_xr + deltas[1] @ W_xz + deltas[2] @ W_xn
+        from_r, from_z, from_n = map(products.back, deltas, jnp.split(params.W_xh, 3))
+        return params_bar, from_r + from_z + from_n
 
     return Cell(init, initial_carry, step, Adjoint(forward, backward, contract))

@@ -31,6 +31,7 @@ def lstm(
     hidden_size: int,
     *,
     dtype: Any = jnp.float32,
+    compute_dtype: Any = None,
     recurrent_init: dense.Initializer = dense.orthogonal,
     input_init: dense.Initializer = dense.fan_in_normal,
     forget_bias: float = 1.0,
@@ -48,6 +49,8 @@ def lstm(
         input_size: features of x.
         hidden_size: n; the state (h, c) has 2n numbers.
         dtype: of the parameters and the carry.
+        compute_dtype: what the factors of matrix products are rounded to, forward and back, such as `jnp.bfloat16`; sums,
+            carry and gradients stay in `dtype`. `None` rounds nothing.
         recurrent_init: jax initializer of each gate's `[hidden, hidden]` block of `W_hh`; orthogonal by default.
         input_init: jax initializer of each gate's block of `W_xh`; normal with variance 1/input_size by default.
         forget_bias: b_f at the start; 1 keeps the memory, and its gradient, open (Jozefowicz et al. 2015).
@@ -58,7 +61,7 @@ def lstm(
         A `Cell` with `LSTMParams`; its carry is an `LSTMState(h, c)`.
 
     Raises:
-        ValueError: a size below 1, a `chrono_length` of 2 or less; at a step, an x that does not fit the carry's batch axes or `input_size`.
+        ValueError: a size below 1, a `compute_dtype` that is not floating-point, a `chrono_length` of 2 or less; at a step, an x that does not fit the carry's batch axes or `input_size`.
 
     Example:
         >>> import jax
@@ -75,6 +78,7 @@ def lstm(
         Tallec and Ollivier, Can recurrent neural networks warp time?, 2018, arXiv:1804.11188.
     """
     dense.check_sizes(input_size=input_size, hidden_size=hidden_size)
+    products = dense.products(compute_dtype)
     chrono = None if chrono_length is None else initializers.chrono(chrono_length)
 
     def init(key: Array) -> LSTMParams:
@@ -95,7 +99,7 @@ def lstm(
 
     def gates(params, h, x):
         dense.check_input("lstm", x, h, input_size)
-        a = dense.linear(params.W_hh, h) + dense.linear(params.W_xh, x) + params.b
+        a = products.linear(params.W_hh, h) + products.linear(params.W_xh, x) + params.b
         a_i, a_f, a_g, a_o = jnp.split(a, 4, axis=-1)
         return jax.nn.sigmoid(a_i), jax.nn.sigmoid(a_f), jnp.tanh(a_g), jax.nn.sigmoid(a_o)
 
@@ -126,15 +130,15 @@ def lstm(
             ],
             axis=-1,
         )
-        return LSTMState(h=delta @ params.W_hh, c=c_bar * f), delta
+        return LSTMState(h=products.back(delta, params.W_hh), c=c_bar * f), delta
 
     def contract(params, residuals, xs, ys_bar, deltas):
         hs_prev = residuals[0].h
         params_bar = LSTMParams(
-            W_xh=dense.weight_gradient(deltas, xs),
-            W_hh=dense.weight_gradient(deltas, hs_prev),
+            W_xh=products.weight_gradient(deltas, xs),
+            W_hh=products.weight_gradient(deltas, hs_prev),
             b=dense.sum_rows(deltas),
         )
-        return params_bar, deltas @ params.W_xh
+        return params_bar, products.back(deltas, params.W_xh)
 
     return Cell(init, initial_carry, step, Adjoint(forward, backward, contract))
