@@ -166,6 +166,14 @@ def test_burn_in_has_neither_gradient_nor_loss():
         assert_close(new_state.carry, carries[-1])
 
 
+def test_burn_in_without_inputs():
+    power = lambda w, carry, chunk, *, scan, key: scan(lambda w, h, _: (w * h, None), w, carry, length=5)[::-1]
+    init, update = bptt.tbptt(lambda *args, **options: (power(*args, **options)[1], ()), optax.sgd(1.0), burn_in=2)
+    state, metrics = update(init(jnp.array(0.5), jnp.array(1.0), jax.random.key(0)), bptt.Chunk(jnp.zeros((5, 1))))
+    np.testing.assert_allclose(metrics.loss, 0.5**5)
+    np.testing.assert_allclose(0.5 - state.params, 3 * 0.5**4)  # of w³ times the 0.5² that came before
+
+
 def test_burn_in_with_resets_and_a_reset_carry():
     """Resets inside the burn-in and after it are those of the whole chunk."""
 

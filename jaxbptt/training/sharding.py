@@ -1,6 +1,8 @@
 r"""Where a run's arrays lie on many devices: rows of a batch apart, everything else everywhere.
 
-JAX does the rest: an `update` compiled for arrays that lie so runs each row where it is, and adds the gradients up.
+JAX does the rest: an `update` compiled for arrays that lie so runs each row where it is, and adds the gradients up. Who
+writes the exchange out with `jax.shard_map` passes `check_vma=False`: hand-written derivatives don't say over which
+devices their results vary.
 """
 
 from typing import Any
@@ -40,7 +42,9 @@ def shard_state(state: TrainState, mesh: Mesh) -> TrainState:
         batch
     """
     carry = _place(state.carry, mesh, 0, "carry")
-    rest = jax.tree.map(lambda leaf: _put(leaf, NamedSharding(mesh, PartitionSpec())), state._replace(carry=None))
+    rest = jax.tree.map(
+        lambda leaf: _put(leaf, NamedSharding(_automatic(mesh), PartitionSpec())), state._replace(carry=None)
+    )
     return rest._replace(carry=carry)
 
 
@@ -68,8 +72,13 @@ def shard_chunk(chunk: Chunk, mesh: Mesh) -> Chunk:
     return _place(chunk, mesh, 1, "chunk")
 
 
+def _automatic(mesh: Mesh) -> Mesh:
+    """The same devices, where the compiler and not the program decides how what lies between is laid out."""
+    return Mesh(mesh.devices, mesh.axis_names)
+
+
 def _place(tree: Any, mesh: Mesh, axis: int, root: str) -> Any:
-    rows = mesh.axis_names[0]
+    mesh, rows = _automatic(mesh), mesh.axis_names[0]
     sharding = NamedSharding(mesh, PartitionSpec(*(None,) * axis, rows))
 
     def leaf(path, leaf):

@@ -16,7 +16,7 @@ from jaxtyping import Array
 from jaxbptt.analysis.norms import tree_norm
 from jaxbptt.scans.adjoint import adjoint_scan
 from jaxbptt.scans.exact import scan as exact_scan
-from jaxbptt.scans.recurrence import check_count, differentiable, merge, split
+from jaxbptt.scans.recurrence import check_count, differentiable, is_array, merge, split
 from jaxbptt.scans.truncated import truncated_scan
 from jaxbptt.training.chunks import Chunk
 
@@ -151,7 +151,7 @@ def tbptt(
         trained = differentiable(params)
         opt_state = clip.init(trained), optimizer.init(trained)
         # Copies, since `update` may be given leave to reuse the memory of the state.
-        params, carry = jax.tree.map(partial(jnp.array, copy=True), (params, carry))
+        params, carry, key = jax.tree.map(_copied, (params, carry, key))
         return TrainState(params, opt_state, carry, jnp.zeros((), jnp.int32), key)
 
     def run(params: Any, carry: Any, chunk: Chunk, key: Any) -> tuple[Array, Any]:
@@ -191,6 +191,10 @@ def tbptt(
         return TrainState(params, (clip_state, opt_state), next_carry, state.step + 1, key), metrics
 
     return TruncatedBPTT(init, update)
+
+
+def _copied(leaf: Any) -> Any:
+    return jnp.array(leaf, copy=True) if is_array(leaf) else leaf
 
 
 def _overlap(truncation_length: Any, update_every: Any, burn_in: Any, scan: Any) -> int:
@@ -254,15 +258,26 @@ def _without_the_first(steps: int, chunk: Chunk) -> Array:
 
 
 def _with_burn_in(
-    scan: Callable[..., Any], burn_in: int, step: Any, params: Any, init: Any, xs: Any = None, **options: Any
+    scan: Callable[..., Any],
+    burn_in: int,
+    step: Any,
+    params: Any,
+    init: Any,
+    xs: Any = None,
+    *,
+    length: int | None = None,
+    **options: Any,
 ) -> tuple[Any, Any]:
     """`scan` whose first steps have no gradient, neither through the carry nor through their outputs."""
+    lengths = (None, None) if length is None else (burn_in, length - burn_in)
     along_time = {name: options.pop(name) for name in ("mask", "is_first") if name in options}
     before = jax.tree.map(lambda leaf: leaf[:burn_in], (xs, along_time))
     after = jax.tree.map(lambda leaf: leaf[burn_in:], (xs, along_time))
     resets = {name: options[name] for name in ("reset_carry",) if name in options}
-    carry, ys = jax.lax.stop_gradient(exact_scan(step, params, init, before[0], **before[1], **resets))
-    carry, more_ys = scan(step, params, carry, after[0], **after[1], **options)
+    carry, ys = jax.lax.stop_gradient(
+        exact_scan(step, params, init, before[0], length=lengths[0], **before[1], **resets)
+    )
+    carry, more_ys = scan(step, params, carry, after[0], length=lengths[1], **after[1], **options)
     return carry, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), ys, more_ys)
 
 
