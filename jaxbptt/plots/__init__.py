@@ -7,6 +7,7 @@ What is not a number, not finite, or 0 on a logarithmic axis is left out. Needs 
 from jaxbptt.plots.figure import COLOURS as COLOURS
 from jaxbptt.plots.gradients import plot_certificate as plot_certificate
 from jaxbptt.plots.gradients import plot_gradient_flow as plot_gradient_flow
+from jaxbptt.plots.learning import plot_learning_curve as plot_learning_curve
 from jaxbptt.plots.saliency import plot_text_saliency as plot_text_saliency
 from jaxbptt.plots.spectra import plot_eigenvalues as plot_eigenvalues
 from jaxbptt.plots.spectra import plot_log_norms as plot_log_norms

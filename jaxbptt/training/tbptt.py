@@ -168,16 +168,16 @@ def tbptt(
         steps = _check_chunk(chunk, truncation_length, update_every, burn_in)
         key, key_now = jax.random.split(state.key)
         trained, fixed = split(state.params)
-        carry = jax.lax.stop_gradient(state.carry)
 
         def of_trained(trained):
-            return run(merge(trained, fixed), carry, chunk, key_now)
+            # The carry that came in is a number here, whatever it was computed from: that is the cut.
+            return run(merge(trained, fixed), state.carry, chunk, key_now)
 
         (value, next_carry), gradient = jax.value_and_grad(of_trained, has_aux=True)(trained)
         if overlap:
             # The next chunk begins in the middle of this one.
             new_part = jax.tree.map(lambda leaf: leaf[: steps - overlap], chunk)
-            next_carry = run(state.params, carry, new_part, key_now)[1]
+            next_carry = run(state.params, state.carry, new_part, key_now)[1]
         clip_state, opt_state = state.opt_state
         clipped, clip_state = clip.update(gradient, clip_state, trained)
         updates, opt_state = optimizer.update(clipped, opt_state, trained)

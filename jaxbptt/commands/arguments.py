@@ -1,0 +1,91 @@
+"""What the commands' options have in common: numbers that make sense, files that can be written."""
+
+import argparse
+import math
+import os
+from pathlib import Path
+
+from jaxbptt.tasks import InputError
+
+
+def add_source(parser: argparse.ArgumentParser, *, npz: str) -> None:
+    """The options that name the data, one of them at most."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--text", metavar="FILE", help="predict the next character of a UTF-8 text")
+    source.add_argument("--csv", metavar="FILE", help="predict the next row of numeric columns")
+    source.add_argument("--npz", metavar="FILE", help=npz)
+
+
+def size(text: str) -> int:
+    """A whole number of at least 1."""
+    number = whole(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is too small, at least 1 is needed")
+    return number
+
+
+def count(text: str) -> int:
+    """A whole number of at least 0."""
+    number = whole(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is too small, at least 0 is needed")
+    return number
+
+
+def whole(text: str) -> int:
+    """A whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    number = real(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is too small, more than 0 is needed")
+    return number
+
+
+def share(text: str) -> float:
+    """A number from 0 up to, not including, 1."""
+    number = real(text)
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share, 0 or more and less than 1 is needed")
+    return number
+
+
+def at_least_zero(text: str) -> float:
+    """A finite number of at least 0."""
+    number = real(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is too small, 0 or more is needed")
+    return number
+
+
+def real(text: str) -> float:
+    """A finite number."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is not finite")
+    return number
+
+
+def check_output(option: str, path: str | Path) -> None:
+    """Find out before the work whether a file can be written after it.
+
+    Raises:
+        InputError: it can't, and why.
+    """
+    path = Path(path)
+    folder = path.parent
+    if path.exists() and not path.is_file():
+        raise InputError(f"{option} {path} is a folder or a device, not a file.")
+    if not folder.is_dir():
+        raise InputError(f"{option} {path} can't be written: there is no folder {folder}.")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{option} {path} can't be written: the folder {folder} is read-only.")

@@ -1,0 +1,59 @@
+"""What a run shows while it goes on: a bar on a terminal, a line at each validation anywhere."""
+
+import math
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from jaxbptt.commands.run import Progress
+
+
+class Display:
+    """Shows `Progress`, as a context so that the bar is gone when the run is."""
+
+    def __init__(self, console: Console, measured_in: str, updates: int | None):
+        self._console, self._measured_in = console, measured_in
+        self._of = f" of {updates:,}" if updates else ""
+        text = "update {task.fields[update]}{task.fields[of]}", "{task.fields[words]}"
+        self._bar = Bar(
+            TextColumn(text[0], markup=False),
+            BarColumn(bar_width=20),
+            TextColumn(text[1], markup=False),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=1.0, update="0", of=self._of, words="compiling")
+
+    def __enter__(self) -> Self:
+        """Show the bar."""
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        """Take it away."""
+        self._bar.stop()
+
+    def show(self, progress: Progress) -> None:
+        """The bar moves; a validation is a line of its own."""
+        left = "" if math.isinf(progress.left) else f", {_clock(progress.left)} left"
+        self._bar.update(
+            self._task,
+            completed=progress.share,
+            update=f"{progress.update:,}",
+            words=f"{progress.training:.3f} {self._measured_in}, {progress.rate:.1f} updates/s{left}",
+        )
+        if progress.validation is not None:
+            self._console.print(
+                f"update {progress.update:,}: {progress.training:.3f}, validation {progress.validation:.3f} "
+                f"{self._measured_in}, {progress.rate:.1f} updates/s{left}"
+            )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

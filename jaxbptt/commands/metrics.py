@@ -1,0 +1,98 @@
+"""The file of metrics: one line for each update, as CSV or as JSON lines. The same run writes the same bytes."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from jaxbptt.tasks import InputError
+
+_CSV, _JSON = (".csv",), (".jsonl", ".ndjson", ".json")
+COLUMNS = (
+    "update",
+    "loss",
+    "bits_per_character",
+    "gradient_norm",
+    "fraction_clipped",
+    "carry_norm",
+    "validation_loss",
+    "validation_bits_per_character",
+)
+
+Row = Mapping[str, float | int | None]
+
+
+def check(path: Path) -> None:
+    """Find out whether the file can hold metrics, without touching it.
+
+    Raises:
+        InputError: an ending that says nothing of the format, or a file of something else.
+    """
+    if path.suffix not in _CSV + _JSON:
+        raise InputError(f"--metrics {path} ends in {path.suffix!r}: .csv and .jsonl are known.")
+    if not path.exists():
+        return
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = file.readline()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--metrics {path} can't be read: {error}.") from None
+    ours = _header() if path.suffix in _CSV else '{"update": '
+    if first and not first.startswith(ours.rstrip("\n")):
+        raise InputError(f"--metrics {path} is there already, and holds no metrics of jaxbptt: name another file.")
+
+
+def begin(path: Path, update: int) -> None:
+    """Keep the lines up to an update, and nothing of those after it; a new file if there is none."""
+    kept = [row for row in read(path) if row["update"] <= update] if update and path.exists() else []
+    write_whole(path, (_header() if path.suffix in _CSV else "") + _lines(path, kept))
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """Add lines at the end."""
+    with path.open("a", encoding="utf-8", newline="") as file:
+        file.write(_lines(path, rows))
+
+
+def read(path: Path) -> list[dict[str, float]]:
+    """The lines of the file, without what was not measured. A last line that was cut short is no line."""
+    rows = []
+    text = path.read_text(encoding="utf-8")
+    text = text[: text.rfind("\n") + 1]
+    if path.suffix in _CSV:
+        for row in csv.DictReader(io.StringIO(text)):
+            rows.append({key: float(cell) for key, cell in row.items() if cell})
+    else:
+        rows = [json.loads(line) for line in text.splitlines()]
+    return [row | {"update": int(row["update"])} for row in rows]
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is the old one or the new one whenever the process ends."""
+    target = path.resolve()
+    new = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        new.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(new, target)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _header() -> str:
+    return ",".join(COLUMNS) + "\n"
+
+
+def _lines(path: Path, rows: Iterable[Row]) -> str:
+    if path.suffix in _CSV:
+        return "".join(",".join(_number(row.get(column)) for column in COLUMNS) + "\n" for row in rows)
+    return "".join(
+        "{" + ", ".join(f'"{key}": {_number(row.get(key))}' for key in COLUMNS if row.get(key) is not None) + "}\n"
+        for row in rows
+    )
+
+
+def _number(value: float | int | None) -> str:
+    # Nine digits are all that float32 has.
+    return "" if value is None else str(value) if isinstance(value, int) else f"{value:.9g}"

@@ -1,0 +1,87 @@
+r"""How training went: the loss after every update, and now and then on data that the network doesn't learn from."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from jaxbptt.plots.figure import COLOURS, FEW, finite, label_axes, legend_below, new_figure, step_ticks
+
+# The line through the noise has about so many points that do not share an update.
+_MEANS = 50
+
+
+def plot_learning_curve(training: Any, validation: Any = None, *, measure: str = "loss") -> Figure:
+    r"""Loss against update: training (every update, and its running mean) and validation.
+
+    The mean at an update is that of the last n/50 updates, of n in all. The axis is logarithmic where it spans more than a decade.
+    What is not finite is left out.
+
+    Args:
+        training: pair of arrays, the numbers of the updates and the loss at each.
+        validation: a pair of the same kind, or `None`.
+        measure: what the numbers are, such as `"bits per character"`; the label of the axis.
+
+    Returns:
+        A matplotlib `Figure`.
+
+    Raises:
+        ValueError: two arrays of a pair are not of the same length.
+
+    Example:
+        >>> import numpy as np
+        >>> from jaxbptt import plots
+        >>> updates = np.arange(1, 101)
+        >>> figure = plots.plot_learning_curve((updates, 1 / updates), ([50, 100], [0.03, 0.02]))
+        >>> [text.get_text() for text in figure.legends[0].get_texts()]
+        ['training', 'training, mean of 2 updates', 'validation']
+    """
+    figure, (axes,) = new_figure(1, width=8.0)
+    curves = []
+    steps, losses = _pair("training", training)
+    window = max(len(steps) // _MEANS, 1)
+    style: dict[str, Any] = {"color": COLOURS[0], "marker": "o" if len(steps) <= FEW else ""}
+    if window > 1:
+        axes.plot(steps, losses, color=COLOURS[0], alpha=0.3, linewidth=0.8, label="training")
+        losses = _running_mean(losses, window)
+        axes.plot(steps, losses, linewidth=1.8, label=f"training, mean of {window} updates", **style)
+    else:
+        axes.plot(steps, losses, linewidth=1.8, label="training", **style)
+    curves.append(losses)
+    if validation is not None:
+        steps, losses = _pair("validation", validation)
+        if len(steps):
+            mark = {"marker": "s", "markersize": 4 if len(steps) <= 4 * FEW else 0}
+            axes.plot(steps, losses, linewidth=1.8, color=COLOURS[1], linestyle="--", label="validation", **mark)
+            curves.append(losses)
+    values = np.concatenate(curves)
+    values = values[np.isfinite(values)]
+    if values.size and values.min() > 0 and values.max() > 10 * values.min():
+        axes.set_yscale("log")
+        subs = (1, 2, 5) if values.max() < 1000 * values.min() else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    label_axes(axes, "Learning curve", "update", measure)
+    step_ticks(axes.xaxis)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    legend_below(figure, axes)
+    return figure
+
+
+def _pair(name: str, pair: Any) -> tuple[np.ndarray, np.ndarray]:
+    steps, losses = (np.asarray(numbers, float) for numbers in pair)
+    if steps.shape != losses.shape or steps.ndim != 1:
+        raise ValueError(f"{name} has {steps.shape} updates and {losses.shape} losses: pass two arrays of one length.")
+    return steps, finite(losses)
+
+
+def _running_mean(losses: np.ndarray, window: int) -> np.ndarray:
+    """Of the last `window` values at each place, those that are nan left out."""
+    known = np.isfinite(losses)
+    total = np.cumsum(np.concatenate([np.zeros(window), np.where(known, losses, 0)]))
+    count = np.cumsum(np.concatenate([np.zeros(window), known]))
+    count = count[window:] - count[:-window]
+    with np.errstate(invalid="ignore"):
+        return np.where(count > 0, (total[window:] - total[:-window]) / np.maximum(count, 1), np.nan)

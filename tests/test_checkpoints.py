@@ -1,0 +1,211 @@
+"""A checkpoint comes back bit for bit, or not at all and in one line."""
+
+import json
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxbptt.training import checkpoints
+from jaxbptt.training.checkpoints import CheckpointError, latest, restore, save
+
+SETTINGS = {"hidden": 4, "data": "abc", "rate": 0.1}
+
+
+def make(seed=0, width=3):
+    """One of everything that a run's state may have."""
+    params = {"W": jax.random.normal(jax.random.key(seed), (2, width), jnp.float32), "b": jnp.zeros(0)}
+    return {
+        "params": params,
+        "half": jnp.arange(5, dtype=jnp.bfloat16) + jnp.asarray(seed, jnp.bfloat16),
+        "opt_state": optax.adam(0.1).init(params),
+        "step": jnp.int32(seed),
+        "key": jax.random.key(seed),
+        "old": jax.random.key(seed, impl="rbg"),
+        "host": np.array([seed, np.nan, -0.0]),
+    }
+
+
+def as_bytes(tree):
+    numbers = jax.tree.map(
+        lambda leaf: jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf, tree
+    )
+    return [
+        (np.asarray(leaf).dtype, np.asarray(leaf).shape, np.asarray(leaf).tobytes())
+        for leaf in jax.tree.leaves(numbers)
+    ]
+
+
+def one_line(error):
+    return "\n" not in str(error.value)
+
+
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
+    state = make(7)
+    path = save(tmp_path / "run", 7, state, SETTINGS)
+    again = restore(tmp_path / "run", make(0), SETTINGS)
+    assert path.name == "step_00000007"
+    assert as_bytes(again) == as_bytes(state)
+    assert as_bytes(again) != as_bytes(make(0))
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    assert jax.random.key_impl(again["old"]) == jax.random.key_impl(state["old"])
+    np.testing.assert_array_equal(jax.random.bits(again["key"]), jax.random.bits(state["key"]))
+
+
+def test_the_newest_ones_stay(tmp_path):
+    assert latest(tmp_path / "none") is None
+    for step in (1, 2, 10, 9):
+        save(tmp_path, step, make(step), SETTINGS, keep=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000009", "step_00000010"]
+    assert latest(tmp_path) == 10
+    assert int(restore(tmp_path, make(), SETTINGS)["step"]) == 10
+
+
+def test_nothing_is_written_over(tmp_path):
+    save(tmp_path, 1, make(1), SETTINGS)
+    with pytest.raises(CheckpointError, match=r"step_00000001 is there already: a checkpoint is never written over"):
+        save(tmp_path, 1, make(2), SETTINGS)
+    assert as_bytes(restore(tmp_path, make(), SETTINGS)) == as_bytes(make(1))
+
+
+def test_what_a_killed_process_leaves_is_no_checkpoint(tmp_path):
+    save(tmp_path, 1, make(1), SETTINGS)
+    for name in ("step_00000002.saving", "step_00000000.removing"):
+        shutil.copytree(tmp_path / "step_00000001", tmp_path / name)
+    (tmp_path / "step_notes.txt").write_text("mine")
+    assert latest(tmp_path) == 1
+    save(tmp_path, 2, make(2), SETTINGS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000002", "step_notes.txt"]
+
+
+@pytest.mark.parametrize("damage", ["remove", "cut", "flip", "empty"])
+def test_a_damaged_file_is_found(tmp_path, damage):
+    """Of every file in turn: an array store reads what is missing as zeros, and no number may differ unseen."""
+    save(tmp_path / "whole", 1, make(1), SETTINGS)
+    files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()]
+    for file in files:
+        shutil.rmtree(tmp_path / "damaged", ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
+        path = tmp_path / "damaged" / file
+        content = bytearray(path.read_bytes())
+        if damage == "flip" and content:
+            content[len(content) // 2] ^= 1
+        path.write_bytes({"cut": content[: len(content) // 2], "empty": b""}.get(damage, content))
+        if damage == "remove":
+            path.unlink()
+        if path.exists() and path.read_bytes() == (tmp_path / "whole" / file).read_bytes():
+            continue
+        with pytest.raises(
+            CheckpointError,
+            match=r"^.*step_00000001 (is damaged or cut short|is not a checkpoint|was saved|doesn't fit).*$",
+        ):
+            restore(tmp_path / "damaged", make(), SETTINGS)
+    assert len(files) > 5
+
+
+def test_other_numbers_are_found(tmp_path):
+    """The digest alone sees it, where every file is one that was saved."""
+    for step in (1, 2):
+        save(tmp_path, step, make(step), SETTINGS)
+    older, newer = tmp_path / "step_00000001", tmp_path / "step_00000002"
+    shutil.rmtree(newer / "state")
+    shutil.copytree(older / "state", newer / "state")
+    with pytest.raises(CheckpointError, match=r"is not what was saved\. Remove that folder to go on from step 1\.$"):
+        restore(tmp_path, make(), SETTINGS)
+    files = json.loads((older / "record.json").read_text())["files"]
+    record = json.loads((newer / "record.json").read_text())
+    (newer / "record.json").write_text(json.dumps(record | {"files": files}))
+    with pytest.raises(
+        CheckpointError, match=r"not those that were saved\. Remove that folder to go on from step 1\.$"
+    ):
+        restore(tmp_path, make(), SETTINGS)
+    shutil.rmtree(newer)
+    assert int(restore(tmp_path, make(), SETTINGS)["step"]) == 1
+
+
+def test_a_record_that_was_changed_is_found(tmp_path):
+    path = save(tmp_path, 1, make(1), SETTINGS) / "record.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"settings": SETTINGS | {"hidden": 5}}))
+    with pytest.raises(CheckpointError, match=r"not those that were saved\. There is none before it"):
+        restore(tmp_path, make(), SETTINGS | {"hidden": 5})
+    path.write_text(json.dumps(record | {"step": 2}))
+    with pytest.raises(CheckpointError, match="its record is not that of step 1"):
+        restore(tmp_path, make(), SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"hidden": 5}, r"was saved with hidden = 4, but here it is 5\. Use the same"),
+        ({"hidden": 5, "data": "x"}, r"with hidden = 4, but here it is 5; data = abc, but here it is x\."),
+        ({"new": 1}, r"with new = None, but here it is 1\."),
+    ],
+)
+def test_other_settings(tmp_path, settings, words):
+    save(tmp_path, 1, make(1), SETTINGS)
+    with pytest.raises(CheckpointError, match=words) as error:
+        restore(tmp_path, make(), SETTINGS | settings)
+    assert one_line(error)
+
+
+def test_other_shapes_and_structures(tmp_path):
+    save(tmp_path, 1, make(1), SETTINGS)
+    with pytest.raises(
+        CheckpointError,
+        match=r"leaf \['opt_state'\]\[0\]\.mu\['W'\] is float32\[2, 3\] in it, but float32\[2, 5\] here",
+    ):
+        restore(tmp_path, make(width=5), SETTINGS)
+    with pytest.raises(CheckpointError, match=r"leaf \['new'\] is absent in it, but int32\[\] here"):
+        restore(tmp_path, make() | {"new": jnp.int32(0)}, SETTINGS)
+    with pytest.raises(CheckpointError, match=r"leaf \['host'\] is float64\[3\] in it, but absent here"):
+        restore(tmp_path, {key: leaf for key, leaf in make().items() if key != "host"}, SETTINGS)
+    with pytest.raises(CheckpointError, match=r"leaf \['step'\] is int32\[\] in it, but float32\[\] here"):
+        restore(tmp_path, make() | {"step": jnp.float32(0)}, SETTINGS)
+
+
+def test_nothing_and_something_else(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no checkpoint: there is nothing to go on from"):
+        restore(tmp_path, make(), SETTINGS)
+    (tmp_path / "step_00000003").mkdir()
+    with pytest.raises(CheckpointError, match="step_00000003 is not a checkpoint of jaxbptt, or has lost its record"):
+        restore(tmp_path, make(), SETTINGS)
+    record = tmp_path / "step_00000003" / "record.json"
+    for content in ("[]", '{"format": "another"}'):
+        record.write_text(content)
+        with pytest.raises(CheckpointError, match="is not a checkpoint of this version of jaxbptt"):
+            restore(tmp_path, make(), SETTINGS)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="can't be written: ") as error:
+        save(tmp_path / "file" / "run", 1, make(), SETTINGS)
+    assert one_line(error)
+
+
+def test_what_orbax_cannot_read_is_one_line(tmp_path):
+    path = save(tmp_path, 1, make(1), SETTINGS)
+    record = json.loads((path / "record.json").read_text())
+    shutil.rmtree(path / "state")
+    (path / "record.json").write_text(json.dumps(record | {"files": {}}))
+    with pytest.raises(CheckpointError, match="is damaged or cut short: ") as error:
+        restore(tmp_path, make(), SETTINGS)
+    assert one_line(error)
+
+
+def test_without_orbax(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    monkeypatch.delattr(sys.modules.get("orbax", sys), "checkpoint", raising=False)
+    for call in (lambda: save(tmp_path, 1, make(), SETTINGS), lambda: restore(tmp_path, make(), SETTINGS)):
+        with pytest.raises(ImportError, match=r"orbax.checkpoint is not installed: pip install 'jaxbptt\[train\]'"):
+            call()
+
+
+def test_long_errors_are_cut():
+    assert checkpoints._one_line(ValueError("a\n b" + "c" * 300)) == "a b" + "c" * 197 + " …"
+    assert checkpoints._one_line(ValueError()) == "ValueError"

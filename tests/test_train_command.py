@@ -1,0 +1,528 @@
+"""Training from the command line: what it writes, that any stop loses nothing, and what it says of what can't be."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxbptt import plots, tasks
+from jaxbptt.__main__ import _parser, main
+from jaxbptt.commands import cluster, metrics, model, sources, train
+from jaxbptt.tasks import mapped
+from jaxbptt.training import checkpoints, chunks
+
+TEXT = "the quick brown fox jumps over the lazy dog; ¿qué? " * 6
+SMALL = ["--hidden", "6", "--steps", "10", "--batch", "2", "--save-every", "6", "--sample", "0"]
+# Epochs are of 15 updates: runs of 24 go through the data more than once, and stop in the middle of it.
+TEXT_RUN = [*SMALL, "--text", "data.txt", "--seed", "3"]
+ARRAY_RUN = [*SMALL, "--npz", "data.npy", "--cell", "gru", "--layers", "2", "--metrics", "m.jsonl"]
+
+
+@pytest.fixture(autouse=True)
+def data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data.txt").write_text(TEXT, encoding="utf-8")
+    waves = 5 + np.sin(np.arange(240)[:, None] * [0.3, 0.5]) * [1, 100]
+    np.save("data.npy", waves)
+    np.savez("data.npz", waves)
+    np.savetxt("data.csv", waves, delimiter=",")
+    jax.devices()  # so that no test changes how many there are
+    with jax.numpy_dtype_promotion("standard"):  # optax's Adam promotes
+        yield
+
+
+def run(*arguments):
+    return main(["train", *arguments])
+
+
+def in_one_go(at_once={}):  # noqa: B006
+    """24 updates of `TEXT_RUN` without a stop, what others are compared with: run once for all of them."""
+    if not at_once:
+        assert run(*TEXT_RUN, "--checkpoints", "once", "--updates", "24") == 0
+        at_once["final"], at_once["metrics"] = final("once"), Path("once/metrics.csv").read_bytes()
+        at_once["state"] = state_of("once", *TEXT_RUN)
+    return at_once
+
+
+def final(folder):
+    """The newest checkpoint's digest of all numbers and settings, and the numbers of its params as they are on disk."""
+    step = checkpoints.latest(folder)
+    return step, json.loads(Path(folder, f"step_{step:08d}", "record.json").read_text())["sha256"]
+
+
+def state_of(folder, *arguments):
+    """The newest checkpoint as a tree of numpy arrays."""
+    with jax.enable_x64(False):
+        options = _parser().parse_args(["train", *arguments])
+        source = sources.open_source(options)
+        like = model.build(options, source, None, 1).state
+        state = checkpoints.restore(folder, like, train._settings(options, source))
+        state = state._replace(key=jax.random.key_data(state.key))
+    return jax.tree.map(np.asarray, state)
+
+
+def process(*arguments, **environment):
+    """A run as its own process; it shares the flags of this one, for the same compiled code."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "jaxbptt", "train", *arguments],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_text_is_learnt(capsys):
+    assert run(*TEXT_RUN, "--updates", "60", "--learning-rate", "0.03", "--sample", "20") == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    characters, size = len(TEXT), len(TEXT.encode())
+    assert (
+        f"data.txt: {size:,} bytes (33 different, {characters:,} characters), the last {round(size / 10)}"
+        in printed.out
+    )
+    assert "lstm of 6, layers: 1, parameters: " in printed.out
+    assert re.search(
+        r"update 60: \d\.\d+, validation \d\.\d+ bits per character, \d+\.\d updates/s, 0:00 left", printed.out
+    )
+    assert re.search(r"A sample.*\n.{10,}", printed.out)
+    assert sorted(path.name for path in Path("jaxbptt-train").iterdir()) == [
+        "learning-curve.png",
+        "metrics.csv",
+        *(f"step_{step:08d}" for step in (48, 54, 60)),
+    ]
+    assert Path("jaxbptt-train/learning-curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    rows = metrics.read(Path("jaxbptt-train/metrics.csv"))
+    assert [row["update"] for row in rows] == list(range(1, 61))
+    assert [row["update"] for row in rows if "validation_loss" in row] == list(range(6, 61, 6))
+    losses = [row["loss"] for row in rows]
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
+    for row in rows:
+        np.testing.assert_allclose(row["bits_per_character"], row["loss"] / np.log(2) * size / characters, rtol=1e-6)
+    assert {"gradient_norm", "fraction_clipped", "carry_norm"} <= rows[0].keys()
+
+
+def test_numbers_are_forecast(capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        plots, "plot_learning_curve", lambda *a, **k: drawn.append((a, k)) or plots.figure.new_figure(1, width=2)[0]
+    )
+    losses = {}
+    for file in ("csv", "npy"):
+        source = ["--npz" if file != "csv" else "--csv", f"data.{file}", "--metrics", f"{file}.jsonl"]
+        assert (
+            run(*SMALL, *source, "--checkpoints", file, "--figure", "curve.svg", "--updates", "8", "--cell", "elman")
+            == 0
+        )
+        losses[file] = [row["loss"] for row in metrics.read(Path(f"{file}.jsonl"))]
+    printed = capsys.readouterr().out
+    assert "240 rows of 2 numbers, standardised by the part to learn from, the last 24 for validation" in printed
+    assert "mean squared error, standardised" in printed
+    assert "A sample" not in printed
+    np.testing.assert_allclose(losses["csv"], losses["npy"], rtol=1e-4)
+    assert Path("curve.svg").read_text().startswith("<?xml")
+    (training, validation), words = drawn[-1]
+    assert training == (list(range(1, 9)), losses["npy"])
+    assert validation[0] == [6, 8]
+    assert words == {"measure": "mean squared error, standardised"}
+
+
+def test_only_the_part_to_learn_from_is_standardised_by():
+    values = np.arange(100.0)
+    np.save("line.npy", values)
+    options = _parser().parse_args(
+        ["train", "--npz", "line.npy", "--batch", "2", "--steps", "5", "--validation", "0.2"]
+    )
+    source = sources.open_source(options)
+    chunk = source.training.at(0)
+    mean, deviation = values[:80].mean(), values[:80].std()
+    np.testing.assert_allclose(chunk.xs[:, 0, 0], (values[:5] - mean) / deviation, rtol=1e-5)
+    assert chunk.xs.dtype == np.float32
+    assert chunk.xs.shape == (5, 2, 1)
+    np.testing.assert_allclose(source.validation.at(0).targets[0, 0, 0], (81 - mean) / deviation, rtol=1e-5)
+    archive, array = (
+        sources.open_source(_parser().parse_args(["train", *SMALL, "--npz", f"data.{ending}"]))
+        for ending in ("npz", "npy")
+    )
+    np.testing.assert_allclose(archive.training.at(2).xs, array.training.at(2).xs, rtol=1e-5, atol=1e-6)
+
+
+def test_resumed_is_the_same_bit_for_bit():
+    """Also where the metrics' file has gone on after the checkpoint, down to half a line."""
+    once = in_one_go()
+    file = Path("twice/metrics.csv")
+    assert run(*TEXT_RUN, "--checkpoints", "twice", "--updates", "12") == 0
+    assert final("twice")[0] == 12
+    with file.open("a") as lines:
+        lines.writelines(once["metrics"].decode().splitlines(keepends=True)[13:15])
+        lines.write("15,4.")
+    assert run(*TEXT_RUN, "--checkpoints", "twice", "--updates", "24", "--resume") == 0
+    assert final("twice") == once["final"]
+    leaves = jax.tree.leaves(once["state"]), jax.tree.leaves(state_of("twice", *TEXT_RUN))
+    for ours, theirs in zip(*leaves, strict=True):
+        assert ours.tobytes() == theirs.tobytes()
+    assert file.read_bytes() == once["metrics"]
+    assert len(once["metrics"].splitlines()) == 25
+
+
+def test_resumed_with_a_schedule_and_layers(monkeypatch, capsys):
+    """The rate's schedule goes on where it was, and so do JSON lines; here the stop is no multiple of --save-every."""
+    arguments = [*ARRAY_RUN, "--schedule", "cosine", "--updates", "24"]
+    assert run(*arguments, "--checkpoints", "once") == 0
+    whole = Path("m.jsonl").read_bytes()
+    assert run(*arguments, "--checkpoints", "twice") == 2
+    assert "--metrics m.jsonl has the metrics of another run already: name another file." in capsys.readouterr().err
+    Path("m.jsonl").unlink()
+    with monkeypatch.context() as patch:
+        stop_at(patch, 9)
+        assert run(*arguments, "--checkpoints", "twice") == 130
+    with Path("m.jsonl").open("a") as lines:
+        lines.write('{"update": 10, "loss": 1')
+    assert run(*arguments, "--checkpoints", "twice", "--resume") == 0
+    assert final("twice") == final("once")
+    assert Path("m.jsonl").read_bytes() == whole
+    assert [json.loads(line)["update"] for line in whole.splitlines()] == list(range(1, 25))
+
+
+def stop_at(monkeypatch, position, number=signal.SIGINT):
+    """Ctrl-C while the update after so many others is prepared."""
+    step = chunks.StreamIterator.__next__
+
+    def next_or_stop(iterator):
+        if iterator.position == position - 1:
+            signal.raise_signal(number)
+        return step(iterator)
+
+    monkeypatch.setattr(chunks.StreamIterator, "__next__", next_or_stop)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(monkeypatch, capsys):
+    arguments = [*TEXT_RUN, "--updates", "24", "--metrics", "a b.csv"]
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 9)
+        assert run(*arguments) == 130
+    assert signal.getsignal(signal.SIGINT) is handler
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "Stopped and saved at update 9. To go on:" in printed.out
+    command = shlex.split(printed.out.strip().splitlines()[-1])
+    assert command[1:4] == ["-m", "jaxbptt", "train"]
+    assert command[4:] == [*arguments, "--resume"]
+    assert run(*command[4:]) == 0
+    assert final("jaxbptt-train") == in_one_go()["final"]
+    assert Path("a b.csv").read_bytes() == in_one_go()["metrics"]
+
+
+def test_a_launcher_that_ends_the_job_is_heard(monkeypatch, capsys):
+    stop_at(monkeypatch, 1, signal.SIGTERM)
+    assert run(*TEXT_RUN) == 143
+    assert "Stopped and saved at update 1." in capsys.readouterr().out
+
+
+def test_ctrl_c_before_the_first_update(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sources, "open_source", interrupt)
+    assert run(*TEXT_RUN) == 130
+    assert "interrupted, nothing saved" in capsys.readouterr().err
+    assert not Path("jaxbptt-train").exists()
+
+
+KILLED = """
+import os, signal, sys
+def hook(event, arguments):
+    # Python reports every file that it opens or renames before it does.
+    if event == {event!r} and "step_00000012.saving" in str(arguments[0]) and str(arguments[{which}]).endswith({end!r}):
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+from jaxbptt.__main__ import main
+main(["train", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize(
+    ("event", "which", "end"),
+    [("open", 0, "record.json"), ("os.rename", 1, "step_00000012")],
+    ids=["writing", "naming"],
+)
+def test_a_kill_in_the_middle_of_a_save(event, which, end):
+    """SIGKILL while the second checkpoint is written: the first is there, and going on gives what would have been."""
+    arguments = [*TEXT_RUN, "--updates", "24"]
+    code = KILLED.format(event=event, which=which, end=end)
+    killed = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    names = sorted(path.name for path in Path("jaxbptt-train").iterdir())
+    assert names == ["metrics.csv", "step_00000006", "step_00000012.saving"]
+    assert len(metrics.read(Path("jaxbptt-train/metrics.csv"))) == 12
+    assert run(*arguments, "--resume") == 0
+    assert final("jaxbptt-train") == in_one_go()["final"]
+    assert Path("jaxbptt-train/metrics.csv").read_bytes() == in_one_go()["metrics"]
+    assert not list(Path("jaxbptt-train").glob("*.saving"))
+
+
+def test_two_processes_and_two_devices_are_as_good_as_one():
+    """Two processes that meet on loopback, and one with two devices, end with the params of one alone."""
+    arguments = [*TEXT_RUN, "--updates", "24"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    together = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    runs = [process(*arguments, "--checkpoints", "two", **together, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    runs.append(process(*arguments, "--checkpoints", "devices", "--devices", "2"))
+    one = in_one_go()
+    outputs = [alone.communicate(timeout=300) for alone in runs]
+    assert [alone.returncode for alone in runs] == [0, 0, 0], outputs
+    assert "devices: 2 (cpu)" in outputs[0][0]
+    # The library that carries their sums has a word of its own.
+    assert [line for line in outputs[1][0].splitlines() if not line.startswith("[Gloo]")] == []
+    Path("one.csv").write_bytes(one["metrics"])
+    rows = metrics.read(Path("one.csv"))
+    for folder in ("two", "devices"):
+        other = state_of(folder, *arguments)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), other.params, one["state"].params
+        )
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), other.carry, one["state"].carry
+        )
+        ours = metrics.read(Path(folder, "metrics.csv"))
+        assert [row["update"] for row in ours] == list(range(1, 25))
+        np.testing.assert_allclose([row["loss"] for row in ours], [row["loss"] for row in rows], rtol=1e-5)
+        assert Path(folder, "learning-curve.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3", "SLURM_NTASKS": "9"}, (4, 3)),
+        ({"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "h:1"}, None),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_STEP_NODELIST": "n[1-8]"}, (8, 5)),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, (2, 1)),
+        ({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, None),
+    ],
+)
+def test_launchers(environment, expected):
+    assert cluster.processes(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "h:1"}, "set JAX_NUM_PROCESSES and JAX_PROCESS_ID too, or unset it"),
+        (
+            {"JAX_NUM_PROCESSES": "2"},
+            "JAX_NUM_PROCESSES is '2' and JAX_PROCESS_ID is None: both have to be whole numbers",
+        ),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID is 2, but JAX_NUM_PROCESSES is 2"),
+    ],
+)
+def test_launchers_that_make_no_sense(environment, message):
+    with pytest.raises(tasks.InputError, match=message):
+        cluster.processes(environment)
+
+
+def test_processes_that_cannot_meet(monkeypatch, capsys):
+    """Here since jax has started already; what it says is handed on in one line."""
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    assert run(*TEXT_RUN) == 2
+    error = capsys.readouterr().err
+    assert re.match(
+        r"jaxbptt train: process 1 of 2 can't join the others: .*JAX_COORDINATOR_ADDRESS=host:port of process 0", error
+    )
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text", "nowhere.txt"], r"nowhere\.txt can't be read: No such file or directory\."),
+        (["--text", "."], r"\. can't be read: Is a directory\."),
+        (["--text", "/dev/null"], r"/dev/null is not a file\."),
+        (["--text", "empty.txt"], r"empty\.txt is empty\."),
+        (["--text", "short.txt"], r"short\.txt has 2 time steps to learn from, but --batch 2 rows need 3"),
+        (["--text", "data.txt", "--validation", "0.003"], r"data\.txt has 1 time steps to validate with"),
+        (["--csv", "short.txt"], r"short\.txt has no rows of numbers"),
+        (["--npz", "data.txt"], r"data\.txt is not a readable \.npz file"),
+        (["--npz", "short.npy"], r"short\.npy is not a readable \.npy file of plain numbers: "),
+        (["--npz", "nan.npy"], r"nan\.npy is nan at \[time, feature\] = \[230, 1\]\."),
+        (["--checkpoints", "data.txt"], r"--checkpoints data\.txt is a file, not a folder\."),
+        (["--checkpoints", "data.txt/run"], r"--checkpoints data\.txt/run can't be written: .*data\.txt is no folder"),
+        (["--metrics", "nowhere/m.csv"], r"--metrics nowhere/m\.csv can't be written: there is no folder nowhere"),
+        (["--metrics", "m.txt"], r"--metrics m\.txt ends in '\.txt': \.csv and \.jsonl are known\."),
+        (["--metrics", "data.csv"], r"--metrics data\.csv is there already, and holds no metrics of jaxbptt"),
+        (["--figure", "."], r"--figure \. is a folder or a device, not a file"),
+        (["--figure", "f.gif"], r"--figure f\.gif ends in '\.gif'"),
+        (["--devices", "3"], r"--batch 2 can't be shared out evenly over --devices 3: make it a multiple of 3\."),
+        (["--devices", "2"], r"--devices 2: there are only 1 of kind cpu\."),
+        (["--schedule", "cosine", "--minutes", "1"], r"--schedule cosine needs --updates"),
+        (["--resume"], r".*jaxbptt-train holds no checkpoint: there is nothing to go on from\."),
+        (["--hidden", "0"], r"argument --hidden: 0 is too small, at least 1 is needed"),
+        (["--sample", "-1"], r"argument --sample: -1 is too small, at least 0 is needed"),
+        (["--validation", "1"], r"argument --validation: 1 is no share"),
+        (["--minutes", "0"], r"argument --minutes: 0 is too small, more than 0 is needed"),
+        (["--temperature", "-1"], r"argument --temperature: -1 is too small"),
+        (["--learning-rate", "nan"], r"argument --learning-rate: nan is not finite"),
+        (["--learning-rate", "fast"], r"argument --learning-rate: 'fast' is not a number"),
+        (["--text", "a", "--csv", "b"], r"argument --csv: not allowed with argument --text"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, arguments, message):
+    Path("empty.txt").touch()
+    Path("short.txt").write_text("ab")
+    Path("short.npy").write_bytes(Path("data.npy").read_bytes()[:200])
+    values = np.load("data.npy")
+    values[230, 1] = np.nan
+    np.save("nan.npy", values)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    try:
+        code = run(*SMALL, *arguments)
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2
+    assert re.match("jaxbptt train: " + message, error), error
+    assert error.count("\n") == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not Path("jaxbptt-train").exists()
+
+
+def test_checkpoints_that_do_not_fit(capsys, tmp_path):
+    """Other settings, other data, nothing said, a damaged one: one line, exit code 2, and nothing is touched."""
+    assert run(*TEXT_RUN, "--updates", "12") == 0
+    Path("other.txt").write_text(TEXT[::-1], encoding="utf-8")
+    capsys.readouterr()
+    newest = Path("jaxbptt-train/step_00000012")
+
+    def refused(message, *arguments):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        assert run(*arguments) == 2
+        error = capsys.readouterr().err
+        assert re.match("jaxbptt train: " + message, error), error
+        assert error.count("\n") == 1
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+    refused(r"--checkpoints jaxbptt-train has a checkpoint of update 12 already: add --resume", *TEXT_RUN)
+    refused(r".*step_00000012 was saved with --hidden = 6, but here it is 7\. ", *TEXT_RUN, "--hidden", "7", "--resume")
+    refused(r".* was saved with --seed = 3, but here it is 4\. ", *TEXT_RUN, "--seed", "4", "--resume")
+    refused(r".* was saved with data = text, \d+ bytes, sha256 ", *TEXT_RUN, "--text", "other.txt", "--resume")
+    file = next(path for path in sorted((newest / "state").rglob("*")) if path.is_file() and path.parent.name == "d")
+    file.write_bytes(file.read_bytes()[:-7])
+    refused(
+        r".*step_00000012 is damaged or cut short: .* Remove that folder to go on from step 6\.", *TEXT_RUN, "--resume"
+    )
+
+
+def test_a_run_that_diverges_stops_before_it_saves(capsys):
+    assert run(*SMALL, "--npz", "data.npy", "--updates", "60", "--learning-rate", "1e30") == 2
+    error = capsys.readouterr().err
+    assert re.match(r"jaxbptt train: at update \d+ the loss is (inf|nan) .*: try a smaller --learning-rate", error)
+    assert error.count("\n") == 1
+    assert checkpoints.latest("jaxbptt-train") is None
+
+
+def test_minutes_end_a_run(capsys):
+    assert run(*SMALL, "--minutes", "1e-9", "--validation", "0", "--sample", "0", "--text", "data.txt") == 0
+    assert final("jaxbptt-train")[0] == 1
+    assert "validation_loss" not in metrics.read(Path("jaxbptt-train/metrics.csv"))[0]
+    capsys.readouterr()
+    # There is nothing left to do, and that is no error.
+    assert run(*SMALL, "--updates", "1", "--validation", "0", "--text", "data.txt", "--resume") == 0
+    assert "on from update 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", ["rich.console", "orbax.checkpoint", "matplotlib.figure"])
+def test_without_the_train_extra(monkeypatch, capsys, module):
+    for name in [name for name in sys.modules if name.startswith(("jaxbptt.plots", "jaxbptt.commands.display"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(sys.modules["jaxbptt.commands"], "display", raising=False)
+    monkeypatch.setitem(sys.modules, module, None)
+    assert run(*TEXT_RUN) == 2
+    assert f"{module} is not installed: pip install 'jaxbptt[train]'." in capsys.readouterr().err
+
+
+def test_the_standard_library_is_the_default():
+    source = sources.open_source(_parser().parse_args(["train"]))
+    assert source.name == "_pydecimal.py"
+    assert isinstance(source.text.values, np.memmap)
+
+
+def test_mapped_text_reads_in_blocks(monkeypatch):
+    monkeypatch.setattr(mapped, "BLOCK_BYTES", 7)
+    text = tasks.map_text("data.txt")
+    raw = TEXT.encode()
+    assert isinstance(text.values, np.memmap)
+    assert text.symbols == tuple(sorted(set(raw)))
+    assert (text.characters, text.features) == (len(TEXT), len(set(raw)))
+    assert text.bytes_per_character == len(raw) / len(TEXT)
+    assert text.decode(text.encode(text.values)) == TEXT
+    assert text.decode(text.encode(text.values[51:53]))[-1] != ""
+    assert text.decode(text.encode(np.frombuffer("é".encode()[:1], np.uint8))) == "\ufffd"
+
+
+def test_mapped_array_reads_in_blocks(monkeypatch):
+    monkeypatch.setattr(mapped, "BLOCK_BYTES", 50)
+    values = np.load("data.npy")
+    series = tasks.map_array("data.npy")
+    assert isinstance(series.values, np.memmap)
+    assert series.features == 2
+    mean, deviation = tasks.mean_and_deviation(series.values, steps=111)
+    np.testing.assert_allclose(mean, values[:111].mean(axis=0))
+    np.testing.assert_allclose(deviation, values[:111].std(axis=0))
+    np.testing.assert_allclose(tasks.mean_and_deviation(values * 1e300)[1], values.std(axis=0) * 1e300)
+    np.testing.assert_array_equal(tasks.mean_and_deviation(np.full((9, 1), 0.1))[1], [1.0])
+    with pytest.raises(tasks.InputError, match=r"x is inf at \[time\] = \[20\]"):
+        tasks.mean_and_deviation(np.where(np.arange(30) == 20, np.inf, 0.0), steps=3, name="x")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros((2, 2, 2)), r"the array is float64 of shape \(2, 2, 2\), but real numbers of shape \[time\]"),
+        (np.zeros(3, complex), r"the array is complex128"),
+        (np.zeros((0, 2)), r"the array is empty, its shape is \(0, 2\)"),
+        (np.array([{}]), r"is not a readable \.npy file of plain numbers: "),
+    ],
+)
+def test_arrays_that_are_no_series(values, message):
+    np.save("x.npy", values)
+    with pytest.raises(tasks.InputError, match=message):
+        tasks.map_array("x.npy")
+
+
+def test_an_archive_is_no_array():
+    Path("data.npz").rename("other.npy")
+    with pytest.raises(tasks.InputError, match="is an archive of arrays"):
+        tasks.map_array("other.npy")
+    with pytest.raises(tasks.InputError, match=r"nowhere\.npy can't be read: No such file"):
+        tasks.map_array("nowhere.npy")
+
+
+def test_learning_curve():
+    steps = np.arange(1, 201)
+    figure = plots.plot_learning_curve((steps, 100.0 / steps), ([100, 200], [2.0, np.inf]), measure="bits")
+    (axes,) = figure.axes
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == ("update", "bits", "log")
+    raw, mean, validation = axes.lines
+    np.testing.assert_allclose(raw.get_ydata(), 100.0 / steps)
+    np.testing.assert_allclose(mean.get_ydata()[199], np.mean(100.0 / steps[-4:]))
+    np.testing.assert_allclose(mean.get_ydata()[1], (100 + 50) / 2)
+    np.testing.assert_array_equal(validation.get_ydata(), [2.0, np.nan])
+    (axes,) = plots.plot_learning_curve(([1, 2], [1.0, np.nan]), ([], [])).axes
+    assert len(axes.lines) == 1
+    assert axes.get_yscale() == "linear"
+    with pytest.raises(ValueError, match=r"validation has \(1,\) updates and \(2,\) losses"):
+        plots.plot_learning_curve(([1], [1]), ([1], [1, 2]))
