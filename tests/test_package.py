@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 def test_contract_names():
     names = "Cell Adjoint elman gru lstm stack network scan adjoint_scan losses state_jacobians jacobian_products"
     names += " truncated_scan windowed_scan checkpointed_scan checkpoint_schedule surviving_paths plan"
+    names += " tbptt streams tasks sharding TrainState Chunk"
     names += " gradient_flow lag_contributions certify compare_gradients ElmanParams GRUParams LSTMParams LSTMState"
     assert [name for name in names.split() if not hasattr(bptt, name)] == []
     assert callable(bptt.plots.plot_gradient_flow)
@@ -25,7 +26,7 @@ def test_import_is_light_and_changes_nothing():
     """The core runs without matplotlib and rich, and leaves the configuration of jax alone."""
     code = (
         "import sys, jax; before = dict(jax.config.values); import jaxbptt; "
-        "assert not {'matplotlib', 'rich', 'torch', 'flax'} & set(sys.modules), 'heavy import'; "
+        "assert not {'matplotlib', 'rich', 'torch', 'flax', 'orbax', 'sklearn'} & set(sys.modules), 'heavy import'; "
         "assert dict(jax.config.values) == before"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
