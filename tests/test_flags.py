@@ -1,4 +1,4 @@
-"""Resets and masks in every strategy: rows that begin anew, end early or have holes give what their sequences give alone."""
+"""Resets and padding in every strategy: rows that begin anew, end early or have holes give what their sequences give alone."""
 
 from functools import partial
 
@@ -15,13 +15,13 @@ import jaxbptt as bptt
 STRATEGIES = EXACT | UNCUT
 
 
-def loop_with_flags(step, params, init, xs, is_first, mask, reset_carry):
+def loop_with_flags(step, params, init, xs, is_first, valid, reset_carry):
     """What the flags mean, row by row: reset before the first step of a sequence; a step that is not there is not taken."""
-    ys, last = np.zeros((len(xs), *mask.shape[1:]), object), []
-    for row in range(mask.shape[1]):
+    ys, last = np.zeros((len(xs), *valid.shape[1:]), object), []
+    for row in range(valid.shape[1]):
         carry = jax.tree.map(lambda leaf, row=row: leaf[row], init)
         for t in range(len(xs)):
-            if not mask[t, row]:
+            if not valid[t, row]:
                 continue
             if is_first[t, row]:
                 carry = jax.tree.map(lambda leaf, row=row: leaf[row], reset_carry)
@@ -35,29 +35,29 @@ def loop_with_flags(step, params, init, xs, is_first, mask, reset_carry):
 FLAGS = {
     "is_first": np.array([[0, 1], [0, 0], [1, 0], [1, 0], [0, 1], [0, 1], [1, 0], [0, 1]], bool),
     # A hole, an end, a row that starts late, and a sequence whose first step is not there.
-    "mask": np.array([[1, 0], [1, 0], [1, 1], [0, 1], [1, 1], [1, 0], [1, 1], [0, 1]], bool),
+    "valid": np.array([[1, 0], [1, 0], [1, 1], [0, 1], [1, 1], [1, 0], [1, 1], [0, 1]], bool),
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "given"), [("elman", "is_first"), ("elman", "mask"), ("lstm", "both"), ("stack", "both")]
+    ("name", "given"), [("elman", "is_first"), ("elman", "valid"), ("lstm", "both"), ("stack", "both")]
 )
 def test_every_strategy_equals_a_loop(name, given):
     cell = make_cell(name)
     params, init, xs = problem(cell, 8, (2,))
     to = random_like(init, 7)
     flags = {
-        "is_first": FLAGS["is_first"] if given != "mask" else np.zeros((8, 2), bool),
-        "mask": FLAGS["mask"] if given != "is_first" else np.ones((8, 2), bool),
+        "is_first": FLAGS["is_first"] if given != "valid" else np.zeros((8, 2), bool),
+        "valid": FLAGS["valid"] if given != "is_first" else np.ones((8, 2), bool),
     }
     loop = lambda *args: loop_with_flags(jax.jit(cell.step), *args[:3], **flags, reset_carry=args[3])
     expected, pull = jax.vjp(loop, params, init, xs, to)
     cotangent = random_like(expected, 3)
     expected = expected, pull(cotangent)
     # In the padding: nan among the inputs, and in what comes back from outputs that should not have been looked at.
-    spoilt = jnp.where(flags["mask"][..., None], xs, jnp.nan)
-    cotangent = cotangent[0], jnp.where(flags["mask"][..., None], cotangent[1], jnp.nan)
-    options = {"is_first": flags["is_first"], "mask": flags["mask"]}
+    spoilt = jnp.where(flags["valid"][..., None], xs, jnp.nan)
+    cotangent = cotangent[0], jnp.where(flags["valid"][..., None], cotangent[1], jnp.nan)
+    options = {"is_first": flags["is_first"], "valid": flags["valid"]}
     if given != "both":
         options = {given: flags[given]}
 
@@ -103,30 +103,30 @@ def test_a_rollout_is_replayed():
 def test_padding_where_the_step_is_not_defined():
     """Zeros are padding as well: 1/0 there would make the derivative nan though its result is dropped."""
     step = lambda w, h, x: (jnp.tanh(w * h + 1 / x), h)
-    mask = jnp.array([[True, False], [False, True], [True, True], [False, False]])
-    xs = jnp.where(mask, 2.0, 0.0)
+    valid = jnp.array([[True, False], [False, True], [True, True], [False, False]])
+    xs = jnp.where(valid, 2.0, 0.0)
     for scan in (bptt.scan, bptt.adjoint_scan, bptt.checkpointed_scan, partial(bptt.windowed_scan, window=9)):
-        loss = lambda w, xs, scan=scan: jnp.sum(scan(step, w, jnp.zeros(2), xs, mask=mask)[0])
+        loss = lambda w, xs, scan=scan: jnp.sum(scan(step, w, jnp.zeros(2), xs, valid=valid)[0])
         gradients = jax.grad(loss, argnums=(0, 1))(0.5, xs)
         assert all(np.isfinite(gradient).all() for gradient in gradients)
-        assert not gradients[1][~mask].any()
+        assert not gradients[1][~valid].any()
 
 
 def test_whatever_has_no_batch_axis_or_no_derivative():
-    """Inputs shared by all rows, integers, random keys and a mask of time alone."""
+    """Inputs shared by all rows, integers, random keys and a valid of time alone."""
     shared = jnp.arange(4.0)
     step = lambda w, h, x: (jnp.tanh(w * h + x["own"][:, None] + x["shared"]), {"key": x["key"], "h": h})
     xs = {"own": jnp.ones((4, 2), int), "shared": shared, "key": jax.random.split(jax.random.key(0), (4, 2))}
     xs["own"] = xs["own"].astype(float)
-    mask = jnp.array([[True, True], [True, False], [False, True], [True, True]])
-    expected = bptt.scan(step, 0.5, jnp.zeros((2, 3)), xs, mask=mask)[0]
+    valid = jnp.array([[True, True], [True, False], [False, True], [True, True]])
+    expected = bptt.scan(step, 0.5, jnp.zeros((2, 3)), xs, valid=valid)[0]
     row = {"own": xs["own"][:, :1], "shared": shared, "key": xs["key"][:, :1]}
     alone = jax.tree.map(lambda leaf: leaf[jnp.array([0, 1, 3])], row)
     assert_close(expected[:1], bptt.scan(step, 0.5, jnp.zeros((1, 3)), alone)[0])
-    of_time = bptt.adjoint_scan(step, 0.5, jnp.zeros((2, 3)), xs, mask=mask[:, 0])[0]
+    of_time = bptt.adjoint_scan(step, 0.5, jnp.zeros((2, 3)), xs, valid=valid[:, 0])[0]
     assert_close(of_time[:1], expected[:1])
     no_steps = jax.tree.map(lambda leaf: leaf[:0], xs)
-    assert_close(bptt.scan(step, 0.5, jnp.ones((2, 3)), no_steps, mask=mask[:0])[0], jnp.ones((2, 3)))
+    assert_close(bptt.scan(step, 0.5, jnp.ones((2, 3)), no_steps, valid=valid[:0])[0], jnp.ones((2, 3)))
 
 
 @pytest.mark.parametrize("scan", [bptt.scan, bptt.adjoint_scan])
@@ -135,17 +135,17 @@ def test_errors(scan):
     args = problem(cell, 5, (2,))
     flags = jnp.ones((5, 2), bool)
     for options, error, message in (
-        ({"mask": flags.astype(int)}, TypeError, r"mask has dtype int64.*such as mask\.astype\(bool\)\.$"),
-        ({"mask": flags[:3]}, ValueError, r"mask has shape \(3, 2\), but there are 5 time steps"),
-        ({"mask": flags[:, :1]}, ValueError, r"mask has shape \(5, 1\).*init has shape \(2, 4\)"),
-        ({"mask": flags, "is_first": flags[:, 0]}, ValueError, r"is_first has shape \(5,\), but mask has \(5, 2\)"),
+        ({"valid": flags.astype(int)}, TypeError, r"valid has dtype int64.*such as valid\.astype\(bool\)\.$"),
+        ({"valid": flags[:3]}, ValueError, r"valid has shape \(3, 2\), but there are 5 time steps"),
+        ({"valid": flags[:, :1]}, ValueError, r"valid has shape \(5, 1\).*init has shape \(2, 4\)"),
+        ({"valid": flags, "is_first": flags[:, 0]}, ValueError, r"is_first has shape \(5,\), but valid has \(5, 2\)"),
         ({"reset_carry": args[1]}, ValueError, r"reset_carry says what is_first resets to"),
     ):
         with pytest.raises(error, match=message):
             scan(cell, *args, **options)
     summed = lambda params, h, x: (cell.step(params, h, x)[0], jnp.sum(h))
-    with pytest.raises(ValueError, match=r"y has shape \(\) at a time step, but mask has \(2,\) there"):
-        scan(summed, *args, mask=flags)
+    with pytest.raises(ValueError, match=r"y has shape \(\) at a time step, but valid has \(2,\) there"):
+        scan(summed, *args, valid=flags)
 
 
 STEPS, ROWS, PATTERNS = 6, 3, 100
@@ -155,10 +155,10 @@ def _bits(number):
     return np.array([number >> i & 1 for i in range(STEPS * ROWS)], bool).reshape(STEPS, ROWS)
 
 
-def _loss(scan, cell, params, xs, targets, is_first, mask):
+def _loss(scan, cell, params, xs, targets, is_first, valid):
     carry = cell.initial_carry(xs.shape[1:-1])
-    _, ys = scan(cell, params, carry, xs, is_first=is_first, mask=mask)
-    return bptt.losses.mean_squared_error(ys, targets, mask=mask, reduction="sum")
+    _, ys = scan(cell, params, carry, xs, is_first=is_first, valid=valid)
+    return bptt.losses.mean_squared_error(ys, targets, mask=valid, reduction="sum")
 
 
 @pytest.fixture(scope="module")
@@ -194,10 +194,10 @@ def test_ten_thousand_patterns(compiled, patterns, seed):
     every, alone = compiled
     rng = np.random.default_rng(seed)
     xs, targets = rng.standard_normal((PATTERNS, STEPS, ROWS, 2)), rng.standard_normal((PATTERNS, STEPS, ROWS, 3))
-    mask, is_first = (np.stack([_bits(pattern[i]) for pattern in patterns]) for i in (0, 1))
+    valid, is_first = (np.stack([_bits(pattern[i]) for pattern in patterns]) for i in (0, 1))
     sequences = {length: [] for length in range(1, STEPS + 1)}  # (pattern, row, its time steps)
     for p, row in np.ndindex(PATTERNS, ROWS):
-        here = np.flatnonzero(mask[p, :, row])
+        here = np.flatnonzero(valid[p, :, row])
         begins = np.flatnonzero(is_first[p, here, row])
         for steps in np.split(here, begins):
             if len(steps):
@@ -216,8 +216,8 @@ def test_ten_thousand_patterns(compiled, patterns, seed):
             jax.tree.map(lambda g: np.zeros((PATTERNS, *g.shape[1:])), grads) if gradients is None else gradients
         )
         jax.tree.map(lambda total, g, p=p: np.add.at(total, p, g), gradients, grads)
-    spoilt = np.where(mask[..., None], xs, np.nan), np.where(mask[..., None], targets, np.nan)
-    for name, (value, gradient) in every(*spoilt, is_first, mask).items():
+    spoilt = np.where(valid[..., None], xs, np.nan), np.where(valid[..., None], targets, np.nan)
+    for name, (value, gradient) in every(*spoilt, is_first, valid).items():
         np.testing.assert_allclose(value, losses, rtol=1e-12, atol=1e-12, err_msg=name)
         if gradients is not None:
             jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12, err_msg=name), gradient, gradients)

@@ -151,11 +151,14 @@ def test_is_first_from_done():
 
 def test_pad():
     keys = jax.random.split(jax.random.key(0), (2, 1))
-    chunk = bptt.Chunk({"x": jnp.ones((2, 1, 3)), "key": keys}, None, None, jnp.array([[True], [False]]))
+    chunk = bptt.Chunk(
+        {"x": jnp.ones((2, 1, 3)), "key": keys}, None, jnp.array([[False], [True]]), jnp.array([[True], [False]])
+    )
     longer = streams.pad(chunk, 4)
     assert longer.xs["x"].sum(axis=-1).T.tolist() == [[3.0, 3.0, 0.0, 0.0]]
     assert longer.xs["key"].shape == (4, 1)
-    assert longer.mask.T.tolist() == [[True, True, False, False]]
+    assert longer.valid.T.tolist() == [[True, True, False, False]]
+    assert longer.mask.T.tolist() == [[False, True, False, False]]
     assert longer.is_first.T.tolist() == [[True, False, False, False]]
     with pytest.raises(ValueError, match="length is 1, but the chunk has 2 time steps"):
         streams.pad(chunk, 1)

@@ -159,11 +159,28 @@ def test_burn_in_has_neither_gradient_nor_loss():
     (value, carries), gradient = jax.value_and_grad(by_hand, has_aux=True)(
         state.params, carry, series[3:15, None], series[4:16, None]
     )
-    for mask in (chunk.mask, None):
-        new_state, metrics = jax.jit(update)(state, chunk._replace(mask=mask))
+    for mask, valid in ((chunk.mask, chunk.valid), (None, None), (None, chunk.valid)):
+        new_state, metrics = jax.jit(update)(state, chunk._replace(mask=mask, valid=valid))
         np.testing.assert_allclose(metrics.loss, value, rtol=1e-12)
         assert_close(jax.tree.map(jnp.subtract, state.params, new_state.params), gradient)
         assert_close(new_state.carry, carries[-1])
+
+
+def test_what_does_not_count_is_still_taken():
+    """A task's mask says which steps count; the others are steps all the same, unless they are padding."""
+    init, update = bptt.tbptt(loss, optax.sgd(0.0))
+    state, series = start(init), jnp.asarray(values(14)).reshape(7, BATCH, FEATURES)
+    xs, targets, last = series[:-1], series[1:], jnp.zeros((6, BATCH), bool).at[-1].set(True)
+    new_state, metrics = jax.jit(update)(state, bptt.Chunk(xs, targets, last))
+    value, carries = by_hand(state.params, state.carry, xs, targets, counted=jnp.array([5]))
+    np.testing.assert_allclose(metrics.loss, value, rtol=1e-12)
+    assert_close(new_state.carry, carries[-1])
+    ends_early = jnp.ones((6, BATCH), bool).at[-1, 0].set(False)
+    new_state, metrics = jax.jit(update)(state, bptt.Chunk(xs, targets, last, valid=ends_early))
+    np.testing.assert_allclose(
+        metrics.loss, by_hand(state.params, state.carry[1:], xs[:, 1:], targets[:, 1:], jnp.array([5]))[0], rtol=1e-12
+    )
+    assert_close(new_state.carry, jnp.stack([carries[-2][0], carries[-1][1]]))
 
 
 def test_burn_in_without_inputs():
@@ -310,7 +327,7 @@ def test_errors():
         with pytest.raises(ValueError, match=message):
             update(start(init), chunk)
     init, update = bptt.tbptt(loss, optax.sgd(0.1))
-    with pytest.raises(TypeError, match=r"update takes a Chunk\(xs, targets, mask, is_first\), but got a ndarray"):
+    with pytest.raises(TypeError, match=r"update takes a Chunk\(xs, targets, \.\.\.\), but got a ndarray"):
         update(start(init), chunk.xs)
     with pytest.raises(ValueError, match="time is their first axis, and they must agree"):
         update(start(init), chunk._replace(targets=chunk.targets[1:]))

@@ -19,7 +19,7 @@ def scan(
     *,
     length: int | None = None,
     is_first: Any = None,
-    mask: Any = None,
+    valid: Any = None,
     reset_carry: Any = None,
     unroll: int | bool = 1,
 ) -> tuple[Any, Any]:
@@ -38,7 +38,7 @@ def scan(
         length: T, needed where `xs` is `None`.
         is_first: booleans `[time, *batch]`, where a new sequence begins: before that xₜ is consumed the row's carry is
             reset, and no gradient passes.
-        mask: booleans `[time, *batch]`, False where a step is padding: it is not taken, the carry is held, yₜ is 0, and
+        valid: booleans `[time, *batch]`, False where a step is padding: it is not taken, the carry is held, yₜ is 0, and
             what stands in xₜ changes nothing.
         reset_carry: what `is_first` resets to, like `init` or one row of it; zeros by default. It gets its gradient.
         unroll: time steps in one iteration of the compiled loop, as for `lax.scan`.
@@ -64,5 +64,5 @@ def scan(
     References:
         Werbos, Backpropagation through time: what it does and how to do it, 1990, doi:10.1109/5.58337.
     """
-    r = without_adjoint(prepare(step, params, init, xs, length), is_first, mask, reset_carry)
+    r = without_adjoint(prepare(step, params, init, xs, length), is_first, valid, reset_carry)
     return jax.lax.scan(partial(r.step, r.params), r.init, r.xs, length=r.length, unroll=unroll)

@@ -1,6 +1,6 @@
 r"""Rows of unequal length: sequences that begin anew in the middle, and steps that are padding.
 
-Every strategy takes `is_first` and `mask`, and turns them here into another step, whose input has the flags of its time
+Every strategy takes `is_first` and `valid`, and turns them here into another step, whose input has the flags of its time
 step beside x. What is cut or left out is selected, in both directions, never multiplied by 0: 0·∞ is no number.
 """
 
@@ -15,48 +15,48 @@ from jaxbptt.scans.recurrence import Recurrence, name
 
 
 def with_flags(
-    step: StepWithAdjoint, r: Recurrence, is_first: Any, mask: Any, reset_carry: Any
+    step: StepWithAdjoint, r: Recurrence, is_first: Any, valid: Any, reset_carry: Any
 ) -> tuple[StepWithAdjoint, Any]:
-    r"""The step whose input is (x, is_first, mask) at a time step, and all its inputs; as it was, without flags.
+    r"""The step whose input is (x, is_first, valid) at a time step, and all its inputs; as it was, without flags.
 
-    cₜ₋₁ becomes the reset carry where xₜ is the first of a sequence, and cₜ = cₜ₋₁ where the mask says that there is no
+    cₜ₋₁ becomes the reset carry where xₜ is the first of a sequence, and cₜ = cₜ₋₁ where `valid` says that there is no
     xₜ. The reset carry becomes a part of the params and gets its gradient.
     """
-    xs, reset_carry, flagged = _check(r, is_first, mask, reset_carry)
+    xs, reset_carry, flagged = _check(r, is_first, valid, reset_carry)
     if not flagged:
         return step, xs
     params = step.params, reset_carry
     return step._replace(step=_flagged_step(step.step), params=params, adjoint=_flagged_adjoint(step.adjoint)), xs
 
 
-def without_adjoint(r: Recurrence, is_first: Any, mask: Any, reset_carry: Any) -> Recurrence:
+def without_adjoint(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> Recurrence:
     """The same for a strategy that leaves the derivative to JAX."""
-    xs, reset_carry, flagged = _check(r, is_first, mask, reset_carry)
+    xs, reset_carry, flagged = _check(r, is_first, valid, reset_carry)
     if not flagged:
         return r
     return r._replace(step=_flagged_step(r.step), params=(r.params, reset_carry), xs=xs)
 
 
-def _check(r: Recurrence, is_first: Any, mask: Any, reset_carry: Any) -> tuple[Any, Any, bool]:
+def _check(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> tuple[Any, Any, bool]:
     """The inputs with their flags, the carry to reset to, and whether there are flags at all."""
     if is_first is None and reset_carry is not None:
         raise ValueError("reset_carry says what is_first resets to: pass is_first as well, or leave it out.")
-    if is_first is None and mask is None:
+    if is_first is None and valid is None:
         return r.xs, None, False
     xs = r.xs
-    if mask is not None:
-        mask = _check_flags("mask", mask, r)
-        xs = _made_safe(xs, mask)
+    if valid is not None:
+        valid = _check_flags("valid", valid, r)
+        xs = _made_safe(xs, valid)
     if is_first is not None:
         is_first = _check_flags("is_first", is_first, r)
         reset_carry = _check_reset_carry(reset_carry, r.init)
-        if mask is not None:
-            if is_first.shape != mask.shape:
+        if valid is not None:
+            if is_first.shape != valid.shape:
                 raise ValueError(
-                    f"is_first has shape {is_first.shape}, but mask has {mask.shape}: both are [time, *batch], the same."
+                    f"is_first has shape {is_first.shape}, but valid has {valid.shape}: both are [time, *batch], the same."
                 )
-            is_first &= mask  # a step that is not taken begins nothing
-    return (xs, is_first, mask), reset_carry, True
+            is_first &= valid  # a step that is not taken begins nothing
+    return (xs, is_first, valid), reset_carry, True
 
 
 def _flagged_step(step: Any) -> Any:
@@ -87,9 +87,9 @@ def _flagged_adjoint(adjoint: Adjoint) -> Adjoint:
         return _select(first, zeros, carry_bar), (delta, _select(first, carry_bar, zeros))
 
     def contract(params, residuals, xs_and_flags, ys_bar, deltas):
-        xs, _, mask = xs_and_flags
+        xs, _, valid = xs_and_flags
         deltas, reset_bars = deltas
-        params_bar, xs_bar = adjoint.contract(params[0], residuals, xs, _present(mask, ys_bar), deltas)
+        params_bar, xs_bar = adjoint.contract(params[0], residuals, xs, _present(valid, ys_bar), deltas)
         params_bar, xs_bar = fit(params_bar, params[0], "params"), fit(xs_bar, xs, "xs")
         reset_bar = jax.tree.map(lambda leaf: leaf.sum(axis=0), reset_bars)
         return (params_bar, reset_bar), (xs_bar, None, None)
@@ -122,8 +122,8 @@ def _present(valid: Any, tree: Any) -> Any:
     def leaf(path, leaf):
         if leaf.shape[: valid.ndim] != valid.shape:
             raise ValueError(
-                f"{name('y', path)} has shape {leaf.shape} at a time step, but mask has {valid.shape} there: let every leaf "
-                "of y begin with the batch axes, or pass a mask [time]."
+                f"{name('y', path)} has shape {leaf.shape} at a time step, but valid has {valid.shape} there: let every leaf "
+                "of y begin with the batch axes, or pass valid as [time]."
             )
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return leaf  # a random key has no zero
@@ -132,30 +132,30 @@ def _present(valid: Any, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
-def _made_safe(xs: Any, mask: Any) -> Any:
+def _made_safe(xs: Any, valid: Any) -> Any:
     """What stands in the padding gives way to the row's first valid input, and to 0 in a row that has none.
 
     The step runs on padding too, and its results are dropped; where it is not defined there, at 0 or at nan, its
     derivative would still be nan, and nan times the 0 that comes back is nan.
     """
-    if not len(mask):
+    if not len(valid):
         return xs
-    first = jnp.argmax(mask, axis=0)[None]
+    first = jnp.argmax(valid, axis=0)[None]
 
     def leaf(x):
-        if x.shape[: mask.ndim] != mask.shape:
+        if x.shape[: valid.ndim] != valid.shape:
             return x  # one input for all rows
         index = first.reshape(first.shape + (1,) * (x.ndim - first.ndim))
         fill = jnp.take_along_axis(x, index, axis=0)
         if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            fill = _select(mask.any(axis=0)[None], fill, jnp.zeros_like(fill))
-        return _select(mask, x, jnp.broadcast_to(fill, x.shape))
+            fill = _select(valid.any(axis=0)[None], fill, jnp.zeros_like(fill))
+        return _select(valid, x, jnp.broadcast_to(fill, x.shape))
 
     return jax.tree.map(leaf, xs)
 
 
 def _check_flags(flags_name: str, flags: Any, r: Recurrence) -> Any:
-    """`is_first` or `mask` as an array of flags `[time, *batch]`, or an error that says what it should be."""
+    """`is_first` or `valid` as an array of flags `[time, *batch]`, or an error that says what it should be."""
     flags = jnp.asarray(flags)
     if flags.dtype != jnp.bool_:
         hint = (

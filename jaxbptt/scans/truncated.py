@@ -28,7 +28,7 @@ def truncated_scan(
     truncation_length: int,
     length: int | None = None,
     is_first: Any = None,
-    mask: Any = None,
+    valid: Any = None,
     reset_carry: Any = None,
     adjoint: Adjoint | None = None,
     unroll: int | bool = 1,
@@ -52,7 +52,7 @@ def truncated_scan(
         length: T, needed where `xs` is `None`.
         is_first: booleans `[time, *batch]`, where a new sequence begins: before that xₜ is consumed the row's carry is
             reset, and no gradient passes.
-        mask: booleans `[time, *batch]`, False where a step is padding: it is not taken, the carry is held, yₜ is 0, and
+        valid: booleans `[time, *batch]`, False where a step is padding: it is not taken, the carry is held, yₜ is 0, and
             what stands in xₜ changes nothing.
         reset_carry: what `is_first` resets to, like `init` or one row of it; zeros by default. It gets its gradient.
         adjoint: the backward of one step. By default the `Cell`'s own, or else derived from `step`.
@@ -79,7 +79,7 @@ def truncated_scan(
     """
     check_count("truncation_length", truncation_length, "counts time steps")
     r = prepare(step, params, init, xs, length)
-    with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, mask, reset_carry)
+    with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
     step, params, adjoint, *_ = with_adjoint
     chunk = max(min(int(truncation_length), r.length), 1)
     chunks, left_over = divmod(r.length, chunk)

@@ -27,7 +27,7 @@ def windowed_scan(
     window: int,
     length: int | None = None,
     is_first: Any = None,
-    mask: Any = None,
+    valid: Any = None,
     reset_carry: Any = None,
     adjoint: Adjoint | None = None,
     unroll: int | bool = 1,
@@ -54,7 +54,7 @@ def windowed_scan(
         length: T, needed where `xs` is `None`.
         is_first: booleans `[time, *batch]`, where a new sequence begins: before that xₜ is consumed the row's carry is
             reset, and no gradient passes.
-        mask: booleans `[time, *batch]`, False where a step is padding: it is not taken, the carry is held, yₜ is 0, and
+        valid: booleans `[time, *batch]`, False where a step is padding: it is not taken, the carry is held, yₜ is 0, and
             what stands in xₜ changes nothing.
         reset_carry: what `is_first` resets to, like `init` or one row of it; zeros by default. It gets its gradient.
         adjoint: the backward of one step, which must allow `jax.vmap`. By default the `Cell`'s own, or else derived.
@@ -81,7 +81,7 @@ def windowed_scan(
     """
     check_count("window", window, "counts time steps")
     r = prepare(step, params, init, xs, length)
-    with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, mask, reset_carry)
+    with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
     step, params, adjoint, branches, _ = with_adjoint
     lags = min(int(window), r.length)
 

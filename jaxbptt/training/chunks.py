@@ -19,15 +19,18 @@ class Chunk(NamedTuple):
     Attributes:
         xs: inputs.
         targets: what the loss compares the outputs with.
-        mask: booleans `[time, batch]`, False where a step is padding: it is not taken and does not count. `None`: none is.
+        mask: booleans `[time, batch]`, True where a step counts in the loss. `None`: all do.
         is_first: booleans `[time, batch]`, True where a new sequence begins: the row's carry is reset before that step.
             `None`: all go on from the chunk before.
+        valid: booleans `[time, batch]`, False where a step is padding: it is not taken, the carry is held, and it does not
+            count, whatever the mask says. `None`: none is.
     """
 
     xs: Any
     targets: Any = None
     mask: Any = None
     is_first: Any = None
+    valid: Any = None
 
 
 @dataclass(frozen=True)
@@ -109,14 +112,14 @@ def is_first_from_done(done: Bool[ArrayLike, " time *batch"], *, first: Any = Tr
 
 
 def pad(chunk: Chunk, length: int) -> Chunk:
-    r"""The chunk padded with masked steps to a length, for a last one that is shorter than the others.
+    r"""The chunk padded to a length with steps that are not valid, for a last one that is shorter than the others.
 
     Args:
-        chunk: leaves `[time, batch, ...]`; without a mask all of its steps count.
+        chunk: leaves `[time, batch, ...]`.
         length: time steps, at least as many as there are.
 
     Returns:
-        A `Chunk` with leaves `[length, batch, ...]`, zeros (or the last entry, for random keys) after the end, a mask and is_first.
+        A `Chunk` with leaves `[length, batch, ...]`, zeros (or the last entry, for random keys) after the end, and all flags.
 
     Raises:
         ValueError: `length` is shorter than the chunk, or a leaf has no batch axis.
@@ -125,7 +128,7 @@ def pad(chunk: Chunk, length: int) -> Chunk:
         >>> import jax.numpy as jnp
         >>> from jaxbptt import streams
         >>> chunk = streams.pad(streams.Chunk(xs=jnp.ones((2, 1))), 3)
-        >>> print(chunk.xs.T, chunk.mask.T, chunk.is_first.T)
+        >>> print(chunk.xs.T, chunk.valid.T, chunk.is_first.T)
         [[1. 1. 0.]] [[ True  True False]] [[False False False]]
     """
     steps, batch = _time_and_batch(chunk)
@@ -138,9 +141,9 @@ def pad(chunk: Chunk, length: int) -> Chunk:
             return leaf[jnp.minimum(jnp.arange(length), steps - 1)]
         return jnp.pad(leaf, [(0, length - steps)] + [(0, 0)] * (leaf.ndim - 1))
 
-    mask = jnp.ones((steps, batch), bool) if chunk.mask is None else chunk.mask
+    mask, valid = (jnp.ones((steps, batch), bool) if flag is None else flag for flag in (chunk.mask, chunk.valid))
     is_first = jnp.zeros((steps, batch), bool) if chunk.is_first is None else chunk.is_first
-    return jax.tree.map(longer, Chunk(chunk.xs, chunk.targets, mask, is_first))
+    return jax.tree.map(longer, Chunk(chunk.xs, chunk.targets, mask, is_first, valid))
 
 
 def _time_and_batch(chunk: Chunk) -> tuple[int, int]:

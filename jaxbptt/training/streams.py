@@ -30,7 +30,7 @@ def rows(
 
     Row i has steps i R + 1 … (i + 1) R of the N there are, R = ⌈N / batch⌉; chunk j has steps j C + 1 … (j + 1) C of each row.
 
-    Nothing is dropped: the last rows may be shorter, and the last chunk is padded, with a mask. Carries are reset where an
+    Nothing is dropped: the last rows may be shorter, and the last chunk is padded, with steps that are not valid. Carries are reset where an
     epoch begins, since row i ends where row i + 1 began. Reading a chunk takes time and memory of its own size.
 
     Args:
@@ -43,7 +43,7 @@ def rows(
         encode: maps a stretch of `values` to what the network reads, such as `lambda bytes: table[bytes]`.
 
     Returns:
-        A `Stream` of chunks with xs and targets `[overlap + C, batch, ...]`, mask and is_first.
+        A `Stream` of chunks with xs and targets `[overlap + C, batch, ...]`, mask, is_first and valid.
 
     Raises:
         ValueError: sizes below 1, more rows than steps, values that are not numbers, targets of another length.
@@ -108,7 +108,7 @@ def episodes(sequences: Sequence[tuple[Any, Any]], *, batch: int, chunk_length: 
         chunk_length: time steps in a chunk.
 
     Returns:
-        A `Stream` of chunks with xs and targets `[chunk_length, batch, ...]`, mask and is_first.
+        A `Stream` of chunks with xs and targets `[chunk_length, batch, ...]`, mask, is_first and valid.
 
     Raises:
         ValueError: sizes below 1, no episodes, an empty one, one whose leaves disagree on time.
@@ -153,11 +153,11 @@ def padded(sequences: Sequence[tuple[Any, Any]], *, batch: int, seed: int | None
 
     Args:
         sequences: pairs (xs, targets) of arrays `[time, ...]`, or trees of them; targets may be `None`.
-        batch: sequences in a chunk. Where their number is not a multiple of it, the rows left over are masked.
+        batch: sequences in a chunk. Where their number is not a multiple of it, the rows left over have no valid step.
         seed: of a new order in every epoch, the same at every start; `None` keeps the order given.
 
     Returns:
-        A `Stream` of chunks with xs and targets `[longest, batch, ...]`, mask and is_first.
+        A `Stream` of chunks with xs and targets `[longest, batch, ...]`, mask, is_first and valid.
 
     Raises:
         ValueError: a batch below 1, no sequences, an empty one, one whose leaves disagree on time.
@@ -200,7 +200,7 @@ class _Piece(NamedTuple):
 
 
 def _put_together(pieces: list[_Piece], steps: int, batch: int) -> Chunk:
-    mask, is_first = np.zeros((2, steps, batch), bool)
+    valid, is_first = np.zeros((2, steps, batch), bool)
 
     def room(leaf):
         return np.zeros((steps, batch, *leaf.shape[1:]), leaf.dtype)
@@ -212,9 +212,9 @@ def _put_together(pieces: list[_Piece], steps: int, batch: int) -> Chunk:
             to[at : at + len(leaf), row] = leaf
 
         jax.tree.map(write, (whole_xs, whole_targets), (xs, targets))
-        mask[at : at + len(jax.tree.leaves(xs)[0]), row] = True
+        valid[at : at + len(jax.tree.leaves(xs)[0]), row] = True
         is_first[at, row] = begins
-    return Chunk(whole_xs, whole_targets, mask, is_first)
+    return Chunk(whole_xs, whole_targets, valid, is_first, valid)
 
 
 def _numbers(what: str, values: Any) -> Any:

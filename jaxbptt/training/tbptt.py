@@ -5,7 +5,7 @@ saved and loaded again, it goes on as if nothing had happened.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -92,7 +92,7 @@ def tbptt(
 
     Args:
         loss: `loss(params, carry, chunk, *, scan, key) -> (loss, carry)`. It unrolls the network with the `scan` it is
-            handed, `carry, ys = scan(step, params, carry, chunk.xs)`, which knows the chunk's `mask` and `is_first`; and
+            handed, `carry, ys = scan(step, params, carry, chunk.xs)`, which knows the chunk's `valid` and `is_first`; and
             masks what it computes from the outputs with `chunk.mask`, as in `losses.cross_entropy(ys, chunk.targets,
             mask=chunk.mask)`. `key` is another at every update.
         optimizer: any of optax's; schedules are part of it.
@@ -155,11 +155,10 @@ def tbptt(
         return TrainState(params, opt_state, carry, jnp.zeros((), jnp.int32), key)
 
     def run(params: Any, carry: Any, chunk: Chunk, key: Any) -> tuple[Array, Any]:
-        flags = {name: flag for name in ("mask", "is_first") if (flag := getattr(chunk, name)) is not None}
+        flags = {name: flag for name in ("valid", "is_first") if (flag := getattr(chunk, name)) is not None}
         bound = partial(_with_burn_in, strategy, burn_in) if burn_in else strategy
-        if uncounted:
-            chunk = chunk._replace(mask=_without_the_first(uncounted, chunk))
-        result = loss(params, carry, chunk, scan=partial(bound, **flags), key=key)
+        counted = chunk._replace(mask=_counted(chunk, uncounted))
+        result = loss(params, carry, counted, scan=partial(bound, **flags), key=key)
         if not (isinstance(result, tuple) and len(result) == 2):
             raise TypeError(f"The loss returns a pair (loss, carry), but this one returned {type(result).__name__}.")
         return result
@@ -222,7 +221,7 @@ def _overlap(truncation_length: Any, update_every: Any, burn_in: Any, scan: Any)
 def _check_chunk(chunk: Any, truncation_length: Any, update_every: Any, burn_in: int) -> int:
     """Time steps of a chunk, if it has as many as the lengths say."""
     if not isinstance(chunk, Chunk):
-        raise TypeError(f"update takes a Chunk(xs, targets, mask, is_first), but got a {type(chunk).__name__}.")
+        raise TypeError(f"update takes a Chunk(xs, targets, ...), but got a {type(chunk).__name__}.")
     sizes = {jnp.shape(leaf)[0] if jnp.ndim(leaf) else 0 for leaf in jax.tree.leaves(chunk)}
     if len(sizes) != 1:
         raise ValueError(
@@ -247,14 +246,14 @@ def _check_chunk(chunk: Any, truncation_length: Any, update_every: Any, burn_in:
     return steps
 
 
-def _without_the_first(steps: int, chunk: Chunk) -> Array:
-    """The chunk's mask for the loss: the first steps don't count."""
-    mask = chunk.mask
-    if mask is None:
-        first = jax.tree.leaves((chunk.is_first, chunk.targets, chunk.xs))[0]
-        mask = jnp.ones(first.shape[:2], bool)
-    counted = jnp.arange(len(mask)) >= steps
-    return mask & counted.reshape(-1, *(1,) * (mask.ndim - 1))
+def _counted(chunk: Chunk, uncounted: int) -> Any:
+    """The chunk's mask for the loss: neither padding nor the first steps count."""
+    masks = [mask for mask in (chunk.mask, chunk.valid) if mask is not None]
+    if uncounted:
+        like = masks[0] if masks else jnp.empty(jax.tree.leaves((chunk.is_first, chunk.targets, chunk.xs))[0].shape[:2])
+        steps = jnp.arange(len(like)) >= uncounted
+        masks.append(jnp.broadcast_to(steps.reshape(-1, *(1,) * (like.ndim - 1)), like.shape))
+    return reduce(jnp.logical_and, masks) if masks else None
 
 
 def _with_burn_in(
@@ -270,7 +269,7 @@ def _with_burn_in(
 ) -> tuple[Any, Any]:
     """`scan` whose first steps have no gradient, neither through the carry nor through their outputs."""
     lengths = (None, None) if length is None else (burn_in, length - burn_in)
-    along_time = {name: options.pop(name) for name in ("mask", "is_first") if name in options}
+    along_time = {name: options.pop(name) for name in ("valid", "is_first") if name in options}
     before = jax.tree.map(lambda leaf: leaf[:burn_in], (xs, along_time))
     after = jax.tree.map(lambda leaf: leaf[burn_in:], (xs, along_time))
     resets = {name: options[name] for name in ("reset_carry",) if name in options}
