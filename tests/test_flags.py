@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from reference import EXACT, UNCUT, assert_close, make_cell, problem, random_like
 
@@ -112,6 +112,36 @@ def test_padding_where_the_step_is_not_defined():
         assert not gradients[1][~valid].any()
 
 
+def test_padding_runs_on_a_pair_that_occurs():
+    """A carry and an input that never meet may be out of the step's range, each fine alone: times that have gone by."""
+
+    def step(rate, carry, time):
+        h, last = carry
+        h = h * jnp.exp(-rate * jnp.sqrt(time - last)) + 1
+        return (h, time), h
+
+    times = jnp.array([[1.0, 50.0], [100.0, 60.0], [9.0, 0.0], [0.0, 0.0]])
+    valid = jnp.array([[True, True], [True, True], [False, False], [False, False]])
+    init = jnp.zeros(2), jnp.zeros(2)
+    for scan in STRATEGIES.values():
+        loss = lambda rate, steps, scan=scan, **flags: jnp.sum(scan(step, rate, init, times[:steps], **flags)[1])
+        assert_close(jax.grad(loss)(1.0, 4, valid=valid), jax.grad(loss)(1.0, 2))
+        # A row with no step at all, and no step in any row.
+        gone = jax.grad(loss)(1.0, 2, valid=valid[:2].at[:, 1].set(False))
+        alone = jax.grad(lambda rate, scan=scan: jnp.sum(scan(step, rate, (0.0, 0.0), times[:2, 0])[1]))(1.0)
+        assert_close(gone, alone)
+    plain = lambda w, scan: jnp.sum(
+        scan(lambda w, h, x: (w * h + x, h), w, jnp.zeros(2), times, valid=valid & False)[1]
+    )
+    assert all(jax.grad(plain)(1.0, scan) == 0 for scan in STRATEGIES.values())
+
+
+def test_a_number_as_output():
+    step = lambda w, h, x: (h * w, 0.0)
+    valid = jnp.array([True, False, True])
+    assert bptt.adjoint_scan(step, 0.5, jnp.array(1.0), jnp.ones(3), valid=valid)[0] == 0.25
+
+
 def test_whatever_has_no_batch_axis_or_no_derivative():
     """Inputs shared by all rows, integers, random keys and a valid of time alone."""
     shared = jnp.arange(4.0)
@@ -184,7 +214,7 @@ def compiled():
         yield jax.jit(every), jax.jit(alone)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 @given(
     patterns=st.lists(st.tuples(*[st.integers(0, 2 ** (STEPS * ROWS) - 1)] * 2), min_size=PATTERNS, max_size=PATTERNS),
     seed=st.integers(0, 2**32 - 1),

@@ -39,7 +39,7 @@ def scan(
         is_first: booleans `[time, *batch]`, where a new sequence begins: before that xₜ is consumed the row's carry is
             reset, and no gradient passes.
         valid: booleans `[time, *batch]`, False where a step is padding: it is not taken, the carry is held, yₜ is 0, and
-            what stands in xₜ changes nothing.
+            what stands in xₜ changes nothing. Leaves of xs that don't begin with [time, *batch] are shared by all rows.
         reset_carry: what `is_first` resets to, like `init` or one row of it; zeros by default. It gets its gradient.
         unroll: time steps in one iteration of the compiled loop, as for `lax.scan`.
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint
 from jaxbptt.scans.backward import StepWithAdjoint, fit
-from jaxbptt.scans.recurrence import Recurrence, name
+from jaxbptt.scans.recurrence import Recurrence, differentiable, name
 
 
 def with_flags(
@@ -22,31 +22,31 @@ def with_flags(
     cₜ₋₁ becomes the reset carry where xₜ is the first of a sequence, and cₜ = cₜ₋₁ where `valid` says that there is no
     xₜ. The reset carry becomes a part of the params and gets its gradient.
     """
-    xs, reset_carry, flagged = _check(r, is_first, valid, reset_carry)
-    if not flagged:
-        return step, xs
-    params = step.params, reset_carry
+    if not _flagged(is_first, valid, reset_carry):
+        return step, r.xs
+    xs, *carries = _check(r, is_first, valid, reset_carry)
+    params = step.params, *carries
     return step._replace(step=_flagged_step(step.step), params=params, adjoint=_flagged_adjoint(step.adjoint)), xs
 
 
 def without_adjoint(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> Recurrence:
     """The same for a strategy that leaves the derivative to JAX."""
-    xs, reset_carry, flagged = _check(r, is_first, valid, reset_carry)
-    if not flagged:
+    if not _flagged(is_first, valid, reset_carry):
         return r
-    return r._replace(step=_flagged_step(r.step), params=(r.params, reset_carry), xs=xs)
+    xs, *carries = _check(r, is_first, valid, reset_carry)
+    return r._replace(step=_flagged_step(r.step), params=(r.params, *carries), xs=xs)
 
 
-def _check(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> tuple[Any, Any, bool]:
-    """The inputs with their flags, the carry to reset to, and whether there are flags at all."""
+def _flagged(is_first: Any, valid: Any, reset_carry: Any) -> bool:
     if is_first is None and reset_carry is not None:
         raise ValueError("reset_carry says what is_first resets to: pass is_first as well, or leave it out.")
-    if is_first is None and valid is None:
-        return r.xs, None, False
-    xs = r.xs
+    return is_first is not None or valid is not None
+
+
+def _check(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> tuple[Any, Any, Any]:
+    """The inputs with their flags, the carry to reset to, and the one that padded steps run on."""
     if valid is not None:
         valid = _check_flags("valid", valid, r)
-        xs = _made_safe(xs, valid)
     if is_first is not None:
         is_first = _check_flags("is_first", is_first, r)
         reset_carry = _check_reset_carry(reset_carry, r.init)
@@ -56,14 +56,17 @@ def _check(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> tuple[
                     f"is_first has shape {is_first.shape}, but valid has {valid.shape}: both are [time, *batch], the same."
                 )
             is_first &= valid  # a step that is not taken begins nothing
-    return (xs, is_first, valid), reset_carry, True
+    xs, padding_carry = r.xs, r.init
+    if valid is not None and r.length:
+        xs, padding_carry = _defined_everywhere(r, is_first, valid, reset_carry)
+    return (xs, is_first, valid), reset_carry, padding_carry
 
 
 def _flagged_step(step: Any) -> Any:
     def flagged_step(params, carry, x_and_flags):
         x, first, valid = x_and_flags
-        carry = _start(params[1], carry, first)
-        new_carry, y = step(params[0], carry, x)
+        params, carry, runs_on = _start(params, carry, first, valid)
+        new_carry, y = step(params, runs_on, x)
         return _taken(valid, new_carry, carry), _present(valid, y)
 
     return flagged_step
@@ -72,8 +75,8 @@ def _flagged_step(step: Any) -> Any:
 def _flagged_adjoint(adjoint: Adjoint) -> Adjoint:
     def forward(params, carry, x_and_flags):
         x, first, valid = x_and_flags
-        carry = _start(params[1], carry, first)
-        (new_carry, y), residuals = adjoint.forward(params[0], carry, x)
+        params, carry, runs_on = _start(params, carry, first, valid)
+        (new_carry, y), residuals = adjoint.forward(params, runs_on, x)
         return (_taken(valid, new_carry, carry), _present(valid, y)), residuals
 
     def backward(params, residuals, x_and_flags, carry_bar, y_bar):
@@ -87,18 +90,24 @@ def _flagged_adjoint(adjoint: Adjoint) -> Adjoint:
         return _select(first, zeros, carry_bar), (delta, _select(first, carry_bar, zeros))
 
     def contract(params, residuals, xs_and_flags, ys_bar, deltas):
+        params, _, padding_carry = params
         xs, _, valid = xs_and_flags
         deltas, reset_bars = deltas
-        params_bar, xs_bar = adjoint.contract(params[0], residuals, xs, _present(valid, ys_bar), deltas)
-        params_bar, xs_bar = fit(params_bar, params[0], "params"), fit(xs_bar, xs, "xs")
+        params_bar, xs_bar = adjoint.contract(params, residuals, xs, _present(valid, ys_bar), deltas)
+        params_bar, xs_bar = fit(params_bar, params, "params"), fit(xs_bar, xs, "xs")
         reset_bar = jax.tree.map(lambda leaf: leaf.sum(axis=0), reset_bars)
-        return (params_bar, reset_bar), (xs_bar, None, None)
+        # Nothing is computed from what padded steps compute.
+        no_bar = jax.tree.map(jnp.zeros_like, differentiable(padding_carry))
+        return (params_bar, reset_bar, no_bar), (xs_bar, None, None)
 
     return Adjoint(forward, backward, contract)
 
 
-def _start(reset_carry: Any, carry: Any, first: Any) -> Any:
-    return carry if first is None else _select(first, reset_carry, carry)
+def _start(params: Any, carry: Any, first: Any, valid: Any) -> tuple[Any, Any, Any]:
+    """The params, the carry as it stands before a step, and the one that the step runs on: another one in padded rows."""
+    params, reset_carry, padding_carry = params
+    carry = carry if first is None else _select(first, reset_carry, carry)
+    return params, carry, carry if valid is None else _select(valid, carry, padding_carry)
 
 
 def _select(flag: Any, yes: Any, no: Any) -> Any:
@@ -120,6 +129,7 @@ def _present(valid: Any, tree: Any) -> Any:
         return tree
 
     def leaf(path, leaf):
+        leaf = jnp.asarray(leaf)
         if leaf.shape[: valid.ndim] != valid.shape:
             raise ValueError(
                 f"{name('y', path)} has shape {leaf.shape} at a time step, but valid has {valid.shape} there: let every leaf "
@@ -132,26 +142,39 @@ def _present(valid: Any, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
-def _made_safe(xs: Any, valid: Any) -> Any:
-    """What stands in the padding gives way to the row's first valid input, and to 0 in a row that has none.
+def _defined_everywhere(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> tuple[Any, Any]:
+    """The inputs, and a carry, with which padded steps do what some valid step does.
 
-    The step runs on padding too, and its results are dropped; where it is not defined there, at 0 or at nan, its
-    derivative would still be nan, and nan times the 0 that comes back is nan.
+    The step runs on padding too, and its results are dropped; but where it is not defined there, at a pair of carry and
+    input that never meet, its derivative is nan, and nan times the 0 that comes back is nan. So a padded row runs its own
+    first valid step once more, or another row's if it has none; where there are none at all, on zeros.
     """
-    if not len(valid):
-        return xs
-    first = jnp.argmax(valid, axis=0)[None]
+    rows = valid.any(axis=0)
+    first_step = jnp.argmax(valid, axis=0)
+    first_row = jnp.argmax(rows.reshape(-1))
 
-    def leaf(x):
-        if x.shape[: valid.ndim] != valid.shape:
-            return x  # one input for all rows
-        index = first.reshape(first.shape + (1,) * (x.ndim - first.ndim))
-        fill = jnp.take_along_axis(x, index, axis=0)
-        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            fill = _select(valid.any(axis=0)[None], fill, jnp.zeros_like(fill))
-        return _select(valid, x, jnp.broadcast_to(fill, x.shape))
+    def at_first_step(leaf):
+        index = first_step.reshape((1, *rows.shape) + (1,) * (leaf.ndim - valid.ndim))
+        return jnp.take_along_axis(leaf, index, axis=0)[0]
 
-    return jax.tree.map(leaf, xs)
+    def or_zeros(leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return leaf  # a random key has no zero
+        return jnp.where(rows.any(), leaf, jnp.zeros_like(leaf))
+
+    def in_every_row(leaf):
+        other = or_zeros(leaf.reshape(-1, *leaf.shape[rows.ndim :])[first_row])
+        return _select(rows, leaf, jnp.broadcast_to(other, leaf.shape))
+
+    def filled(x):
+        if x.shape[: valid.ndim] != valid.shape:  # shared by all rows
+            some = valid.any(axis=range(1, valid.ndim))
+            other = or_zeros(x[first_step.reshape(-1)[first_row]])
+            return _select(some, x, jnp.broadcast_to(other, x.shape))
+        return _select(valid, x, jnp.broadcast_to(in_every_row(at_first_step(x)), x.shape))
+
+    carry = r.init if is_first is None else _select(at_first_step(is_first), reset_carry, r.init)
+    return jax.tree.map(filled, r.xs), jax.lax.stop_gradient(jax.tree.map(in_every_row, carry))
 
 
 def _check_flags(flags_name: str, flags: Any, r: Recurrence) -> Any:
@@ -174,7 +197,8 @@ def _check_flags(flags_name: str, flags: Any, r: Recurrence) -> Any:
         if leaf.shape[: len(batch)] != batch:
             raise ValueError(
                 f"{flags_name} has shape {flags.shape}, that is [time, *batch] with batch {batch}, but {name('init', path)} has "
-                f"shape {leaf.shape}: its first axes must be the same, one flag for each row and time step."
+                f"shape {leaf.shape}: its first axes must be the same, one flag for each row and time step. Where rows are mapped with "
+                "jax.vmap, map the step and not the scan."
             )
     return flags
 
