@@ -43,7 +43,8 @@ def network(
         cell: any `Cell` whose output is an array `[*batch, hidden]`, with the features of its carry's last leaf.
         output_size: features of y.
         output_init: jax initializer of `W_hy`; normal with variance 1/hidden by default.
-        compute_dtype: what the factors of the read-out's products are rounded to, as in the cells.
+        compute_dtype: what the factors of the read-out's products are rounded to, as in the cells; the gradient
+            of `W_hy`, one product for all steps, is rounded once, at its end.
 
     Returns:
         A `Network`. `apply(params, carry, xs, *, scan=scan)` takes inputs `[time, *batch, features]`, unrolls the cell by

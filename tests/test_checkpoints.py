@@ -153,6 +153,18 @@ def test_other_settings(tmp_path, settings, words):
     assert one_line(error)
 
 
+def test_settings_and_leaves_that_json_and_jax_write_in_their_own_way(tmp_path):
+    """Numbers as keys, nan, tuples, a Python number among the leaves: what can be saved can be read."""
+    settings = {"layers": {2: 1, 10: 2}, "rate": float("nan"), "sizes": (1, 2)}
+    save(tmp_path, np.int64(3), {"n": 3, "w": np.ones(2)}, settings)
+    assert restore(tmp_path, {"n": 0, "w": np.zeros(2)}, settings)["n"] == 3
+    with pytest.raises(CheckpointError, match=r"The settings can't be saved: .*Use what JSON knows"):
+        save(tmp_path, 4, make(), {"size": np.int64(3)})
+    for options in ({"step": -1}, {"step": 4, "keep": 0}):
+        with pytest.raises(ValueError, match="steps count from 0, and at least one checkpoint stays"):
+            save(tmp_path, state=make(), settings=SETTINGS, **options)
+
+
 def test_other_shapes_and_structures(tmp_path):
     save(tmp_path, 1, make(1), SETTINGS)
     with pytest.raises(

@@ -115,6 +115,17 @@ def test_episodes_follow_each_other():
         )
 
 
+def test_sequences_of_several_dtypes_become_one():
+    """Nothing is cut off: halves stay halves, and the dtype is the same in every chunk."""
+    data = [(np.array([1, 2, 3]), None), (np.array([0.5, 1.5, 2.5]), None), (np.array([9], ">i2"), None)]
+    for stream in (streams.episodes(data, batch=1, chunk_length=3), streams.padded(data, batch=1)):
+        chunks = list(stream)
+        assert {chunk.xs.dtype for chunk in chunks} == {np.dtype(float)}
+        assert [chunk.xs[chunk.valid].tolist() for chunk in chunks] == [[1, 2, 3], [0.5, 1.5, 2.5], [9]]
+    big_endian = streams.rows(np.arange(9, dtype=">f4"), batch=1, chunk_length=8).at(0)
+    assert jnp.asarray(big_endian.xs)[3, 0] == 3
+
+
 def test_padded_sequences_in_any_order():
     data = [(np.full((n, 1), n), np.full(n, -n)) for n in (3, 1, 5, 2, 4)]
     stream = streams.padded(data, batch=2, seed=3)
@@ -204,6 +215,13 @@ def test_errors():
             r"sequences\[0\] has leaves of \[2, 3\] time steps",
         ),
         (partial(streams.padded, [(np.ones(0), None)], batch=1), r"sequences\[0\] has leaves of \[0\] time steps"),
+        (partial(streams.padded, [([1, 2], None)], batch=1), r"a leaf without a time axis: pass arrays, not lists"),
+        (partial(streams.padded, [(None, np.ones(3))], batch=1), r"sequences\[0\] has no xs"),
+        (
+            partial(streams.padded, [pair, (np.ones((3, 1)), np.ones(3))], batch=2),
+            r"sequences\[1\] has \(xs, targets\) of shapes \(\(1,\), \(\)\) at a time step, but sequences\[0\] has",
+        ),
+        (partial(rows, np.ones(10, np.longdouble), batch=1, chunk_length=1), "targets are of dtype float128"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

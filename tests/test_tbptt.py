@@ -20,7 +20,8 @@ BATCH, FEATURES, HIDDEN = 2, 2, 3
 
 @pytest.fixture(autouse=True)
 def optax_promotes(strict):
-    """Optax's Adam raises a Python float to the power of an integer array."""
+    """Optax's Adam raises a Python float to the power of an integer array; and chex counts traces by a function's name."""
+    chex.clear_trace_counter()
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -186,8 +187,11 @@ def test_what_does_not_count_is_still_taken():
 
 
 def test_burn_in_without_inputs():
-    power = lambda w, carry, chunk, *, scan, key: scan(lambda w, h, _: (w * h, None), w, carry, length=5)[::-1]
-    init, update = bptt.tbptt(lambda *args, **options: (power(*args, **options)[1], ()), optax.sgd(1.0), burn_in=2)
+    def power(w, carry, chunk, *, scan, key):
+        h, _ = scan(lambda w, h, _: (w * h, None), w, carry, length=5)
+        return h, h
+
+    init, update = bptt.tbptt(power, optax.sgd(1.0), burn_in=2)
     state, metrics = update(init(jnp.array(0.5), jnp.array(1.0), jax.random.key(0)), bptt.Chunk(jnp.zeros((5, 1))))
     np.testing.assert_allclose(metrics.loss, 0.5**5)
     np.testing.assert_allclose(0.5 - state.params, 3 * 0.5**4)  # of w³ times the 0.5² that came before
@@ -284,6 +288,34 @@ def test_params_without_a_derivative_are_left_alone():
     assert state.params["w"] < 1
 
 
+@pytest.mark.parametrize("name", ["prodigy", "reduce_on_plateau", "polyak_sgd", "multi_steps"])
+def test_optimisers_that_keep_params_or_ask_for_the_loss(name):
+    """The caller's params outlive a donated state, and nothing is traced twice."""
+    optimizer = {
+        "prodigy": optax.contrib.prodigy,
+        "reduce_on_plateau": lambda: optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau()),
+        "polyak_sgd": optax.polyak_sgd,
+        "multi_steps": lambda: optax.MultiSteps(optax.adam(1e-2), 2),
+    }[name]()
+    init, update = bptt.tbptt(loss, optimizer)
+    update = jax.jit(chex.assert_max_traces(update, n=1), donate_argnums=0)
+    params = start(bptt.tbptt(loss, optax.sgd(0.1))[0]).params
+    state = init(params, net()[0].initial_carry((BATCH,)), jax.random.key(0))
+    for chunk in streams.rows(values(30), batch=BATCH, chunk_length=5):
+        state, metrics = update(state, chunk)
+    assert np.isfinite(metrics.loss)
+    assert np.isfinite(params.W_hy).all()
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True))
+
+
+def test_weakly_typed_params_are_traced_once():
+    square = lambda params, carry, chunk, *, scan, key: (params["w"] ** 2, carry)
+    init, update = bptt.tbptt(square, optax.adam(0.1))
+    update, state = jax.jit(chex.assert_max_traces(update, n=1)), init({"w": 0.5}, (), jax.random.key(0))
+    for _ in range(3):
+        state, _ = update(state, bptt.Chunk(jnp.zeros((1, 1))))
+
+
 def test_memory_of_a_run_does_not_grow():
     init, update = bptt.tbptt(loss, optax.adam(1e-3), clip=optax.clip_by_global_norm(1.0))
     update = jax.jit(update, donate_argnums=0)
@@ -333,6 +365,15 @@ def test_errors():
         update(start(init), chunk.xs)
     with pytest.raises(ValueError, match="time is their first axis, and they must agree"):
         update(start(init), chunk._replace(targets=chunk.targets[1:]))
+    for returned, error, message in (
+        (lambda carry: (carry,), TypeError, r"a carry of structure PyTreeDef\(\(\*,\)\), but it was given one of"),
+        (lambda carry: carry[:1], ValueError, r"carry as float64\[1, 3\], but it was given float64\[2, 3\]"),
+        (lambda carry: carry.astype(jnp.float32), ValueError, r"carry as float32\[2, 3\], but it was given float64"),
+    ):
+        other = lambda params, carry, chunk, *, scan, key, returned=returned: (jnp.sum(params.W_hy), returned(carry))
+        init, update = bptt.tbptt(other, optax.sgd(0.1))
+        with pytest.raises(error, match=message):
+            update(start(init), chunk)
     init, update = bptt.tbptt(lambda *args, **kwargs: jnp.zeros(()), optax.sgd(0.1))
     with pytest.raises(TypeError, match=r"returns a pair \(loss, carry\), but this one returned"):
         update(start(init), chunk)

@@ -1,5 +1,6 @@
 r"""Euclidean norms that neither overflow nor underflow on the way: a gradient of 1e-30 squared is 0 in float32."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ def tree_norm(tree: Any) -> Array:
     leaves = jax.tree.leaves(tree)
     if not leaves:
         return jnp.zeros(())
-    dtype = jnp.result_type(*leaves)
+    dtype = functools.reduce(jnp.promote_types, [leaf.dtype for leaf in leaves])
     return norm(jnp.stack([norm(leaf).astype(dtype) for leaf in leaves]))
 
 

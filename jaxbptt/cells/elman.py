@@ -39,7 +39,8 @@ def elman(
         hidden_size: n, the size of the state.
         dtype: of the parameters and the carry.
         compute_dtype: what the factors of matrix products are rounded to, forward and back, such as `jnp.bfloat16`; sums,
-            carry and gradients stay in `dtype`. `None` rounds nothing.
+            carry and the gradients of the cell's own adjoint stay in `dtype`. Where JAX differentiates a product, as in
+            `scan`, it rounds that product's gradient too. `None` rounds nothing.
         recurrent_init: jax initializer of `W_hh`; orthogonal by default, so that no direction shrinks or grows before
             tanh has its say.
         input_init: jax initializer of `W_xh`; normal with variance 1/input_size by default.

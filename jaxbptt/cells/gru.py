@@ -44,7 +44,8 @@ def gru(
         hidden_size: n, the size of the state.
         dtype: of the parameters and the carry.
         compute_dtype: what the factors of matrix products are rounded to, forward and back, such as `jnp.bfloat16`; sums,
-            carry and gradients stay in `dtype`. `None` rounds nothing.
+            carry and the gradients of the cell's own adjoint stay in `dtype`. Where JAX differentiates a product, as in
+            `scan`, it rounds that product's gradient too. `None` rounds nothing.
         recurrent_init: jax initializer of each gate's `[hidden, hidden]` block of `W_hh`; orthogonal by default.
         input_init: jax initializer of each gate's block of `W_xh`; normal with variance 1/input_size by default.
         chrono_length: time steps of the longest dependency to expect: b_z is spread so that the units keep their state for

@@ -50,7 +50,8 @@ def lstm(
         hidden_size: n; the state (h, c) has 2n numbers.
         dtype: of the parameters and the carry.
         compute_dtype: what the factors of matrix products are rounded to, forward and back, such as `jnp.bfloat16`; sums,
-            carry and gradients stay in `dtype`. `None` rounds nothing.
+            carry and the gradients of the cell's own adjoint stay in `dtype`. Where JAX differentiates a product, as in
+            `scan`, it rounds that product's gradient too. `None` rounds nothing.
         recurrent_init: jax initializer of each gate's `[hidden, hidden]` block of `W_hh`; orthogonal by default.
         input_init: jax initializer of each gate's block of `W_xh`; normal with variance 1/input_size by default.
         forget_bias: b_f at the start; 1 keeps the memory, and its gradient, open (Jozefowicz et al. 2015).

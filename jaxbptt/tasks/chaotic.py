@@ -50,6 +50,7 @@ def lorenz_series(length: int, *, dt: float = 0.01, initial: Any = None, transie
         Lorenz, Deterministic nonperiodic flow, 1963, doi:10.1175/1520-0469(1963)020<0130:DNF>2.0.CO;2.
     """
     check_size("length", length, 1, "a series has a first state")
+    dt = float(dt)  # numpy's would settle the dtype of the computation
     if not 0 < dt < math.inf:
         raise ValueError(f"dt={dt}, but it is the time from one state to the next: pass a positive number.")
     if not 0 <= transient < math.inf:

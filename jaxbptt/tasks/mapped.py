@@ -192,7 +192,8 @@ def mean_and_deviation(
             where = [start + int(place[0]), *place[1:].tolist()]
             axes = "[time, feature]" if block.ndim == 2 else "[time]"
             raise InputError(f"{name} is {block[tuple(place)]} at {axes} = {where}. Fill it in or leave it out.")
-        scale = np.maximum(scale, np.abs(block).max(axis=0))
+        inside = block[: max(len(first) - start, 0)]
+        scale = np.maximum(scale, np.abs(inside).max(axis=0, initial=0))
         start += len(block)
     mean, squares = np.zeros_like(scale), np.zeros_like(scale)
     for block in blocks(first):
@@ -201,7 +202,8 @@ def mean_and_deviation(
         squares += ((np.asarray(block, float) / scale - mean) ** 2).sum(axis=0) / len(first)
     deviation = np.sqrt(squares)
     # What rounding leaves of a constant is no deviation.
-    return mean * scale, np.where(deviation <= 1e-12, 1.0, deviation * scale)
+    constant = deviation <= 8 * np.finfo(float).eps
+    return mean * scale, np.where(constant, 1.0, deviation * scale)
 
 
 def blocks(values: np.ndarray) -> Iterator[np.ndarray]:

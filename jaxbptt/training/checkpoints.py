@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def save(folder: str | Path, step: int, state: Any, settings: Mapping[str, Any],
 
     Raises:
         CheckpointError: what can't be written, or a step that is there already.
+        ValueError: a step below 0, or `keep` below 1.
         ImportError: without orbax.
 
     Example:
@@ -58,6 +60,7 @@ def save(folder: str | Path, step: int, state: Any, settings: Mapping[str, Any],
     """
     ocp = _orbax()
     folder = Path(folder).absolute()
+    step, settings = _checked(step, keep), _plain(settings)
     path = folder / f"step_{step:08d}"
     if path.exists():
         raise CheckpointError(f"{path} is there already: a checkpoint is never written over. Use another folder.")
@@ -105,7 +108,7 @@ def restore(folder: str | Path, like: Any, settings: Mapping[str, Any]) -> Any:
     path = folder / f"step_{step:08d}"
     named = _named_leaves(like)
     record = _read_record(path, step)
-    _compare(path, record, json.loads(json.dumps(_record(step, named, settings))))
+    _compare(path, record, json.loads(json.dumps(_record(step, named, _plain(settings)))))
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         arrays = ocp.args.StandardRestore(jax.tree.map(_abstract, _by_number(named)))
         try:
@@ -127,6 +130,20 @@ def restore(folder: str | Path, like: Any, settings: Mapping[str, Any]) -> Any:
 def latest(folder: str | Path) -> int | None:
     """The step of the newest checkpoint that was written to its end; None where there is none."""
     return max(_steps(Path(folder)), default=None)
+
+
+def _checked(step: Any, keep: int) -> int:
+    if index(step) < 0 or keep < 1:
+        raise ValueError(f"step is {step} and keep is {keep}: steps count from 0, and at least one checkpoint stays.")
+    return index(step)
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as they will be read again."""
+    try:
+        return json.loads(json.dumps(dict(settings)))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"The settings can't be saved: {_one_line(error)}. Use what JSON knows.") from None
 
 
 def _orbax() -> Any:
@@ -158,7 +175,7 @@ def _remove(path: Path) -> None:
 
 
 def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
@@ -246,7 +263,8 @@ def _read_record(path: Path, step: int) -> dict[str, Any]:
 def _compare(path: Path, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     settings = saved["settings"], here["settings"]
     keys = [*here["settings"], *(key for key in saved["settings"] if key not in here["settings"])]
-    differ = [key for key in keys if settings[0].get(key) != settings[1].get(key)]
+    # As text, in which nan equals nan.
+    differ = [key for key in keys if len({json.dumps(each.get(key), sort_keys=True) for each in settings}) > 1]
     if differ:
         words = (f"{key} = {settings[0].get(key)}, but here it is {settings[1].get(key)}" for key in differ)
         raise CheckpointError(f"{path} was saved with {'; '.join(words)}. Use the same, or another folder.")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxbptt.scans.recurrence import name
+from jaxbptt.scans.recurrence import is_array, name
 from jaxbptt.training.chunks import Chunk
 from jaxbptt.training.tbptt import TrainState
 
@@ -94,6 +94,8 @@ def _place(tree: Any, mesh: Mesh, axis: int, root: str) -> Any:
 
 def _put(leaf: Any, sharding: NamedSharding) -> Any:
     """Each process hands over what its own devices need; random keys by their data."""
+    if not is_array(leaf):
+        return leaf
     if _is_key(leaf):
         data = _put(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
@@ -103,4 +105,4 @@ def _put(leaf: Any, sharding: NamedSharding) -> Any:
 
 def _is_key(leaf: Any) -> bool:
     """Whether a leaf is a typed random key."""
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -111,7 +111,7 @@ def episodes(sequences: Sequence[tuple[Any, Any]], *, batch: int, chunk_length: 
         A `Stream` of chunks with xs and targets `[chunk_length, batch, ...]`, mask, is_first and valid.
 
     Raises:
-        ValueError: sizes below 1, no episodes, an empty one, one whose leaves disagree on time.
+        ValueError: sizes below 1, no episodes, an empty one, one whose leaves disagree on time or with the others.
         InputError: when a chunk is read that is not finite or has missing values, with their place.
 
     Example:
@@ -125,7 +125,7 @@ def episodes(sequences: Sequence[tuple[Any, Any]], *, batch: int, chunk_length: 
         [[1, 0, 0, 0, 0], [1, 0, 1, 0, 0]] [True, True, True, True, False]
     """
     _check_counts(batch=batch, chunk_length=chunk_length)
-    lengths = _lengths("sequences", sequences)
+    lengths, like = _lengths(sequences)
     ends = [0] * batch
     placed: list[list[tuple[int, int]]] = [[] for _ in range(batch)]  # for each row, (first step, episode)
     for number, length in enumerate(lengths):
@@ -143,7 +143,7 @@ def episodes(sequences: Sequence[tuple[Any, Any]], *, batch: int, chunk_length: 
                 if low < high:
                     x, y = _stretch(f"sequences[{number}]", sequences[number], low - begin, high - begin)
                     pieces.append(_Piece(row, low - start, x, y, begins=low == begin))
-        return _put_together(pieces, chunk_length, batch)
+        return _put_together(pieces, chunk_length, batch, like)
 
     return Stream(read, -(-max(ends) // chunk_length))
 
@@ -160,7 +160,7 @@ def padded(sequences: Sequence[tuple[Any, Any]], *, batch: int, seed: int | None
         A `Stream` of chunks with xs and targets `[longest, batch, ...]`, mask, is_first and valid.
 
     Raises:
-        ValueError: a batch below 1, no sequences, an empty one, one whose leaves disagree on time.
+        ValueError: a batch below 1, no sequences, an empty one, one whose leaves disagree on time or with the others.
         InputError: when a chunk is read that is not finite or has missing values, with their place.
 
     Example:
@@ -172,7 +172,7 @@ def padded(sequences: Sequence[tuple[Any, Any]], *, batch: int, seed: int | None
         [[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]] [3, 1]
     """
     _check_counts(batch=batch)
-    lengths = _lengths("sequences", sequences)
+    lengths, like = _lengths(sequences)
     number_of_sequences, longest = len(lengths), max(lengths)
 
     def read(epoch: int, index: int) -> Chunk:
@@ -184,7 +184,7 @@ def padded(sequences: Sequence[tuple[Any, Any]], *, batch: int, seed: int | None
             number = int(place)
             x, y = _stretch(f"sequences[{number}]", sequences[number], 0, lengths[number])
             pieces.append(_Piece(row, 0, x, y, begins=True))
-        return _put_together(pieces, longest, batch)
+        return _put_together(pieces, longest, batch, like)
 
     return Stream(read, -(-number_of_sequences // batch))
 
@@ -199,13 +199,14 @@ class _Piece(NamedTuple):
     begins: bool
 
 
-def _put_together(pieces: list[_Piece], steps: int, batch: int) -> Chunk:
+def _put_together(pieces: list[_Piece], steps: int, batch: int, like: Any = None) -> Chunk:
+    """The pieces in their places; leaves are those of `like`, or of the first piece."""
     valid, is_first = np.zeros((2, steps, batch), bool)
 
     def room(leaf):
         return np.zeros((steps, batch, *leaf.shape[1:]), leaf.dtype)
 
-    whole_xs, whole_targets = jax.tree.map(room, (pieces[0].xs, pieces[0].targets))
+    whole_xs, whole_targets = jax.tree.map(room, like or (pieces[0].xs, pieces[0].targets))
     for row, at, xs, targets, begins in pieces:
 
         def write(to, leaf, row=row, at=at):
@@ -220,8 +221,11 @@ def _put_together(pieces: list[_Piece], steps: int, batch: int) -> Chunk:
 def _numbers(what: str, values: Any) -> Any:
     """An array to read stretches of; not `np.asarray`, which would forget the mask of a masked array."""
     values = values if isinstance(values, np.ndarray) else np.asarray(values)
-    if values.dtype.kind not in "biuf" and not jnp.issubdtype(values.dtype, jnp.floating):
-        raise ValueError(f"{what} are of dtype {values.dtype}, but integers, booleans or real numbers are expected.")
+    half = jnp.issubdtype(values.dtype, jnp.floating)  # bfloat16 is of another kind for numpy
+    if (values.dtype.kind not in "biuf" and not half) or values.dtype.itemsize > 8:
+        raise ValueError(
+            f"{what} are of dtype {values.dtype}, but integers, booleans or real numbers of at most 64 bits are expected."
+        )
     if not values.ndim:
         raise ValueError(f"{what} have shape (), but time is their first axis.")
     return values
@@ -231,7 +235,7 @@ def _finite(what: str, values: Any, low: int, high: int) -> np.ndarray:
     """values[low:high], or an error that says where the first number is missing or not finite."""
     block = values[low:high]
     bad = np.ma.getmaskarray(block) if np.ma.isMaskedArray(block) else np.zeros(block.shape, bool)
-    block = np.asarray(block)
+    block = _native(np.asarray(block))
     if jnp.issubdtype(block.dtype, jnp.floating):
         bad = bad | ~np.isfinite(block)
     if bad.any():
@@ -251,20 +255,36 @@ def _stretch(what: str, sequence: tuple[Any, Any], low: int, high: int) -> tuple
     return jax.tree_util.tree_map_with_path(leaf, tuple(sequence))
 
 
-def _lengths(what: str, sequences: Sequence[tuple[Any, Any]]) -> list[int]:
+def _lengths(sequences: Sequence[tuple[Any, Any]]) -> tuple[list[int], Any]:
+    """Time steps of each, and what all of them look like: the shapes must agree, dtypes become the common one."""
     if not len(sequences):
-        raise ValueError(f"There are no {what}: pass at least one (xs, targets).")
-    lengths = []
+        raise ValueError("There are no sequences: pass at least one (xs, targets).")
+    lengths, empties = [], []
     for number, sequence in enumerate(sequences):
+        what = f"sequences[{number}]"
         if not isinstance(sequence, tuple | list) or len(sequence) != 2:
-            raise ValueError(f"{what}[{number}] is no pair (xs, targets): pass (xs, None) where there are no targets.")
-        sizes = {np.shape(leaf)[0] if np.ndim(leaf) else 0 for leaf in jax.tree.leaves(tuple(sequence))}
+            raise ValueError(f"{what} is no pair (xs, targets): pass (xs, None) where there are no targets.")
+        leaves = jax.tree.leaves(tuple(sequence))
+        if not jax.tree.leaves(sequence[0]) or not all(np.ndim(leaf) for leaf in leaves):
+            raise ValueError(f"{what} has no xs, or a leaf without a time axis: pass arrays, not lists of numbers.")
+        sizes = {np.shape(leaf)[0] for leaf in leaves}
         if len(sizes) != 1 or not min(sizes):
             raise ValueError(
-                f"{what}[{number}] has leaves of {sorted(sizes)} time steps: all of them must agree, and have at least 1."
+                f"{what} has leaves of {sorted(sizes)} time steps: all of them must agree, and have at least 1."
             )
         lengths.append(sizes.pop())
-    return lengths
+        empties.append(jax.tree.map(lambda leaf, what=what: _native(_numbers(what, leaf)[:0]), tuple(sequence)))
+        first, here = (jax.tree.map(lambda leaf: leaf.shape[1:], empty) for empty in (empties[0], empties[-1]))
+        if first != here:
+            raise ValueError(
+                f"{what} has (xs, targets) of shapes {here} at a time step, but sequences[0] has {first}: they must be the same."
+            )
+    return lengths, jax.tree.map(lambda *leaves: np.concatenate(leaves), *empties)
+
+
+def _native(block: np.ndarray) -> np.ndarray:
+    """In the machine's own byte order: JAX takes no other."""
+    return block.astype(block.dtype.newbyteorder("="), copy=False)
 
 
 def _check_counts(**counts: int) -> None:

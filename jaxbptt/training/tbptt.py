@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from jaxbptt.scans.adjoint import adjoint_scan
 from jaxbptt.scans.exact import scan as exact_scan
-from jaxbptt.scans.recurrence import check_count, differentiable, is_array, merge, split
+from jaxbptt.scans.recurrence import check_count, differentiable, is_array, merge, name, split
 from jaxbptt.scans.truncated import truncated_scan
 from jaxbptt.training.chunks import Chunk
 
@@ -94,7 +94,7 @@ def tbptt(
             handed, `carry, ys = scan(step, params, carry, chunk.xs)`, which knows the chunk's `valid` and `is_first`; and
             masks what it computes from the outputs with `chunk.mask`, as in `losses.cross_entropy(ys, chunk.targets,
             mask=chunk.mask)`. `key` is another at every update.
-        optimizer: any of optax's; schedules are part of it.
+        optimizer: any of optax's, those that ask for the loss's value among them; schedules are part of it.
         truncation_length: k₂, time steps.
         update_every: k₁, time steps; by default the chunk's length, whatever it is.
         burn_in: time steps at the start of each chunk that only bring the carry up to date, without gradient or loss, as
@@ -106,7 +106,8 @@ def tbptt(
     Returns:
         `init(params, carry, key) -> TrainState` and `update(state, chunk) -> (state, Metrics)`, to be jitted by the
         caller, best with `donate_argnums=0`. A chunk is a `Chunk` with leaves `[time, batch, ...]`. Params without a
-        derivative, such as integers, are left as they are.
+        derivative, such as integers, are left as they are; a model with functions or flags among its leaves needs
+        `eqx.filter_jit` in place of `jax.jit`.
 
     Raises:
         ValueError: lengths below 1, a `truncation_length` that cuts a `scan` of the user's, a `burn_in` where chunks
@@ -147,14 +148,14 @@ def tbptt(
     uncounted = max(overlap, burn_in)
 
     def init(params: Any, carry: Any, key: Any) -> TrainState:
-        trained = differentiable(params)
-        opt_state = clip.init(trained), optimizer.init(trained)
-        # Copies, since `update` may be given leave to reuse the memory of the state.
+        # Copies, since `update` may be given leave to reuse the memory of the state; some optimisers keep params in theirs.
         params, carry, key = jax.tree.map(_copied, (params, carry, key))
+        trained = differentiable(params)
+        opt_state = jax.tree.map(_copied, (clip.init(trained), optimizer.init(trained)))
         return TrainState(params, opt_state, carry, jnp.zeros((), jnp.int32), key)
 
     def run(params: Any, carry: Any, chunk: Chunk, key: Any) -> tuple[Array, Any]:
-        flags = {name: flag for name in ("valid", "is_first") if (flag := getattr(chunk, name)) is not None}
+        flags = {word: flag for word in ("valid", "is_first") if (flag := getattr(chunk, word)) is not None}
         bound = partial(_with_burn_in, strategy, burn_in) if burn_in else strategy
         counted = chunk._replace(mask=_counted(chunk, uncounted))
         result = loss(params, carry, counted, scan=partial(bound, **flags), key=key)
@@ -172,13 +173,15 @@ def tbptt(
             return run(merge(trained, fixed), state.carry, chunk, key_now)
 
         (value, next_carry), gradient = jax.value_and_grad(of_trained, has_aux=True)(trained)
+        _check_carry(state.carry, next_carry)
         if overlap:
             # The next chunk begins in the middle of this one.
             new_part = jax.tree.map(lambda leaf: leaf[: steps - overlap], chunk)
             next_carry = run(state.params, state.carry, new_part, key_now)[1]
         clip_state, opt_state = state.opt_state
         clipped, clip_state = clip.update(gradient, clip_state, trained)
-        updates, opt_state = optimizer.update(clipped, opt_state, trained)
+        extra = {"value": value, "grad": clipped, "value_fn": lambda trained: of_trained(trained)[0]}
+        updates, opt_state = optax.with_extra_args_support(optimizer).update(clipped, opt_state, trained, **extra)
         params = merge(optax.apply_updates(trained, updates), fixed)
         metrics = Metrics(
             loss=value,
@@ -192,7 +195,11 @@ def tbptt(
 
 
 def _copied(leaf: Any) -> Any:
-    return jnp.array(leaf, copy=True) if is_array(leaf) else leaf
+    """A new array of a fixed dtype: that of a number would be another after the first update, and traced anew."""
+    if not is_array(leaf):
+        return leaf
+    copy = jnp.array(leaf, copy=True)
+    return copy.astype(copy.dtype) if getattr(jax.typeof(copy), "weak_type", False) else copy
 
 
 def _overlap(truncation_length: Any, update_every: Any, burn_in: Any, scan: Any) -> int:
@@ -245,6 +252,21 @@ def _check_chunk(chunk: Any, truncation_length: Any, update_every: Any, burn_in:
     return steps
 
 
+def _check_carry(before: Any, after: Any) -> None:
+    if jax.tree.structure(before) != jax.tree.structure(after):
+        raise TypeError(
+            f"The loss returned a carry of structure {jax.tree.structure(after)}, but it was given one of "
+            f"{jax.tree.structure(before)}: return (loss, carry), the carry as the scan returns it."
+        )
+    for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True):
+        old, new = jax.typeof(old), jax.typeof(new)
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            raise ValueError(
+                f"The loss returned {name('carry', path)} as {new.dtype}{list(new.shape)}, but it was given "
+                f"{old.dtype}{list(old.shape)}: return (loss, carry), the carry as the scan returns it."
+            )
+
+
 def _counted(chunk: Chunk, uncounted: int) -> Any:
     """The chunk's mask for the loss: neither padding nor the first steps count."""
     masks = [mask for mask in (chunk.mask, chunk.valid) if mask is not None]
@@ -268,10 +290,10 @@ def _with_burn_in(
 ) -> tuple[Any, Any]:
     """`scan` whose first steps have no gradient, neither through the carry nor through their outputs."""
     lengths = (None, None) if length is None else (burn_in, length - burn_in)
-    along_time = {name: options.pop(name) for name in ("valid", "is_first") if name in options}
+    along_time = {word: options.pop(word) for word in ("valid", "is_first") if word in options}
     before = jax.tree.map(lambda leaf: leaf[:burn_in], (xs, along_time))
     after = jax.tree.map(lambda leaf: leaf[burn_in:], (xs, along_time))
-    resets = {name: options[name] for name in ("reset_carry",) if name in options}
+    resets = {"reset_carry": options["reset_carry"]} if "reset_carry" in options else {}
     carry, ys = jax.lax.stop_gradient(
         exact_scan(step, params, init, before[0], length=lengths[0], **before[1], **resets)
     )
