@@ -81,7 +81,8 @@ def tbptt(
     c, L = loss(θ, c, chunk),  θ ← θ + optimizer(clip(∂L/∂θ)),  with ∂c/∂θ = 0 for the carry that came in
 
     - neither length given: the gradient goes back to the start of the chunk (k₁ = k₂ = the chunk's length);
-    - `truncation_length` < `update_every`: it is cut inside the chunk too, every k₂ steps (`truncated_scan`);
+    - `truncation_length` < `update_every`: it is cut inside the chunk too, every k₂ steps (`truncated_scan`), which needs
+      the memory of k₂ steps only, but computes each step twice: to save time, take shorter chunks;
     - `truncation_length` > `update_every`: a chunk has k₂ steps, of which the first k₂ − k₁ are those that the chunk before
       it ended with (`streams.rows(..., overlap=k₂ - k₁)`). They are run again with the params of now, the losses of the
       last k₁ reach back into them, and only these count. Costs another k₁ steps forward, for the carry to go on with.
