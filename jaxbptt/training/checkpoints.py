@@ -52,7 +52,7 @@ def save(folder: str | Path, step: int, state: Any, settings: Mapping[str, Any],
 
     Example:
         >>> import tempfile, jax.numpy as jnp
-        >>> from jaxbptt.training import checkpoints
+        >>> from jaxbptt import checkpoints
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = checkpoints.save(folder, 5, {"w": jnp.arange(3.0)}, {"seed": 0})
         ...     print(checkpoints.latest(folder), checkpoints.restore(folder, {"w": jnp.zeros(3)}, {"seed": 0}))
