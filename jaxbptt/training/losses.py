@@ -140,6 +140,8 @@ def final_step(loss: Callable[..., Any]) -> Callable[..., Any]:
                 f"targets have shape {targets.shape}, but outputs have {outputs.shape}: pass targets of every step, "
                 f"[{outputs.shape[0]}, ...], or of the last step alone, without an axis of time."
             )
+        if mask is None:
+            return loss(outputs[-1:], targets[None] if timeless else targets[-1:], **options)
         mask = _check_mask(mask, outputs.shape[:-1])
         # The last True of each row, counted from the end; a row without one gives T − 1 and is masked out.
         last = outputs.shape[0] - 1 - jnp.argmax(mask[::-1], axis=0)
