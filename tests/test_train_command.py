@@ -1,5 +1,6 @@
 """Training from the command line: what it writes, that any stop loses nothing, and what it says of what can't be."""
 
+import functools
 import json
 import os
 import re
@@ -44,13 +45,12 @@ def run(*arguments):
     return main(["train", *arguments])
 
 
-def in_one_go(at_once={}):  # noqa: B006
+@functools.cache
+def in_one_go():
     """24 updates of `TEXT_RUN` without a stop, what others are compared with: run once for all of them."""
-    if not at_once:
-        assert run(*TEXT_RUN, "--checkpoints", "once", "--updates", "24") == 0
-        at_once["final"], at_once["metrics"] = final("once"), Path("once/metrics.csv").read_bytes()
-        at_once["state"] = state_of("once", *TEXT_RUN)
-    return at_once
+    assert run(*TEXT_RUN, "--checkpoints", "once", "--updates", "24") == 0
+    metrics_bytes = Path("once/metrics.csv").read_bytes()
+    return {"final": final("once"), "metrics": metrics_bytes, "state": state_of("once", *TEXT_RUN)}
 
 
 def final(folder):

@@ -29,10 +29,8 @@ def norm_over_time(tree: Any) -> Array:
 
 
 def tree_norm(tree: Any) -> Array:
-    """The norm of all leaves together; 0 where there are none."""
+    """The norm of all leaves together."""
     leaves = jax.tree.leaves(tree)
-    if not leaves:
-        return jnp.zeros(())
     dtype = functools.reduce(jnp.promote_types, [leaf.dtype for leaf in leaves])
     return norm(jnp.stack([norm(leaf).astype(dtype) for leaf in leaves]))
 

@@ -18,26 +18,22 @@ def add_source(parser: argparse.ArgumentParser, *, npz: str) -> None:
 
 def size(text: str) -> int:
     """A whole number of at least 1."""
-    number = whole(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is too small, at least 1 is needed")
-    return number
+    return _at_least(1, text)
 
 
 def count(text: str) -> int:
     """A whole number of at least 0."""
-    number = whole(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{number} is too small, at least 0 is needed")
-    return number
+    return _at_least(0, text)
 
 
-def whole(text: str) -> int:
-    """A whole number."""
+def _at_least(least: int, text: str) -> int:
     try:
-        return int(text)
+        number = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{number} is too small, at least {least} is needed")
+    return number
 
 
 def positive(text: str) -> float:

@@ -11,18 +11,15 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxbptt.cells.elman import elman
-from jaxbptt.cells.gru import gru
-from jaxbptt.cells.lstm import lstm
 from jaxbptt.cells.stack import stack
 from jaxbptt.commands.sources import Source
 from jaxbptt.network import network
+from jaxbptt.report import CELLS
 from jaxbptt.scans.exact import scan
 from jaxbptt.training import losses, sharding
 from jaxbptt.training.chunks import Stream
 from jaxbptt.training.tbptt import TrainState, tbptt
 
-CELLS = {"elman": elman, "gru": gru, "lstm": lstm}
 CLIP = 1.0
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxbptt import tasks
+from jaxbptt.tasks.files import standard_library_file
 from jaxbptt.training import streams
 from jaxbptt.training.chunks import Stream
 
@@ -58,7 +58,7 @@ def open_source(options: argparse.Namespace) -> Source:
     Raises:
         InputError: data that can't be read, or is too short.
     """
-    path = options.csv or options.npz or options.text or _standard_library()
+    path = options.csv or options.npz or options.text or standard_library_file()
     text = None if options.csv or options.npz else tasks.map_text(path)
     values = _numbers(options, path) if text is None else text.values
     name = Path(path).name
@@ -91,15 +91,6 @@ def _numbers(options: argparse.Namespace, path: str) -> np.ndarray:
     if options.csv:
         return tasks.read_csv(path).values
     return tasks.map_array(path).values if Path(path).suffix == ".npy" else tasks.read_npz(path).values
-
-
-def _standard_library() -> str:
-    spec = importlib.util.find_spec("_pydecimal")
-    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
-        raise tasks.InputError(
-            "This Python has no sources of its standard library: pass a text of your own with --text."
-        )
-    return spec.origin
 
 
 def _check_length(name: str, purpose: str, steps: int, batch: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from jaxbptt.commands import arguments, cluster, metrics, model, run, sources
+from jaxbptt.report import CELLS
 from jaxbptt.tasks import InputError
 from jaxbptt.training import checkpoints
 
@@ -33,7 +34,7 @@ def add_parser(commands: Any) -> None:
     arguments.add_source(
         train, npz="predict the next row of an array [time] or [time, features], in a .npz or .npy file"
     )
-    a("--cell", choices=tuple(model.CELLS), default="lstm", help="the recurrent cell")
+    a("--cell", choices=tuple(CELLS), default="lstm", help="the recurrent cell")
     a("--hidden", type=arguments.size, default=256, help="size of the hidden state")
     a("--layers", type=arguments.size, default=1, help="cells on top of each other")
     a("--steps", type=arguments.size, default=64, help="truncation length: time steps of an update")

@@ -32,7 +32,7 @@ def prepare(step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, le
     xs = jax.tree.map(jnp.asarray, xs)
     step = step_of(step)
     init = jax.tree.map(jnp.asarray, init)
-    if any(map(_is_weak, jax.tree.leaves(init))):
+    if any(map(is_weak, jax.tree.leaves(init))):
         init = _settle_dtypes(step, params, init, xs)
     return Recurrence(_checked(step), params, init, xs, length)
 
@@ -55,6 +55,11 @@ def at_one_step(xs: Any) -> Any:
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is an array or a real number, and not a function, a flag or a size that a model keeps among its params."""
     return hasattr(leaf, "dtype") or isinstance(leaf, float | complex)
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is a typed random key, which has no zero."""
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def is_differentiable(leaf: Any) -> bool:
@@ -129,7 +134,7 @@ def _settle_dtypes(step: Callable[..., Any], params: Any, init: Any, xs: Any) ->
     if jax.tree.structure(new) != jax.tree.structure(init):
         return init  # `checked` says it better, when the step is traced.
     return jax.tree.map(
-        lambda leaf, to: leaf.astype(to.dtype) if _is_weak(leaf) and _keeps(leaf, to) else leaf, init, new
+        lambda leaf, to: leaf.astype(to.dtype) if is_weak(leaf) and _keeps(leaf, to) else leaf, init, new
     )
 
 
@@ -140,7 +145,8 @@ def _keeps(leaf: Any, to: Any) -> bool:
     return old is not None and new is not None and new <= old
 
 
-def _is_weak(leaf: Any) -> bool:
+def is_weak(leaf: Any) -> bool:
+    """Whether a leaf has the dtype of a Python number, which gives way to any other."""
     return getattr(jax.typeof(leaf), "weak_type", False)
 
 

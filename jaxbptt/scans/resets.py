@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint
 from jaxbptt.scans.backward import StepWithAdjoint, fit
-from jaxbptt.scans.recurrence import Recurrence, differentiable, name
+from jaxbptt.scans.recurrence import Recurrence, differentiable, is_key, name
 
 
 def with_flags(
@@ -135,8 +135,8 @@ def _present(valid: Any, tree: Any) -> Any:
                 f"{name('y', path)} has shape {leaf.shape} at a time step, but valid has {valid.shape} there: let every leaf "
                 "of y begin with the batch axes, or pass valid as [time]."
             )
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return leaf  # a random key has no zero
+        if is_key(leaf):
+            return leaf
         return _select(valid, leaf, jnp.zeros_like(leaf))
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
@@ -158,8 +158,8 @@ def _defined_everywhere(r: Recurrence, is_first: Any, valid: Any, reset_carry: A
         return jnp.take_along_axis(leaf, index, axis=0)[0]
 
     def or_zeros(leaf):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return leaf  # a random key has no zero
+        if is_key(leaf):
+            return leaf
         return jnp.where(rows.any(), leaf, jnp.zeros_like(leaf))
 
     def in_every_row(leaf):
@@ -207,7 +207,7 @@ def _check_reset_carry(reset_carry: Any, init: Any) -> Any:
     """The carry to reset to, in the shapes of `init`: zeros by default."""
     if reset_carry is None:
         for path, leaf in jax.tree_util.tree_leaves_with_path(init):
-            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            if is_key(leaf):
                 raise ValueError(
                     f"{name('init', path)} is a random key, which has no zero: pass reset_carry, the carry to start again from."
                 )

@@ -73,10 +73,15 @@ def read_text(path: str | Path) -> Series:
 
 def read_standard_library() -> Series:
     """The source of Python's own decimal arithmetic: about 230,000 characters, on every machine that has Python."""
+    return read_text(standard_library_file())
+
+
+def standard_library_file() -> str:
+    """Where the text of `read_standard_library` lies."""
     spec = importlib.util.find_spec("_pydecimal")
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         raise InputError("This Python has no sources of its standard library: pass a text of your own with --text.")
-    return read_text(spec.origin)
+    return spec.origin
 
 
 def read_csv(path: str | Path) -> Series:
@@ -125,13 +130,7 @@ def read_npz(path: str | Path) -> Series:
         raise InputError(f"{path} holds {sorted(arrays)}: name the array to predict 'xs', or keep a single one.")
     key = "xs" if "xs" in arrays else next(iter(arrays))
     values = arrays[key]
-    if values.dtype.kind not in "fiub" or values.ndim not in (1, 2):
-        raise InputError(
-            f"{path}: array {key!r} is {values.dtype} of shape {values.shape}, but real numbers of shape [time] or "
-            "[time, features] are expected."
-        )
-    if not values.size:
-        raise InputError(f"{path}: array {key!r} is empty, its shape is {values.shape}.")
+    check_numbers(f"{path}: array {key!r}", values)
     values = values.astype(float).reshape(len(values), -1)
     bad = np.argwhere(~np.isfinite(values))
     if len(bad):
@@ -152,6 +151,17 @@ def next_step(series: Series, *, steps: int, batch: int) -> NextStep:
     if series.symbols:
         return NextStep(np.eye(series.features)[windows[:-1]], windows[1:], "cross_entropy")
     return NextStep(windows[:-1], windows[1:], "mean_squared_error")
+
+
+def check_numbers(what: str, values: np.ndarray) -> None:
+    """Refuse what is not an array of real numbers over time."""
+    if values.dtype.kind not in "fiub" or values.ndim not in (1, 2):
+        raise InputError(
+            f"{what} is {values.dtype} of shape {values.shape}, but real numbers of shape [time] or "
+            "[time, features] are expected."
+        )
+    if not values.size:
+        raise InputError(f"{what} is empty, its shape is {values.shape}.")
 
 
 def _read(path: str | Path) -> bytes:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxbptt.tasks.files import InputError
+from jaxbptt.tasks.files import InputError, check_numbers
 
 # Large enough that numpy's own cost doesn't count, small enough for any machine.
 BLOCK_BYTES = 2**22
@@ -145,13 +145,7 @@ def map_array(path: str | Path) -> MappedArray:
     if not isinstance(values, np.ndarray):
         values.close()
         raise InputError(f"{path} is an archive of arrays, but a single .npy array is expected: name it .npz.")
-    if values.dtype.kind not in "fiub" or values.ndim not in (1, 2):
-        raise InputError(
-            f"{path}: the array is {values.dtype} of shape {values.shape}, but real numbers of shape [time] or "
-            "[time, features] are expected."
-        )
-    if not values.size:
-        raise InputError(f"{path}: the array is empty, its shape is {values.shape}.")
+    check_numbers(f"{path}: the array", values)
     return MappedArray(Path(path).name, values)
 
 

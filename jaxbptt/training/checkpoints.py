@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+
+from jaxbptt.scans.recurrence import is_key
 
 _FORMAT = "jaxbptt checkpoint 1"
 _RECORD = "record.json"
@@ -108,7 +109,7 @@ def restore(folder: str | Path, like: Any, settings: Mapping[str, Any]) -> Any:
     path = folder / f"step_{step:08d}"
     named = _named_leaves(like)
     record = _read_record(path, step)
-    _compare(path, record, json.loads(json.dumps(_record(step, named, _plain(settings)))))
+    _compare(path, record, _record(step, named, _plain(settings)))
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         arrays = ocp.args.StandardRestore(jax.tree.map(_abstract, _by_number(named)))
         try:
@@ -122,7 +123,7 @@ def restore(folder: str | Path, like: Any, settings: Mapping[str, Any]) -> Any:
         raise _damaged(path, "its numbers are not those that were saved")
     originals, structure = jax.tree.flatten(like)
     return structure.unflatten(
-        jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(original)) if _is_key(original) else leaf
+        jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(original)) if is_key(original) else leaf
         for original, (_, leaf) in zip(originals, leaves, strict=True)
     )
 
@@ -174,15 +175,11 @@ def _remove(path: Path) -> None:
     shutil.rmtree(removing)
 
 
-def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def _named_leaves(tree: Any) -> dict[str, Any]:
     """Leaves by path, keys as the numbers they are."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
-        jax.tree_util.keystr(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf
+        jax.tree_util.keystr(path): jax.random.key_data(leaf) if is_key(leaf) else leaf
         for path, leaf in ((path, leaf if hasattr(leaf, "dtype") else np.asarray(leaf)) for path, leaf in leaves)
     }
 

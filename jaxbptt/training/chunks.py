@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool
 
+from jaxbptt.scans.recurrence import is_key
+
 
 class Chunk(NamedTuple):
     """A stretch of time of a batch of sequences; leaves are `[time, batch, ...]`.
@@ -137,7 +139,7 @@ def pad(chunk: Chunk, length: int) -> Chunk:
 
     def longer(leaf):
         leaf = jnp.asarray(leaf)
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if is_key(leaf):
             return leaf[jnp.minimum(jnp.arange(length), steps - 1)]
         return jnp.pad(leaf, [(0, length - steps)] + [(0, 0)] * (leaf.ndim - 1))
 

@@ -8,11 +8,10 @@ devices their results vary.
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxbptt.scans.recurrence import is_array, name
+from jaxbptt.scans.recurrence import is_array, is_key, name
 from jaxbptt.training.chunks import Chunk
 from jaxbptt.training.tbptt import TrainState
 
@@ -96,13 +95,8 @@ def _put(leaf: Any, sharding: NamedSharding) -> Any:
     """Each process hands over what its own devices need; random keys by their data."""
     if not is_array(leaf):
         return leaf
-    if _is_key(leaf):
+    if is_key(leaf):
         data = _put(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     host = np.asarray(leaf)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-
-def _is_key(leaf: Any) -> bool:
-    """Whether a leaf is a typed random key."""
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

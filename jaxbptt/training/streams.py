@@ -3,6 +3,8 @@ r"""Sequences too long, too many or too unequal for one array, cut into chunks o
 Arrays are read where a chunk needs them and not before: a `numpy.memmap` is never in memory as a whole.
 """
 
+import functools
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -137,7 +139,10 @@ def episodes(sequences: Sequence[tuple[Any, Any]], *, batch: int, chunk_length: 
         start = index * chunk_length
         pieces = []
         for row, row_episodes in enumerate(placed):
-            for begin, number in row_episodes:
+            # From the last one that begins at or before the chunk.
+            for begin, number in row_episodes[max(bisect(row_episodes, (start, len(lengths))) - 1, 0) :]:
+                if begin >= start + chunk_length:
+                    break
                 low = max(start, begin)
                 high = min(start + chunk_length, begin + lengths[number])
                 if low < high:
@@ -175,12 +180,15 @@ def padded(sequences: Sequence[tuple[Any, Any]], *, batch: int, seed: int | None
     lengths, like = _lengths(sequences)
     number_of_sequences, longest = len(lengths), max(lengths)
 
+    @functools.lru_cache(maxsize=1)
+    def order(epoch: int) -> np.ndarray:
+        if seed is None:
+            return np.arange(number_of_sequences)
+        return np.random.default_rng([seed, epoch]).permutation(number_of_sequences)
+
     def read(epoch: int, index: int) -> Chunk:
-        order = np.arange(number_of_sequences)
-        if seed is not None:
-            order = np.random.default_rng([seed, epoch]).permutation(number_of_sequences)
         pieces = []
-        for row, place in enumerate(order[index * batch : (index + 1) * batch]):
+        for row, place in enumerate(order(epoch)[index * batch : (index + 1) * batch]):
             number = int(place)
             x, y = _stretch(f"sequences[{number}]", sequences[number], 0, lengths[number])
             pieces.append(_Piece(row, 0, x, y, begins=True))

@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from jaxbptt.scans.adjoint import adjoint_scan
 from jaxbptt.scans.exact import scan as exact_scan
-from jaxbptt.scans.recurrence import check_count, differentiable, is_array, merge, name, split
+from jaxbptt.scans.recurrence import check_count, differentiable, is_array, is_weak, merge, name, split
 from jaxbptt.scans.truncated import truncated_scan
 from jaxbptt.training.chunks import Chunk
 
@@ -200,7 +200,7 @@ def _copied(leaf: Any) -> Any:
     if not is_array(leaf):
         return leaf
     copy = jnp.array(leaf, copy=True)
-    return copy.astype(copy.dtype) if getattr(jax.typeof(copy), "weak_type", False) else copy
+    return copy.astype(copy.dtype) if is_weak(copy) else copy
 
 
 def _overlap(truncation_length: Any, update_every: Any, burn_in: Any, scan: Any) -> int:
