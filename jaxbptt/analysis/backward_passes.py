@@ -63,7 +63,7 @@ def unroll(
     )
     outputs, still = split(results)
     bars = None if loss is None else jax.grad(lambda outputs: loss(*merge(outputs, still)))(outputs)
-    return Unrolled(with_adjoint, r.xs, r.length, residuals, outputs, still, bars)
+    return Unrolled(with_adjoint, r.xs, r.length, residuals.stacked(), outputs, still, bars)
 
 
 def map_over_lags(u: Unrolled, lags: int, measure: Callable[[Any, Any], Any]) -> Any:

@@ -79,11 +79,12 @@ def weight_gradient(
 ) -> Float[Array, "out in"]:
     """Σ δ vᵀ over time and batch, as one product of two matrices with time · batch rows each.
 
-    Written with a reshape because the `einsum` over two leading axes was measured up to 1.5 times slower on CPU.
+    Written with a reshape because the `einsum` over two leading axes was measured up to 1.5 times slower on CPU; and as
+    (Σ v δᵀ)ᵀ, since that sum of products over segments of 1,024 rows takes 0.66 to 0.85 of the time of the other.
     """
     rows = math.prod(deltas.shape[:-1])
-    factors = deltas.reshape(rows, deltas.shape[-1]).T, inputs.reshape(rows, inputs.shape[-1])
-    return jnp.matmul(*factors, preferred_element_type=preferred_element_type)
+    factors = inputs.reshape(rows, inputs.shape[-1]).T, deltas.reshape(rows, deltas.shape[-1])
+    return jnp.matmul(*factors, preferred_element_type=preferred_element_type).T
 
 
 def sum_rows(deltas: Float[Array, "*rows out"]) -> Float[Array, " out"]:

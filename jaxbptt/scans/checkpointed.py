@@ -14,7 +14,7 @@ import jax
 
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans import schedule, segments
-from jaxbptt.scans.backward import StepWithAdjoint, step_with_adjoint, without
+from jaxbptt.scans.backward import StepWithAdjoint, differentiated_as, step_with_adjoint, without
 from jaxbptt.scans.forward_mode import reverse_mode_only
 from jaxbptt.scans.recurrence import Recurrence, at_one_step, check_count, differentiable, prepare, pull
 from jaxbptt.scans.resets import with_flags
@@ -112,13 +112,13 @@ def checkpointed_scan(
             task = segments.Task(step, adjoint, params, xs, ys_bar, unroll)
             return segments.backward(task, states, carry_bar, cut)
 
-        def by_scan(params, init, xs, bars):
+        def by_scan(params, init, xs, bars, states):
             return pull(unrolled, (params, init, xs), bars)
 
         params, init, xs, states = saved
         if not cut.all_kept:
             # Loops of a length known only when they run have no reverse mode: a second derivative takes the way of `scan`.
-            gradients = _differentiated_as(by_scan, gradients)
+            gradients = differentiated_as(by_scan, gradients)
         return gradients(params, init, xs, differentiable(bars), states)
 
     run.defvjp(run_forward, run_backward)
@@ -146,7 +146,7 @@ def layout(r: Recurrence, step: StepWithAdjoint, segment_length: Any, checkpoint
         check_count("segment_length", segment_length, "counts time steps")
         segment = min(int(segment_length), length)
     else:
-        segment = _divisor_near(length, math.sqrt(length * carry_bytes / step_bytes))
+        segment = schedule.divisor_near(length, math.sqrt(length * carry_bytes / step_bytes))
     units, left_over = divmod(r.length, segment)
     slots = units if checkpoints is None else min(int(checkpoints), units)
     kept = list(range(units)) if slots == units else schedule.first_sweep(units, slots)
@@ -171,21 +171,3 @@ def _bytes_of_a_step(r: Recurrence, step: StepWithAdjoint) -> tuple[int, int]:
 def _bytes(tree: Any) -> int:
     avals = [jax.typeof(leaf) for leaf in jax.tree.leaves(tree)]
     return sum(aval.size * aval.dtype.itemsize for aval in avals)
-
-
-def _divisor_near(length: int, segment: float) -> int:
-    """A divisor of `length` near `segment`, so that no shorter segment is left over, or else what is nearest to it."""
-    near = range(math.ceil(segment / 1.5), math.floor(segment * 1.5) + 1)
-    divisors = [s for s in near if s and length % s == 0]
-    return min(divisors, key=lambda s: abs(math.log(s / segment))) if divisors else max(1, min(round(segment), length))
-
-
-def _differentiated_as(plain: Callable[..., Any], fast: Callable[..., Any]) -> Callable[..., Any]:
-    """`fast(*args, states)`, with the derivative of `plain(*args)`, which is the same function and needs no states."""
-    both = jax.custom_jvp(fast)
-
-    @both.defjvp
-    def jvp(primals, tangents):
-        return jax.jvp(plain, primals[:-1], tangents[:-1])
-
-    return both

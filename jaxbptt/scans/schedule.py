@@ -4,6 +4,7 @@ r"""When to keep a state and when to compute it again: the binomial checkpointin
 writes down all decisions for one length.
 """
 
+import math
 from math import comb
 from typing import Any, NamedTuple
 
@@ -131,3 +132,10 @@ def check_checkpoints(checkpoints: Any, length: int) -> None:
             f"checkpoints is {checkpoints}, more than the {length} time steps: keeping every state is "
             f"checkpoints={length}, and then adjoint_scan does the same with less ado."
         )
+
+
+def divisor_near(length: int, segment: float) -> int:
+    """A divisor of `length` near `segment`, so that no shorter segment is left over, or else what is nearest to it."""
+    near = range(math.ceil(segment / 1.5), math.floor(segment * 1.5) + 1)
+    divisors = [s for s in near if s and length % s == 0]
+    return min(divisors, key=lambda s: abs(math.log(s / segment))) if divisors else max(1, min(round(segment), length))

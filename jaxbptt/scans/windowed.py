@@ -95,6 +95,7 @@ def windowed_scan(
 
     def run_backward(saved, bars):
         params, init, xs, residuals = saved
+        residuals = residuals.stacked()
         last_bar, ys_bar = differentiable(bars)
         if lags == 0:
             params_bar, xs_bar = jax.tree.map(jnp.zeros_like, differentiable((params, xs)))

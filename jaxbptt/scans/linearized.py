@@ -1,0 +1,152 @@
+r"""The backward of any step, taken apart by what depends on the carry.
+
+The step's linearisation is traced, and its operations are sorted. What the tangent of the carry goes through must run in
+sequence; transposed, it is the recursion, and the adjoint of each place where another tangent flows into it is a δₜ. What
+the tangents of params and inputs alone go through is transposed afterwards, for all time steps at once: there the weight
+gradients become single products. Nothing of the step is computed twice but cheap operations on values that are kept.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
+
+from jaxbptt.cells.cell import Adjoint
+from jaxbptt.scans.parts import evaluate, fixed_by, program, read
+from jaxbptt.scans.recurrence import differentiable, merge, split
+from jaxbptt.scans.tracing import TracedStep, subjaxprs
+
+# Computed again on the way back from what is kept, in place of being kept.
+_CHEAP = {"add", "sub", "mul", "neg", "add_any", "max", "min", "square", "integer_pow", "sign", "abs", "select_n"}
+_CHEAP |= {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "convert_element_type", "stop_gradient", "copy"}
+_CHEAP |= {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "slice", "transpose", "iota"}
+
+
+def linearized(traced: TracedStep, carry: Any, x: Any) -> Adjoint | None:
+    """The `Adjoint` of a traced step, for a carry and an input at one time step of these shapes.
+
+    `None` where the trace can't be sorted: where tangents go through loops, branches or a custom reverse-mode derivative.
+    """
+    primals = traced.params, carry, x
+    moving = differentiable(jax.eval_shape(lambda *primals: primals, *primals))
+    params_t, carry_t, _ = moving
+
+    def both(primals, tangents):
+        moving, still = split(primals)
+
+        def step(*moving):
+            outputs = traced.step(*merge(moving, still))
+            return differentiable(outputs), outputs
+
+        _, tangents, outputs = jax.jvp(step, moving, tangents, has_aux=True)
+        return outputs, tangents
+
+    whole = program(both, primals, moving)
+    count = len(jax.tree.leaves(primals))
+    places = jax.tree.unflatten(jax.tree.structure(moving), whole.inputs[count:])
+    outputs = whole.results[: whole.out_tree.children()[0].num_leaves]
+    tangents = whole.results[len(outputs) :]
+
+    inputs = jax.tree.unflatten(jax.tree.structure(primals), whole.inputs[:count])
+    forward_eqns, tangent_eqns, settled = fixed_by(whole.eqns, [*whole.consts, *whole.inputs[:count]])
+    if not _all_in(outputs, settled) or any(map(_is_opaque, tangent_eqns)):
+        return None
+    beside = jax.tree.leaves((places[0], places[2]))
+    outside_eqns, loop_eqns, outside = fixed_by(tangent_eqns, {*settled, *beside})
+    outside -= settled
+    # Where tangents of params and inputs flow into the recursion, in order and each once.
+    used = [var for eqn in loop_eqns for var in eqn.invars] + tangents
+    entries = list(dict.fromkeys(var for var in used if not isinstance(var, Literal) and var in outside))
+    leaving = [(i, var) for i, var in enumerate(tangents) if not _all_in([var], settled)]
+
+    wanted = [var for eqn in tangent_eqns for var in eqn.invars if not isinstance(var, Literal) and var in settled]
+    fixed = [*whole.consts, *jax.tree.leaves(inputs[0])]
+    kept, again = _kept(forward_eqns, fixed, jax.tree.leaves(inputs[2]), dict.fromkeys(wanted))
+
+    def values(params, residuals, x):
+        env = whole.consts | _env((inputs[0], inputs[2]), (params, x)) | dict(zip(kept, residuals, strict=True))
+        return evaluate(again, env)
+
+    def forward(params, carry, x):
+        env = evaluate(forward_eqns, whole.consts | _env(inputs, (params, carry, x)))
+        new_carry, y = whole.out_tree.children()[0].unflatten(read(env, outputs))
+        return (new_carry, y), read(env, kept)
+
+    def backward(params, residuals, x, carry_bar, y_bar):
+        env = values(params, residuals, x)
+
+        def recursion(entering, carry_tangent):
+            inside = env | dict(zip(entries, entering, strict=True)) | _env(places[1], carry_tangent)
+            return read(evaluate(loop_eqns, inside), (var for _, var in leaving))
+
+        bars = jax.tree.leaves((carry_bar, y_bar))
+        shapes = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in entries]
+        transposed = jax.linear_transpose(recursion, shapes, carry_t)
+        deltas, previous_bar = transposed([bars[i] for i, _ in leaving])
+        return previous_bar, deltas
+
+    def contract(params, residuals, xs, ys_bar, deltas):
+        steps = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), differentiable(xs))
+        if not entries:
+            return jax.tree.map(jnp.zeros_like, (differentiable(params), differentiable(xs)))
+
+        def entering(params_tangent, xs_tangent):
+            def at_t(residuals, x, x_tangent):
+                env = values(params, residuals, x) | _env((places[0], places[2]), (params_tangent, x_tangent))
+                return read(evaluate(outside_eqns, env), entries)
+
+            return jax.vmap(at_t, axis_size=len(deltas[0]))(residuals, xs, xs_tangent)
+
+        return jax.linear_transpose(entering, params_t, steps)(deltas)
+
+    return Adjoint(forward, backward, contract)
+
+
+def _kept(
+    eqns: list[Any], fixed: list[Any], x: list[Any], wanted: Iterable[Any]
+) -> tuple[list[Any], list[Any]]:
+    """Which variables to keep, so that all `wanted` ones can be had again cheaply, and the operations that do so.
+
+    What depends on params alone is had again, since a loop computes it once; results of products and transcendental
+    functions are kept, and sums and the like only where something they are made of is not.
+    """
+    makers = {var: eqn for eqn in eqns for var in eqn.outvars}
+    _, _, free = fixed_by(eqns, fixed)
+    free.update(x)
+
+    def is_cheap(var):
+        return var in makers and makers[var].primitive.name in _CHEAP
+
+    kept = dict.fromkeys(var for var in wanted if var not in free and not is_cheap(var))
+
+    def at_hand(var, seen):
+        if isinstance(var, Literal) or var in free or var in kept:
+            return True
+        if var not in seen:
+            seen[var] = is_cheap(var) and all(at_hand(source, seen) for source in makers[var].invars)
+        return seen[var]
+
+    for var in wanted:
+        if not at_hand(var, {}):
+            kept[var] = None
+    needed, again = set(wanted) - set(kept), []
+    for eqn in reversed(eqns):
+        if needed & set(eqn.outvars):
+            again.append(eqn)
+            needed.update(var for var in eqn.invars if not isinstance(var, Literal) and var not in kept)
+    return list(kept), again[::-1]
+
+
+def _is_opaque(eqn: Any) -> bool:
+    return eqn.primitive.name == "custom_lin" or any(True for _ in subjaxprs(eqn))
+
+
+def _all_in(variables: list[Any], known: set[Any]) -> bool:
+    return all(isinstance(var, Literal) or var in known for var in variables)
+
+
+def _env(variables: Any, values: Any) -> dict[Any, Any]:
+    """Values by variable, for two trees of the same structure."""
+    return dict(zip(jax.tree.leaves(variables), jax.tree.leaves(values), strict=True))

@@ -1,0 +1,154 @@
+r"""A function taken apart by what its operations depend on: what can run once before a loop, in it, and once after it.
+
+The compiler moves little across the border of a loop: a transpose of a weight is folded into the product that reads it,
+and is then paid for at every step; a sum over segments of transposed products is transposed in every segment. Here the
+function is traced, and its operations are sorted.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
+
+from jaxbptt.scans.tracing import bind, wrapped
+
+# A constant that these make is larger than what they make it of: cheaper made again at each step than read.
+_ENLARGE = {"broadcast_in_dim", "iota"}
+# These move entries about, so a sum may be taken before them.
+_MOVE = {"transpose", "concatenate", "reshape"}
+
+
+class Program(NamedTuple):
+    """A traced function without wrappers: its operations in order, constants, inputs, results, and their structure."""
+
+    eqns: list[Any]
+    consts: dict[Any, Any]
+    inputs: list[Any]
+    results: list[Any]
+    out_tree: Any
+
+
+def program(fn: Callable[..., Any], *args: Any) -> Program:
+    """Trace `fn` for arguments of these shapes."""
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
+    flat = jax.make_jaxpr(partial(_inlined, closed.jaxpr, closed.consts))(jax.tree.leaves(args))
+    consts = dict(zip(flat.jaxpr.constvars, flat.consts, strict=True))
+    return Program(flat.jaxpr.eqns, consts, flat.jaxpr.invars, flat.jaxpr.outvars, jax.tree.structure(shapes))
+
+
+def _inlined(jaxpr: Any, consts: list[Any], inputs: list[Any]) -> list[Any]:
+    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
+    for eqn in jaxpr.eqns:
+        values, inside = read(env, eqn.invars), wrapped(eqn)
+        results = bind(eqn, values) if inside is None else _inlined(*inside, values)
+        env |= zip(eqn.outvars, results, strict=True)
+    return read(env, jaxpr.outvars)
+
+
+def read(env: dict[Any, Any], variables: Iterable[Any]) -> list[Any]:
+    """The values of some variables; a literal is its own."""
+    return [var.val if isinstance(var, Literal) else env[var] for var in variables]
+
+
+def evaluate(eqns: Iterable[Any], env: dict[Any, Any]) -> dict[Any, Any]:
+    """The values after these operations, those before them included."""
+    env = dict(env)
+    for eqn in eqns:
+        env |= zip(eqn.outvars, bind(eqn, read(env, eqn.invars)), strict=True)
+    return env
+
+
+def fixed_by(eqns: Iterable[Any], variables: Iterable[Any]) -> tuple[list[Any], list[Any], set[Any]]:
+    """The operations that depend on these variables alone, the others, and all variables that the first ones settle."""
+    fixed, first, others = set(variables), [], []
+    for eqn in eqns:
+        if eqn.effects or not all(isinstance(var, Literal) or var in fixed for var in eqn.invars):
+            others.append(eqn)
+        else:
+            first.append(eqn)
+            fixed.update(eqn.outvars)
+    return first, others, fixed
+
+
+class InLoop(NamedTuple):
+    """The part of a function that a loop has to run.
+
+    Attributes:
+        program: the whole function.
+        call: `(*args)`, without params, to the values of `program.results`.
+    """
+
+    program: Program
+    call: Callable[..., list[Any]]
+
+    def __call__(self, *args: Any) -> Any:
+        """`fn(params, *args)`."""
+        return self.program.out_tree.unflatten(self.call(*args))
+
+
+def in_loop(fn: Callable[..., Any], params: Any, *args: Any) -> InLoop:
+    """`fn(params, ·)` for arguments of these shapes, with all that depends on params alone computed here, once.
+
+    A constant right factor of a product is laid out as the product reads it, summed index first: on CPU a product of 32
+    rows with a 512 × 128 weight took 47 µs so, and 53 µs the other way; with 8 rows and 256 × 64, 3.1 against 4.7.
+    """
+    traced = program(fn, params, *args)
+    leaves = jax.tree.leaves(params)
+    known = traced.consts | dict(zip(traced.inputs, leaves, strict=False))
+    before, during, fixed = fixed_by(traced.eqns, known)
+    known = evaluate(before, known)
+    again = [eqn for eqn in before if eqn.primitive.name in _ENLARGE]
+    turned = {id(eqn): jnp.swapaxes(known[eqn.invars[1]], 0, 1) for eqn in during if _reads_across(eqn, fixed)}
+    inputs = traced.inputs[len(leaves) :]
+
+    def call(*args):
+        env = evaluate(again, known) | dict(zip(inputs, jax.tree.leaves(args), strict=True))
+        for eqn in during:
+            values = read(env, eqn.invars)
+            if id(eqn) in turned:
+                (left, _), batch = eqn.params["dimension_numbers"]
+                numbers = (left, (0,)), batch
+                results = [eqn.primitive.bind(values[0], turned[id(eqn)], **eqn.params | {"dimension_numbers": numbers})]
+            else:
+                results = bind(eqn, values)
+            env |= zip(eqn.outvars, results, strict=True)
+        return read(env, traced.results)
+
+    return InLoop(traced, call)
+
+
+def _reads_across(eqn: Any, fixed: set[Any]) -> bool:
+    """Whether an operation is a product with a constant right factor whose summed index is the last one."""
+    if eqn.primitive.name != "dot_general" or eqn.invars[1] not in fixed or eqn.invars[0] in fixed:
+        return False
+    (left, right), (batch, _) = eqn.params["dimension_numbers"]
+    # A single row is multiplied as fast either way.
+    rows = eqn.invars[0].aval.size // max(1, eqn.invars[0].aval.shape[left[0]] if left else 1)
+    return right == (1,) and not batch and eqn.invars[1].aval.ndim == 2 and rows > 1
+
+
+def before_moves(traced: Program, count: int) -> tuple[list[Any], Callable[[list[Any]], list[Any]]]:
+    """The variables that the first `count` results are put together of by moving entries, and how."""
+    makers = {var: eqn for eqn in traced.eqns for var in eqn.outvars if eqn.primitive.name in _MOVE}
+    parts, moves = {}, []
+
+    def visit(var):
+        if not isinstance(var, Literal) and var in makers:
+            for source in makers[var].invars:
+                visit(source)
+            if makers[var] not in moves:
+                moves.append(makers[var])
+        elif not isinstance(var, Literal):
+            parts.setdefault(var)
+
+    wanted = traced.results[:count]
+    for var in wanted:
+        visit(var)
+
+    def after(values):
+        return read(evaluate(moves, dict(zip(parts, values, strict=True))), wanted)
+
+    return list(parts), after
