@@ -100,7 +100,9 @@ def lstm(
 
     def gates(params, h, x):
         dense.check_input("lstm", x, h, input_size)
-        a = products.linear(params.W_hh, h) + products.linear(params.W_xh, x) + params.b
+        return squashed(products.linear(params.W_hh, h) + products.linear(params.W_xh, x) + params.b)
+
+    def squashed(a):
         a_i, a_f, a_g, a_o = jnp.split(a, 4, axis=-1)
         return jax.nn.sigmoid(a_i), jax.nn.sigmoid(a_f), jnp.tanh(a_g), jax.nn.sigmoid(a_o)
 
@@ -111,7 +113,8 @@ def lstm(
         return LSTMState(h, c), h
 
     def forward(params, state, x):
-        i, f, g, o = gates(params, state.h, x)
+        dense.check_input("lstm", x, state.h, input_size)
+        i, f, g, o = squashed(dense.merged(products, params.W_hh, params.W_xh, state.h, x) + params.b)
         c = f * state.c + i * g
         h = o * jnp.tanh(c)
         # The gates stay four arrays: saved as one and split again in the loop, they cost what the rest gains.

@@ -19,8 +19,8 @@ from jaxbptt.scans.recurrence import differentiable, merge, split
 from jaxbptt.scans.tracing import TracedStep, subjaxprs
 
 # Computed again on the way back from what is kept, in place of being kept.
-_CHEAP = {"add", "sub", "mul", "neg", "add_any", "max", "min", "square", "integer_pow", "sign", "abs", "select_n"}
-_CHEAP |= {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "convert_element_type", "stop_gradient", "copy"}
+_CHEAP = {"add", "sub", "mul", "neg", "add_any", "max", "min", "square", "integer_pow", "sign", "abs"}
+_CHEAP |= {"one_minus_square", "select_n", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "convert_element_type", "stop_gradient", "copy"}
 _CHEAP |= {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "slice", "transpose", "iota"}
 
 
@@ -63,7 +63,8 @@ def linearized(traced: TracedStep, carry: Any, x: Any) -> Adjoint | None:
 
     wanted = [var for eqn in tangent_eqns for var in eqn.invars if not isinstance(var, Literal) and var in settled]
     fixed = [*whole.consts, *jax.tree.leaves(inputs[0])]
-    kept, again = _kept(forward_eqns, fixed, jax.tree.leaves(inputs[2]), dict.fromkeys(wanted))
+    _, y = whole.out_tree.children()[0].unflatten(outputs)
+    kept, again = _kept(forward_eqns, fixed, jax.tree.leaves(inputs[2]), jax.tree.leaves(y), dict.fromkeys(wanted))
 
     def values(params, residuals, x):
         env = whole.consts | _env((inputs[0], inputs[2]), (params, x)) | dict(zip(kept, residuals, strict=True))
@@ -105,24 +106,25 @@ def linearized(traced: TracedStep, carry: Any, x: Any) -> Adjoint | None:
 
 
 def _kept(
-    eqns: list[Any], fixed: list[Any], x: list[Any], wanted: Iterable[Any]
+    eqns: list[Any], fixed: list[Any], x: list[Any], ys: list[Any], wanted: Iterable[Any]
 ) -> tuple[list[Any], list[Any]]:
     """Which variables to keep, so that all `wanted` ones can be had again cheaply, and the operations that do so.
 
-    What depends on params alone is had again, since a loop computes it once; results of products and transcendental
-    functions are kept, and sums and the like only where something they are made of is not.
+    What depends on params alone is had again, since a loop computes it once, and outputs are kept anyway; results of
+    products and transcendental functions are kept, and sums and the like only where something they are made of is not.
     """
     makers = {var: eqn for eqn in eqns for var in eqn.outvars}
     _, _, free = fixed_by(eqns, fixed)
     free.update(x)
+    outputs = {var for var in ys if not isinstance(var, Literal)} - free
 
     def is_cheap(var):
-        return var in makers and makers[var].primitive.name in _CHEAP
+        return var not in outputs and var in makers and makers[var].primitive.name in _CHEAP
 
     kept = dict.fromkeys(var for var in wanted if var not in free and not is_cheap(var))
 
     def at_hand(var, seen):
-        if isinstance(var, Literal) or var in free or var in kept:
+        if isinstance(var, Literal) or var in free or var in kept or var in outputs:
             return True
         if var not in seen:
             seen[var] = is_cheap(var) and all(at_hand(source, seen) for source in makers[var].invars)
@@ -135,7 +137,9 @@ def _kept(
     for eqn in reversed(eqns):
         if needed & set(eqn.outvars):
             again.append(eqn)
-            needed.update(var for var in eqn.invars if not isinstance(var, Literal) and var not in kept)
+            sources = [var for var in eqn.invars if not isinstance(var, Literal)]
+            kept |= dict.fromkeys(var for var in sources if var in outputs)
+            needed.update(var for var in sources if var not in kept)
     return list(kept), again[::-1]
 
 
