@@ -186,12 +186,13 @@ def test_long_sequences_in_little_memory():
 @pytest.mark.parametrize(
     ("strategy", "options"),
     [
+        (bptt.adjoint_scan, [{}, {}]),
         (bptt.checkpointed_scan, [{}, {}]),
-        (bptt.checkpointed_scan, [{"checkpoints": 8}, {"checkpoints": 800}]),
+        (bptt.checkpointed_scan, [{"checkpoints": 8}, {"checkpoints": 80}]),
         (bptt.truncated_scan, [{"truncation_length": 50}] * 2),
         (bptt.windowed_scan, [{"window": 5}, {"window": 500}]),
     ],
-    ids=["sqrt", "schedule", "truncated", "windowed"],
+    ids=["adjoint", "sqrt", "schedule", "truncated", "windowed"],
 )
 def test_program_does_not_grow(strategy, options):
     """As many operations for T = 1,000,000 as for T = 10,000, whatever is asked for."""

@@ -36,7 +36,7 @@ def test_factors_are_rounded_and_nothing_else(name):
     loss = lambda params, xs: jnp.sum(bptt.adjoint_scan(cell, params, cell.initial_carry((2,)), xs)[1] ** 2)
     program = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(params, xs)
     found = products(program.jaxpr)
-    assert len(found) >= 6
+    assert len(found) >= 5
     for eqn in found:
         assert {v.aval.dtype for v in eqn.invars} == {jnp.dtype(jnp.bfloat16)}
         assert eqn.outvars[0].aval.dtype == jnp.float32

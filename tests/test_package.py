@@ -54,7 +54,10 @@ def test_imports_run_one_way():
         "scans": (
             "jaxbptt.cells.cell",
             *(f"jaxbptt.scans.{shared}" for shared in ("recurrence", "tracing", "forward_mode", "backward")),
-            *(f"jaxbptt.scans.{shared}" for shared in ("along_time", "resets", "schedule", "segments", "parts", "linearized", "residuals")),
+            *(
+                f"jaxbptt.scans.{shared}"
+                for shared in ("along_time", "resets", "schedule", "segments", "parts", "linearized", "residuals")
+            ),
             "jaxbptt.scans",  # `from jaxbptt.scans import schedule`
         ),
         "analysis": ("jaxbptt.cells", "jaxbptt.scans", "jaxbptt.analysis"),

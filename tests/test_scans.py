@@ -297,7 +297,7 @@ def test_forward_mode_gradient_equals_reverse():
 
 
 def test_adjoint_scan_saves_memory():
-    """The hand-derived adjoint stores less than autodiff does, the derived one at most half as much again."""
+    """The hand-derived adjoint stores less than autodiff does, the derived one no more."""
     for name, hidden in (("elman", 64), ("gru", 64), ("lstm", 64)):
         cell = getattr(bptt, name)(32, hidden)
         params = cell.init(jax.random.key(0))
@@ -309,7 +309,7 @@ def test_adjoint_scan_saves_memory():
 
         reference = temporary_bytes(bptt.scan)
         assert temporary_bytes(bptt.adjoint_scan) < reference
-        assert temporary_bytes(EXACT["adjoint_scan (derived)"]) < 1.5 * reference
+        assert temporary_bytes(EXACT["adjoint_scan (derived)"]) < 1.02 * reference
 
 
 def test_own_adjoint():

@@ -116,29 +116,33 @@ def unroll_backward(
         body, restore = loop(params, residuals, xs, carry_bar, ys_bar)
 
         def back(carry_bar, start, length):
-            def at_t(carry_bar, k):
-                t = start + k
-                return body(carry_bar, (residuals.at(t), at(xs, t), at(ys_bar, t)))
+            def at_t(state, _):
+                t, carry_bar = state
+                carry_bar, deltas = body(carry_bar, (residuals.at(t), at(xs, t), at(ys_bar, t)))
+                return (t - 1, carry_bar), deltas
 
-            carry_bar, deltas = jax.lax.scan(at_t, carry_bar, jnp.arange(length), reverse=True, unroll=unroll)
+            state = start + length - 1, carry_bar
+            (_, carry_bar), deltas = jax.lax.scan(at_t, state, None, length=length, reverse=True, unroll=unroll)
             at_these = residuals.window(start, length), *window((xs, ys_bar), start, length), restore(deltas)
             sums, xs_bar, finish = _contract(adjoint, params, *at_these)
             finishes.append(finish)
             return carry_bar, sums, fit(xs_bar, window(xs, start, length), "xs")
 
-        def one_more(state, i):
-            carry_bar, totals = state
-            carry_bar, sums, xs_bar = back(carry_bar, i * segment, segment)
-            return (carry_bar, add_up(totals, sums)), xs_bar
+        def one_more(state, _):
+            start, carry_bar, totals = state
+            carry_bar, sums, xs_bar = back(carry_bar, start, segment)
+            return (start - segment, carry_bar, add_up(totals, sums)), xs_bar
 
         finishes = []
         segments, left_over = divmod(length, segment)
-        _, sums, _ = jax.eval_shape(lambda: back(carry_bar, jnp.array(0), segment))
+        start = jnp.array(segments * segment, jnp.int32)
+        _, sums, _ = jax.eval_shape(lambda: back(carry_bar, start, segment))
         sums, ends = totals(sums), []
         if left_over:
-            carry_bar, last, some = back(carry_bar, segments * segment, left_over)
+            carry_bar, last, some = back(carry_bar, start, left_over)
             sums, ends = add_up(sums, last), [some]
-        (carry_bar, sums), xs_bar = jax.lax.scan(one_more, (carry_bar, sums), jnp.arange(segments), reverse=True)
+        state = start - segment, carry_bar, sums
+        (_, carry_bar, sums), xs_bar = jax.lax.scan(one_more, state, None, length=segments, reverse=True)
         xs_bar = jax.tree.map(lambda leaf: leaf.reshape(segments * segment, *leaf.shape[2:]), xs_bar)
         xs_bar = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), xs_bar, *ends) if ends else xs_bar
         return fit(finishes[-1](sums), params, "params"), fit(carry_bar, init, "init"), xs_bar
@@ -159,7 +163,7 @@ def segment_length(carry_bar: Any, length: int) -> int:
     if jax.default_backend() != "cpu":
         return max(length, 1)
     rows = max((math.prod(leaf.shape[:-1]) for leaf in jax.tree.leaves(carry_bar)), default=1)
-    return divisor_near(length, max(min(512 / max(rows, 1), length / 2), 8)) if length else 1
+    return divisor_near(length, max(min(512 / max(rows, 1), length / 2), 8), within=4) if length else 1
 
 
 def _contract(

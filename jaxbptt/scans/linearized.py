@@ -6,7 +6,7 @@ the tangents of params and inputs alone go through is transposed afterwards, for
 gradients become single products. Nothing of the step is computed twice but cheap operations on values that are kept.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -20,7 +20,22 @@ from jaxbptt.scans.tracing import TracedStep, subjaxprs
 
 # Computed again on the way back from what is kept, in place of being kept.
 _CHEAP = {"add", "sub", "mul", "neg", "add_any", "max", "min", "square", "integer_pow", "sign", "abs"}
-_CHEAP |= {"one_minus_square", "select_n", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "convert_element_type", "stop_gradient", "copy"}
+_CHEAP |= {
+    "one_minus_square",
+    "select_n",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "and",
+    "or",
+    "not",
+    "convert_element_type",
+    "stop_gradient",
+    "copy",
+}
 _CHEAP |= {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "slice", "transpose", "iota"}
 
 

@@ -111,7 +111,9 @@ def in_loop(fn: Callable[..., Any], params: Any, *args: Any) -> InLoop:
             if id(eqn) in turned:
                 (left, _), batch = eqn.params["dimension_numbers"]
                 numbers = (left, (0,)), batch
-                results = [eqn.primitive.bind(values[0], turned[id(eqn)], **eqn.params | {"dimension_numbers": numbers})]
+                results = [
+                    eqn.primitive.bind(values[0], turned[id(eqn)], **eqn.params | {"dimension_numbers": numbers})
+                ]
             else:
                 results = bind(eqn, values)
             env |= zip(eqn.outvars, results, strict=True)

@@ -37,8 +37,8 @@ class Residuals:
     def at(self, t: Any) -> Any:
         """Those of step t."""
 
-        def before(y, init):
-            return jax.lax.select(t == 0, init, at(y, jnp.maximum(t - 1, 0)))
+        def before(y, init):  # a read before the beginning is one at the beginning
+            return jax.lax.select(t == 0, init, at(y, t - 1))
 
         return self._gather(partial(at, t=t), before)
 
@@ -46,7 +46,7 @@ class Residuals:
         """Those of `length` steps from `start` on, stacked."""
 
         def before(y, init):
-            first = jax.lax.select(start == 0, init, at(y, jnp.maximum(start - 1, 0)))
+            first = jax.lax.select(start == 0, init, at(y, start - 1))
             return jnp.concatenate([first[None], window(y, start, length - 1)])
 
         return self._gather(partial(window, start=start, length=length), before)
@@ -68,7 +68,9 @@ def places(
     residuals: list[Any], ys: list[Any], carry: list[Any], new_carry: list[Any]
 ) -> tuple[list[int], tuple[tuple[Any, ...], ...]]:
     """Which residuals to keep, and where each is found; all four lists are of variables of a traced step."""
-    residuals, ys, carry, new_carry = ([id(var) for var in variables] for variables in (residuals, ys, carry, new_carry))
+    residuals, ys, carry, new_carry = (
+        [id(var) for var in variables] for variables in (residuals, ys, carry, new_carry)
+    )
     kept: dict[int, int] = {}
 
     def place(i, var):

@@ -134,8 +134,8 @@ def check_checkpoints(checkpoints: Any, length: int) -> None:
         )
 
 
-def divisor_near(length: int, segment: float) -> int:
+def divisor_near(length: int, segment: float, within: float = 1.5) -> int:
     """A divisor of `length` near `segment`, so that no shorter segment is left over, or else what is nearest to it."""
-    near = range(math.ceil(segment / 1.5), math.floor(segment * 1.5) + 1)
+    near = range(math.ceil(segment / within), math.floor(segment * 1.5) + 1)
     divisors = [s for s in near if s and length % s == 0]
     return min(divisors, key=lambda s: abs(math.log(s / segment))) if divisors else max(1, min(round(segment), length))

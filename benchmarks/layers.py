@@ -1,0 +1,208 @@
+"""One recurrent layer in every library: the contenders of the speed benchmark.
+
+Each is a loss and its parameters, on the same inputs, of the same size and with the same number of multiply-adds. Those
+that share our parameters compute the same numbers too.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import flax.nnx as nnx
+import haiku as hk
+import jax
+import jax.numpy as jnp
+
+import jaxbptt as bptt
+
+CELLS = {"elman": bptt.elman, "gru": bptt.gru, "lstm": bptt.lstm}
+
+
+class Size(NamedTuple):
+    """T time steps, B rows, D inputs, H hidden units."""
+
+    T: int
+    B: int
+    D: int
+    H: int
+
+    def __str__(self):
+        return "/".join(map(str, self))
+
+
+class Layer(NamedTuple):
+    """A contender: `run(params, xs) -> hs`, all states."""
+
+    run: Callable[..., Any]
+    params: Any
+
+
+def elman_step(params, h, x):
+    h = jnp.tanh(x @ params.W_xh.T + h @ params.W_hh.T + params.b)
+    return h, h
+
+
+def gru_step(params, h, x):
+    x_r, x_z, x_n = jnp.split(x @ params.W_xh.T + params.b, 3, axis=-1)
+    h_r, h_z, h_n = jnp.split(h @ params.W_hh.T, 3, axis=-1)
+    r, z = jax.nn.sigmoid(x_r + h_r), jax.nn.sigmoid(x_z + h_z)
+    n = jnp.tanh(x_n + r * (h_n + params.b_hn))
+    h = (1 - z) * n + z * h
+    return h, h
+
+
+def lstm_step(params, state, x):
+    h, c = state
+    i, f, g, o = jnp.split(x @ params.W_xh.T + h @ params.W_hh.T + params.b, 4, axis=-1)
+    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+    h = jax.nn.sigmoid(o) * jnp.tanh(c)
+    return (h, c), h
+
+
+STEPS = {"elman": elman_step, "gru": gru_step, "lstm": lstm_step}
+
+
+def zeros(kind, size):
+    """The first carry of a plain step."""
+    h = jnp.zeros((size.B, size.H))
+    return (h, h) if kind == "lstm" else h
+
+
+def ours(kind, size):
+    """This library's, and what one writes with JAX alone, all with the same parameters."""
+    cell, plain = CELLS[kind](size.D, size.H), STEPS[kind]
+    params = cell.init(jax.random.key(0))
+    saving = jax.checkpoint(plain)
+
+    def by_lax(step):
+        return lambda params, xs: jax.lax.scan(lambda h, x: step(params, h, x), zeros(kind, size), xs)[1]
+
+    def by(scan, step=cell):
+        init = cell.initial_carry((size.B,)) if step is cell else zeros(kind, size)
+        return lambda params, xs: scan(step, params, init, xs)[1]
+
+    runs = {
+        "lax.scan + jax.grad": by_lax(plain),
+        "lax.scan, jax.checkpoint": by_lax(saving),
+        "scan": by(bptt.scan),
+        "checkpointed_scan": by(bptt.checkpointed_scan),
+        "adjoint_scan (derived)": by(bptt.adjoint_scan, plain),
+        "adjoint_scan": by(bptt.adjoint_scan),
+    }
+    return {name: Layer(run, params) for name, run in runs.items()}
+
+
+def by_flax(kind, size):
+    make = {"elman": nnx.SimpleCell, "gru": nnx.GRUCell, "lstm": nnx.OptimizedLSTMCell}[kind]
+    graph, params, rest = nnx.split(nnx.RNN(make(size.D, size.H, rngs=nnx.Rngs(0)), time_major=True), nnx.Param, ...)
+    init = zeros(kind, size)
+    return Layer(lambda params, xs: nnx.merge(graph, params, rest)(xs, initial_carry=init), params)
+
+
+def by_equinox(kind, size):
+    make = {"gru": eqx.nn.GRUCell, "lstm": eqx.nn.LSTMCell}[kind]
+    params, static = eqx.partition(make(size.D, size.H, key=jax.random.key(0)), eqx.is_array)
+
+    def run(params, xs):
+        cell = eqx.combine(params, static)
+
+        def body(state, x):
+            state = jax.vmap(cell)(x, state)
+            return state, state[0] if kind == "lstm" else state
+
+        return jax.lax.scan(body, zeros(kind, size), xs)[1]
+
+    return Layer(run, params)
+
+
+def by_haiku(kind, size):
+    def unroll(xs):
+        core = {"gru": hk.GRU, "lstm": hk.LSTM}[kind](size.H)
+        return hk.dynamic_unroll(core, xs, core.initial_state(size.B))[0]
+
+    init, apply = hk.without_apply_rng(hk.transform(unroll))
+    return Layer(apply, init(jax.random.key(0), jnp.zeros((size.T, size.B, size.D))))
+
+
+def by_cudnn(kind, size):
+    """JAX's binding of cuDNN, which has an LSTM only, and only on a GPU."""
+    from jax.experimental import rnn
+
+    weights = rnn.init_lstm_weight(jax.random.key(0), size.D, size.H, 1, False)
+    lengths = jnp.full(size.B, size.T, jnp.int32)
+    state = jnp.zeros((1, size.B, size.H))
+
+    def run(weights, xs):
+        ys, _, _ = rnn.lstm(
+            xs.swapaxes(0, 1), state, state, weights, lengths, size.D, size.H, 1, dropout=0.0, bidirectional=False
+        )
+        return ys.swapaxes(0, 1)
+
+    return Layer(run, weights)
+
+
+def in_jax(kind, size):
+    """All contenders that JAX compiles, by name."""
+    layers = ours(kind, size)
+    layers["flax.nnx.RNN"] = by_flax(kind, size)
+    if kind != "elman":  # equinox has no such cell, and haiku's has relu in place of tanh
+        layers["equinox"] = by_equinox(kind, size)
+        layers["haiku.dynamic_unroll"] = by_haiku(kind, size)
+    if kind == "lstm" and jax.default_backend() == "gpu":
+        layers["jax.experimental.rnn"] = by_cudnn(kind, size)
+    return layers
+
+
+def by_torch(kind, size, params, xs, target):
+    """The layer of torch with our weights, as a call that returns loss and gradients; `None` without torch."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        return None
+    make = {"elman": torch.nn.RNN, "gru": torch.nn.GRU, "lstm": torch.nn.LSTM}[kind]
+    module = make(size.D, size.H).to(device)
+    state = {name: torch.tensor(array) for name, array in bptt.interop.to_torch(params).items()}
+    module.load_state_dict(state)
+    xs, target = (torch.tensor(jax.device_get(array)).to(device) for array in (xs, target))
+    weights = list(module.parameters())
+
+    def call():
+        loss = ((module(xs)[0] - target) ** 2).mean()
+        gradients = torch.autograd.grad(loss, weights)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return loss, gradients
+
+    return call
+
+
+def from_torch(loss, gradients):
+    """What `by_torch` returns, with the gradient in the form of our params.
+
+    The two biases of torch are added, and the gradient of each is the whole gradient of their sum: `bias_ih`'s is taken,
+    and of `bias_hh`'s only the part that a GRU has apart, b_hn.
+    """
+    names = "weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"
+    found = {name: gradient.cpu().numpy().copy() for name, gradient in zip(names, gradients, strict=True)}
+    rows, hidden = found["weight_hh_l0"].shape
+    found["bias_hh_l0"][: 2 * hidden if rows == 3 * hidden else rows] = 0
+    (gradient,) = bptt.interop.from_torch(found)
+    return loss.item(), gradient
+
+
+def dense_products(kind, size):
+    """The floor: the multiply-adds of a layer and of its gradient as three matrix products, and no recurrence."""
+    gates = {"elman": 1, "gru": 3, "lstm": 4}[kind]
+    rows, columns = gates * size.H, size.D + size.H
+
+    def products(weights, inputs, deltas):
+        a = inputs @ weights.T
+        back = deltas @ weights[:, size.D :]
+        return a, back, deltas.T @ inputs
+
+    keys = jax.random.split(jax.random.key(2), 3)
+    shapes = (rows, columns), (size.T * size.B, columns), (size.T * size.B, rows)
+    return products, tuple(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))

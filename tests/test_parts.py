@@ -1,0 +1,259 @@
+"""What makes the backward fast: constants leave the loop, nothing is computed or kept twice, time is cut into segments."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from reference import assert_close, make_cell, problem, random_like
+
+import jaxbptt as bptt
+from jaxbptt.analysis.cost import count_flops
+from jaxbptt.scans.along_time import at
+from jaxbptt.scans.backward import segment_length, unroll_forward
+from jaxbptt.scans.linearized import linearized
+from jaxbptt.scans.parts import before_moves, in_loop, program
+from jaxbptt.scans.recurrence import at_one_step, prepare
+from jaxbptt.scans.tracing import subjaxprs, trace
+
+CELLS = ("elman", "gru", "lstm")
+
+
+def derive(step, params, init, xs):
+    r = prepare(step, params, init, xs, None)
+    return linearized(trace(r), r.init, at_one_step(r.xs))
+
+
+def gradients(scan, step, args, seed=3):
+    out, pull = jax.vjp(partial(scan, step), *args)
+    return out, pull(random_like(out, seed))
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch"), [(1, ()), (15, (70,)), (16, ()), (17, (70,)), (31, (2, 3)), (67, ()), (67, (2, 3))]
+)
+def test_segments_with_and_without_a_rest(steps, batch):
+    """70 rows take segments of 8 steps, one row segments of half the sequence."""
+    cell = make_cell("gru")
+    args = problem(cell, steps, batch)
+    expected = gradients(bptt.scan, cell, args)
+    assert_close(gradients(bptt.adjoint_scan, cell, args), expected)
+    assert_close(gradients(bptt.adjoint_scan, cell.step, args), expected)
+
+
+def test_segment_lengths():
+    assert segment_length(jnp.zeros((32, 128)), 256) == 16
+    assert segment_length(jnp.zeros((1, 128)), 1024) == 512
+    assert segment_length(jnp.zeros((1000, 128)), 64) == 8
+    assert segment_length({"h": jnp.zeros(4), "c": jnp.zeros((4, 5))}, 10_000) == 125
+    assert segment_length(jnp.zeros(3), 7) == 7
+    assert segment_length(jnp.zeros(3), 0) == 1
+
+
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_second_derivatives_through_segments(name):
+    cell = make_cell(name)
+    params, init, xs = problem(cell, 17, (2,))
+
+    def squared_gradient(scan, step, params):
+        gradient = jax.grad(lambda params: jnp.sum(scan(step, params, init, xs)[1] ** 3))(params)
+        return sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(gradient))
+
+    expected = jax.grad(partial(squared_gradient, bptt.scan, cell))(params)
+    assert_close(jax.grad(partial(squared_gradient, bptt.adjoint_scan, cell))(params), expected)
+    assert_close(jax.grad(partial(squared_gradient, bptt.adjoint_scan, cell.step))(params), expected)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_nothing_is_computed_twice(name):
+    """Products by one step: as many operations as JAX's own gradient, the derived adjoint included."""
+    cell = bptt.__dict__[name](16, 32)
+    params, init, xs = cell.init(jax.random.key(0)), cell.initial_carry((8,)), jnp.zeros((64, 8, 16), jnp.float32)
+
+    def flops(scan, step):
+        gradient = jax.grad(lambda params: jnp.sum(scan(step, params, init, xs)[1] ** 2))
+        return count_flops(jax.make_jaxpr(gradient)(params).jaxpr)
+
+    expected = flops(bptt.scan, cell)
+    assert flops(bptt.adjoint_scan, cell) < 1.03 * expected
+    assert flops(bptt.adjoint_scan, cell.step) < 1.03 * expected
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_constants_leave_the_loop(name):
+    """No weight is transposed, nor put beside another, at a step; nor read across in the recursion of a derived adjoint."""
+    cell = make_cell(name)
+    params, init, xs = problem(cell, 64, (5,))
+    for step in (cell, cell.step):
+        gradient = jax.grad(lambda params, step=step: jnp.sum(bptt.adjoint_scan(step, params, init, xs)[1] ** 2))
+        jaxpr = jax.make_jaxpr(gradient)(params).jaxpr
+        weights = {leaf.shape for leaf in jax.tree.leaves(params)} | {leaf.T.shape for leaf in jax.tree.leaves(params)}
+        for eqn in equations_in_inner_loops(jaxpr):
+            if eqn.primitive.name == "transpose":
+                assert eqn.outvars[0].aval.shape not in weights
+            if eqn.primitive.name == "dot_general" and eqn.invars[1].aval.shape in weights:
+                (_, (right,)), _ = eqn.params["dimension_numbers"]
+                assert right == 0
+
+
+def equations_in_inner_loops(jaxpr, inside=False):
+    for eqn in jaxpr.eqns:
+        inner = [inner for inner, _ in subjaxprs(eqn)]
+        if inside and not inner:
+            yield eqn
+        for jaxpr in inner:
+            innermost = eqn.primitive.name == "scan" and "scan" not in {e.primitive.name for e in jaxpr.eqns}
+            yield from equations_in_inner_loops(jaxpr, inside or innermost)
+
+
+def test_what_is_kept():
+    """States are read from the outputs; gates are kept once each, and what is cheap is had again."""
+    counts = {"elman": (0, 0), "gru": (4, 4), "lstm": (5, 6)}
+    for name, (own, derived) in counts.items():
+        cell = make_cell(name)
+        params, init, xs = problem(cell, 6, (2,))
+        r = prepare(cell.step, params, init, xs, None)
+        traced = trace(r)
+        for adjoint, params_, count in (
+            (cell.adjoint, params, own),
+            (linearized(traced, r.init, at_one_step(xs)), traced.params, derived),
+        ):
+            (_, ys), residuals = unroll_forward(adjoint, params_, init, xs, length=6, unroll=1)
+            assert len(residuals.kept) == count, name
+            stacked = residuals.stacked()
+            assert_close(residuals.window(2, 3), jax.tree.map(lambda leaf: leaf[2:5], stacked))
+            assert_close(residuals.window(0, 2), jax.tree.map(lambda leaf: leaf[:2], stacked))
+            for t in (0, 5):
+                assert_close(residuals.at(t), at(stacked, t))
+        h_0 = jax.tree.leaves(init)[0]
+        assert any(leaf.shape == ys.shape and (leaf[1:] == ys[:-1]).all() and (leaf[0] == h_0).all()
+                   for leaf in jax.tree.leaves(stacked))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "loss", [lambda h, ys: jnp.mean(ys**2), lambda h, ys: jnp.mean(ys[-1] ** 2)], ids=["every", "last"]
+)
+@pytest.mark.parametrize("name", CELLS)
+def test_fewer_bytes_than_scan(name, loss):
+    cell = bptt.__dict__[name](16, 64)
+    params, init = cell.init(jax.random.key(0)), cell.initial_carry((1,))
+
+    def temporary_bytes(scan, step, xs):
+        gradient = jax.jit(jax.value_and_grad(lambda params, xs: loss(*scan(step, params, init, xs))))
+        return gradient.lower(params, xs).compile().memory_analysis().temp_size_in_bytes
+
+    for steps in (300, 2_000):
+        xs = jnp.zeros((steps, 1, 16), jnp.float32)
+        reference = temporary_bytes(bptt.scan, cell, xs)
+        assert temporary_bytes(bptt.adjoint_scan, cell, xs) <= reference
+
+
+def test_moves_come_after_a_sum():
+    def fn(a, b):
+        return [jnp.concatenate([a.T, b @ a.T]), (a * 2).reshape(6)], a.sum()
+
+    a, b = random_like((jnp.zeros((2, 3)), jnp.zeros((3, 3))), 0)
+    traced = program(fn, a, b)
+    parts, after = before_moves(traced, 2)
+    assert {var.aval.shape for var in parts} == {(2, 3), (3, 2)}
+    values = [{"a": a, "b a": b @ a.T, "2 a": 2 * a}[key] for key in ("a", "b a", "2 a")]
+    assert_close(after(values), fn(a, b)[0])
+
+
+def test_effects_stay_in_the_loop():
+    """What a step does beside computing it does at every step, even if it depends on params alone."""
+    seen = []
+
+    def step(w, h, x):
+        jax.debug.callback(lambda w: seen.append(float(w)), w)
+        return w * h + x, h
+
+    jax.grad(lambda w: bptt.adjoint_scan(step, w, 0.0, jnp.ones(5))[0])(0.5)
+    jax.effects_barrier()
+    assert seen == [0.5] * 5
+
+
+def test_long_chains_are_sorted_in_time():
+    """Each square is used twice: followed along every path, 25 of them are 33 million paths."""
+
+    def step(w, h, x):
+        for _ in range(25):
+            h = h * h * 0.9 + h * w
+        return h, h
+
+    args = jnp.array(0.1), jnp.array(0.2), jnp.ones(3)
+    assert derive(step, *args) is not None
+    assert_close(gradients(bptt.adjoint_scan, step, args), gradients(bptt.scan, step, args))
+
+
+def inner_loop(w, h, x):
+    h, _ = jax.lax.scan(lambda h, _: (jnp.tanh(w * h + x), None), h, None, length=3)
+    return h, h
+
+
+def branch(w, h, x):
+    h = jax.lax.cond(x > 0, lambda h: jnp.sin(w * h), lambda h: h + w * x, h)
+    return h, h
+
+
+@jax.custom_vjp
+def own_derivative(h, w):
+    return jnp.tanh(h * w)
+
+
+own_derivative.defvjp(
+    lambda h, w: (own_derivative(h, w), (h, w)),
+    lambda saved, bar: jax.vjp(lambda h, w: jnp.tanh(h * w), *saved)[1](bar),
+)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [inner_loop, branch, lambda w, h, x: (own_derivative(h, w) + x, h)],
+    ids=["loop", "branch", "custom_vjp"],
+)
+def test_steps_that_are_not_sorted(step):
+    """They are taken back by jax.vjp, step by step."""
+    args = jnp.array(0.7), jnp.array(0.3), jnp.array([0.5, -0.2] * 10)
+    assert derive(step, *args) is None
+    assert_close(gradients(bptt.adjoint_scan, step, args), gradients(bptt.scan, step, args))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda w, h, x: (h, w * x),  # nothing of the input in the carry
+        lambda w, h, x: (h + x, h),  # the input's tangent enters as it is
+        lambda w, h, x: (w * x, jnp.sin(h)),  # nothing of the carry in the next one
+        lambda w, h, x: (jnp.zeros_like(h), w * h * x),  # a carry without a tangent
+        lambda w, h, x: (h * 0.5, x),  # params unused
+        lambda w, h, x: (jnp.where(h > 0, h * w, jax.lax.stop_gradient(h) + x), jnp.exp(w) * h),
+        lambda w, h, x: (jax.nn.relu(h * w) + jax.checkpoint(jnp.sin)(h * x), jnp.cumsum(jnp.stack([h, w * x]))),
+    ],
+)
+def test_odd_steps_are_sorted(step):
+    args = jnp.array(0.7), jnp.array(0.3), jnp.array([0.5, -0.2, 0.9] * 7)
+    assert derive(step, *args) is not None
+    assert_close(gradients(bptt.adjoint_scan, step, args), gradients(bptt.scan, step, args))
+
+
+def test_without_inputs_and_with_integers():
+    def step(w, state, _):
+        h, n = state
+        return (jnp.tanh(w * h + n.astype(h.dtype)), n + 1), (h, n)
+
+    def loss(scan, w, h):
+        (h, n), (hs, ns) = scan(step, w, (h, 0), length=40)
+        return h + jnp.sum(hs * ns.astype(hs.dtype)) + n.astype(h.dtype)
+
+    args = jnp.array(0.7), jnp.array(0.3)
+    expected = jax.grad(partial(loss, bptt.scan), argnums=(0, 1))(*args)
+    assert_close(jax.grad(partial(loss, bptt.adjoint_scan), argnums=(0, 1))(*args), expected)
+
+
+def test_in_loop_keeps_broadcasts_inside():
+    """A bias is not written out for all rows to be read again at each step."""
+    loop = in_loop(lambda b, h: h + b, jnp.ones(3), jnp.zeros((4, 3)))
+    jaxpr = jax.make_jaxpr(loop.call)(jnp.zeros((4, 3)))
+    assert [const.shape for const in jaxpr.consts] == [(3,)]
+    assert_close(loop(jnp.zeros((4, 3))), jnp.ones((4, 3)))
