@@ -238,7 +238,7 @@ def draw(results):
     panels[0].set_ylim(len(sizes) - 0.5, -0.5)
     panels[0].set_ylabel("T/B/D/H")
     low, high = np.log2(panels[0].get_xlim())
-    step = max(1, round((high - low) / 6))
+    step = max(1, round((high - low) / 4))
     ticks = [2.0**power for power in range(math.ceil(low), math.floor(high) + 1) if power % step == 0]
     panels[0].set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
     panels[0].xaxis.set_minor_formatter(NullFormatter())

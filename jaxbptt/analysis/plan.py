@@ -28,7 +28,6 @@ class Plan(NamedTuple):
         fits: whether it fits the budget.
         predicted_bytes: temporary memory beyond arguments and results; where nothing fits, the least that is needed.
         forward_steps: steps computed for one gradient, those computed again included; where nothing fits, for that least.
-            A bare step, whose adjoint is derived, computes each step twice more on the way back.
         reason: why this one, and where nothing fits what would, in words.
     """
 

@@ -1,7 +1,7 @@
 r"""The hand-written backward scan: the adjoint recursion in a loop, one contraction over time outside it.
 
 What autodiff does to a scan is add one step's weight gradient to a running sum at every step. Here the loop runs only
-what must run in sequence, d̄ₜ ↦ d̄ₜ₋₁, and the sum Σₜ is taken afterwards, for all steps at once, as one matrix product.
+what must run in sequence, c̄ₜ ↦ c̄ₜ₋₁, and the sum Σₜ is taken outside it, for many steps at once, as one matrix product.
 """
 
 from collections.abc import Callable
@@ -35,15 +35,17 @@ def adjoint_scan(
     r"""`scan` with a hand-written reverse-mode derivative: full BPTT as a backward scan.
 
     c̄ₜ₋₁ = (∂cₜ/∂cₜ₋₁)ᵀ c̄ₜ + (∂yₜ/∂cₜ₋₁)ᵀ ȳₜ,  t = T … 1    (in the loop)
-    θ̄ = Σₜ (∂⁺cₜ/∂θ)ᵀ c̄ₜ + (∂⁺yₜ/∂θ)ᵀ ȳₜ,  x̄ₜ likewise      (outside it, all t at once)
+    θ̄ = Σₜ (∂⁺cₜ/∂θ)ᵀ c̄ₜ + (∂⁺yₜ/∂θ)ᵀ ȳₜ,  x̄ₜ likewise      (outside it, many t at once)
 
-    Exact: values and gradients are those of `scan`. Time O(T) steps; keeps one carry a step where the adjoint is derived,
-    what the `Adjoint` asks for where one is given; at the end, what the step computes is there once more for all steps
-    together (peak measured at up to 1.5 times that of `scan`; below it for the built-in cells' own). A derived adjoint computes each step twice more, once in the loop and
-    once for all steps together; a hand-derived one computes nothing twice.
+    Exact: values and gradients are those of `scan`, in less time and memory (benchmarks/results/peers_*.md). Time O(T)
+    steps, each computed once; keeps what the backward of each step needs, no number of it twice: what is an output, or was
+    one a step before, is read there. On CPU the sum over time is taken in segments of time whose δₜ are still in the cache,
+    and all δₜ never exist at once.
 
-    The derived contraction maps the step over time. Under such a map a `lax.cond` runs both branches, so a step that
-    branches is contracted one step at a time, in a second loop.
+    A derived adjoint is the step's linearisation, sorted: what the tangent of the carry goes through is transposed in the
+    loop, the rest outside it, for all t at once. A step whose tangents go through a loop, a branch or a `jax.custom_vjp`
+    can't be sorted: it is computed twice more on the way back, and one that branches (`lax.cond`) is contracted one step
+    at a time, since a map over time would run, and differentiate, both branches.
 
     With `clip_adjoint` the recursion itself is clipped, c̄ₜ₋₁ ← clip(c̄ₜ₋₁) at each step, and not the sum at the end: an
     explosion is stopped where it begins. The gradient is then biased, and exact again where nothing is clipped.

@@ -45,7 +45,7 @@ def checkpointed_scan(
       about b·(r·N − C(c+r, r−1) + N) forward steps, where r is the least with C(c+r, c) ≥ N.
     - neither: the s of the first that needs the least memory, near √T.
 
-    A derived adjoint computes each step twice more on the way back. Size of the program and compile time depend on neither T, s nor c. What is returned is not part of the saving: a step
+    Size of the program and compile time do not grow with T, s or c. What is returned is not part of the saving: a step
     whose y is as large as its state still returns T of them. For a long sequence, let y be what the loss needs of a step.
 
     Args:

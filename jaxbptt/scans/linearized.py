@@ -19,24 +19,10 @@ from jaxbptt.scans.recurrence import differentiable, merge, split
 from jaxbptt.scans.tracing import TracedStep, subjaxprs
 
 # Computed again on the way back from what is kept, in place of being kept.
-_CHEAP = {"add", "sub", "mul", "neg", "add_any", "max", "min", "square", "integer_pow", "sign", "abs"}
-_CHEAP |= {
-    "one_minus_square",
-    "select_n",
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "and",
-    "or",
-    "not",
-    "convert_element_type",
-    "stop_gradient",
-    "copy",
-}
-_CHEAP |= {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "slice", "transpose", "iota"}
+_ARITHMETIC = {"add", "sub", "mul", "neg", "add_any", "max", "min", "square", "integer_pow", "one_minus_square"}
+_CHOICE = {"sign", "abs", "select_n", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not"}
+_SHAPE = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "slice", "transpose", "iota"}
+_CHEAP = _ARITHMETIC | _CHOICE | _SHAPE | {"convert_element_type", "stop_gradient", "copy"}
 
 
 def linearized(traced: TracedStep, carry: Any, x: Any) -> Adjoint | None:
@@ -65,7 +51,8 @@ def linearized(traced: TracedStep, carry: Any, x: Any) -> Adjoint | None:
     tangents = whole.results[len(outputs) :]
 
     inputs = jax.tree.unflatten(jax.tree.structure(primals), whole.inputs[:count])
-    forward_eqns, tangent_eqns, settled = fixed_by(whole.eqns, [*whole.consts, *whole.inputs[:count]])
+    primal = [*whole.consts, *whole.inputs[:count]]
+    forward_eqns, tangent_eqns, settled = fixed_by(whole.eqns, primal, with_effects=True)
     if not _all_in(outputs, settled) or any(map(_is_opaque, tangent_eqns)):
         return None
     beside = jax.tree.leaves((places[0], places[2]))

@@ -61,11 +61,18 @@ def evaluate(eqns: Iterable[Any], env: dict[Any, Any]) -> dict[Any, Any]:
     return env
 
 
-def fixed_by(eqns: Iterable[Any], variables: Iterable[Any]) -> tuple[list[Any], list[Any], set[Any]]:
-    """The operations that depend on these variables alone, the others, and all variables that the first ones settle."""
+def fixed_by(
+    eqns: Iterable[Any], variables: Iterable[Any], *, with_effects: bool = False
+) -> tuple[list[Any], list[Any], set[Any]]:
+    """The operations that depend on these variables alone, the others, and all variables that the first ones settle.
+
+    What has effects, such as a print, counts to the others unless asked for.
+    """
     fixed, first, others = set(variables), [], []
     for eqn in eqns:
-        if eqn.effects or not all(isinstance(var, Literal) or var in fixed for var in eqn.invars):
+        if (eqn.effects and not with_effects) or not all(
+            isinstance(var, Literal) or var in fixed for var in eqn.invars
+        ):
             others.append(eqn)
         else:
             first.append(eqn)
