@@ -66,7 +66,7 @@ def main(options):
     rows = [
         row for kind in kinds for size in sizes for row in compare(kind, layers.Size(*size), 2 if options.quick else 11)
     ]
-    head = ("cell", "T/B/D/H", "strategy", "one device, ms", "shard_map, ms", "jit, ms", "times faster, shard_map")
+    head = ("cell", "T/B/D/H", "strategy", "one device, ms", "shard_map, ms", "jit, ms", "shard_map to one device")
     text = "\n\n".join(
         (
             "# The batch over host devices, measured",

@@ -1,6 +1,6 @@
 """One recurrent layer in every library: the contenders of the speed benchmark.
 
-Each is a loss and its parameters, on the same inputs, of the same size and with the same number of multiply-adds. Those
+Each is a layer and its parameters, on the same inputs, of the same size and with the same number of multiply-adds. Those
 that share our parameters compute the same numbers too.
 """
 

@@ -174,16 +174,14 @@ def test_effects_stay_in_the_loop():
 
 
 def test_long_chains_are_sorted_in_time():
-    """Each square is used twice: followed along every path, 25 of them are 33 million paths."""
+    """Each square is used twice, and the chain is longer than Python's stack is deep."""
 
     def step(w, h, x):
-        for _ in range(25):
+        for _ in range(250):
             h = h * h * 0.9 + h * w
         return h, h
 
-    args = jnp.array(0.1), jnp.array(0.2), jnp.ones(3)
-    assert derive(step, *args) is not None
-    assert_close(gradients(bptt.adjoint_scan, step, args), gradients(bptt.scan, step, args))
+    assert derive(step, jnp.array(0.1), jnp.array(0.2), jnp.ones(3)) is not None
 
 
 def inner_loop(w, h, x):
@@ -227,6 +225,7 @@ def test_steps_that_are_not_sorted(step):
         lambda w, h, x: (w * x, jnp.sin(h)),  # nothing of the carry in the next one
         lambda w, h, x: (jnp.zeros_like(h), w * h * x),  # a carry without a tangent
         lambda w, h, x: (h * 0.5, x),  # params unused
+        lambda w, h, x: (jnp.zeros(3).at[1].add(h * w).at[1].set(x * h).sum() + h * w, h),
         lambda w, h, x: (jnp.where(h > 0, h * w, jax.lax.stop_gradient(h) + x), jnp.exp(w) * h),
         lambda w, h, x: (jax.nn.relu(h * w) + jax.checkpoint(jnp.sin)(h * x), jnp.cumsum(jnp.stack([h, w * x]))),
     ],
@@ -234,6 +233,65 @@ def test_steps_that_are_not_sorted(step):
 def test_odd_steps_are_sorted(step):
     args = jnp.array(0.7), jnp.array(0.3), jnp.array([0.5, -0.2, 0.9] * 7)
     assert derive(step, *args) is not None
+    assert_close(gradients(bptt.adjoint_scan, step, args), gradients(bptt.scan, step, args))
+
+
+@pytest.mark.parametrize("steps", [8, 40])
+def test_own_adjoint_with_flags_and_integers_among_params(steps):
+    """Flags stay Python, and what a contraction returns for a leaf without a derivative is left out, in segments too."""
+
+    def forward(params, h, x):
+        h_new = jnp.tanh(params["W"] @ h + x) if params["tanh"] else params["W"] @ h + x
+        return (h_new, h_new), (h, h_new)
+
+    def backward(params, residuals, x, h_bar, y_bar):
+        delta = (h_bar + y_bar) * (1 - residuals[1] ** 2)
+        return params["W"].T @ delta, delta
+
+    def contract(params, residuals, xs, ys_bar, deltas):
+        return params | {"W": deltas.T @ residuals[0]}, deltas
+
+    adjoint = bptt.Adjoint(forward, backward, contract)
+
+    def loss(scan, W):
+        params = {"W": W, "sizes": jnp.arange(3), "tanh": True}
+        return jnp.sum(scan(lambda *args: forward(*args)[0], params, jnp.ones(3), jnp.ones((steps, 3)))[1] ** 2)
+
+    W = random_like(jnp.zeros((3, 3)), 0, 0.5)
+    expected = jax.grad(partial(loss, bptt.scan))(W)
+    assert_close(jax.grad(partial(loss, partial(bptt.adjoint_scan, adjoint=adjoint)))(W), expected)
+
+
+def test_dead_tangents_are_not_sorted():
+    """What is stopped leaves nothing to keep or to contract."""
+
+    def step(w, h, x, *, extra):
+        h = jnp.tanh(w @ h + x)
+        return h + jax.lax.stop_gradient(jnp.tanh(w @ jnp.sin(h))) if extra else h, h
+
+    args = jnp.eye(3), jnp.ones(3), jnp.ones((40, 3))
+    sizes = []
+    for extra in (False, True):
+        adjoint = derive(partial(step, extra=extra), *args)
+        at_t = args[1], args[2][0]
+        (bars, kept), params = adjoint.forward(trace_params(step, args), *at_t), trace_params(step, args)
+        _, deltas = adjoint.backward(params, kept, at_t[1], *bars)
+        sizes.append((len(kept), len(deltas)))
+    assert sizes[0] == sizes[1]
+
+
+def trace_params(step, args):
+    return trace(prepare(partial(step, extra=False), *args, None)).params
+
+
+def test_large_tangents_stay_out_of_the_recursion():
+    """A table put together anew at each step would make each delta as large as the table."""
+
+    def step(table, h, x):
+        return jnp.tanh(jnp.concatenate([table, h[None]])[-1] * 0.9 + table[0] * x), h
+
+    args = random_like((jnp.zeros((500, 3)), jnp.zeros(3), jnp.zeros(40)), 0)
+    assert derive(step, *args) is None
     assert_close(gradients(bptt.adjoint_scan, step, args), gradients(bptt.scan, step, args))
 
 

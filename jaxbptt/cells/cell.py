@@ -17,7 +17,8 @@ class Adjoint(NamedTuple):
     2. `backward(params, residuals, x, carry_bar, y_bar) -> (carry_bar, delta)`: the recursion c̄ₜ, ȳₜ ↦ c̄ₜ₋₁, all that
        must run in sequence. `delta` is whatever part 3 needs of this step, most often the pre-activation adjoint.
     3. `contract(params, residuals, xs, ys_bar, deltas) -> (params_bar, xs_bar)`: every argument but `params` is stacked
-       over a leading time axis, and the sum over time (and batch) is taken at once, outside the loop.
+       over a leading time axis, and the sum over time (and batch) is taken at once, outside the loop. It is called on
+       stretches of time of any length, and the `params_bar` of all stretches are added up.
 
     `carry_bar`, `y_bar` and the results have the tree structure of what they are the derivative of, with `None` in place
     of leaves that have no derivative (integers, booleans, random keys).

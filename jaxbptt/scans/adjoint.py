@@ -43,8 +43,9 @@ def adjoint_scan(
     and all δₜ never exist at once.
 
     A derived adjoint is the step's linearisation, sorted: what the tangent of the carry goes through is transposed in the
-    loop, the rest outside it, for all t at once. A step whose tangents go through a loop, a branch or a `jax.custom_vjp`
-    can't be sorted: it is computed twice more on the way back, and one that branches (`lax.cond`) is contracted one step
+    loop, the rest outside it, for many t at once. A `jax.checkpoint` inside the step is not heeded: what is kept is decided
+    here. A step whose tangents go through a loop, a branch or a `jax.custom_vjp` can't be sorted, and one is not that puts
+    a large table of params together anew at each step: it is computed twice more on the way back, and one that branches (`lax.cond`) is contracted one step
     at a time, since a map over time would run, and differentiate, both branches.
 
     With `clip_adjoint` the recursion itself is clipped, c̄ₜ₋₁ ← clip(c̄ₜ₋₁) at each step, and not the sum at the end: an
@@ -61,7 +62,7 @@ def adjoint_scan(
         valid: booleans `[time, *batch]`, False where a step is padding: it is not taken, the carry is held, yₜ is 0, and
             what stands in xₜ changes nothing. Leaves of xs that don't begin with [time, *batch] are shared by all rows.
         reset_carry: what `is_first` resets to, like `init` or one row of it; zeros by default. It gets its gradient.
-        adjoint: the backward of one step. By default the `Cell`'s own, or else derived from `step` by `jax.vjp`.
+        adjoint: the backward of one step. By default the `Cell`'s own, or else derived from `step`.
         clip_adjoint: the largest magnitude that an entry of c̄ may have as it passes from step to step, or a function of c̄
             that returns it clipped. `None` for the exact gradient.
         unroll: time steps in one iteration of the compiled loops, as for `lax.scan`.

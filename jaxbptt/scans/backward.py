@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.along_time import at, window
 from jaxbptt.scans.linearized import linearized
-from jaxbptt.scans.parts import before_moves, evaluate, in_loop, program, read
-from jaxbptt.scans.recurrence import Recurrence, at_one_step, differentiable, merge, name, pull, split
+from jaxbptt.scans.parts import arrays_of, before_moves, evaluate, in_loop, program
+from jaxbptt.scans.parts import read as values_of
+from jaxbptt.scans.recurrence import Recurrence, at_one_step, differentiable, name, pull, split
 from jaxbptt.scans.residuals import Residuals, places
 from jaxbptt.scans.schedule import divisor_near
 from jaxbptt.scans.tracing import TracedStep, map_over_time, trace
@@ -56,8 +57,8 @@ def unroll_forward(
     """`lax.scan` that keeps residuals: ((c_T, ys), residuals)."""
     forward = in_loop(adjoint.forward, params, init, at_one_step(xs))
     (new_carry, y), residuals = forward.program.out_tree.unflatten(forward.program.results)
-    carry = forward.program.inputs[len(jax.tree.leaves(params)) :][: len(jax.tree.leaves(init))]
-    kept, where = places(*map(jax.tree.leaves, (residuals, y, carry, new_carry)))
+    carry = forward.program.inputs[len(arrays_of(params)) :][: len(jax.tree.leaves(init))]
+    kept, read, where = places(*map(jax.tree.leaves, (residuals, y, carry, new_carry)))
 
     def body(carry, x):
         (carry, y), residuals = forward(carry, x)
@@ -65,9 +66,9 @@ def unroll_forward(
         return carry, (y, [leaves[i] for i in kept])
 
     carry, (ys, stacked) = jax.lax.scan(body, init, xs, length=length, unroll=unroll)
-    return (carry, ys), Residuals(
-        stacked, jax.tree.leaves(ys), jax.tree.leaves(init), where, jax.tree.structure(residuals)
-    )
+    outputs, first = jax.tree.leaves(ys), jax.tree.leaves(init)
+    shared = [outputs[i] for i in read[0]], [first[i] for i in read[1]]
+    return (carry, ys), Residuals(stacked, *shared, where, jax.tree.structure(residuals))
 
 
 def unroll_backward(
@@ -123,10 +124,12 @@ def unroll_backward(
 
             state = start + length - 1, carry_bar
             (_, carry_bar), deltas = jax.lax.scan(at_t, state, None, length=length, reverse=True, unroll=unroll)
-            at_these = residuals.window(start, length), *window((xs, ys_bar), start, length), restore(deltas)
-            sums, xs_bar, finish = _contract(adjoint, params, *at_these)
+            some, some_bar = window((xs, ys_bar), start, length)
+            sums, xs_bar, finish = _contract(
+                adjoint, params, residuals.window(start, length), some, some_bar, restore(deltas)
+            )
             finishes.append(finish)
-            return carry_bar, sums, fit(xs_bar, window(xs, start, length), "xs")
+            return carry_bar, sums, fit(xs_bar, some, "xs")
 
         def one_more(state, _):
             start, carry_bar, totals = state
@@ -156,7 +159,7 @@ def unroll_backward(
 def segment_length(carry_bar: Any, length: int) -> int:
     """Time steps after which the weight gradient is added to, so that what a product reads is still in the cache.
 
-    On CPU as many as have 1,024 rows, and half of the steps at most. Measured against one product for all time steps, with 32
+    On CPU about as many as have 1,024 rows, but at least 8, half of the steps at most, and rather a divisor of them. Measured against one product for all time steps, with 32
     and 64 rows a step: 0.71 to 0.97 of the time for gru and lstm, 0.81 to 1.2 for elman, and 0.67 of the bytes; 512 and
     2,048 rows take up to 1.1 and 1.2 times as long. Not measured on other backends, where few large products are the
     rule: all steps.
@@ -172,13 +175,18 @@ def _contract(
 ) -> tuple[list[Any], Any, Callable[[list[Any]], Any]]:
     """`adjoint.contract` up to where entries of the params' gradient are only moved: (sums, gradient of xs, the rest)."""
     args = params, residuals, xs, ys_bar, deltas
-    traced = program(adjoint.contract, *args)
+
+    def contract(params, *args):
+        params_bar, xs_bar = adjoint.contract(params, *args)
+        return _with_derivative(params_bar, params), xs_bar
+
+    traced = program(contract, *args)
     params_tree, xs_tree = traced.out_tree.children()
     count = params_tree.num_leaves
     parts, move = before_moves(traced, count)
-    env = evaluate(traced.eqns, traced.consts | dict(zip(traced.inputs, jax.tree.leaves(args), strict=True)))
-    xs_bar = xs_tree.unflatten(read(env, traced.results[count:]))
-    return read(env, parts), xs_bar, lambda sums: params_tree.unflatten(move(sums))
+    env = evaluate(traced.eqns, traced.consts | dict(zip(traced.inputs, arrays_of(args), strict=True)))
+    xs_bar = xs_tree.unflatten(values_of(env, traced.results[count:]))
+    return values_of(env, parts), xs_bar, lambda sums: params_tree.unflatten(move(sums))
 
 
 def differentiated_as(plain: Callable[..., Any], fast: Callable[..., Any]) -> Callable[..., Any]:
@@ -264,7 +272,7 @@ def without(residuals: Any, outputs: Any) -> tuple[list[Any], Callable[..., Any]
 
 def fit(bar: Any, primal: Any, root: str) -> Any:
     """Check a result of an `Adjoint` against what it is the derivative of, and give it that dtype."""
-    primal, other = split(primal)
+    bar, primal = _with_derivative(bar, primal), differentiable(primal)
 
     def cast(path, leaf, leaf_bar):
         aval = jax.typeof(leaf)
@@ -275,16 +283,20 @@ def fit(bar: Any, primal: Any, root: str) -> Any:
             )
         return leaf_bar.astype(aval.dtype)
 
-    if jax.tree.structure(bar) == jax.tree.structure(merge(primal, other)):
-        # A gradient of what has none, such as integer inputs of a cell, is left out.
-        bar = jax.tree.map(lambda leaf, leaf_bar: None if leaf is None else leaf_bar, primal, bar, is_leaf=_is_none)
-    bar = differentiable(bar)
     if jax.tree.structure(bar) != jax.tree.structure(primal):
         raise ValueError(
             f"The adjoint's gradient of {root} has structure {jax.tree.structure(bar)}, but {root} has "
             f"{jax.tree.structure(primal)}: return one gradient for each leaf, None for those without a derivative."
         )
     return jax.tree_util.tree_map_with_path(cast, primal, bar)
+
+
+def _with_derivative(bar: Any, primal: Any) -> Any:
+    """A gradient without what it has for leaves that have no derivative, such as integer inputs of a cell."""
+    if jax.tree.structure(bar) == jax.tree.structure(primal):
+        moving, _ = split(primal)
+        bar = jax.tree.map(lambda leaf, leaf_bar: None if leaf is None else leaf_bar, moving, bar, is_leaf=_is_none)
+    return differentiable(bar)
 
 
 def _is_none(leaf: Any) -> bool:

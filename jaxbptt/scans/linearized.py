@@ -22,6 +22,8 @@ from jaxbptt.scans.tracing import TracedStep, subjaxprs
 _ARITHMETIC = {"add", "sub", "mul", "neg", "add_any", "max", "min", "square", "integer_pow", "one_minus_square"}
 _CHOICE = {"sign", "abs", "select_n", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not"}
 _SHAPE = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "slice", "transpose", "iota"}
+# Numbers in the places where tangents enter the recursion, for each one that the linearisation reads at a step. Cells: below 1.
+_MOST = 3
 _CHEAP = _ARITHMETIC | _CHOICE | _SHAPE | {"convert_element_type", "stop_gradient", "copy"}
 
 
@@ -29,6 +31,8 @@ def linearized(traced: TracedStep, carry: Any, x: Any) -> Adjoint | None:
     """The `Adjoint` of a traced step, for a carry and an input at one time step of these shapes.
 
     `None` where the trace can't be sorted: where tangents go through loops, branches or a custom reverse-mode derivative.
+    And where it would not pay: where the tangent of something as large as a table of params enters the recursion itself,
+    and δₜ would be as large, for every time step.
     """
     primals = traced.params, carry, x
     moving = differentiable(jax.eval_shape(lambda *primals: primals, *primals))
@@ -67,6 +71,11 @@ def linearized(traced: TracedStep, carry: Any, x: Any) -> Adjoint | None:
     fixed = [*whole.consts, *jax.tree.leaves(inputs[0])]
     _, y = whole.out_tree.children()[0].unflatten(outputs)
     kept, again = _kept(forward_eqns, fixed, jax.tree.leaves(inputs[2]), jax.tree.leaves(y), dict.fromkeys(wanted))
+
+    _, _, constant = fixed_by(forward_eqns, fixed)
+    at_a_step = {var for var in wanted if var not in constant}
+    if _numbers(entries) > _MOST * (_numbers(at_a_step) + _numbers(outputs)):
+        return None
 
     def values(params, residuals, x):
         env = whole.consts | _env((inputs[0], inputs[2]), (params, x)) | dict(zip(kept, residuals, strict=True))
@@ -108,34 +117,28 @@ def linearized(traced: TracedStep, carry: Any, x: Any) -> Adjoint | None:
 
 
 def _kept(
-    eqns: list[Any], fixed: list[Any], x: list[Any], ys: list[Any], wanted: Iterable[Any]
+    eqns: list[Any], fixed: list[Any], x: list[Any], ys: list[Any], wanted: dict[Any, None]
 ) -> tuple[list[Any], list[Any]]:
     """Which variables to keep, so that all `wanted` ones can be had again cheaply, and the operations that do so.
 
     What depends on params alone is had again, since a loop computes it once, and outputs are kept anyway; results of
     products and transcendental functions are kept, and sums and the like only where something they are made of is not.
     """
-    makers = {var: eqn for eqn in eqns for var in eqn.outvars}
     _, _, free = fixed_by(eqns, fixed)
     free.update(x)
     outputs = {var for var in ys if not isinstance(var, Literal)} - free
 
-    def is_cheap(var):
-        return var not in outputs and var in makers and makers[var].primitive.name in _CHEAP
-
-    kept = dict.fromkeys(var for var in wanted if var not in free and not is_cheap(var))
-
-    def at_hand(var, seen):
-        if isinstance(var, Literal) or var in free or var in kept or var in outputs:
-            return True
-        if var not in seen:
-            seen[var] = is_cheap(var) and all(at_hand(source, seen) for source in makers[var].invars)
-        return seen[var]
-
-    for var in wanted:
-        if not at_hand(var, {}):
-            kept[var] = None
-    needed, again = set(wanted) - set(kept), []
+    cheap = {var for eqn in eqns if eqn.primitive.name in _CHEAP for var in eqn.outvars} - outputs - free
+    kept = dict.fromkeys(var for var in wanted if var not in free and var not in cheap)
+    at_hand = {*free, *outputs, *kept}
+    for eqn in eqns:
+        if all(isinstance(var, Literal) or var in at_hand for var in eqn.invars):
+            at_hand.update(cheap.intersection(eqn.outvars))
+        else:
+            missing = [var for var in eqn.outvars if var in cheap and var in wanted]
+            kept |= dict.fromkeys(missing)
+            at_hand.update(missing)
+    needed, again = {var for var in wanted if var not in kept}, []
     for eqn in reversed(eqns):
         if needed & set(eqn.outvars):
             again.append(eqn)
@@ -146,7 +149,13 @@ def _kept(
 
 
 def _is_opaque(eqn: Any) -> bool:
-    return eqn.primitive.name == "custom_lin" or any(True for _ in subjaxprs(eqn))
+    """Whether an operation holds a program of its own; that of a scatter only says how two numbers are combined."""
+    kind = eqn.primitive.name
+    return kind == "custom_lin" or (not kind.startswith("scatter") and any(True for _ in subjaxprs(eqn)))
+
+
+def _numbers(variables: Iterable[Any]) -> int:
+    return sum(var.aval.size for var in variables)
 
 
 def _all_in(variables: list[Any], known: set[Any]) -> bool:

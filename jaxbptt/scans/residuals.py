@@ -22,8 +22,8 @@ class Residuals:
 
     Attributes:
         kept: arrays stacked over time.
-        ys: leaves of the outputs, stacked over time.
-        init: leaves of the first carry.
+        ys: the outputs that are read, stacked over time.
+        init: the leaves of the first carry that are read.
         places: for each leaf of a step's residuals, ("kept" or "ys", index), or ("before", index into ys, into init).
         treedef: structure of a step's residuals.
     """
@@ -66,21 +66,27 @@ class Residuals:
 
 def places(
     residuals: list[Any], ys: list[Any], carry: list[Any], new_carry: list[Any]
-) -> tuple[list[int], tuple[tuple[Any, ...], ...]]:
-    """Which residuals to keep, and where each is found; all four lists are of variables of a traced step."""
+) -> tuple[list[int], tuple[list[int], list[int]], tuple[tuple[Any, ...], ...]]:
+    """Which residuals to keep, which outputs and leaves of the first carry to read, and where each residual is found.
+
+    All four lists are of variables of a traced step.
+    """
     residuals, ys, carry, new_carry = (
         [id(var) for var in variables] for variables in (residuals, ys, carry, new_carry)
     )
     kept: dict[int, int] = {}
+    read_ys: dict[int, int] = {}
+    read_init: dict[int, int] = {}
 
     def place(i, var):
         after = new_carry[carry.index(var)] if var in carry else None
         if var in ys:
-            return "ys", ys.index(var)
+            return "ys", read_ys.setdefault(ys.index(var), len(read_ys))
         if after in ys:
-            return "before", ys.index(after), carry.index(var)
+            y = read_ys.setdefault(ys.index(after), len(read_ys))
+            return "before", y, read_init.setdefault(carry.index(var), len(read_init))
         kept.setdefault(var, i)
         return "kept", list(kept).index(var)
 
     found = tuple(place(i, var) for i, var in enumerate(residuals))
-    return list(kept.values()), found
+    return list(kept.values()), (list(read_ys), list(read_init)), found
