@@ -5,7 +5,7 @@ once, each over its part of the batch. Value and gradient of mean((hs - target)^
 process: on one device, and with the batch over all of them by `jax.shard_map` (the weights' gradients are added up once,
 at the end) and by `jax.jit` with sharded arguments (the compiler adds them up where it sees fit).
 
-    python benchmarks/host_devices.py [--quick] [--devices 2]
+    python benchmarks/host_devices.py [--quick] [--devices 2] [--repeats 7]
 """
 
 import argparse
@@ -63,9 +63,7 @@ def main(options):
     kinds = ("elman", "gru", "lstm")
     if options.quick:
         sizes, kinds = [(16, 4, 3, 8)], ("elman",)
-    rows = [
-        row for kind in kinds for size in sizes for row in compare(kind, layers.Size(*size), 2 if options.quick else 11)
-    ]
+    rows = [row for kind in kinds for size in sizes for row in compare(kind, layers.Size(*size), options.repeats)]
     head = ("cell", "T/B/D/H", "strategy", "one device, ms", "shard_map, ms", "jit, ms", "shard_map to one device")
     text = "\n\n".join(
         (
@@ -82,6 +80,7 @@ def main(options):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs; writes nothing")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds")
     parser.add_argument("--devices", type=int, default=2, help="host devices, at best as many as cores")
     options = parser.parse_args()
     # Read when jax starts, so before it is imported.
