@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from jaxbptt.scans.recurrence import is_array
+from jaxbptt.scans.recurrence import is_array, merge, split
 from jaxbptt.scans.tracing import bind, wrapped
 
 # A constant that these make is larger than what they make it of: cheaper made again at each step than read.
@@ -34,17 +34,9 @@ class Program(NamedTuple):
 
 def program(fn: Callable[..., Any], *args: Any) -> Program:
     """Trace `fn` for arguments of these shapes; leaves that are no arrays (flags, sizes) stay Python, and are no inputs."""
-    leaves, treedef = jax.tree.flatten(args)
-    dynamic = [is_array(leaf) for leaf in leaves]
-
-    def from_arrays(arrays):
-        arrays = iter(arrays)
-        filled = [next(arrays) if d else leaf for d, leaf in zip(dynamic, leaves, strict=True)]
-        return fn(*treedef.unflatten(filled))
-
-    arrays = arrays_of(args)
-    closed, shapes = jax.make_jaxpr(from_arrays, return_shape=True)(arrays)
-    flat = jax.make_jaxpr(partial(_inlined, closed.jaxpr, closed.consts))(arrays)
+    arrays, others = split(args, is_array)
+    closed, shapes = jax.make_jaxpr(lambda arrays: fn(*merge(arrays, others)), return_shape=True)(arrays)
+    flat = jax.make_jaxpr(partial(_inlined, closed.jaxpr, closed.consts))(jax.tree.leaves(arrays))
     consts = dict(zip(flat.jaxpr.constvars, flat.consts, strict=True))
     results = flat.jaxpr.outvars
     return Program(_used(flat.jaxpr.eqns, results), consts, flat.jaxpr.invars, results, jax.tree.structure(shapes))

@@ -39,9 +39,9 @@ def truncated_scan(
 
     Biased: a loss at step t reaches back to the start of its chunk, (t − 1) mod K steps; `windowed_scan` reaches equally
     far from every step. The values are those of `scan`. For K ≥ T the gradient is exact. The caller's `init` is never
-    cut. A second derivative is that of a loop with `stop_gradient` at the cuts. Time O(T) steps, each computed twice (a step that `adjoint_scan` can't
-    sort: twice more); memory beyond xs, ys and their gradients is that of K steps, however long
-    the sequence.
+    cut. A second derivative is that of a loop with `stop_gradient` at the cuts. Time O(T) steps, each computed twice (a
+    step that `adjoint_scan` can't sort: twice more); memory beyond xs, ys and their gradients is that of K steps, however
+    long the sequence.
 
     Args:
         step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
