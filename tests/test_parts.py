@@ -1,5 +1,6 @@
 """What makes the backward fast: constants leave the loop, nothing is computed or kept twice, time is cut into segments."""
 
+import re
 from functools import partial
 
 import jax
@@ -146,6 +147,41 @@ def test_fewer_bytes_than_scan(name, loss):
         xs = jnp.zeros((steps, 1, 16), jnp.float32)
         reference = temporary_bytes(bptt.scan, cell, xs)
         assert temporary_bytes(bptt.adjoint_scan, cell, xs) <= reference
+
+
+def compiled_gradient(loss, steps):
+    cell = bptt.elman(8, 32)
+    params, init = jax.eval_shape(cell.init, jax.random.key(0)), jax.eval_shape(cell.initial_carry)
+    xs = jax.ShapeDtypeStruct((steps, 8), jnp.float32)
+    gradient = jax.jit(jax.grad(lambda *args: loss(*bptt.adjoint_scan(cell, *args))))
+    return gradient.lower(params, init, xs).compile()
+
+
+def test_unused_outputs_have_no_gradient_array():
+    steps = 50_000
+    states = 4 * 32 * steps
+    last, every = (
+        compiled_gradient(loss, steps).memory_analysis().temp_size_in_bytes
+        for loss in (lambda h, ys: jnp.sum(h**2), lambda h, ys: jnp.sum(ys**2))
+    )
+    assert states < last < 1.1 * states
+    assert 2 * states < every < 2.1 * states
+
+
+@pytest.mark.parametrize("loss", [lambda h, ys: h.sum(), lambda h, ys: ys.sum(), lambda h, ys: ys[-1].sum()])
+def test_no_loop_fills_arrays_of_all_steps(loss):
+    """The compiler moves constants into loops: for a gradient of ones, all of it was once made anew in each segment."""
+    steps = 50_000
+    text = compiled_gradient(loss, steps).as_text()
+    bodies = set(re.findall(r"body=(%[\w.-]+)", text))
+    assert bodies
+    computation = None
+    for line in text.splitlines():
+        if line.startswith(("%", "ENTRY")):
+            computation = line.split()[0]
+        operation = re.search(rf" = f32\[{steps},\d+\]\S* (\S+?)\(", line.split("metadata=")[0])
+        if computation in bodies and operation and operation[1] not in ("parameter", "get-tuple-element"):
+            assert "dynamic-update-slice" in line, line
 
 
 def test_moves_come_after_a_sum():

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.backward import step_with_adjoint, unroll_backward, unroll_forward
-from jaxbptt.scans.forward_mode import reverse_mode_only
-from jaxbptt.scans.recurrence import differentiable, prepare
+from jaxbptt.scans.recurrence import prepare
 from jaxbptt.scans.resets import with_flags
+from jaxbptt.scans.reverse_mode import reverse_mode
 
 
 def adjoint_scan(
@@ -95,22 +95,19 @@ def adjoint_scan(
     if clip_adjoint is not None:
         adjoint = _clipped(adjoint, clip_adjoint)
 
-    @jax.custom_vjp
     def run(params, init, xs):
         return jax.lax.scan(partial(step, params), init, xs, length=r.length, unroll=unroll)
 
-    def run_forward(params, init, xs):
-        outputs, residuals = unroll_forward(adjoint, params, init, xs, length=r.length, unroll=unroll)
-        return outputs, (params, init, xs, residuals)
+    def forward(params, init, xs):
+        return unroll_forward(adjoint, params, init, xs, length=r.length, unroll=unroll)
 
-    def run_backward(saved, bars):
-        params, init, xs, residuals = saved
-        return unroll_backward(
-            adjoint, params, init, residuals, xs, *differentiable(bars), length=r.length, unroll=unroll
-        )
+    def backward(params, init, xs, residuals, carry_bar, ys_bar):
+        # Else the compiler moves what is constant, such as the gradient of a sum, into the loop over segments of time, and
+        # makes all of it anew in each.
+        xs, ys_bar = jax.lax.optimization_barrier((xs, ys_bar))
+        return unroll_backward(adjoint, params, init, residuals, xs, carry_bar, ys_bar, length=r.length, unroll=unroll)
 
-    run.defvjp(run_forward, run_backward)
-    return reverse_mode_only("adjoint_scan", run)(params, r.init, xs)
+    return reverse_mode("adjoint_scan", run, forward, backward)(params, r.init, xs)
 
 
 def _clipped(adjoint: Adjoint, clip: float | Callable[[Any], Any]) -> Adjoint:

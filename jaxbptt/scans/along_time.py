@@ -3,6 +3,7 @@
 Positions are never negative: told so, JAX leaves out the operations that count them from the end.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,24 @@ import jax.numpy as jnp
 _index = partial(jax.lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
 _slice = partial(jax.lax.dynamic_slice_in_dim, allow_negative_indices=False)
 _update = partial(jax.lax.dynamic_update_slice_in_dim, axis=0, allow_negative_indices=False)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("shape", "dtype"))
+@dataclass(frozen=True)
+class Zeros:
+    """Zeros at every time step, in the place of an array of them: no leaf of a pytree, so no loop carries it."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+def filled(tree: Any, *lengths: int) -> Any:
+    """`tree` with arrays for its `Zeros`: of one step, or of so many."""
+
+    def fill(leaf):
+        return jnp.zeros((*lengths, *leaf.shape), leaf.dtype) if isinstance(leaf, Zeros) else leaf
+
+    return jax.tree.map(fill, tree, is_leaf=lambda leaf: isinstance(leaf, Zeros))
 
 
 def at(tree: Any, t: Any) -> Any:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint, Cell
-from jaxbptt.scans.along_time import at, window
+from jaxbptt.scans.along_time import at, filled, window
 from jaxbptt.scans.linearized import linearized
 from jaxbptt.scans.parts import arrays_of, before_moves, evaluate, in_loop, program
 from jaxbptt.scans.parts import read as values_of
@@ -83,13 +83,70 @@ def unroll_backward(
     length: int,
     unroll: int | bool,
 ) -> tuple[Any, Any, Any]:
-    """Gradients of params, init and xs, from those of c_T and ys; `init` only says what its gradient has to look like."""
+    """Gradients of params, init and xs, from those of c_T and ys, which may have `Zeros` for leaves."""
+    total = weight_gradient(adjoint, params, init, xs, carry_bar, ys_bar, segment_length(carry_bar, length))
+    sums, carry_bar, xs_bar = _back(
+        adjoint, params, total.zeros, residuals, xs, carry_bar, ys_bar, length=length, unroll=unroll
+    )
+    return total.finish(sums), fit(carry_bar, init, "init"), xs_bar
+
+
+def back_over(
+    adjoint: Adjoint,
+    params: Any,
+    sums: list[Any],
+    carry: Any,
+    xs: Any,
+    carry_bar: Any,
+    ys_bar: Any,
+    *,
+    start: Any,
+    length: int,
+    unroll: int | bool,
+) -> tuple[Any, tuple[list[Any], Any, Any]]:
+    """Forward over `length` steps of xs from the `carry` before step `start`, and back.
+
+    Returns the carry after them, and (`sums` with these steps added, gradient of the first carry, gradient of xs).
+    """
+    inputs = window(xs, start, length)
+    (after, _), residuals = unroll_forward(adjoint, params, carry, inputs, length=length, unroll=unroll)
+    sums, carry_bar, xs_bar = _back(
+        adjoint,
+        params,
+        sums,
+        residuals,
+        inputs,
+        carry_bar,
+        window(ys_bar, start, length),
+        length=length,
+        unroll=unroll,
+    )
+    return after, (sums, fit(carry_bar, carry, "init"), xs_bar)
+
+
+def _back(
+    adjoint: Adjoint,
+    params: Any,
+    sums: list[Any],
+    residuals: Residuals,
+    xs: Any,
+    carry_bar: Any,
+    ys_bar: Any,
+    *,
+    length: int,
+    unroll: int | bool,
+) -> tuple[list[Any], Any, Any]:
+    """The recursion over a stretch of time: `sums` with it added, and the gradients of its first carry and of xs."""
     segment = segment_length(carry_bar, length)
 
     def loop(params, residuals, xs, carry_bar, ys_bar):
         """The recursion over one step, and how to put the deltas together from the distinct ones, which it returns."""
+
+        def step_back(params, residuals, x, carry_bar, y_bar):
+            return adjoint.backward(params, residuals, x, carry_bar, filled(y_bar))
+
         examples = at_one_step((jax.eval_shape(residuals.stacked), xs, ys_bar))
-        backward = in_loop(adjoint.backward, params, *examples[:2], carry_bar, examples[2])
+        backward = in_loop(step_back, params, *examples[:2], carry_bar, examples[2])
         _, deltas = backward.program.out_tree.unflatten(backward.program.results)
         names, treedef = jax.tree.flatten(deltas)
         names = list(map(id, names))
@@ -104,19 +161,19 @@ def unroll_backward(
 
         return body, lambda leaves: treedef.unflatten([leaves[i] for i in place])
 
-    def at_once(params, residuals, xs, carry_bar, ys_bar):
+    def at_once(params, sums, residuals, xs, carry_bar, ys_bar):
         body, restore = loop(params, residuals, xs, carry_bar, ys_bar)
         residuals = residuals.stacked()
         carry_bar, deltas = jax.lax.scan(
             body, carry_bar, (residuals, xs, ys_bar), length=length, reverse=True, unroll=unroll
         )
-        params_bar, xs_bar = adjoint.contract(params, residuals, xs, ys_bar, restore(deltas))
-        return fit(params_bar, params, "params"), fit(carry_bar, init, "init"), fit(xs_bar, xs, "xs")
+        sums, xs_bar = contract(adjoint, params, sums, residuals, xs, ys_bar, restore(deltas), length=length)
+        return sums, carry_bar, xs_bar
 
-    def in_segments(params, residuals, xs, carry_bar, ys_bar):
+    def in_segments(params, sums, residuals, xs, carry_bar, ys_bar):
         body, restore = loop(params, residuals, xs, carry_bar, ys_bar)
 
-        def back(carry_bar, start, length):
+        def back(sums, carry_bar, start, length):
             def at_t(state, _):
                 t, carry_bar = state
                 carry_bar, deltas = body(carry_bar, (residuals.at(t), at(xs, t), at(ys_bar, t)))
@@ -125,35 +182,30 @@ def unroll_backward(
             state = start + length - 1, carry_bar
             (_, carry_bar), deltas = jax.lax.scan(at_t, state, None, length=length, reverse=True, unroll=unroll)
             some, some_bar = window((xs, ys_bar), start, length)
-            sums, xs_bar, finish = _contract(
-                adjoint, params, residuals.window(start, length), some, some_bar, restore(deltas)
+            sums, xs_bar = contract(
+                adjoint, params, sums, residuals.window(start, length), some, some_bar, restore(deltas), length=length
             )
-            finishes.append(finish)
-            return carry_bar, sums, fit(xs_bar, some, "xs")
+            return sums, carry_bar, xs_bar
 
         def one_more(state, _):
-            start, carry_bar, totals = state
-            carry_bar, sums, xs_bar = back(carry_bar, start, segment)
-            return (start - segment, carry_bar, add_up(totals, sums)), xs_bar
+            start, sums, carry_bar = state
+            sums, carry_bar, xs_bar = back(sums, carry_bar, start, segment)
+            return (start - segment, sums, carry_bar), xs_bar
 
-        finishes = []
         segments, left_over = divmod(length, segment)
-        start = jnp.array(segments * segment, jnp.int32)
-        _, sums, _ = jax.eval_shape(lambda: back(carry_bar, start, segment))
-        sums, ends = totals(sums), []
+        start, ends = jnp.array(segments * segment, jnp.int32), []
         if left_over:
-            carry_bar, last, some = back(carry_bar, start, left_over)
-            sums, ends = add_up(sums, last), [some]
-        state = start - segment, carry_bar, sums
-        (_, carry_bar, sums), xs_bar = jax.lax.scan(one_more, state, None, length=segments, reverse=True)
+            sums, carry_bar, some = back(sums, carry_bar, start, left_over)
+            ends = [some]
+        state = start - segment, sums, carry_bar
+        (_, sums, carry_bar), xs_bar = jax.lax.scan(one_more, state, None, length=segments, reverse=True)
         xs_bar = jax.tree.map(lambda leaf: leaf.reshape(segments * segment, *leaf.shape[2:]), xs_bar)
         xs_bar = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), xs_bar, *ends) if ends else xs_bar
-        return fit(finishes[-1](sums), params, "params"), fit(carry_bar, init, "init"), xs_bar
+        return sums, carry_bar, xs_bar
 
-    if segment >= length:
-        return at_once(params, residuals, xs, carry_bar, ys_bar)
     # Derivatives of reads at computed positions would be written to as many arrays: those of the plain loop are not.
-    return differentiated_as(at_once, in_segments)(params, residuals, xs, carry_bar, ys_bar)
+    run = at_once if segment >= length else differentiated_as(at_once, in_segments)
+    return run(params, sums, residuals, xs, carry_bar, ys_bar)
 
 
 def segment_length(carry_bar: Any, length: int) -> int:
@@ -170,23 +222,67 @@ def segment_length(carry_bar: Any, length: int) -> int:
     return divisor_near(length, max(min(1024 / max(rows, 1), length / 2), 8), within=4) if length else 1
 
 
-def _contract(
-    adjoint: Adjoint, params: Any, residuals: Any, xs: Any, ys_bar: Any, deltas: Any
-) -> tuple[list[Any], Any, Callable[[list[Any]], Any]]:
-    """`adjoint.contract` up to where entries of the params' gradient are only moved: (sums, gradient of xs, the rest)."""
-    args = params, residuals, xs, ys_bar, deltas
+class WeightGradient(NamedTuple):
+    """How the gradient of params is added up over stretches of time: entries are moved to their places once, at the end.
 
-    def contract(params, *args):
-        params_bar, xs_bar = adjoint.contract(params, *args)
-        return _with_derivative(params_bar, params), xs_bar
+    Attributes:
+        zeros: sums to start with, in single precision at least.
+        finish: `(sums)`, the gradient of params.
+    """
 
-    traced = program(contract, *args)
-    params_tree, xs_tree = traced.out_tree.children()
-    count = params_tree.num_leaves
-    parts, move = before_moves(traced, count)
-    env = evaluate(traced.eqns, traced.consts | dict(zip(traced.inputs, arrays_of(args), strict=True)))
-    xs_bar = xs_tree.unflatten(values_of(env, traced.results[count:]))
-    return values_of(env, parts), xs_bar, lambda sums: params_tree.unflatten(move(sums))
+    zeros: list[Any]
+    finish: Callable[[list[Any]], Any]
+
+
+def weight_gradient(
+    adjoint: Adjoint, params: Any, carry: Any, xs: Any, carry_bar: Any, ys_bar: Any, length: int
+) -> WeightGradient:
+    """The sums of an adjoint for stretches of `length` steps; checks what it returns, for arguments of these shapes."""
+
+    def step(params, carry, x, carry_bar, y_bar):
+        _, residuals = adjoint.forward(params, carry, x)
+        previous_bar, deltas = adjoint.backward(params, residuals, x, carry_bar, filled(y_bar))
+        return residuals, deltas, fit(previous_bar, carry, "init")
+
+    x, y_bar = at_one_step((xs, ys_bar))
+    one_step = program(step, params, carry, x, carry_bar, y_bar)
+    residuals, deltas, _ = one_step.out_tree.unflatten([var.aval for var in one_step.results])
+    args = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((length, *leaf.shape), leaf.dtype), (residuals, x, y_bar, deltas)
+    )
+    _, (params_tree, _), (parts, move) = _contraction(adjoint, params, *args, length=length)
+
+    def finish(sums):
+        return fit(params_tree.unflatten(move(sums)), params, "params")
+
+    zeros = totals([jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in parts])
+    jax.eval_shape(finish, zeros)
+    return WeightGradient(zeros, finish)
+
+
+def contract(
+    adjoint: Adjoint, params: Any, sums: list[Any], residuals: Any, xs: Any, ys_bar: Any, deltas: Any, *, length: int
+) -> tuple[list[Any], Any]:
+    """`sums` with a stretch of `length` steps added, and the gradient of xs there."""
+    args = residuals, xs, ys_bar, deltas
+    traced, (params_tree, xs_tree), (parts, _) = _contraction(adjoint, params, *args, length=length)
+    env = evaluate(traced.eqns, traced.consts | dict(zip(traced.inputs, arrays_of((params, *args)), strict=True)))
+    xs_bar = xs_tree.unflatten(values_of(env, traced.results[params_tree.num_leaves :]))
+    return add_up(sums, values_of(env, parts)), xs_bar
+
+
+def _contraction(
+    adjoint: Adjoint, params: Any, residuals: Any, xs: Any, ys_bar: Any, deltas: Any, *, length: int
+) -> Any:
+    """`adjoint.contract` traced, the structures of what it returns, and its last operations: those that move entries."""
+
+    def both(params, residuals, xs, ys_bar, deltas):
+        params_bar, xs_bar = adjoint.contract(params, residuals, xs, filled(ys_bar, length), deltas)
+        return _with_derivative(params_bar, params), fit(xs_bar, xs, "xs")
+
+    traced = program(both, params, residuals, xs, ys_bar, deltas)
+    trees = traced.out_tree.children()
+    return traced, trees, before_moves(traced, trees[0].num_leaves)
 
 
 def differentiated_as(plain: Callable[..., Any], fast: Callable[..., Any]) -> Callable[..., Any]:
@@ -198,28 +294,6 @@ def differentiated_as(plain: Callable[..., Any], fast: Callable[..., Any]) -> Ca
         return jax.jvp(plain, primals, tangents)
 
     return both
-
-
-def back_over(
-    adjoint: Adjoint,
-    params: Any,
-    carry: Any,
-    xs: Any,
-    carry_bar: Any,
-    ys_bar: Any,
-    *,
-    start: Any,
-    length: int,
-    unroll: int | bool,
-) -> tuple[Any, tuple[Any, Any, Any]]:
-    """Forward over `length` steps of xs from the `carry` before step `start`, and back: (the carry after them, gradients)."""
-    inputs = window(xs, start, length)
-    (after, _), residuals = unroll_forward(adjoint, params, carry, inputs, length=length, unroll=unroll)
-    outputs_bar = window(ys_bar, start, length)
-    bars = unroll_backward(
-        adjoint, params, carry, residuals, inputs, carry_bar, outputs_bar, length=length, unroll=unroll
-    )
-    return after, bars
 
 
 def back_one_lag(
@@ -303,21 +377,16 @@ def _is_none(leaf: Any) -> bool:
     return leaf is None
 
 
-def totals(params: Any) -> Any:
-    """Zeros to add up the gradient of params in, in single precision at least."""
+def totals(tree: Any) -> Any:
+    """Zeros to add up gradients of these shapes in, in single precision at least."""
 
     def zeros(leaf):
         aval = jax.typeof(leaf)
         return jnp.zeros(aval.shape, aval.dtype if jnp.finfo(aval.dtype).bits >= 32 else jnp.float32)
 
-    return jax.tree.map(zeros, differentiable(params))
+    return jax.tree.map(zeros, differentiable(tree))
 
 
 def add_up(totals: Any, more: Any) -> Any:
     """`totals` and what one more stretch adds to them."""
     return jax.tree.map(lambda total, leaf: total + leaf.astype(total.dtype), totals, more)
-
-
-def as_params(totals: Any, params: Any) -> Any:
-    """`totals` in the dtypes of params."""
-    return jax.tree.map(lambda total, leaf: total.astype(jax.typeof(leaf).dtype), totals, differentiable(params))

@@ -14,10 +14,11 @@ import jax
 
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans import schedule, segments
+from jaxbptt.scans.along_time import filled
 from jaxbptt.scans.backward import StepWithAdjoint, differentiated_as, step_with_adjoint, without
-from jaxbptt.scans.forward_mode import reverse_mode_only
 from jaxbptt.scans.recurrence import Recurrence, at_one_step, check_count, differentiable, prepare, pull
 from jaxbptt.scans.resets import with_flags
+from jaxbptt.scans.reverse_mode import reverse_mode
 
 
 def checkpointed_scan(
@@ -97,32 +98,27 @@ def checkpointed_scan(
     def unrolled(params, init, xs):
         return jax.lax.scan(partial(step, params), init, xs, length=r.length, unroll=unroll)
 
-    @jax.custom_vjp
     def run(params, init, xs):
         # Not `unrolled`: under a vmap inside a scan, JAX takes it that both forwards put the mapped axis in one place.
         return segments.forward(step, params, init, xs, cut, unroll)[0]
 
-    def run_forward(params, init, xs):
-        outputs, states = segments.forward(step, params, init, xs, cut, unroll)
-        return outputs, (params, init, xs, states)
+    def forward(params, init, xs):
+        return segments.forward(step, params, init, xs, cut, unroll)
 
-    def run_backward(saved, bars):
-        def gradients(params, init, xs, bars, states):
-            carry_bar, ys_bar = bars
+    def backward(params, init, xs, states, carry_bar, ys_bar):
+        def gradients(params, init, xs, carry_bar, ys_bar, states):
             task = segments.Task(step, adjoint, params, xs, ys_bar, unroll)
             return segments.backward(task, states, carry_bar, cut)
 
-        def by_scan(params, init, xs, bars, states):
-            return pull(unrolled, (params, init, xs), bars)
+        def by_scan(params, init, xs, carry_bar, ys_bar, states):
+            return pull(unrolled, (params, init, xs), (carry_bar, filled(ys_bar, r.length)))
 
-        params, init, xs, states = saved
         if not cut.all_kept:
             # Loops of a length known only when they run have no reverse mode: a second derivative takes the way of `scan`.
             gradients = differentiated_as(by_scan, gradients)
-        return gradients(params, init, xs, differentiable(bars), states)
+        return gradients(params, init, xs, carry_bar, ys_bar, states)
 
-    run.defvjp(run_forward, run_backward)
-    return reverse_mode_only("checkpointed_scan", run)(params, r.init, r.xs)
+    return reverse_mode("checkpointed_scan", run, forward, backward)(params, r.init, r.xs)
 
 
 def layout(r: Recurrence, step: StepWithAdjoint, segment_length: Any, checkpoints: Any) -> segments.Layout:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint
 from jaxbptt.scans import schedule
-from jaxbptt.scans.along_time import at, put, put_window, room, window
-from jaxbptt.scans.backward import add_up, as_params, back_over, fit, totals, without
+from jaxbptt.scans.along_time import at, filled, put, put_window, room, window
+from jaxbptt.scans.backward import back_over, contract, fit, weight_gradient, without
 from jaxbptt.scans.recurrence import at_one_step, differentiable
 
 Step = Callable[..., Any]
@@ -99,7 +99,10 @@ def backward(task: Task, states: Any, carry_bar: Any, cut: Layout) -> tuple[Any,
     take_back = partial(_take_back_lean if cut.lean else _take_back, task)
     states, last = states
     xs_bar = room(at_one_step(differentiable(task.xs)), cut.units * cut.segment + cut.left_over)
-    back = carry_bar, totals(task.params), xs_bar
+    total = weight_gradient(
+        task.adjoint, task.params, last, task.xs, carry_bar, task.ys_bar, 1 if cut.lean else cut.segment
+    )
+    back = carry_bar, total.zeros, xs_bar
     if cut.left_over:
         back = take_back(back, last, cut.units * cut.segment, cut.left_over)
 
@@ -119,8 +122,8 @@ def backward(task: Task, states: Any, carry_bar: Any, cut: Layout) -> tuple[Any,
         starts = jnp.zeros(cut.slots + 1, jnp.int32).at[: len(cut.kept)].set(jnp.array(cut.kept, jnp.int32))
         stack = states, starts, jnp.array(len(cut.kept) - 1, jnp.int32)
         _, back = jax.lax.fori_loop(0, cut.units, by_schedule, (stack, back))
-    carry_bar, params_bar, xs_bar = back
-    return as_params(params_bar, task.params), carry_bar, xs_bar
+    carry_bar, sums, xs_bar = back
+    return total.finish(sums), carry_bar, xs_bar
 
 
 def _compute_again(task: Task, stack: Any, unit: Any, cut: Layout) -> tuple[Any, Any]:
@@ -160,12 +163,12 @@ def _compute_again(task: Task, stack: Any, unit: Any, cut: Layout) -> tuple[Any,
 
 def _take_back(task: Task, back: Any, carry: Any, start: Any, length: int) -> Any:
     """One segment: forward once more from `carry`, and back, with one contraction for all of it."""
-    carry_bar, params_bar, xs_bar = back
+    carry_bar, sums, xs_bar = back
     _, adjoint, params, xs, ys_bar, unroll = task
-    _, (more, carry_bar, some) = back_over(
-        adjoint, params, carry, xs, carry_bar, ys_bar, start=start, length=length, unroll=unroll
+    _, (sums, carry_bar, some) = back_over(
+        adjoint, params, sums, carry, xs, carry_bar, ys_bar, start=start, length=length, unroll=unroll
     )
-    return carry_bar, add_up(params_bar, more), put_window(xs_bar, some, start)
+    return carry_bar, sums, put_window(xs_bar, some, start)
 
 
 def _take_back_lean(task: Task, back: Any, carry: Any, start: Any, length: int) -> Any:
@@ -180,19 +183,16 @@ def _take_back_lean(task: Task, back: Any, carry: Any, start: Any, length: int) 
         return new_carry, (carry, others)
 
     def backward(state, at_t):
-        new_carry, (carry_bar, params_bar, xs_bar) = state
-        t, (carry, others), y_bar = at_t
-        x = at(xs, t)
+        new_carry, (carry_bar, sums, xs_bar) = state
+        t, (carry, others) = at_t
+        x, y_bar = at((xs, ys_bar), t)
         residuals = restorers[-1](others, (carry, new_carry))
-        previous_bar, delta = adjoint.backward(params, residuals, x, carry_bar, y_bar)
-        more, some = adjoint.contract(params, *jax.tree.map(lambda leaf: leaf[None], (residuals, x, y_bar, delta)))
-        params_bar = add_up(params_bar, fit(more, params, "params"))
-        xs_bar = put_window(xs_bar, fit(some, window(xs, t, 1), "xs"), t)
-        return (carry, (fit(previous_bar, carry, "init"), params_bar, xs_bar)), None
+        previous_bar, delta = adjoint.backward(params, residuals, x, carry_bar, filled(y_bar))
+        one = jax.tree.map(lambda leaf: leaf[None], (residuals, x, y_bar, delta))
+        sums, some = contract(adjoint, params, sums, *one, length=1)
+        return (carry, (fit(previous_bar, carry, "init"), sums, put_window(xs_bar, some, t))), None
 
     steps = start + jnp.arange(length, dtype=jnp.int32)
     new_carry, kept = jax.lax.scan(forward, carry, steps, unroll=unroll)
-    (_, back), _ = jax.lax.scan(
-        backward, (new_carry, back), (steps, kept, window(ys_bar, start, length)), reverse=True, unroll=unroll
-    )
+    (_, back), _ = jax.lax.scan(backward, (new_carry, back), (steps, kept), reverse=True, unroll=unroll)
     return back

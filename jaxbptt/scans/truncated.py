@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.along_time import put_window, room
-from jaxbptt.scans.backward import add_up, as_params, back_over, step_with_adjoint, totals
-from jaxbptt.scans.forward_mode import reverse_mode_only
+from jaxbptt.scans.backward import back_over, step_with_adjoint, weight_gradient
 from jaxbptt.scans.recurrence import at_one_step, check_count, differentiable, merge, prepare, split
 from jaxbptt.scans.resets import with_flags
+from jaxbptt.scans.reverse_mode import reverse_mode
 
 
 def truncated_scan(
@@ -95,39 +95,30 @@ def truncated_scan(
 
         return jax.lax.scan(body, init, (jnp.arange(r.length), xs), length=r.length, unroll=unroll)
 
-    run = jax.custom_vjp(unrolled)
+    def forward(params, init, xs):
+        return unrolled(params, init, xs), None
 
-    def run_forward(params, init, xs):
-        return unrolled(params, init, xs), (params, init, xs)
-
-    def run_backward(saved, bars):
-        params, init, xs = saved
-        last_bar, ys_bar = differentiable(bars)
+    def backward(params, init, xs, _, last_bar, ys_bar):
         nothing = jax.tree.map(jnp.zeros_like, last_bar)
 
         def over_chunk(state, start, length):
-            carry, init_bar, params_bar, xs_bar = state
+            carry, init_bar, sums, xs_bar = state
             carry_bar = jax.tree.map(partial(jnp.where, start + length == r.length), last_bar, nothing)
-            next_carry, (more, carry_bar, some) = back_over(
-                adjoint, params, carry, xs, carry_bar, ys_bar, start=start, length=length, unroll=unroll
+            next_carry, (sums, carry_bar, some) = back_over(
+                adjoint, params, sums, carry, xs, carry_bar, ys_bar, start=start, length=length, unroll=unroll
             )
             init_bar = jax.tree.map(partial(jnp.where, start == 0), carry_bar, init_bar)
             # Nothing passes to the next chunk, in derivatives of this derivative neither.
-            return (
-                jax.lax.stop_gradient(next_carry),
-                init_bar,
-                add_up(params_bar, more),
-                put_window(xs_bar, some, start),
-            )
+            return jax.lax.stop_gradient(next_carry), init_bar, sums, put_window(xs_bar, some, start)
 
         init_bar = nothing if r.length else last_bar
-        state = init, init_bar, totals(params), room(at_one_step(differentiable(xs)), r.length)
+        total = weight_gradient(adjoint, params, init, xs, last_bar, ys_bar, chunk)
+        state = init, init_bar, total.zeros, room(at_one_step(differentiable(xs)), r.length)
         if chunks:
             state = jax.lax.fori_loop(0, chunks, lambda i, state: over_chunk(state, i * chunk, chunk), state)
         if left_over:
             state = over_chunk(state, chunks * chunk, left_over)
-        _, init_bar, params_bar, xs_bar = state
-        return as_params(params_bar, params), init_bar, xs_bar
+        _, init_bar, sums, xs_bar = state
+        return total.finish(sums), init_bar, xs_bar
 
-    run.defvjp(run_forward, run_backward)
-    return reverse_mode_only("truncated_scan", run)(params, r.init, xs)
+    return reverse_mode("truncated_scan", unrolled, forward, backward)(params, r.init, xs)

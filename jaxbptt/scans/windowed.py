@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint, Cell
+from jaxbptt.scans.along_time import filled
 from jaxbptt.scans.backward import at_last_step, back_one_lag, fit, step_with_adjoint, unroll_forward
-from jaxbptt.scans.forward_mode import reverse_mode_only
 from jaxbptt.scans.recurrence import check_count, differentiable, prepare
 from jaxbptt.scans.resets import with_flags
+from jaxbptt.scans.reverse_mode import reverse_mode
 
 
 def windowed_scan(
@@ -85,18 +86,14 @@ def windowed_scan(
     step, params, adjoint, branches, _ = with_adjoint
     lags = min(int(window), r.length)
 
-    @jax.custom_vjp
     def run(params, init, xs):
         return jax.lax.scan(partial(step, params), init, xs, length=r.length, unroll=unroll)
 
-    def run_forward(params, init, xs):
-        outputs, residuals = unroll_forward(adjoint, params, init, xs, length=r.length, unroll=unroll)
-        return outputs, (params, init, xs, residuals)
+    def forward(params, init, xs):
+        return unroll_forward(adjoint, params, init, xs, length=r.length, unroll=unroll)
 
-    def run_backward(saved, bars):
-        params, init, xs, residuals = saved
-        residuals = residuals.stacked()
-        last_bar, ys_bar = differentiable(bars)
+    def backward(params, init, xs, residuals, last_bar, ys_bar):
+        residuals, ys_bar = residuals.stacked(), filled(ys_bar, r.length)
         if lags == 0:
             params_bar, xs_bar = jax.tree.map(jnp.zeros_like, differentiable((params, xs)))
             return params_bar, last_bar, xs_bar
@@ -114,5 +111,4 @@ def windowed_scan(
         params_bar, xs_bar = adjoint.contract(params, residuals, xs, ys_bar, deltas)
         return fit(params_bar, params, "params"), fit(init_bar, init, "init"), fit(xs_bar, xs, "xs")
 
-    run.defvjp(run_forward, run_backward)
-    return reverse_mode_only("windowed_scan", run)(params, r.init, xs)
+    return reverse_mode("windowed_scan", run, forward, backward)(params, r.init, xs)

@@ -1,0 +1,96 @@
+r"""A recurrence with a reverse-mode derivative of its own: told what the loss does not use, and clear about forward mode.
+
+JAX's own message for `jax.jvp` of a custom derivative names neither the function nor the way out, and it comes at one of
+two moments: while the tangents are mapped (`jacfwd`), or when a program that holds them is compiled. The first is caught
+and said better. For the second, inputs pass through a marked identity, whose tangents go through an operation that can be
+transposed, which is all that reverse mode does, but not computed. One case keeps JAX's message: `jacfwd` of a function
+that was jitted before, whose tangents are mapped after this code has run.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jaxbptt.scans.along_time import Zeros, filled
+from jaxbptt.scans.recurrence import differentiable, is_differentiable
+
+
+def reverse_mode(
+    strategy: str, run: Callable[..., Any], forward: Callable[..., Any], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`run` with a derivative, as `jax.custom_vjp` makes it, and a `TypeError` that names `scan` for forward mode.
+
+    Args:
+        strategy: name of what the user called.
+        run: `(params, init, xs) -> (carry, ys)`.
+        forward: `(params, init, xs) -> ((carry, ys), saved)`.
+        backward: `(params, init, xs, saved, carry_bar, ys_bar) -> (params_bar, init_bar, xs_bar)`. Outputs without a
+            derivative have `None` for a gradient, and ys that the loss does not use `Zeros`: a loss of the last state
+            needs no array of zeros for the others.
+    """
+
+    def with_derivative(params, init, xs):
+        # In a list: told of zeros, JAX would put marks of its own into the containers of the user.
+        primals, treedef = jax.tree.flatten((params, init, xs))
+
+        @jax.custom_vjp
+        def flat(*primals):
+            return run(*treedef.unflatten(primals))
+
+        def flat_forward(*primals):
+            primals = treedef.unflatten([primal.value for primal in primals])
+            outputs, saved = forward(*primals)
+            return outputs, (primals, saved)
+
+        def flat_backward(kept, bars):
+            primals, saved = kept
+            carry_bar, ys_bar = differentiable(bars)
+            carry_bar = filled(jax.tree.map(lambda bar: _zeros(bar, bar.shape), carry_bar))
+            ys_bar = jax.tree.map(lambda bar: _zeros(bar, bar.shape[1:]), ys_bar)
+            return tuple(treedef.flatten_up_to(backward(*primals, saved, carry_bar, ys_bar)))
+
+        flat.defvjp(flat_forward, flat_backward, symbolic_zeros=True)
+        try:
+            return flat(*(_mark(leaf, strategy) if is_differentiable(leaf) else leaf for leaf in primals))
+        except TypeError as error:
+            if "(jvp) to a custom_vjp function" in str(error):
+                _refuse(strategy=strategy)
+            raise
+
+    return with_derivative
+
+
+def _zeros(bar: Any, shape: tuple[int, ...]) -> Any:
+    return Zeros(shape, bar.dtype) if isinstance(bar, SymbolicZero) else bar
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _mark(leaf: Any, strategy: str) -> Any:
+    """The identity; its tangents can be transposed and not computed."""
+    return leaf
+
+
+@_mark.defjvp
+def _mark_jvp(strategy: str, primals: Any, tangents: Any) -> Any:
+    (leaf,), (tangent,) = primals, tangents
+    return leaf, _tangent_p.bind(tangent, strategy=strategy)
+
+
+def _refuse(*_: Any, strategy: str, **__: Any) -> Any:
+    raise TypeError(
+        f"{strategy} has a hand-written backward pass and so no forward-mode derivative (jvp, jacfwd, linearize): use "
+        "jaxbptt.scan, which has both. Forward over reverse, as in jax.hessian, works through either."
+    )
+
+
+_tangent_p = Primitive("reverse_mode_tangent")
+_tangent_p.def_impl(_refuse)
+_tangent_p.def_abstract_eval(lambda tangent, *, strategy: tangent)
+ad.deflinear2(_tangent_p, lambda cotangent, _, *, strategy: [cotangent])
+batching.defvectorized(_tangent_p)
+mlir.register_lowering(_tangent_p, _refuse)
