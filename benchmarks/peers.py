@@ -46,9 +46,16 @@ def loss(run, params, xs, target):
     return jnp.mean((run(params, xs) - target) ** 2)
 
 
-def compiled(layer, *args):
-    """Value and gradient of a contender, compiled, and its cost."""
-    return harness.compile_and_cost(jax.value_and_grad(partial(loss, layer.run)), layer.params, *args)
+def compiled(contenders, args, compiles):
+    """Value and gradient of each contender, compiled, its cost, and the seconds that compiling took each time, in turns."""
+    calls, costs, seconds = {}, {}, {name: [] for name in contenders}
+    for _ in range(compiles):
+        for name, layer in contenders.items():
+            jax.clear_caches()
+            gradient = jax.value_and_grad(partial(loss, layer.run))
+            calls[name], costs[name] = harness.compile_and_cost(gradient, layer.params, *args)
+            seconds[name].append(costs[name].compile_seconds)
+    return calls, costs, {name: float(np.median(found)) for name, found in seconds.items()}
 
 
 def arguments(size):
@@ -57,14 +64,12 @@ def arguments(size):
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
-def measured(kind, size, repeats):
+def measured(kind, size, repeats, compiles):
     """What is known of each contender at one size."""
     args = arguments(size)
-    calls, costs = {}, {}
     contenders = layers.in_jax(kind, size)
-    for name, layer in contenders.items():
-        call, costs[name] = compiled(layer, *args)
-        calls[name] = partial(call, layer.params, *args)
+    calls, costs, compile_seconds = compiled(contenders, args, compiles)
+    calls = {name: partial(call, contenders[name].params, *args) for name, call in calls.items()}
     products, matrices = layers.dense_products(kind, size)
     call, costs[FLOOR] = harness.compile_and_cost(products, *matrices)
     calls[FLOOR] = partial(call, *matrices)
@@ -85,7 +90,7 @@ def measured(kind, size, repeats):
         }
         if name in costs:
             found[name] |= {
-                "compile seconds": costs[name].compile_seconds,
+                "compile seconds": compile_seconds.get(name, costs[name].compile_seconds),
                 "temporary bytes": costs[name].temporary_bytes,
                 "operations": costs[name].flops,
             }
@@ -106,7 +111,8 @@ def check(where, calls, costs, shared):
                 raise AssertionError(f"{where}: {name} differs from {BASE} by {error:.1e} of the largest entry.")
     for name, cost in costs.items():
         ratio = cost.flops / costs[BASE].flops
-        if name != CUDNN and not abs(ratio - 1) <= 0.6:  # cuDNN's is one call, whose inside can't be counted
+        most = 1.45 if "checkpoint" in name else 1.2  # the forward is a third, and computed twice there
+        if name != CUDNN and not 0.8 <= ratio <= most:  # cuDNN's is one call, whose inside can't be counted
             raise AssertionError(f"{where}: {name} has {ratio:.2f} times the operations of {BASE}.")
 
 
@@ -124,18 +130,15 @@ def in_turns(calls, repeats):
     return seconds
 
 
-def compile_times(kind, lengths, repeats):
+def compile_times(kind, lengths, compiles):
     """Median compile seconds of adjoint_scan and lax.scan by number of time steps."""
-    seconds = {(name, steps): [] for name in (BASE, BEST) for steps in lengths}
-    for _ in range(repeats):
-        for (name, steps), found in seconds.items():
-            size = Size(steps, 1, 16, 64)
-            shapes = jax.eval_shape(partial(arguments, size))
-            found.append(compiled(layers.ours(kind, size)[name], *shapes)[1].compile_seconds)
-    return [
-        {"cell": kind, "contender": name, "T": steps, "compile seconds": float(np.median(found))}
-        for (name, steps), found in seconds.items()
-    ]
+    found = []
+    for steps in lengths:
+        size = Size(steps, 1, 16, 64)
+        contenders = {name: layer for name, layer in layers.ours(kind, size).items() if name in (BASE, BEST)}
+        _, _, seconds = compiled(contenders, jax.eval_shape(partial(arguments, size)), compiles)
+        found += [{"cell": kind, "contender": name, "T": steps, "compile seconds": seconds[name]} for name in seconds]
+    return found
 
 
 def over(values, worst):
@@ -146,31 +149,33 @@ def over(values, worst):
 
 
 def summary(found):
-    """Over all layers: each contender against lax.scan, and adjoint_scan against others."""
+    """Over all layers: each contender against lax.scan, and each adjoint against others."""
     by_layer = {f"{layer['cell']} {layer['size']}": layer["contenders"] for layer in found}
     names = list(dict.fromkeys(name for contenders in by_layer.values() for name in contenders))
 
-    def ratio(quantity, *others):
-        """Of adjoint_scan to the least of the others, in each layer that has one of them."""
-        least = {w: min((c[n][quantity] for n in others if n in c), default=None) for w, c in by_layer.items()}
-        return {w: by_layer[w][BEST][quantity] / other for w, other in least.items() if other}
+    def compared(name):
+        def ratio(quantity, *others):
+            """To the least of the others, in each layer that has one of them."""
+            least = {w: min((c[n][quantity] for n in others if n in c), default=None) for w, c in by_layer.items()}
+            return {w: by_layer[w][name][quantity] / other for w, other in least.items() if other}
 
-    def faster(*others):
-        return {where: 1 / value for where, value in ratio("milliseconds", *others).items()}
+        def faster(*others):
+            return {where: 1 / value for where, value in ratio("milliseconds", *others).items()}
+
+        floor = {where: value for where, value in ratio("milliseconds", FLOOR).items() if where in wide}
+        found = {
+            "times faster than the fastest other in JAX": (faster(*others), min),
+            "times faster than torch": (faster(TORCH), min),
+            "times the floor, B ≥ 32": (floor, max),
+            "temporary bytes, of lax.scan's": (ratio("temporary bytes", BASE), max),
+            "compile seconds, of lax.scan's": (ratio("compile seconds", BASE), max),
+        }
+        return {quantity: over(values, worst) for quantity, (values, worst) in found.items() if values}
 
     each = {name: over({w: c[name][FASTER] for w, c in by_layer.items() if name in c}, min) for name in names}
     others = [name for name in names if name not in (*OURS, TORCH, FLOOR)]
     wide = {f"{layer['cell']} {layer['size']}" for layer in found if layer["B"] >= 32}
-    floor = {where: value for where, value in ratio("milliseconds", FLOOR).items() if where in wide}
-    best = {
-        "times faster than the fastest other in JAX": (faster(*others), min),
-        "times faster than torch": (faster(TORCH), min),
-        "times the floor, B ≥ 32": (floor, max),
-        "temporary bytes, of lax.scan's": (ratio("temporary bytes", BASE), max),
-        "compile seconds, of lax.scan's": (ratio("compile seconds", BASE), max),
-    }
-    best = {quantity: over(values, worst) for quantity, (values, worst) in best.items() if values}
-    return {FASTER: each, BEST: best}
+    return {FASTER: each, BEST: compared(BEST), DERIVED: compared(DERIVED)}
 
 
 def markdown(results):
@@ -178,7 +183,7 @@ def markdown(results):
     text = [
         f"# One recurrent layer in every library, measured\n\n{results['machine']}",
         f"Value and gradient of mean((hs - target)²) with respect to the parameters, float32; medians of "
-        f"{results['rounds']} rounds. The floor is {FLOOR}: as many multiply-adds, no recurrence.",
+        f"{results['rounds']} rounds, of three for compile seconds. The floor is {FLOOR}: as many multiply-adds, no recurrence.",
     ]
     columns = {"milliseconds": 1, FASTER: 1, "times the floor": 1, "compile seconds": 1, "temporary bytes": 2**20}
     for layer in results["layers"]:
@@ -269,14 +274,14 @@ def main():
     sizes = QUICK_SIZES if options.quick else SIZES + GPU_SIZES if backend == "gpu" else SIZES
     chosen = sizes if options.sizes is None else [sizes[int(i)] for i in options.sizes.split(",")]
     cells = options.cells.split(",")
-    repeats = 2 if options.quick else options.repeats
+    repeats, compiles = (2, 1) if options.quick else (options.repeats, 3)
 
     found, compile_seconds = [], []
     for kind in cells:
-        for layer in () if options.quick else layers.in_jax(kind, TINY).values():
-            compiled(layer, *arguments(TINY))  # the first time in a process takes longer
-        found += [measured(kind, size, repeats) for size in chosen]
-        compile_seconds += compile_times(kind, (16, 64) if options.quick else (256, 65_536), 1 if options.quick else 5)
+        if not options.quick:  # the first time in a process takes longer
+            compiled(layers.in_jax(kind, TINY), arguments(TINY), compiles)
+        found += [measured(kind, size, repeats, compiles) for size in chosen]
+        compile_seconds += compile_times(kind, (16, 64) if options.quick else (256, 65_536), compiles)
     results = {
         "machine": harness.machine(*versions()),
         "backend": backend,
