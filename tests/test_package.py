@@ -53,7 +53,10 @@ def test_imports_run_one_way():
         "cells": ("jaxbptt.cells",),
         "scans": (
             "jaxbptt.cells.cell",
-            *(f"jaxbptt.scans.{shared}" for shared in ("recurrence", "tracing", "reverse_mode", "backward")),
+            *(
+                f"jaxbptt.scans.{shared}"
+                for shared in ("recurrence", "tracing", "reverse_mode", "backward", "contraction")
+            ),
             *(
                 f"jaxbptt.scans.{shared}"
                 for shared in ("along_time", "resets", "schedule", "segments", "parts", "linearized", "residuals")

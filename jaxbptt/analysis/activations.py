@@ -9,10 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal
 from jaxtyping import Array
 
-from jaxbptt.scans.tracing import TracedStep, bind, wrapped
+from jaxbptt.scans.tracing import TracedStep, bind, evaluate_inlined
 
 # Largest slope, and how fast the slope falls with |a|: tanh′(a) = 1/cosh²(a), σ′(a) = 1/(4 cosh²(a/2)).
 _SQUASHING = {"tanh": (1.0, 2.0), "logistic": (0.25, 1.0)}
@@ -32,7 +31,7 @@ def relative_slopes(traced: TracedStep) -> Callable[..., dict[str, Array]]:
             e = jnp.exp(-rate * jnp.abs(a))
             found[f"{kind} {len(found) + 1}"] = jnp.mean(4 * e / (1 + e) ** 2)
 
-        _evaluate(traced.jaxpr, params.closed_over, jax.tree.leaves((params.leaves, carry, x)), record)
+        _evaluate(traced, (params, carry, x), record)
         return found
 
     return slopes
@@ -42,8 +41,7 @@ def opened(traced: TracedStep) -> Callable[..., Any]:
     """The same step with derivatives as if no tanh and no σ were saturated: each slope at its largest value."""
 
     def step(params, carry, x):
-        inputs = jax.tree.leaves((params.leaves, carry, x))
-        return traced.out_tree.unflatten(_evaluate(traced.jaxpr, params.closed_over, inputs, _open))
+        return traced.out_tree.unflatten(_evaluate(traced, (params, carry, x), _open))
 
     return step
 
@@ -55,22 +53,14 @@ def _open(kind: str, a: Array) -> Array:
     return fn(a)
 
 
-def _evaluate(
-    jaxpr: Any, consts: list[Any], inputs: list[Any], visit: Callable[[str, Array], Array | None]
-) -> list[Any]:
-    """Evaluate a trace; where `visit` returns something for a squashing function, it stands for its result."""
-    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
+def _evaluate(traced: TracedStep, inputs: Any, visit: Callable[[str, Array], Array | None]) -> list[Any]:
+    """Evaluate a step; where `visit` returns something for a squashing function, it stands for its result."""
 
-    def get(var):
-        return var.val if isinstance(var, Literal) else env[var]
+    def run(eqn, values):
+        kind = eqn.primitive.name
+        seen = visit(kind, values[0]) if kind in _SQUASHING else None
+        return bind(eqn, values) if seen is None else [seen]
 
-    for eqn in jaxpr.eqns:
-        values, kind = [get(var) for var in eqn.invars], eqn.primitive.name
-        inside = wrapped(eqn)
-        if inside is not None:
-            results = _evaluate(*inside, values, visit)
-        else:
-            seen = visit(kind, values[0]) if kind in _SQUASHING else None
-            results = bind(eqn, values) if seen is None else [seen]
-        env |= dict(zip(eqn.outvars, results, strict=True))
-    return [get(var) for var in jaxpr.outvars]
+    params, carry, x = inputs
+    leaves = jax.tree.leaves((params.leaves, carry, x))
+    return evaluate_inlined(traced.jaxpr, params.closed_over, leaves, run)

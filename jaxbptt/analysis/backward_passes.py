@@ -13,14 +13,12 @@ import jax.numpy as jnp
 from jaxbptt.cells.cell import Cell
 from jaxbptt.scans.backward import (
     StepWithAdjoint,
-    add_up,
     at_last_step,
     back_one_lag,
-    fit,
     step_with_adjoint,
-    totals,
     unroll_forward,
 )
+from jaxbptt.scans.contraction import add_up, fit, totals
 from jaxbptt.scans.recurrence import differentiable, merge, prepare, split
 
 # Backward passes that run side by side where many are asked for: more take more memory, and little less time.

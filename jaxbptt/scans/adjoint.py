@@ -39,14 +39,14 @@ def adjoint_scan(
 
     Exact: values and gradients are those of `scan`, in less time and memory (benchmarks/results/peers_*.md). Time O(T)
     steps, each computed once; keeps what the backward of each step needs, no number of it twice: what is an output, or was
-    one a step before, is read there. On CPU the sum over time is taken in segments of time whose δₜ are still in the cache,
-    and all δₜ never exist at once.
+    one a step before, is read there, and outputs that the loss does not use have no gradient array. On CPU the sum over
+    time is taken in segments of time whose δₜ are still in the cache, and all δₜ never exist at once.
 
     A derived adjoint is the step's linearisation, sorted: what the tangent of the carry goes through is transposed in the
     loop, the rest outside it, for many t at once. A `jax.checkpoint` inside the step is not heeded: what is kept is decided
-    here. A step whose tangents go through a loop, a branch or a `jax.custom_vjp` can't be sorted, and one is not that puts
-    a large table of params together anew at each step: it is computed twice more on the way back, and one that branches (`lax.cond`) is contracted one step
-    at a time, since a map over time would run, and differentiate, both branches.
+    here. A step can't be sorted whose tangents go through a loop, a branch or a `jax.custom_vjp`, and it does not pay for
+    one that puts a large table of params together anew each time: such steps are computed twice more on the way back. One
+    that branches (`lax.cond`) is contracted one step at a time: mapped over time, both branches would run.
 
     With `clip_adjoint` the recursion itself is clipped, c̄ₜ₋₁ ← clip(c̄ₜ₋₁) at each step, and not the sum at the end: an
     explosion is stopped where it begins. The gradient is then biased, and exact again where nothing is clipped.

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.along_time import at, filled, window
+from jaxbptt.scans.contraction import contract, fit, weight_gradient
 from jaxbptt.scans.linearized import linearized
-from jaxbptt.scans.parts import arrays_of, before_moves, evaluate, in_loop, program
-from jaxbptt.scans.parts import read as values_of
-from jaxbptt.scans.recurrence import Recurrence, at_one_step, differentiable, name, pull, split
+from jaxbptt.scans.parts import arrays_of, in_loop
+from jaxbptt.scans.recurrence import Recurrence, at_one_step, pull
 from jaxbptt.scans.residuals import Residuals, places
 from jaxbptt.scans.schedule import divisor_near
 from jaxbptt.scans.tracing import TracedStep, map_over_time, trace
@@ -211,78 +211,15 @@ def _back(
 def segment_length(carry_bar: Any, length: int) -> int:
     """Time steps after which the weight gradient is added to, so that what a product reads is still in the cache.
 
-    On CPU about as many as have 1,024 rows, but at least 8, half of the steps at most, and rather a divisor of them. Measured against one product for all time steps, with 32
-    and 64 rows a step: 0.71 to 0.97 of the time for gru and lstm, 0.81 to 1.2 for elman, and 0.67 of the bytes; 512 and
-    2,048 rows take up to 1.1 and 1.2 times as long. Not measured on other backends, where few large products are the
-    rule: all steps.
+    On CPU about as many as have 1,024 rows, but at least 8, half of the steps at most, and rather a divisor of them.
+    Measured against one product for all time steps, with 32 and 64 rows a step: 0.71 to 0.97 of the time for gru and
+    lstm, 0.81 to 1.2 for elman, and 0.67 of the bytes; 512 and 2,048 rows take up to 1.1 and 1.2 times as long. Not
+    measured on other backends, where few large products are the rule: all steps.
     """
     if jax.default_backend() != "cpu":
         return max(length, 1)
     rows = max((math.prod(leaf.shape[:-1]) for leaf in jax.tree.leaves(carry_bar)), default=1)
     return divisor_near(length, max(min(1024 / max(rows, 1), length / 2), 8), within=4) if length else 1
-
-
-class WeightGradient(NamedTuple):
-    """How the gradient of params is added up over stretches of time: entries are moved to their places once, at the end.
-
-    Attributes:
-        zeros: sums to start with, in single precision at least.
-        finish: `(sums)`, the gradient of params.
-    """
-
-    zeros: list[Any]
-    finish: Callable[[list[Any]], Any]
-
-
-def weight_gradient(
-    adjoint: Adjoint, params: Any, carry: Any, xs: Any, carry_bar: Any, ys_bar: Any, length: int
-) -> WeightGradient:
-    """The sums of an adjoint for stretches of `length` steps; checks what it returns, for arguments of these shapes."""
-
-    def step(params, carry, x, carry_bar, y_bar):
-        _, residuals = adjoint.forward(params, carry, x)
-        previous_bar, deltas = adjoint.backward(params, residuals, x, carry_bar, filled(y_bar))
-        return residuals, deltas, fit(previous_bar, carry, "init")
-
-    x, y_bar = at_one_step((xs, ys_bar))
-    one_step = program(step, params, carry, x, carry_bar, y_bar)
-    residuals, deltas, _ = one_step.out_tree.unflatten([var.aval for var in one_step.results])
-    args = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((length, *leaf.shape), leaf.dtype), (residuals, x, y_bar, deltas)
-    )
-    _, (params_tree, _), (parts, move) = _contraction(adjoint, params, *args, length=length)
-
-    def finish(sums):
-        return fit(params_tree.unflatten(move(sums)), params, "params")
-
-    zeros = totals([jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in parts])
-    jax.eval_shape(finish, zeros)
-    return WeightGradient(zeros, finish)
-
-
-def contract(
-    adjoint: Adjoint, params: Any, sums: list[Any], residuals: Any, xs: Any, ys_bar: Any, deltas: Any, *, length: int
-) -> tuple[list[Any], Any]:
-    """`sums` with a stretch of `length` steps added, and the gradient of xs there."""
-    args = residuals, xs, ys_bar, deltas
-    traced, (params_tree, xs_tree), (parts, _) = _contraction(adjoint, params, *args, length=length)
-    env = evaluate(traced.eqns, traced.consts | dict(zip(traced.inputs, arrays_of((params, *args)), strict=True)))
-    xs_bar = xs_tree.unflatten(values_of(env, traced.results[params_tree.num_leaves :]))
-    return add_up(sums, values_of(env, parts)), xs_bar
-
-
-def _contraction(
-    adjoint: Adjoint, params: Any, residuals: Any, xs: Any, ys_bar: Any, deltas: Any, *, length: int
-) -> Any:
-    """`adjoint.contract` traced, the structures of what it returns, and its last operations: those that move entries."""
-
-    def both(params, residuals, xs, ys_bar, deltas):
-        params_bar, xs_bar = adjoint.contract(params, residuals, xs, filled(ys_bar, length), deltas)
-        return _with_derivative(params_bar, params), fit(xs_bar, xs, "xs")
-
-    traced = program(both, params, residuals, xs, ys_bar, deltas)
-    trees = traced.out_tree.children()
-    return traced, trees, before_moves(traced, trees[0].num_leaves)
 
 
 def differentiated_as(plain: Callable[..., Any], fast: Callable[..., Any]) -> Callable[..., Any]:
@@ -342,51 +279,3 @@ def without(residuals: Any, outputs: Any) -> tuple[list[Any], Callable[..., Any]
         return treedef.unflatten([next(rest) if place is None else returned[place] for place in places])
 
     return [leaf for leaf, place in zip(leaves, places, strict=True) if place is None], restore
-
-
-def fit(bar: Any, primal: Any, root: str) -> Any:
-    """Check a result of an `Adjoint` against what it is the derivative of, and give it that dtype."""
-    bar, primal = _with_derivative(bar, primal), differentiable(primal)
-
-    def cast(path, leaf, leaf_bar):
-        aval = jax.typeof(leaf)
-        if leaf_bar.shape != aval.shape:
-            raise ValueError(
-                f"The adjoint's gradient of {name(root, path)} has shape {leaf_bar.shape}, but {name(root, path)} has "
-                f"{aval.shape}: sum over time and batch what it does not have, and check the order of its axes."
-            )
-        return leaf_bar.astype(aval.dtype)
-
-    if jax.tree.structure(bar) != jax.tree.structure(primal):
-        raise ValueError(
-            f"The adjoint's gradient of {root} has structure {jax.tree.structure(bar)}, but {root} has "
-            f"{jax.tree.structure(primal)}: return one gradient for each leaf, None for those without a derivative."
-        )
-    return jax.tree_util.tree_map_with_path(cast, primal, bar)
-
-
-def _with_derivative(bar: Any, primal: Any) -> Any:
-    """A gradient without what it has for leaves that have no derivative, such as integer inputs of a cell."""
-    if jax.tree.structure(bar) == jax.tree.structure(primal):
-        moving, _ = split(primal)
-        bar = jax.tree.map(lambda leaf, leaf_bar: None if leaf is None else leaf_bar, moving, bar, is_leaf=_is_none)
-    return differentiable(bar)
-
-
-def _is_none(leaf: Any) -> bool:
-    return leaf is None
-
-
-def totals(tree: Any) -> Any:
-    """Zeros to add up gradients of these shapes in, in single precision at least."""
-
-    def zeros(leaf):
-        aval = jax.typeof(leaf)
-        return jnp.zeros(aval.shape, aval.dtype if jnp.finfo(aval.dtype).bits >= 32 else jnp.float32)
-
-    return jax.tree.map(zeros, differentiable(tree))
-
-
-def add_up(totals: Any, more: Any) -> Any:
-    """`totals` and what one more stretch adds to them."""
-    return jax.tree.map(lambda total, leaf: total + leaf.astype(total.dtype), totals, more)

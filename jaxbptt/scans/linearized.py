@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from jaxbptt.cells.cell import Adjoint
-from jaxbptt.scans.parts import evaluate, fixed_by, program, read
+from jaxbptt.scans.parts import evaluate, fixed_by, program
 from jaxbptt.scans.recurrence import differentiable, merge, split
-from jaxbptt.scans.tracing import TracedStep, subjaxprs
+from jaxbptt.scans.tracing import TracedStep, read, subjaxprs
 
 # Computed again on the way back from what is kept, in place of being kept.
 _ARITHMETIC = {"add", "sub", "mul", "neg", "add_any", "max", "min", "square", "integer_pow", "one_minus_square"}

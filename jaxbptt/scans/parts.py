@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from jaxbptt.scans.recurrence import is_array, merge, split
-from jaxbptt.scans.tracing import bind, wrapped
+from jaxbptt.scans.tracing import bind, evaluate_inlined, read
 
 # A constant that these make is larger than what they make it of: cheaper made again at each step than read.
 _ENLARGE = {"broadcast_in_dim", "iota"}
@@ -36,7 +36,7 @@ def program(fn: Callable[..., Any], *args: Any) -> Program:
     """Trace `fn` for arguments of these shapes; leaves that are no arrays (flags, sizes) stay Python, and are no inputs."""
     arrays, others = split(args, is_array)
     closed, shapes = jax.make_jaxpr(lambda arrays: fn(*merge(arrays, others)), return_shape=True)(arrays)
-    flat = jax.make_jaxpr(partial(_inlined, closed.jaxpr, closed.consts))(jax.tree.leaves(arrays))
+    flat = jax.make_jaxpr(partial(evaluate_inlined, closed.jaxpr, closed.consts))(jax.tree.leaves(arrays))
     consts = dict(zip(flat.jaxpr.constvars, flat.consts, strict=True))
     results = flat.jaxpr.outvars
     return Program(_used(flat.jaxpr.eqns, results), consts, flat.jaxpr.invars, results, jax.tree.structure(shapes))
@@ -56,20 +56,6 @@ def _used(eqns: list[Any], results: list[Any]) -> list[Any]:
             used.append(eqn)
             needed.update(var for var in eqn.invars if not isinstance(var, Literal))
     return used[::-1]
-
-
-def _inlined(jaxpr: Any, consts: list[Any], inputs: list[Any]) -> list[Any]:
-    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
-    for eqn in jaxpr.eqns:
-        values, inside = read(env, eqn.invars), wrapped(eqn)
-        results = bind(eqn, values) if inside is None else _inlined(*inside, values)
-        env |= zip(eqn.outvars, results, strict=True)
-    return read(env, jaxpr.outvars)
-
-
-def read(env: dict[Any, Any], variables: Iterable[Any]) -> list[Any]:
-    """The values of some variables; a literal is its own."""
-    return [var.val if isinstance(var, Literal) else env[var] for var in variables]
 
 
 def evaluate(eqns: Iterable[Any], env: dict[Any, Any]) -> dict[Any, Any]:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxbptt.cells.cell import Adjoint
 from jaxbptt.scans import schedule
 from jaxbptt.scans.along_time import at, filled, put, put_window, room, window
-from jaxbptt.scans.backward import back_over, contract, fit, weight_gradient, without
+from jaxbptt.scans.backward import back_over, without
+from jaxbptt.scans.contraction import contract, fit, weight_gradient
 from jaxbptt.scans.recurrence import at_one_step, differentiable
 
 Step = Callable[..., Any]

@@ -4,14 +4,15 @@ A custom derivative sees only what is passed to it. A step such as `lambda _, h,
 it; `trace` finds `W` in the trace and hands it over, so that gradients reach it and no step is traced twice.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 from jax.core import eval_jaxpr
+from jax.extend.core import Literal
 
-from jaxbptt.scans.recurrence import Recurrence, at_one_step, is_array
+from jaxbptt.scans.recurrence import Recurrence, at_one_step, is_array, merge, split
 
 # Calls that only wrap a function: their inside can be evaluated in place.
 _WRAPPERS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2"}
@@ -58,18 +59,13 @@ def map_over_time(fn: Callable[..., Any], *, in_turn: bool) -> Callable[..., Any
 
 def trace(recurrence: Recurrence) -> TracedStep:
     """Trace the step of a prepared recurrence, once."""
-    leaves, treedef = jax.tree.flatten(recurrence.params)
-    dynamic = [is_array(leaf) for leaf in leaves]
-    arrays = [leaf for d, leaf in zip(dynamic, leaves, strict=True) if d]
+    arrays, others = split(recurrence.params, is_array)
+    leaves, treedef = jax.tree.flatten(arrays)
 
-    def fill(arrays, others):
-        arrays = iter(arrays)
-        return treedef.unflatten([next(arrays) if d else leaf for d, leaf in zip(dynamic, others, strict=True)])
+    def from_arrays(leaves, carry, x):
+        return recurrence.step(merge(treedef.unflatten(leaves), others), carry, x)
 
-    def from_arrays(arrays, carry, x):
-        return recurrence.step(fill(arrays, leaves), carry, x)
-
-    closed, shapes = jax.make_jaxpr(from_arrays, return_shape=True)(arrays, recurrence.init, at_one_step(recurrence.xs))
+    closed, shapes = jax.make_jaxpr(from_arrays, return_shape=True)(leaves, recurrence.init, at_one_step(recurrence.xs))
     out_tree = jax.tree.structure(shapes)
 
     def step(params, carry, x):
@@ -80,9 +76,9 @@ def trace(recurrence: Recurrence) -> TracedStep:
         jaxpr=closed.jaxpr,
         step=step,
         branches="cond" in _primitives(closed.jaxpr),
-        params=ClosedParams(arrays, list(closed.consts)),
+        params=ClosedParams(leaves, list(closed.consts)),
         out_tree=out_tree,
-        like_params=lambda params: fill(params.leaves, [None] * len(leaves)),
+        like_params=lambda params: treedef.unflatten(params.leaves),
     )
 
 
@@ -103,6 +99,23 @@ def bind(eqn: Any, values: list[Any]) -> list[Any]:
     """The results of one operation of a trace."""
     results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return results if eqn.primitive.multiple_results else [results]
+
+
+def read(env: dict[Any, Any], variables: Iterable[Any]) -> list[Any]:
+    """The values of some variables; a literal is its own."""
+    return [var.val if isinstance(var, Literal) else env[var] for var in variables]
+
+
+def evaluate_inlined(
+    jaxpr: Any, consts: list[Any], inputs: list[Any], run: Callable[[Any, list[Any]], list[Any]] = bind
+) -> list[Any]:
+    """Evaluate a trace, wrappers opened; `run(eqn, values)` gives the results of each operation."""
+    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
+    for eqn in jaxpr.eqns:
+        values, inside = read(env, eqn.invars), wrapped(eqn)
+        results = run(eqn, values) if inside is None else evaluate_inlined(*inside, values, run)
+        env |= zip(eqn.outvars, results, strict=True)
+    return read(env, jaxpr.outvars)
 
 
 def _primitives(jaxpr: Any) -> Iterator[str]:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.along_time import put_window, room
-from jaxbptt.scans.backward import back_over, step_with_adjoint, weight_gradient
+from jaxbptt.scans.backward import back_over, step_with_adjoint
+from jaxbptt.scans.contraction import weight_gradient
 from jaxbptt.scans.recurrence import at_one_step, check_count, differentiable, merge, prepare, split
 from jaxbptt.scans.resets import with_flags
 from jaxbptt.scans.reverse_mode import reverse_mode

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.along_time import filled
-from jaxbptt.scans.backward import at_last_step, back_one_lag, fit, step_with_adjoint, unroll_forward
+from jaxbptt.scans.backward import at_last_step, back_one_lag, step_with_adjoint, unroll_forward
+from jaxbptt.scans.contraction import fit
 from jaxbptt.scans.recurrence import check_count, differentiable, prepare
 from jaxbptt.scans.resets import with_flags
 from jaxbptt.scans.reverse_mode import reverse_mode
