@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.along_time import at, filled, window
-from jaxbptt.scans.contraction import contract, fit, weight_gradient
+from jaxbptt.scans.contraction import fit, weight_gradient
 from jaxbptt.scans.linearized import linearized
 from jaxbptt.scans.parts import arrays_of, in_loop
 from jaxbptt.scans.recurrence import Recurrence, at_one_step, pull
@@ -86,15 +86,16 @@ def unroll_backward(
     """Gradients of params, init and xs, from those of c_T and ys, which may have `Zeros` for leaves."""
     total = weight_gradient(adjoint, params, init, xs, carry_bar, ys_bar, segment_length(carry_bar, length))
     sums, carry_bar, xs_bar = _back(
-        adjoint, params, total.zeros, residuals, xs, carry_bar, ys_bar, length=length, unroll=unroll
+        adjoint, total.add, params, total.zeros, residuals, xs, carry_bar, ys_bar, length=length, unroll=unroll
     )
     return total.finish(sums), fit(carry_bar, init, "init"), xs_bar
 
 
 def back_over(
     adjoint: Adjoint,
+    add: Callable[..., tuple[Any, Any]],
     params: Any,
-    sums: list[Any],
+    sums: Any,
     carry: Any,
     xs: Any,
     carry_bar: Any,
@@ -103,15 +104,17 @@ def back_over(
     start: Any,
     length: int,
     unroll: int | bool,
-) -> tuple[Any, tuple[list[Any], Any, Any]]:
+) -> tuple[Any, tuple[Any, Any, Any]]:
     """Forward over `length` steps of xs from the `carry` before step `start`, and back.
 
-    Returns the carry after them, and (`sums` with these steps added, gradient of the first carry, gradient of xs).
+    `add` is that of `weight_gradient`. Returns the carry after them, and (`sums` with these steps added, gradient of the
+    first carry, gradient of xs).
     """
     inputs = window(xs, start, length)
     (after, _), residuals = unroll_forward(adjoint, params, carry, inputs, length=length, unroll=unroll)
     sums, carry_bar, xs_bar = _back(
         adjoint,
+        add,
         params,
         sums,
         residuals,
@@ -126,8 +129,9 @@ def back_over(
 
 def _back(
     adjoint: Adjoint,
+    add: Callable[..., tuple[Any, Any]],
     params: Any,
-    sums: list[Any],
+    sums: Any,
     residuals: Residuals,
     xs: Any,
     carry_bar: Any,
@@ -135,7 +139,7 @@ def _back(
     *,
     length: int,
     unroll: int | bool,
-) -> tuple[list[Any], Any, Any]:
+) -> tuple[Any, Any, Any]:
     """The recursion over a stretch of time: `sums` with it added, and the gradients of its first carry and of xs."""
     segment = segment_length(carry_bar, length)
 
@@ -167,7 +171,7 @@ def _back(
         carry_bar, deltas = jax.lax.scan(
             body, carry_bar, (residuals, xs, ys_bar), length=length, reverse=True, unroll=unroll
         )
-        sums, xs_bar = contract(adjoint, params, sums, residuals, xs, ys_bar, restore(deltas), length=length)
+        sums, xs_bar = add(params, sums, residuals, xs, ys_bar, restore(deltas), length=length)
         return sums, carry_bar, xs_bar
 
     def in_segments(params, sums, residuals, xs, carry_bar, ys_bar):
@@ -182,9 +186,8 @@ def _back(
             state = start + length - 1, carry_bar
             (_, carry_bar), deltas = jax.lax.scan(at_t, state, None, length=length, reverse=True, unroll=unroll)
             some, some_bar = window((xs, ys_bar), start, length)
-            sums, xs_bar = contract(
-                adjoint, params, sums, residuals.window(start, length), some, some_bar, restore(deltas), length=length
-            )
+            stretch = residuals.window(start, length), some, some_bar, restore(deltas)
+            sums, xs_bar = add(params, sums, *stretch, length=length)
             return sums, carry_bar, xs_bar
 
         def one_more(state, _):

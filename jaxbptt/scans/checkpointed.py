@@ -16,7 +16,7 @@ from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans import schedule, segments
 from jaxbptt.scans.along_time import filled
 from jaxbptt.scans.backward import StepWithAdjoint, differentiated_as, step_with_adjoint, without
-from jaxbptt.scans.recurrence import Recurrence, at_one_step, check_count, differentiable, prepare, pull
+from jaxbptt.scans.recurrence import Recurrence, at_one_step, byte_count, check_count, differentiable, prepare, pull
 from jaxbptt.scans.resets import with_flags
 from jaxbptt.scans.reverse_mode import reverse_mode
 
@@ -129,14 +129,14 @@ def layout(r: Recurrence, step: StepWithAdjoint, segment_length: Any, checkpoint
             "in so many steps, the second to keep so many states, or neither."
         )
     length = max(r.length, 1)
-    carry_bytes = max(_bytes(r.init), 1)
+    carry_bytes = max(byte_count(r.init), 1)
     step_bytes, lean_bytes = _bytes_of_a_step(r, step)
     lean = False
     if checkpoints is not None:
         schedule.check_checkpoints(checkpoints, r.length or checkpoints)
         longest = -(-length // checkpoints)
         share = 0.4 * checkpoints * carry_bytes
-        lean = checkpoints * carry_bytes < _bytes(step.params)
+        lean = checkpoints * carry_bytes < byte_count(step.params)
         segment = max(1, min(int(share / (lean_bytes if lean else step_bytes)), longest))
     elif segment_length is not None:
         check_count("segment_length", segment_length, "counts time steps")
@@ -161,9 +161,4 @@ def _bytes_of_a_step(r: Recurrence, step: StepWithAdjoint) -> tuple[int, int]:
     args = step.params, r.init, at_one_step(r.xs)
     carry, y = jax.eval_shape(step.step, *args)
     at_once, lean = jax.eval_shape(one_step, *args, differentiable(y), differentiable(carry))
-    return max(_bytes(at_once), 1), max(_bytes(lean), 1)
-
-
-def _bytes(tree: Any) -> int:
-    avals = [jax.typeof(leaf) for leaf in jax.tree.leaves(tree)]
-    return sum(aval.size * aval.dtype.itemsize for aval in avals)
+    return max(byte_count(at_once), 1), max(byte_count(lean), 1)

@@ -4,6 +4,7 @@ Entries are moved to their places, as by a transpose or a concatenation, once af
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,62 +22,67 @@ class WeightGradient(NamedTuple):
 
     Attributes:
         zeros: sums to start with, in single precision at least.
+        add: `(params, sums, residuals, xs, ys_bar, deltas, length=...)`, the sums with a stretch of so many steps added,
+            and the gradient of xs there.
         finish: `(sums)`, the gradient of params.
     """
 
-    zeros: list[Any]
-    finish: Callable[[list[Any]], Any]
+    zeros: Any
+    add: Callable[..., tuple[Any, Any]]
+    finish: Callable[[Any], Any]
 
 
 def weight_gradient(
-    adjoint: Adjoint, params: Any, carry: Any, xs: Any, carry_bar: Any, ys_bar: Any, length: int
+    adjoint: Adjoint,
+    params: Any,
+    carry: Any,
+    xs: Any,
+    carry_bar: Any,
+    ys_bar: Any,
+    length: int,
+    *,
+    in_place: bool = False,
 ) -> WeightGradient:
-    """The sums of an adjoint for stretches of `length` steps; checks what it returns, for arguments of these shapes."""
+    """The sums of an adjoint for stretches of `length` steps; checks what it returns, for arguments of these shapes.
+
+    With `in_place` entries are moved at every stretch: this takes more time, and no second array like the params.
+    """
 
     def step(params, carry, x, carry_bar, y_bar):
         _, residuals = adjoint.forward(params, carry, x)
         previous_bar, deltas = adjoint.backward(params, residuals, x, carry_bar, filled(y_bar))
         return residuals, deltas, fit(previous_bar, carry, "init")
 
+    def contraction(length, params, residuals, xs, ys_bar, deltas):
+        def contract(params, residuals, xs, ys_bar, deltas):
+            params_bar, xs_bar = adjoint.contract(params, residuals, xs, filled(ys_bar, length), deltas)
+            return _with_derivative(params_bar, params), fit(xs_bar, xs, "xs")
+
+        traced = program(contract, params, residuals, xs, ys_bar, deltas)
+        trees = traced.out_tree.children()
+        return traced, trees, before_moves(traced, trees[0].num_leaves)
+
+    def add(params, sums, *args, length):
+        traced, (params_tree, xs_tree), (parts, move) = contraction(length, params, *args)
+        env = evaluate(traced.eqns, traced.consts | dict(zip(traced.inputs, arrays_of((params, *args)), strict=True)))
+        more, xs_bar = read(env, parts), xs_tree.unflatten(read(env, traced.results[params_tree.num_leaves :]))
+        return add_up(sums, moved(params_tree, move, more) if in_place else more), xs_bar
+
+    def moved(params_tree, move, sums):
+        return fit(params_tree.unflatten(move(sums)), params, "params")
+
     x, y_bar = at_one_step((xs, ys_bar))
     one_step = program(step, params, carry, x, carry_bar, y_bar)
     residuals, deltas, _ = one_step.out_tree.unflatten([var.aval for var in one_step.results])
-    args = jax.tree.map(
+    stacked = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((length, *leaf.shape), leaf.dtype), (residuals, x, y_bar, deltas)
     )
-    _, (params_tree, _), (parts, move) = _contraction(adjoint, params, *args, length=length)
-
-    def finish(sums):
-        return fit(params_tree.unflatten(move(sums)), params, "params")
-
-    zeros = totals([jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in parts])
-    jax.eval_shape(finish, zeros)
-    return WeightGradient(zeros, finish)
-
-
-def contract(
-    adjoint: Adjoint, params: Any, sums: list[Any], residuals: Any, xs: Any, ys_bar: Any, deltas: Any, *, length: int
-) -> tuple[list[Any], Any]:
-    """`sums` with a stretch of `length` steps added, and the gradient of xs there."""
-    args = residuals, xs, ys_bar, deltas
-    traced, (params_tree, xs_tree), (parts, _) = _contraction(adjoint, params, *args, length=length)
-    env = evaluate(traced.eqns, traced.consts | dict(zip(traced.inputs, arrays_of((params, *args)), strict=True)))
-    xs_bar = xs_tree.unflatten(read(env, traced.results[params_tree.num_leaves :]))
-    return add_up(sums, read(env, parts)), xs_bar
-
-
-def _contraction(
-    adjoint: Adjoint, params: Any, residuals: Any, xs: Any, ys_bar: Any, deltas: Any, *, length: int
-) -> Any:
-    """`adjoint.contract` traced, the structures of what it returns, and its last operations: those that move entries."""
-
-    def both(params, residuals, xs, ys_bar, deltas):
-        params_bar, xs_bar = adjoint.contract(params, residuals, xs, filled(ys_bar, length), deltas)
-        return _with_derivative(params_bar, params), fit(xs_bar, xs, "xs")
-
-    traced = program(both, params, residuals, xs, ys_bar, deltas)
-    trees = traced.out_tree.children()
-    return traced, trees, before_moves(traced, trees[0].num_leaves)
+    _, (params_tree, _), (parts, move) = contraction(length, params, *stacked)
+    parts = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in parts]
+    jax.eval_shape(partial(moved, params_tree, move), parts)
+    if in_place:
+        return WeightGradient(totals(params), add, lambda sums: fit(sums, params, "params"))
+    return WeightGradient(totals(parts), add, partial(moved, params_tree, move))
 
 
 def fit(bar: Any, primal: Any, root: str) -> Any:

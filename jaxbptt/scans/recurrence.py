@@ -52,6 +52,12 @@ def at_one_step(xs: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), xs)
 
 
+def byte_count(tree: Any) -> int:
+    """Bytes of all arrays."""
+    avals = [jax.typeof(leaf) for leaf in jax.tree.leaves(tree)]
+    return sum(aval.size * aval.dtype.itemsize for aval in avals)
+
+
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is an array or a real number, and not a function, a flag or a size that a model keeps among its params."""
     return hasattr(leaf, "dtype") or isinstance(leaf, float | complex)

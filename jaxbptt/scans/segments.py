@@ -14,7 +14,7 @@ from jaxbptt.cells.cell import Adjoint
 from jaxbptt.scans import schedule
 from jaxbptt.scans.along_time import at, filled, put, put_window, room, window
 from jaxbptt.scans.backward import back_over, without
-from jaxbptt.scans.contraction import contract, fit, weight_gradient
+from jaxbptt.scans.contraction import fit, weight_gradient
 from jaxbptt.scans.recurrence import at_one_step, differentiable
 
 Step = Callable[..., Any]
@@ -97,12 +97,19 @@ class Task(NamedTuple):
 
 def backward(task: Task, states: Any, carry_bar: Any, cut: Layout) -> tuple[Any, Any, Any]:
     """Gradients of params, init and xs, from that of the last carry and what `forward` kept."""
-    take_back = partial(_take_back_lean if cut.lean else _take_back, task)
     states, last = states
     xs_bar = room(at_one_step(differentiable(task.xs)), cut.units * cut.segment + cut.left_over)
     total = weight_gradient(
-        task.adjoint, task.params, last, task.xs, carry_bar, task.ys_bar, 1 if cut.lean else cut.segment
+        task.adjoint,
+        task.params,
+        last,
+        task.xs,
+        carry_bar,
+        task.ys_bar,
+        1 if cut.lean else cut.segment,
+        in_place=cut.lean,
     )
+    take_back = partial(_take_back_lean if cut.lean else _take_back, task, total.add)
     back = carry_bar, total.zeros, xs_bar
     if cut.left_over:
         back = take_back(back, last, cut.units * cut.segment, cut.left_over)
@@ -162,17 +169,17 @@ def _compute_again(task: Task, stack: Any, unit: Any, cut: Layout) -> tuple[Any,
     return (states, starts, top - (starts[top] == unit).astype(jnp.int32)), carry
 
 
-def _take_back(task: Task, back: Any, carry: Any, start: Any, length: int) -> Any:
+def _take_back(task: Task, add: Callable[..., Any], back: Any, carry: Any, start: Any, length: int) -> Any:
     """One segment: forward once more from `carry`, and back, with one contraction for all of it."""
     carry_bar, sums, xs_bar = back
     _, adjoint, params, xs, ys_bar, unroll = task
     _, (sums, carry_bar, some) = back_over(
-        adjoint, params, sums, carry, xs, carry_bar, ys_bar, start=start, length=length, unroll=unroll
+        adjoint, add, params, sums, carry, xs, carry_bar, ys_bar, start=start, length=length, unroll=unroll
     )
     return carry_bar, sums, put_window(xs_bar, some, start)
 
 
-def _take_back_lean(task: Task, back: Any, carry: Any, start: Any, length: int) -> Any:
+def _take_back_lean(task: Task, add: Callable[..., Any], back: Any, carry: Any, start: Any, length: int) -> Any:
     """The same with a contraction at every step: all that is kept of a step is its carry, and residuals beyond that."""
     _, adjoint, params, xs, ys_bar, unroll = task
     restorers = []
@@ -186,11 +193,11 @@ def _take_back_lean(task: Task, back: Any, carry: Any, start: Any, length: int) 
     def backward(state, at_t):
         new_carry, (carry_bar, sums, xs_bar) = state
         t, (carry, others) = at_t
-        x, y_bar = at((xs, ys_bar), t)
+        x, y_bar = at(xs, t), filled(at(ys_bar, t))
         residuals = restorers[-1](others, (carry, new_carry))
-        previous_bar, delta = adjoint.backward(params, residuals, x, carry_bar, filled(y_bar))
+        previous_bar, delta = adjoint.backward(params, residuals, x, carry_bar, y_bar)
         one = jax.tree.map(lambda leaf: leaf[None], (residuals, x, y_bar, delta))
-        sums, some = contract(adjoint, params, sums, *one, length=1)
+        sums, some = add(params, sums, *one, length=1)
         return (carry, (fit(previous_bar, carry, "init"), sums, put_window(xs_bar, some, t))), None
 
     steps = start + jnp.arange(length, dtype=jnp.int32)

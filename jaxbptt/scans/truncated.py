@@ -15,7 +15,7 @@ from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.along_time import put_window, room
 from jaxbptt.scans.backward import back_over, step_with_adjoint
 from jaxbptt.scans.contraction import weight_gradient
-from jaxbptt.scans.recurrence import at_one_step, check_count, differentiable, merge, prepare, split
+from jaxbptt.scans.recurrence import at_one_step, byte_count, check_count, differentiable, merge, prepare, split
 from jaxbptt.scans.resets import with_flags
 from jaxbptt.scans.reverse_mode import reverse_mode
 
@@ -101,19 +101,31 @@ def truncated_scan(
 
     def backward(params, init, xs, _, last_bar, ys_bar):
         nothing = jax.tree.map(jnp.zeros_like, last_bar)
+        # Where the params are larger than what is kept, a second array like them would be most of the memory.
+        in_place = chunk * byte_count(init) < byte_count(params)
+        total = weight_gradient(adjoint, params, init, xs, last_bar, ys_bar, chunk, in_place=in_place)
 
         def over_chunk(state, start, length):
             carry, init_bar, sums, xs_bar = state
             carry_bar = jax.tree.map(partial(jnp.where, start + length == r.length), last_bar, nothing)
             next_carry, (sums, carry_bar, some) = back_over(
-                adjoint, params, sums, carry, xs, carry_bar, ys_bar, start=start, length=length, unroll=unroll
+                adjoint,
+                total.add,
+                params,
+                sums,
+                carry,
+                xs,
+                carry_bar,
+                ys_bar,
+                start=start,
+                length=length,
+                unroll=unroll,
             )
             init_bar = jax.tree.map(partial(jnp.where, start == 0), carry_bar, init_bar)
             # Nothing passes to the next chunk, in derivatives of this derivative neither.
             return jax.lax.stop_gradient(next_carry), init_bar, sums, put_window(xs_bar, some, start)
 
         init_bar = nothing if r.length else last_bar
-        total = weight_gradient(adjoint, params, init, xs, last_bar, ys_bar, chunk)
         state = init, init_bar, total.zeros, room(at_one_step(differentiable(xs)), r.length)
         if chunks:
             state = jax.lax.fori_loop(0, chunks, lambda i, state: over_chunk(state, i * chunk, chunk), state)
