@@ -190,10 +190,98 @@ def test_moves_come_after_a_sum():
 
     a, b = random_like((jnp.zeros((2, 3)), jnp.zeros((3, 3))), 0)
     traced = program(fn, a, b)
-    parts, after = before_moves(traced, 2)
-    assert {var.aval.shape for var in parts} == {(2, 3), (3, 2)}
+    moves = before_moves(traced, 2)
+    assert {var.aval.shape for var in moves.parts} == {(2, 3), (3, 2)}
     values = [{"a": a, "b a": b @ a.T, "2 a": 2 * a}[key] for key in ("a", "b a", "2 a")]
-    assert_close(after(values), fn(a, b)[0])
+    assert_close(moves(values), fn(a, b)[0])
+    assert moves.form == before_moves(program(fn, 2 * a, b), 2).form
+    assert moves.form != before_moves(program(lambda a, b: ((a.T, (b @ a.T).T), 2 * a), a, b), 2).form
+
+
+def other_order(h, deltas):
+    return (deltas.T @ h).T
+
+
+def other_parts(h, deltas):
+    return jnp.concatenate([h[:, :1].T @ deltas, h[:, 1:].T @ deltas])
+
+
+@pytest.mark.parametrize("steps", [17, 19])
+@pytest.mark.parametrize("other", [other_order, other_parts])
+@pytest.mark.parametrize("is_other", [lambda length: length > 2, lambda length: length % 2 == 1], ids=["long", "odd"])
+def test_contractions_that_differ_by_length(steps, other, is_other):
+    """An adjoint may take another way for a stretch of another length."""
+
+    def step(W, h, x):
+        h = jnp.tanh(h @ W + x)
+        return h, h
+
+    def forward(W, h, x):
+        outputs = step(W, h, x)
+        return outputs, (h, outputs[0])
+
+    def backward(W, residuals, x, h_bar, y_bar):
+        delta = (h_bar + y_bar) * (1 - residuals[1] ** 2)
+        return delta @ W.T, delta
+
+    def contract(W, residuals, xs, ys_bar, deltas):
+        h = residuals[0]
+        return (other(h, deltas) if is_other(len(deltas)) else h.T @ deltas), deltas
+
+    adjoint = bptt.Adjoint(forward, backward, contract)
+    args = random_like((jnp.zeros((3, 3)), jnp.zeros(3), jnp.zeros((steps, 3))), 1)
+    expected = gradients(bptt.scan, step, args)
+    for scan in (
+        bptt.adjoint_scan,
+        bptt.checkpointed_scan,
+        partial(bptt.checkpointed_scan, segment_length=3),
+        partial(bptt.checkpointed_scan, checkpoints=2),
+        partial(bptt.truncated_scan, truncation_length=steps),
+    ):
+        assert_close(gradients(partial(scan, adjoint=adjoint), step, args), expected)
+
+
+@pytest.mark.parametrize("steps", [1, 19])
+def test_contraction_of_outputs_that_the_loss_does_not_use(steps):
+    """The gradient of y = W h is taken by `contract` alone; of the loss of the last state there is none."""
+
+    def step(W, h, x):
+        h = 0.9 * jnp.tanh(h + x)
+        return h, (h @ W, h)
+
+    def forward(W, h, x):
+        outputs = step(W, h, x)
+        return outputs, outputs[0] / 0.9
+
+    def backward(W, u, x, h_bar, ys_bar):
+        delta = (h_bar + ys_bar[0] @ W.T + ys_bar[1]) * 0.9 * (1 - u**2)
+        return delta, delta
+
+    def contract(W, us, xs, ys_bar, deltas):
+        return 0.9 * us.T @ ys_bar[0], deltas
+
+    adjoint = bptt.Adjoint(forward, backward, contract)
+    args = random_like((jnp.zeros((3, 3)), jnp.zeros(3), jnp.zeros((steps, 3))), 1)
+    losses = [
+        lambda h, ys: jnp.sum(h**3),
+        lambda h, ys: jnp.sum(ys[1] ** 3),
+        lambda h, ys: jnp.sum(ys[0] ** 3),
+        lambda h, ys: 0.0,
+    ]
+    for loss in losses:
+        expected = jax.grad(lambda *args, loss=loss: loss(*bptt.scan(step, *args)), argnums=(0, 1, 2))(*args)
+        for scan in (bptt.adjoint_scan, partial(bptt.checkpointed_scan, checkpoints=1), bptt.checkpointed_scan):
+            for ours in (partial(scan, step, adjoint=adjoint), partial(scan, step)):
+                assert_close(
+                    jax.grad(lambda *args, ours=ours, loss=loss: loss(*ours(*args)), argnums=(0, 1, 2))(*args), expected
+                )
+
+
+def test_many_segments_in_half_precision():
+    """The sum over 512 segments of 1,024 each: in bfloat16 it would stay at 262,144."""
+    w, h, xs = jnp.ones((), jnp.bfloat16), jnp.zeros((128, 1), jnp.bfloat16), jnp.ones((4096, 128, 1), jnp.bfloat16)
+    gradient = jax.grad(lambda w: bptt.adjoint_scan(lambda w, h, x: (h, w * x), w, h, xs)[1].sum())
+    assert gradient(w) == 4096 * 128
 
 
 def test_effects_stay_in_the_loop():

@@ -84,7 +84,7 @@ def unroll_backward(
     unroll: int | bool,
 ) -> tuple[Any, Any, Any]:
     """Gradients of params, init and xs, from those of c_T and ys, which may have `Zeros` for leaves."""
-    total = weight_gradient(adjoint, params, init, xs, carry_bar, ys_bar, segment_length(carry_bar, length))
+    total = weight_gradient(adjoint, params, init, xs, carry_bar, ys_bar, stretches(carry_bar, length))
     sums, carry_bar, xs_bar = _back(
         adjoint, total.add, params, total.zeros, residuals, xs, carry_bar, ys_bar, length=length, unroll=unroll
     )
@@ -209,6 +209,15 @@ def _back(
     # Derivatives of reads at computed positions would be written to as many arrays: those of the plain loop are not.
     run = at_once if segment >= length else differentiated_as(at_once, in_segments)
     return run(params, sums, residuals, xs, carry_bar, ys_bar)
+
+
+def stretches(carry_bar: Any, *lengths: int) -> set[int]:
+    """The lengths, in time steps, that weight gradients are added up over on the way back over these lengths."""
+    found = set()
+    for length in lengths:
+        segment = segment_length(carry_bar, length)
+        found |= {segment, length % segment} if segment < length else {length}
+    return found - {0} or {1}
 
 
 def segment_length(carry_bar: Any, length: int) -> int:

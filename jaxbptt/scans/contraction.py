@@ -39,13 +39,14 @@ def weight_gradient(
     xs: Any,
     carry_bar: Any,
     ys_bar: Any,
-    length: int,
+    lengths: set[int],
     *,
     in_place: bool = False,
 ) -> WeightGradient:
-    """The sums of an adjoint for stretches of `length` steps; checks what it returns, for arguments of these shapes.
+    """The sums of an adjoint for stretches of these lengths; checks what it returns, for arguments of these shapes.
 
-    With `in_place` entries are moved at every stretch: this takes more time, and no second array like the params.
+    With `in_place` entries are moved at every stretch: this takes more time, and no second array like the params. So they
+    are where the adjoint moves them otherwise for one length than for another.
     """
 
     def step(params, carry, x, carry_bar, y_bar):
@@ -62,27 +63,34 @@ def weight_gradient(
         trees = traced.out_tree.children()
         return traced, trees, before_moves(traced, trees[0].num_leaves)
 
-    def add(params, sums, *args, length):
-        traced, (params_tree, xs_tree), (parts, move) = contraction(length, params, *args)
-        env = evaluate(traced.eqns, traced.consts | dict(zip(traced.inputs, arrays_of((params, *args)), strict=True)))
-        more, xs_bar = read(env, parts), xs_tree.unflatten(read(env, traced.results[params_tree.num_leaves :]))
-        return add_up(sums, moved(params_tree, move, more) if in_place else more), xs_bar
+    def moved(params_tree, moves, sums):
+        return fit(params_tree.unflatten(moves(sums)), params, "params")
 
-    def moved(params_tree, move, sums):
-        return fit(params_tree.unflatten(move(sums)), params, "params")
+    def add(params, sums, *args, length):
+        traced, (params_tree, xs_tree), moves = contraction(length, params, *args)
+        env = evaluate(traced.eqns, traced.consts | dict(zip(traced.inputs, arrays_of((params, *args)), strict=True)))
+        more, xs_bar = read(env, moves.parts), xs_tree.unflatten(read(env, traced.results[params_tree.num_leaves :]))
+        return add_up(sums, moved(params_tree, moves, more) if in_place else more), xs_bar
 
     x, y_bar = at_one_step((xs, ys_bar))
     one_step = program(step, params, carry, x, carry_bar, y_bar)
     residuals, deltas, _ = one_step.out_tree.unflatten([var.aval for var in one_step.results])
-    stacked = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((length, *leaf.shape), leaf.dtype), (residuals, x, y_bar, deltas)
-    )
-    _, (params_tree, _), (parts, move) = contraction(length, params, *stacked)
-    parts = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in parts]
-    jax.eval_shape(partial(moved, params_tree, move), parts)
+    kinds = []
+    for length in sorted(lengths):
+        stacked = jax.tree.map(
+            lambda leaf, length=length: jax.ShapeDtypeStruct((length, *leaf.shape), leaf.dtype),
+            (residuals, x, y_bar, deltas),
+        )
+        _, (params_tree, _), moves = contraction(length, params, *stacked)
+        parts = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in moves.parts]
+        finish = partial(moved, params_tree, moves)
+        jax.eval_shape(finish, parts)
+        kinds.append((moves.form, parts, finish))
+    form, parts, finish = kinds[0]
+    in_place = in_place or any(other != form for other, *_ in kinds)
     if in_place:
         return WeightGradient(totals(params), add, lambda sums: fit(sums, params, "params"))
-    return WeightGradient(totals(parts), add, partial(moved, params_tree, move))
+    return WeightGradient(totals(parts), add, finish)
 
 
 def fit(bar: Any, primal: Any, root: str) -> Any:

@@ -146,16 +146,42 @@ def _reads_across(eqn: Any, fixed: set[Any]) -> bool:
     return right == (1,) and not batch and eqn.invars[1].aval.ndim == 2 and rows > 1
 
 
-def before_moves(traced: Program, count: int) -> tuple[list[Any], Callable[[list[Any]], list[Any]]]:
-    """The variables that the first `count` results are put together of by moving entries, and how."""
+class Moves(NamedTuple):
+    """The last operations of a function, those that only move entries about: `(values of parts)`, its results.
+
+    Attributes:
+        parts: the variables that the results are put together of.
+        eqns: the operations.
+        results: the variables that they end in.
+    """
+
+    parts: list[Any]
+    eqns: list[Any]
+    results: list[Any]
+
+    def __call__(self, values: list[Any]) -> list[Any]:
+        """The results, from the values of the parts."""
+        return read(evaluate(self.eqns, dict(zip(self.parts, values, strict=True))), self.results)
+
+    @property
+    def form(self) -> Any:
+        """Equal for moves that do the same to parts of the same shapes."""
+        variables = [*self.parts, *(var for eqn in self.eqns for var in eqn.outvars)]
+        number = {var: i for i, var in enumerate(variables)}
+
+        def names(variables):
+            return [str(var) if isinstance(var, Literal) else number[var] for var in variables]
+
+        moves = [(eqn.primitive.name, str(eqn.params), names(eqn.invars)) for eqn in self.eqns]
+        return [str(var.aval) for var in self.parts], moves, names(self.results)
+
+
+def before_moves(traced: Program, count: int) -> Moves:
+    """What the first `count` results are put together of by moving entries, and how."""
     wanted = traced.results[:count]
     moves = _used([eqn for eqn in traced.eqns if eqn.primitive.name in _MOVE], wanted)
     moves = [eqn for eqn in moves if not eqn.effects]
     made = {var for eqn in moves for var in eqn.outvars}
     read_by_moves = [var for eqn in moves for var in eqn.invars]
     parts = dict.fromkeys(var for var in (*read_by_moves, *wanted) if not isinstance(var, Literal) and var not in made)
-
-    def after(values):
-        return read(evaluate(moves, dict(zip(parts, values, strict=True))), wanted)
-
-    return list(parts), after
+    return Moves(list(parts), moves, wanted)

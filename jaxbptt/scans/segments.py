@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxbptt.cells.cell import Adjoint
 from jaxbptt.scans import schedule
 from jaxbptt.scans.along_time import at, filled, put, put_window, room, window
-from jaxbptt.scans.backward import back_over, without
+from jaxbptt.scans.backward import back_over, stretches, without
 from jaxbptt.scans.contraction import fit, weight_gradient
 from jaxbptt.scans.recurrence import at_one_step, differentiable
 
@@ -106,7 +106,7 @@ def backward(task: Task, states: Any, carry_bar: Any, cut: Layout) -> tuple[Any,
         task.xs,
         carry_bar,
         task.ys_bar,
-        1 if cut.lean else cut.segment,
+        {1} if cut.lean else stretches(carry_bar, cut.segment, cut.left_over),
         in_place=cut.lean,
     )
     take_back = partial(_take_back_lean if cut.lean else _take_back, task, total.add)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.along_time import put_window, room
-from jaxbptt.scans.backward import back_over, step_with_adjoint
+from jaxbptt.scans.backward import back_over, step_with_adjoint, stretches
 from jaxbptt.scans.contraction import weight_gradient
 from jaxbptt.scans.recurrence import at_one_step, byte_count, check_count, differentiable, merge, prepare, split
 from jaxbptt.scans.resets import with_flags
@@ -103,7 +103,8 @@ def truncated_scan(
         nothing = jax.tree.map(jnp.zeros_like, last_bar)
         # Where the params are larger than what is kept, a second array like them would be most of the memory.
         in_place = chunk * byte_count(init) < byte_count(params)
-        total = weight_gradient(adjoint, params, init, xs, last_bar, ys_bar, chunk, in_place=in_place)
+        lengths = stretches(last_bar, chunk, left_over)
+        total = weight_gradient(adjoint, params, init, xs, last_bar, ys_bar, lengths, in_place=in_place)
 
         def over_chunk(state, start, length):
             carry, init_bar, sums, xs_bar = state
