@@ -102,8 +102,8 @@ def main():
     text += """
 Expected is the textbook's table, with the square root of T for the bytes of checkpointed_scan. What keeps the exponents from
 being whole: the product with the inputs, T·H·8, in the flops; fixed costs of small sizes, in the seconds; and in the bytes
-one more array of H² numbers, where the gradient of the weights is added up, which outweighs what checkpointed_scan keeps of
-the states.
+one more array of H² numbers, where the gradient of the weights is added up, and which outweighs what checkpointed_scan keeps of
+the states, and adjoint_scan at large H, and the segment of time that adjoint_scan works on, half of a short sequence.
 """
     print(text)
     if not quick:

@@ -96,7 +96,7 @@ def ours(kind, size):
     runs = {
         "lax.scan + jax.grad": by_lax(plain),
         "lax.scan, jax.checkpoint": by_lax(jax.checkpoint(plain)),
-        "lax.scan, input product before it": hoisted,
+        "lax.scan, hoisted inputs": hoisted,
         "scan": by(bptt.scan),
         "checkpointed_scan": by(bptt.checkpointed_scan),
         "adjoint_scan (derived)": by(bptt.adjoint_scan, plain),

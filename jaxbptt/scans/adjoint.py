@@ -40,7 +40,8 @@ def adjoint_scan(
     Exact: values and gradients are those of `scan`, in less time and memory (benchmarks/results/peers_*.md). Time O(T)
     steps, each computed once; keeps what the backward of each step needs, no number of it twice: what is an output, or was
     one a step before, is read there, and outputs that the loss does not use have no gradient array. On CPU the sum over
-    time is taken in segments of time whose δₜ are still in the cache, and all δₜ never exist at once.
+    time is taken in segments of time whose δₜ are still in the cache, and all δₜ never exist at once. It takes one array like
+    the params, more than is saved where time steps times rows are fewer than units.
 
     A derived adjoint is the step's linearisation, sorted: what the tangent of the carry goes through is transposed in the
     loop, the rest outside it, for many t at once. A `jax.checkpoint` inside the step is not heeded: what is kept is decided
