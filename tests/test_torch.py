@@ -47,7 +47,8 @@ def test_equals_torch(name, layers, strategy):
         params, init, jnp.asarray(xs.detach().numpy())
     )
     params_bar, init_bar, xs_bar = gradients
-    np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
+    size = (ys * weights).abs().sum() + sum((state**2).sum() for state in last)  # the terms of the loss nearly cancel
+    np.testing.assert_allclose(value, loss.item(), rtol=0, atol=1e-6 * size.item())
     close(our_ys, ys)
     close(xs_bar, xs.grad)
     for layer in range(layers):
