@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxbptt.analysis.operators import prepare_state, state_size, step_and_push
-from jaxbptt.analysis.sweep import RESOLUTION, random_frame, rounding_error
+from jaxbptt.analysis.sweep import LOST, RESOLUTION, random_frame, rounding_error
 from jaxbptt.cells.cell import Cell
 from jaxbptt.scans.recurrence import Recurrence, check_count
 
@@ -26,7 +26,7 @@ class LyapunovSpectrum(NamedTuple):
     Attributes:
         exponents: λᵢ, `[k]`.
         standard_errors: of the exponents, from the means of up to 20 blocks of time; nan with fewer than two blocks.
-        resolved: False where λᵢ is so far below λ₁ that between two QR factorisations rounding drowns it.
+        resolved: False where λᵢ is so far below λ₁ that between two QR factorisations, be it once, rounding drowns it.
         running: the estimates as time goes on, after each QR factorisation, `[factorisations, k]`.
         steps: how many time steps each of them has seen, `[factorisations]`.
         kaplan_yorke_dimension: j + Σ_{i≤j} λᵢ / |λⱼ₊₁| with the largest j for which the sum is not negative; nan where
@@ -137,7 +137,7 @@ def lyapunov_exponents(
     return LyapunovSpectrum(
         exponents=exponents,
         standard_errors=_standard_errors(growth[:blocks]) / (qr_every * time_step),
-        resolved=(error.mean(axis=0) < RESOLUTION)[order],
+        resolved=((error.mean(axis=0) < RESOLUTION) & (error.max(axis=0) < LOST))[order],
         running=jnp.cumsum(growth, axis=0) / every,
         steps=steps,
         kaplan_yorke_dimension=_kaplan_yorke_dimension(exponents, size),
