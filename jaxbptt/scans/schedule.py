@@ -5,9 +5,13 @@ writes down all decisions for one length.
 """
 
 import math
+import re
+from contextlib import AbstractContextManager
+from fractions import Fraction
 from math import comb
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxbptt.scans.recurrence import check_count
@@ -122,6 +126,18 @@ def split(reach: Any, length: Any, checkpoints: Any) -> Any:
     r = (row < length).sum(dtype=np.int32)
     most, least_left = row[r - 1], length - shorter[r - 1]
     return (most + least_left - abs(most - least_left)) // 2  # the smaller of the two
+
+
+def runs(average: Fraction | int) -> AbstractContextManager[Any]:
+    """Notes of the loop traced inside how often its body runs, on average: the schedule knows, but the trace doesn't show it."""
+    numerator, denominator = Fraction(average).as_integer_ratio()
+    return jax.named_scope(f"runs_{numerator}_in_{denominator}")
+
+
+def runs_of(eqn: Any) -> Fraction | None:
+    """What `runs` has noted of a traced loop."""
+    noted = re.search(r"runs_(\d+)_in_(\d+)$", str(eqn.source_info.name_stack))
+    return Fraction(int(noted[1]), int(noted[2])) if noted else None
 
 
 def check_checkpoints(checkpoints: Any, length: int) -> None:
