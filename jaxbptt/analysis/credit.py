@@ -16,6 +16,7 @@ from jaxbptt.analysis.backward_passes import gradients, map_over_lags, unroll
 from jaxbptt.analysis.norms import cosine, norm_over_time, tree_norm
 from jaxbptt.cells.cell import Cell
 from jaxbptt.scans.recurrence import differentiable, merge
+from jaxbptt.words import counted
 
 
 class LagContributions(NamedTuple):
@@ -110,7 +111,9 @@ def lag_contributions(
     u = unroll(step, params, init, xs, loss, length)
     lags = u.length if max_lag is None else max_lag + 1
     if not hasattr(lags, "__index__") or isinstance(max_lag, bool) or not 1 <= lags <= u.length:
-        raise ValueError(f"max_lag is {max_lag}, but a sequence of {u.length} time steps has lags 0 to {u.length - 1}.")
+        raise ValueError(
+            f"max_lag is {max_lag}, but a sequence of {counted(u.length, 'time step')} has lags 0 to {u.length - 1}."
+        )
     gradient = gradients(u, u.length)[0]
 
     def measure(more, together):
@@ -169,7 +172,9 @@ def truncation_bias(
     u = unroll(step, params, init, xs, loss, length)
     chosen = np.arange(1, u.length + 1) if lengths is None else np.atleast_1d(np.asarray(lengths))
     if not np.issubdtype(chosen.dtype, np.integer) or not chosen.size or chosen.min() < 1 or chosen.max() > u.length:
-        raise ValueError(f"lengths is {lengths!r}, but {u.length} time steps can be cut every 1 to {u.length} of them.")
+        raise ValueError(
+            f"lengths is {lengths!r}, but {counted(u.length, 'time step')} can be cut every 1 to {u.length} of them."
+        )
     gradient = gradients(u, u.length)[0]
     windowed = map_over_lags(u, int(chosen.max()), lambda more, together: _distance(together, gradient))
     lengths_array = jnp.asarray(chosen)

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxbptt.analysis.credit import LagContributions
 from jaxbptt.analysis.norms import norm, tree_norm
+from jaxbptt.words import counted
 
 
 class AdaptiveTruncation(NamedTuple):
@@ -118,7 +119,7 @@ def adaptive_truncation_length(
     tau = count // 2 if fit_from is None else fit_from
     if not 0 <= tau <= count - 2:
         raise ValueError(
-            f"fit_from is {tau}, but of {count} lags at least two are needed to fit a decay: pass at most {count - 2}, or "
+            f"fit_from is {tau}, but of {counted(count, 'lag')} at least two are needed to fit a decay: pass at most {count - 2}, or "
             "compute more lags."
         )
     if not np.isfinite(norms).all():
@@ -149,8 +150,8 @@ def adaptive_truncation_length(
     else:
         K = count + math.ceil(math.log(relative_bias * at_least / beyond) / math.log(beta))
         bound = beyond * beta ** (K - count) / at_least
-    where = "" if enough.size else f", beyond the {count} lags that were computed"
-    reason = f"A window of {K} steps{where} has a relative bias of at most {bound:.2g}, if the decay by {beta:.4g} a lag goes on."
+    where = "" if enough.size else f", beyond the {counted(count, 'lag')} that were computed"
+    reason = f"A window of {counted(K, 'step')}{where} has a relative bias of at most {bound:.2g}, if the decay by {beta:.4g} a lag goes on."
     return AdaptiveTruncation(K, beta, bound, reason)
 
 

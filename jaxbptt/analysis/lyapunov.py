@@ -15,6 +15,7 @@ from jaxbptt.analysis.operators import prepare_state, state_size, step_and_push
 from jaxbptt.analysis.sweep import LOST, RESOLUTION, random_frame, rounding_error
 from jaxbptt.cells.cell import Cell
 from jaxbptt.scans.recurrence import Recurrence, check_count
+from jaxbptt.words import counted
 
 # Blocks of time whose means give the standard errors: each must be longer than the system's memory.
 _BLOCKS = 20
@@ -104,7 +105,7 @@ def lyapunov_exponents(
     size, dtype = state_size(r.init)
     k = size if num_exponents is None else num_exponents
     if not hasattr(k, "__index__") or isinstance(k, bool) or not 1 <= k <= size:
-        raise ValueError(f"num_exponents is {k!r}, but a state of {size} numbers has 1 to {size} exponents.")
+        raise ValueError(f"num_exponents is {k!r}, but a state of {counted(size, 'number')} has 1 to {size} exponents.")
     check_count("qr_every", qr_every, "counts time steps")
     if isinstance(time_step, float | int) and not time_step > 0:
         raise ValueError(
@@ -114,7 +115,7 @@ def lyapunov_exponents(
         raise ValueError("A sequence without time steps has no exponents: pass at least one step.")
     if not hasattr(burn_in, "__index__") or isinstance(burn_in, bool) or not 0 <= burn_in < r.length:
         raise ValueError(
-            f"burn_in is {burn_in!r}, but of {r.length} time steps at least one has to be left: pass 0 to {r.length - 1}."
+            f"burn_in is {burn_in!r}, but of {counted(r.length, 'time step')} at least one has to be left: pass 0 to {r.length - 1}."
         )
     settle, measured = burn_in // 2, r.length - burn_in
     blocks, left_over = divmod(measured, qr_every)

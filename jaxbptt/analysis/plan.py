@@ -16,6 +16,7 @@ from jaxbptt.scans.checkpointed import checkpointed_scan, layout
 from jaxbptt.scans.exact import scan
 from jaxbptt.scans.recurrence import differentiable, is_array, merge, prepare, split
 from jaxbptt.scans.truncated import truncated_scan
+from jaxbptt.words import counted
 
 
 class Plan(NamedTuple):
@@ -105,7 +106,7 @@ def plan(
         best = attempt(
             checkpointed_scan,
             2 * steps,
-            f"every step is computed twice, and a state kept every {segment} steps",
+            f"every step is computed twice, and a state kept every {counted(segment, 'step')}",
             segment_length=segment,
         )
     if not best.fits and steps:

@@ -14,6 +14,7 @@ from jaxbptt.analysis.jacobians import LogSingularValues
 from jaxbptt.analysis.norms import norm
 from jaxbptt.analysis.operators import JacobianOperators, as_operators
 from jaxbptt.analysis.sweep import RESOLUTION, Sweep, decompose, multiply, random_frame
+from jaxbptt.words import counted
 
 # Size of the noise that shows what rounding does, in eps: larger than rounding, so that the two sweeps rarely agree by chance.
 _NOISE = 8
@@ -69,7 +70,7 @@ def singular_values(
         or not ((starts >= 0) & (starts < J.length)).all()
     ):
         raise ValueError(
-            f"start is {start!r}, but with T = {J.length} Jacobians a product starts after 0 to {J.length - 1} steps."
+            f"start is {start!r}, but with T = {counted(J.length, 'Jacobian')} a product starts after 0 to {J.length - 1} steps."
         )
     chosen, places = np.unique(starts, return_inverse=True)
     slots = np.full(J.length, len(chosen))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxbptt.cells.cell import Adjoint
 from jaxbptt.scans.backward import StepWithAdjoint, fit
 from jaxbptt.scans.recurrence import Recurrence, differentiable, is_key, name
+from jaxbptt.words import counted
 
 
 def with_flags(
@@ -190,7 +191,7 @@ def _check_flags(flags_name: str, flags: Any, r: Recurrence) -> Any:
         )
     if not flags.ndim or flags.shape[0] != r.length:
         raise ValueError(
-            f"{flags_name} has shape {flags.shape}, but there are {r.length} time steps: time is its first axis."
+            f"{flags_name} has shape {flags.shape}, but the sequence has {counted(r.length, 'time step')}: time is its first axis."
         )
     batch = flags.shape[1:]
     for path, leaf in jax.tree_util.tree_leaves_with_path(r.init):

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from jaxbptt.scans.recurrence import check_count
+from jaxbptt.words import counted
 
 
 class Schedule(NamedTuple):
@@ -145,7 +146,7 @@ def check_checkpoints(checkpoints: Any, length: int) -> None:
     check_count("checkpoints", checkpoints, "counts the states that are kept")
     if checkpoints > length:
         raise ValueError(
-            f"checkpoints is {checkpoints}, more than the {length} time steps: keeping every state is "
+            f"checkpoints is {checkpoints}, more than the {counted(length, 'time step')}: keeping every state is "
             f"checkpoints={length}, and then adjoint_scan does the same with less ado."
         )
 

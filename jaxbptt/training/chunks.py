@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool
 
 from jaxbptt.scans.recurrence import is_key
+from jaxbptt.words import counted
 
 
 class Chunk(NamedTuple):
@@ -135,7 +136,9 @@ def pad(chunk: Chunk, length: int) -> Chunk:
     """
     steps, batch = _time_and_batch(chunk)
     if length < steps:
-        raise ValueError(f"length is {length}, but the chunk has {steps} time steps: cut it, or pad to more.")
+        raise ValueError(
+            f"length is {length}, but the chunk has {counted(steps, 'time step')}: cut it, or pad to more."
+        )
 
     def longer(leaf):
         leaf = jnp.asarray(leaf)
