@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint
 from jaxbptt.scans.backward import StepWithAdjoint, fit
+from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint
 from jaxbptt.scans.recurrence import Recurrence, differentiable, is_key, name
 
 
@@ -25,8 +26,18 @@ def with_flags(
     if not _flagged(is_first, valid, reset_carry):
         return step, r.xs
     xs, *carries = _check(r, is_first, valid, reset_carry)
-    params = step.params, *carries
-    return step._replace(step=_flagged_step(step.step), params=params, adjoint=_flagged_adjoint(step.adjoint)), xs
+    params, adjoint_of = (step.params, *carries), step.adjoint
+
+    def adjoint_for(perturbed):
+        (of_params, reset, *rest), init, (of_x, *flags) = perturbed
+        # A carry that is reset to what is perturbed is perturbed.
+        carry = init if reset is None else jax.tree.map(lambda a, b: a or b, init, reset)
+        adjoint = adjoint_of(Perturbed(of_params, carry, of_x))
+        inner = adjoint.perturbed
+        perturbed = Perturbed((inner.params, reset, *rest), inner.carry, (inner.x, *flags))
+        return PerturbedAdjoint(*_flagged_adjoint(adjoint), perturbed)
+
+    return step._replace(step=_flagged_step(step.step), params=params, adjoint=adjoint_for), xs
 
 
 def without_adjoint(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> Recurrence:
@@ -72,7 +83,7 @@ def _flagged_step(step: Any) -> Any:
     return flagged_step
 
 
-def _flagged_adjoint(adjoint: Adjoint) -> Adjoint:
+def _flagged_adjoint(adjoint: PerturbedAdjoint) -> Adjoint:
     def forward(params, carry, x_and_flags):
         x, first, valid = x_and_flags
         params, carry, runs_on = _start(params, carry, first, valid)
@@ -94,7 +105,8 @@ def _flagged_adjoint(adjoint: Adjoint) -> Adjoint:
         xs, _, valid = xs_and_flags
         deltas, reset_bars = deltas
         params_bar, xs_bar = adjoint.contract(params, residuals, xs, _present(valid, ys_bar), deltas)
-        params_bar, xs_bar = fit(params_bar, params, "params"), fit(xs_bar, xs, "xs")
+        params_bar = fit(params_bar, params, adjoint.perturbed.params, "params")
+        xs_bar = fit(xs_bar, xs, adjoint.perturbed.x, "xs")
         reset_bar = jax.tree.map(lambda leaf: leaf.sum(axis=0), reset_bars)
         # Nothing is computed from what padded steps compute.
         no_bar = jax.tree.map(jnp.zeros_like, differentiable(padding_carry))
