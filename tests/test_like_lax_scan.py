@@ -190,7 +190,7 @@ PARTS = {
         lambda v, w, h, x: (jnp.tanh(w * h + x), {"y": h, "z": in_a_while_loop(x)}), wrt=("params",)
     ),
     "nothing depends on it": Case(lambda v, w, h, x: (jnp.sin(h), x), wrt=("params", "closed"), closed=0.2),
-    "nothing is differentiable": Case(lambda v, w, h, x: (h + 1, h), wrt=("params",), init=0),
+    "nothing is differentiable": Case(lambda v, w, h, x: (h + 1, in_a_while_loop(x)), wrt=("params",), init=0),
 }
 
 
@@ -211,19 +211,26 @@ def closing_over(array):
     return custom_vjp(lambda h: jnp.sin(h) * array[0], lambda args, bar: (bar * jnp.cos(args[0]) * array[0],))
 
 
-@pytest.mark.parametrize("kind", ["jnp", "numpy", "argument"])
+@pytest.mark.parametrize("kind", [jnp.array, np.array], ids=["jnp", "numpy"])
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
 def test_custom_vjp_that_closes_over_an_array(kind, jit):
-    """An array of jax's or numpy's, and an argument of a function outside; it is not differentiated."""
-    array = {"jnp": jnp.array([0.7]), "numpy": np.array([0.7]), "argument": None}[kind]
+    """An array that is not differentiated, beside all that is."""
+    f = closing_over(kind([0.7]))
+    step = lambda v, w, h, x: (jnp.tanh(w * f(h) + f(x)), h)
+    for wrt in (("params",), ("params", "init", "xs")):
+        assert_all_like_lax_scan(Case(step, wrt=wrt).run, jit=jit)
 
-    def run(scan, array=array):
-        if array is None:
-            return jax.jit(partial(run, scan))(jnp.array([0.7]))
-        step = lambda v, w, h, x: (jnp.tanh(w * closing_over(array)(h) + closing_over(array)(x)), h)
-        return [Case(step, wrt=wrt).run(scan) for wrt in (("params",), ("params", "init", "xs"))]
 
-    assert_all_like_lax_scan(run, jit=jit)
+def test_custom_vjp_that_closes_over_an_argument():
+    """Of a function that is compiled: what it is a function of is not differentiated, else JAX itself can't."""
+
+    def run(scan, array, gradient):
+        f = closing_over(array)
+        step = lambda v, w, h, x: (jnp.tanh(w * h + f(x)), h * f(v))
+        return Case(step, wrt=("params", "init"), closed=0.2).run(scan, gradient=gradient)
+
+    for gradient in (False, True):
+        assert_all_like_lax_scan(lambda scan, g=gradient: jax.jit(partial(run, scan, gradient=g))(jnp.array([0.7])))
 
 
 def of_symbolic_zeros(w, h):
@@ -265,7 +272,6 @@ def test_custom_vjp_with_symbolic_zeros(step, wrt):
 # h, of which a custom backward says that its gradient is 2, or whatever else.
 OWN_BACKWARD = {
     "python number": lambda args, bar: (2.0,),
-    "python whole number": lambda args, bar: (2,),
     "numpy number": lambda args, bar: (np.float64(2.0),),
     "numpy array": lambda args, bar: (np.full((), 2.0),),
     "none": lambda args, bar: (None,),
@@ -337,6 +343,10 @@ def test_mutable_arrays_beside_a_gradient():
 
     once = {name: STRATEGIES[name] for name in ("scan", "adjoint_scan", "windowed_scan")}
     assert_all_like_lax_scan(run, once)
+    for name, strategy in STRATEGIES.items():
+        if name not in once:
+            with pytest.raises((TypeError, ValueError), match=r"jaxbptt\.scan"):
+                run(strategy)
 
 
 # What a step does on the side.
@@ -347,7 +357,7 @@ def test_side_effects_of_values_are_run_once():
         count = Counter()
 
         def step(w, h, x, count=count):
-            jax.debug.callback(lambda: count.update(["debug"]))
+            jax.debug.callback(lambda _: count.update(["debug"]), h)
             x = io_callback(lambda x: (count.update(["io"]), x)[1], jax.typeof(x), x)
             return jnp.tanh(w * h + x), h
 
@@ -364,7 +374,8 @@ def test_side_effects_of_gradients():
         count = Counter()
 
         def step(w, h, x, count=count):
-            jax.debug.callback(lambda: count.update(["debug"]))
+            # Of h: what depends on nothing is moved out of the loop.
+            jax.debug.callback(lambda _: count.update(["debug"]), h)
             return jnp.tanh(w * h + x), h
 
         loss = lambda w, strategy=strategy, step=step: total(strategy(step, w, 0.3, jnp.linspace(-1.0, 1.2, STEPS)))
@@ -514,24 +525,31 @@ def test_compiled_ahead_of_time(args):
         assert_close(deserialize_and_load(*serialize(compiled))(*args), expected), name
 
 
-def test_exported(args):
-    """The gradient itself, and a value whose gradient is taken after it was loaded."""
-    out, expected = lax_scan(cell, *args), gradients(lax_scan, *args)
-    shapes = jax.eval_shape(lambda: args)
-    # No trees of ours in the file: those would have to be registered there.
+def exported(args, passed):
+    """The gradient itself, and a value whose gradient is taken after it was exported, both through `passed`."""
     treedef = jax.tree.structure(args)
-    flat, flat_shapes = jax.tree.leaves(args), jax.tree.leaves(shapes)
+    leaves, shapes = jax.tree.leaves(args), jax.tree.leaves(jax.eval_shape(lambda: args))
     for strategy in WITH_CELL.values():
+        # Leaves in, leaves out: a file knows no trees of ours.
         values = jax.jit(lambda *leaves, scan=strategy: scan(cell, *treedef.unflatten(leaves)))
         of_gradients = jax.jit(
             lambda *leaves, scan=strategy: jax.tree.leaves(gradients(scan, *treedef.unflatten(leaves)))
         )
-        loaded = jax.export.deserialize(jax.export.export(values)(*flat_shapes).serialize(vjp_order=1))
-        assert_close(loaded.call(*flat), out)
-        pulled = jax.value_and_grad(lambda args, loaded=loaded: total(loaded.call(*jax.tree.leaves(args))))(args)
-        assert_close(pulled, expected)
-        loaded = jax.export.deserialize(jax.export.export(of_gradients)(*flat_shapes).serialize())
-        assert_close(loaded.call(*flat), jax.tree.leaves(expected))
+        loaded = passed(jax.export.export(values)(*shapes))
+        assert_close(loaded.call(*leaves), lax_scan(cell, *args))
+        pulled = jax.grad(lambda *leaves, call=loaded.call: total(call(*leaves)), tuple(range(len(leaves))))(*leaves)
+        expected = gradients(lax_scan, *args)
+        assert_close(list(pulled), jax.tree.leaves(expected[1]))
+        assert_close(passed(jax.export.export(of_gradients)(*shapes)).call(*leaves), jax.tree.leaves(expected))
+
+
+def test_exported(args):
+    exported(args, lambda program: program)
+
+
+def test_exported_to_a_file(args):
+    pytest.importorskip("flatbuffers")
+    exported(args, lambda program: jax.export.deserialize(program.serialize(vjp_order=1)))
 
 
 def test_checkify():
@@ -552,6 +570,8 @@ def test_checkify():
     for errors, xs in problems.values():
         for derive in (False, True):
 
+            # JAX's own checks of indices do not run under strict promotion.
+            @jax.numpy_dtype_promotion("standard")
             def run(scan, errors=errors, xs=xs, derive=derive):
                 value = lambda params: total(scan(step, params, jnp.array(0.3), jnp.asarray(xs)))
                 function = jax.value_and_grad(value) if derive else value
@@ -561,7 +581,8 @@ def test_checkify():
             expected = run(lax_scan)
             for name, strategy in STRATEGIES.items():
                 mine = run(strategy)
-                assert mine[0] == expected[0], name
+                # Under a gradient lax.scan loses a check that no result depends on; what it finds is found.
+                assert mine[0] == expected[0] or (derive and not expected[0]), name
                 assert_close(mine[1], expected[1])
 
 
