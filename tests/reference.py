@@ -63,8 +63,11 @@ def problem(cell, steps, batch=(), dtype=jnp.float64, seed=0):
     return random_like(params, seed, 0.5), random_like(init, seed + 1), random_like(xs, seed + 2)
 
 
-def gradient_of(function, args, wrt):
-    """Value and gradients of `function(**args)` with respect to the leaves that stand under one of the names in `wrt`."""
+def gradient_of(function, args, wrt, **options):
+    """Value and gradients of `function(**args)` with respect to the leaves that stand under one of the names in `wrt`.
+
+    Options are those of `jax.value_and_grad`.
+    """
     paths, treedef = jax.tree_util.tree_flatten_with_path(args)
     leaves = [leaf for _, leaf in paths]
     chosen = [i for i, (path, _) in enumerate(paths) if any(f"'{name}'" in keystr(path) for name in wrt)]
@@ -72,7 +75,7 @@ def gradient_of(function, args, wrt):
     def of_chosen(moving):
         return function(**treedef.unflatten([moving.get(i, leaf) for i, leaf in enumerate(leaves)]))
 
-    value, gradients = jax.value_and_grad(of_chosen, allow_int=True)({i: leaves[i] for i in chosen})
+    value, gradients = jax.value_and_grad(of_chosen, allow_int=True, **options)({i: leaves[i] for i in chosen})
     return value, {keystr(paths[i][0]): gradient for i, gradient in gradients.items()}
 
 

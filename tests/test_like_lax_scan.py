@@ -4,10 +4,12 @@ from collections import Counter
 from functools import partial
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from equinox.internal import nondifferentiable, nondifferentiable_backward
 from jax import lax
 from jax.experimental import checkify, io_callback
 from jax.experimental.ode import odeint
@@ -231,6 +233,36 @@ def test_custom_vjp_that_closes_over_an_argument():
 
     for gradient in (False, True):
         assert_all_like_lax_scan(lambda scan, g=gradient: jax.jit(partial(run, scan, gradient=g))(jnp.array([0.7])))
+
+
+@eqx.filter_custom_vjp
+def by_a_number(h, number):
+    """h times a number, which equinox refuses to differentiate by."""
+    return h * number
+
+
+@by_a_number.def_fwd
+def _(perturbed, h, number):
+    return h * number, None
+
+
+@by_a_number.def_bwd
+def _(saved, bar, perturbed, h, number):
+    return bar * number
+
+
+EQUINOX = {
+    "nondifferentiable": lambda v, w, h, x: (jnp.tanh(w * h + nondifferentiable(x) + nondifferentiable(v)), h),
+    "nondifferentiable_backward": lambda v, w, h, x: (jnp.tanh(w * h + nondifferentiable_backward(x)), h),
+    "filter_custom_vjp": lambda v, w, h, x: (jnp.tanh(w * by_a_number(h, x) + by_a_number(h, v)), h),
+}
+
+
+@pytest.mark.parametrize("step", EQUINOX.values(), ids=EQUINOX)
+def test_marks_of_equinox(step):
+    """What is not to be differentiated, and is not, raises nothing."""
+    assert_all_like_lax_scan(partial(Case(step, closed=0.2).run, gradient=False))
+    assert_all_like_lax_scan(Case(step, closed=0.2, wrt=("params",)).run)
 
 
 def of_symbolic_zeros(w, h):
