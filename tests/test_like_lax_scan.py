@@ -79,7 +79,7 @@ class Case(NamedTuple):
 
     def run(self, scan, *, gradient=True):
         xs = np.linspace(-1.0, 1.2, STEPS) if self.xs is None else self.xs
-        args = dict(closed=self.closed, params=self.params, init=self.init, xs=xs)
+        args = {"closed": self.closed, "params": self.params, "init": self.init, "xs": xs}
         # Python numbers are weakly typed.
         args = jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else jnp.asarray(np.asarray(leaf)), args)
         args = jax.tree.map(jnp.asarray, args)
@@ -322,6 +322,44 @@ def test_custom_vjp_that_returns_no_array(backward):
     # Of what stands outside the recursion there is nothing to sum over lags.
     outside = lambda v, w, h, x: (0.5 * h, w * f(x) * h)
     assert_all_like_lax_scan(Case(outside, wrt=("xs",)).run)
+
+
+# What is not finite, beside what the loss reads: 0 times its infinite derivative must not reach the gradient.
+BESIDE = {
+    "a carry that overflows": lambda w, c, x: ({"h": c["h"], "acc": c["acc"] * 1e200 * (1 + c["h"] ** 2)}, {}),
+    "a carry that overflows by x": lambda w, c, x: ({"h": c["h"], "acc": c["acc"] * jnp.exp(900 * (x + 2))}, {}),
+    "a logarithm of 0 in the outputs": lambda w, c, x: (c, {"log": jnp.log(0 * c["h"] * w * x)}),
+    "a root of 0 in both": lambda w, c, x: (c | {"acc": jnp.sqrt(0 * c["h"])}, {"root": jnp.sqrt(0 * c["acc"] * w)}),
+}
+BESIDE_FLAGS = {
+    "no flags": lambda t: {},
+    "flags": lambda t: {"valid": t % 3 > 0, "is_first": t % 5 == 2},
+}
+
+
+@pytest.mark.parametrize("flags", BESIDE_FLAGS.values(), ids=BESIDE_FLAGS)
+@pytest.mark.parametrize("beside", BESIDE.values(), ids=BESIDE)
+def test_what_the_loss_does_not_read_does_not_reach_the_gradient(beside, flags):
+    def step(w, c, x):
+        c, y = beside(w, c, x)
+        return c | {"h": jnp.tanh(w * c["h"] + x)}, y | {"h": c["h"]}
+
+    init = {"h": jnp.array(0.3), "acc": jnp.array(1.0)}
+    args = {"params": jnp.array(0.5), "init": init, "xs": jnp.linspace(-1.0, 1.2, STEPS)}
+    options = flags(jnp.arange(STEPS))
+
+    def run(scan):
+        scan = bptt.scan if options and scan is lax_scan else scan
+
+        def losses(params, init, xs):
+            carry, ys = scan(step, params, init, xs, **options)
+            return total(ys["h"]), total(carry["h"])
+
+        return [gradient_of(lambda i=i, **args: losses(**args)[i], args, ("params", "init", "xs")) for i in (0, 1)]
+
+    expected = jax.jit(lambda: run(lax_scan))()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(expected))
+    assert_all_like_lax_scan(run)
 
 
 # An array that is written to in place.
@@ -601,7 +639,6 @@ def test_checkify():
     }
     for errors, xs in problems.values():
         for derive in (False, True):
-
             # JAX's own checks of indices do not run under strict promotion.
             @jax.numpy_dtype_promotion("standard")
             def run(scan, errors=errors, xs=xs, derive=derive):
