@@ -44,29 +44,27 @@ def _flagged(is_first: Any, valid: Any, reset_carry: Any) -> bool:
 
 
 def _check(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> tuple[Any, Any, Any]:
-    """The inputs with their flags, the carry to reset to, and the one that padded steps run on."""
+    """The inputs with their flags, the carry to reset to, and the pair of carry and input that padded steps run on."""
     if valid is not None:
         valid = _check_flags("valid", valid, r)
     if is_first is not None:
         is_first = _check_flags("is_first", is_first, r)
         reset_carry = _check_reset_carry(reset_carry, r.init)
-        if valid is not None:
-            if is_first.shape != valid.shape:
-                raise ValueError(
-                    f"is_first has shape {is_first.shape}, but valid has {valid.shape}: both are [time, *batch], the same."
-                )
-            is_first &= valid  # a step that is not taken begins nothing
-    xs, padding_carry = r.xs, r.init
-    if valid is not None and r.length:
-        xs, padding_carry = _defined_everywhere(r, is_first, valid, reset_carry)
-    return (xs, is_first, valid), reset_carry, padding_carry
+        if valid is not None and is_first.shape != valid.shape:
+            raise ValueError(
+                f"is_first has shape {is_first.shape}, but valid has {valid.shape}: both are [time, *batch], the same."
+            )
+    if any(flags is not None and 0 in flags.shape for flags in (is_first, valid)):
+        return (r.xs, None, None), None, None  # no step, or no row, that could be flagged
+    padding = None if valid is None else _padding(r, is_first, valid, reset_carry)
+    return (r.xs, is_first, valid), reset_carry, padding
 
 
 def _flagged_step(step: Any) -> Any:
     def flagged_step(params, carry, x_and_flags):
         x, first, valid = x_and_flags
-        params, carry, runs_on = _start(params, carry, first, valid)
-        new_carry, y = step(params, runs_on, x)
+        params, carry, runs_on = _start(params, carry, x, first, valid)
+        new_carry, y = step(params, *runs_on)
         return _taken(valid, new_carry, carry), _present(valid, y)
 
     return flagged_step
@@ -75,48 +73,68 @@ def _flagged_step(step: Any) -> Any:
 def _flagged_adjoint(adjoint: Adjoint) -> Adjoint:
     def forward(params, carry, x_and_flags):
         x, first, valid = x_and_flags
-        params, carry, runs_on = _start(params, carry, first, valid)
-        (new_carry, y), residuals = adjoint.forward(params, runs_on, x)
+        params, carry, runs_on = _start(params, carry, x, first, valid)
+        (new_carry, y), residuals = adjoint.forward(params, *runs_on)
         return (_taken(valid, new_carry, carry), _present(valid, y)), residuals
 
     def backward(params, residuals, x_and_flags, carry_bar, y_bar):
+        params, _, padding = params
         x, first, valid = x_and_flags
         bars = _present(valid, carry_bar), _present(valid, y_bar)
-        previous_bar, delta = adjoint.backward(params[0], residuals, x, *bars)
+        previous_bar, delta = adjoint.backward(params, residuals, _inputs(valid, x, padding), *bars)
         carry_bar = _taken(valid, previous_bar, carry_bar)
         if first is None:
             return carry_bar, (delta, None)
         zeros = jax.tree.map(jnp.zeros_like, carry_bar)
+        first = _begins(first, valid)
         return _select(first, zeros, carry_bar), (delta, _select(first, carry_bar, zeros))
 
     def contract(params, residuals, xs_and_flags, ys_bar, deltas):
-        params, _, padding_carry = params
+        params, _, padding = params
         xs, _, valid = xs_and_flags
         deltas, reset_bars = deltas
-        params_bar, xs_bar = adjoint.contract(params, residuals, xs, _present(valid, ys_bar), deltas)
+        ran_on = _inputs(valid, xs, padding)
+        params_bar, xs_bar = adjoint.contract(params, residuals, ran_on, _present(valid, ys_bar), deltas)
         params_bar, xs_bar = fit(params_bar, params, "params"), fit(xs_bar, xs, "xs")
+        xs_bar = _taken(valid, xs_bar, jax.tree.map(jnp.zeros_like, xs_bar))
         reset_bar = jax.tree.map(lambda leaf: leaf.sum(axis=0), reset_bars)
         # Nothing is computed from what padded steps compute.
-        no_bar = jax.tree.map(jnp.zeros_like, differentiable(padding_carry))
+        no_bar = jax.tree.map(jnp.zeros_like, differentiable(padding))
         return (params_bar, reset_bar, no_bar), (xs_bar, None, None)
 
     return Adjoint(forward, backward, contract)
 
 
-def _start(params: Any, carry: Any, first: Any, valid: Any) -> tuple[Any, Any, Any]:
-    """The params, the carry as it stands before a step, and the one that the step runs on: another one in padded rows."""
-    params, reset_carry, padding_carry = params
-    carry = carry if first is None else _select(first, reset_carry, carry)
-    return params, carry, carry if valid is None else _select(valid, carry, padding_carry)
+def _start(params: Any, carry: Any, x: Any, first: Any, valid: Any) -> tuple[Any, Any, tuple[Any, Any]]:
+    """The params, the carry as it stands before a step, and the carry and input that the step runs on."""
+    params, reset_carry, padding = params
+    carry = carry if first is None else _select(_begins(first, valid), reset_carry, carry)
+    return params, carry, (carry, x) if valid is None else _select(valid, (carry, x), padding)
+
+
+def _inputs(valid: Any, xs: Any, padding: Any) -> Any:
+    """The input that a step ran on, or those of a stretch of steps."""
+    return xs if valid is None else _select(valid, xs, padding[1])
+
+
+def _begins(first: Any, valid: Any) -> Any:
+    return first if valid is None else first & valid  # a step that is not taken begins nothing
 
 
 def _select(flag: Any, yes: Any, no: Any) -> Any:
-    """`yes` in the rows whose flag is set, `no` in the others."""
+    """`yes` in the rows whose flag is set, `no` in the others; of what all rows share, `yes` where any flag is set.
+
+    `no` may be that of one step for a stretch of them. Where either is `None`, the other one.
+    """
 
     def leaf(yes, no):
-        return jnp.where(flag.reshape(flag.shape + (1,) * (no.ndim - flag.ndim)), yes, no)
+        if yes is None or no is None:
+            return no if yes is None else yes
+        here = flag if yes.shape[: flag.ndim] == flag.shape else flag.any(axis=range(yes.ndim - no.ndim, flag.ndim))
+        here = here.reshape(here.shape + (1,) * (yes.ndim - here.ndim))
+        return jnp.where(here, yes, jnp.broadcast_to(no, yes.shape))
 
-    return jax.tree.map(leaf, yes, no)
+    return jax.tree.map(leaf, yes, no, is_leaf=lambda leaf: leaf is None)
 
 
 def _taken(valid: Any, new: Any, old: Any) -> Any:
@@ -129,21 +147,21 @@ def _present(valid: Any, tree: Any) -> Any:
         return tree
 
     def leaf(path, leaf):
+        if is_key(leaf):
+            return leaf
         leaf = jnp.asarray(leaf)
         if leaf.shape[: valid.ndim] != valid.shape:
             raise ValueError(
                 f"{name('y', path)} has shape {leaf.shape} at a time step, but valid has {valid.shape} there: let every leaf "
                 "of y begin with the batch axes, or pass valid as [time]."
             )
-        if is_key(leaf):
-            return leaf
         return _select(valid, leaf, jnp.zeros_like(leaf))
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
-def _defined_everywhere(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> tuple[Any, Any]:
-    """The inputs, and a carry, with which padded steps do what some valid step does.
+def _padding(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> tuple[Any, Any]:
+    """A carry and an input with which padded steps do what some valid step does; `None` for keys, which do for any step.
 
     The step runs on padding too, and its results are dropped; but where it is not defined there, at a pair of carry and
     input that never meet, its derivative is nan, and nan times the 0 that comes back is nan. So a padded row runs its own
@@ -158,23 +176,23 @@ def _defined_everywhere(r: Recurrence, is_first: Any, valid: Any, reset_carry: A
         return jnp.take_along_axis(leaf, index, axis=0)[0]
 
     def or_zeros(leaf):
-        if is_key(leaf):
-            return leaf
         return jnp.where(rows.any(), leaf, jnp.zeros_like(leaf))
 
     def in_every_row(leaf):
-        other = or_zeros(leaf.reshape(-1, *leaf.shape[rows.ndim :])[first_row])
+        if is_key(leaf):
+            return None
+        other = or_zeros(leaf.reshape(rows.size, *leaf.shape[rows.ndim :])[first_row])
         return _select(rows, leaf, jnp.broadcast_to(other, leaf.shape))
 
-    def filled(x):
-        if x.shape[: valid.ndim] != valid.shape:  # shared by all rows
-            some = valid.any(axis=range(1, valid.ndim))
-            other = or_zeros(x[first_step.reshape(-1)[first_row]])
-            return _select(some, x, jnp.broadcast_to(other, x.shape))
-        return _select(valid, x, jnp.broadcast_to(in_every_row(at_first_step(x)), x.shape))
+    def of_a_step(xs):
+        if is_key(xs):
+            return None
+        if xs.shape[: valid.ndim] != valid.shape:  # shared by all rows
+            return or_zeros(xs[first_step.reshape(-1)[first_row]])
+        return in_every_row(at_first_step(xs))
 
     carry = r.init if is_first is None else _select(at_first_step(is_first), reset_carry, r.init)
-    return jax.tree.map(filled, r.xs), jax.lax.stop_gradient(jax.tree.map(in_every_row, carry))
+    return jax.lax.stop_gradient((jax.tree.map(in_every_row, carry), jax.tree.map(of_a_step, r.xs)))
 
 
 def _check_flags(flags_name: str, flags: Any, r: Recurrence) -> Any:
