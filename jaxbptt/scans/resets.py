@@ -8,10 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
 
 from jaxbptt.cells.cell import Adjoint
 from jaxbptt.scans.backward import StepWithAdjoint, fit
-from jaxbptt.scans.recurrence import Recurrence, differentiable, is_key, name
+from jaxbptt.scans.recurrence import Recurrence, differentiable, is_array, is_key, merge, name, split
+
+_LARGER_FLAGS = {"broadcast_in_dim", "reshape", "convert_element_type"}
 
 
 def with_flags(
@@ -34,7 +37,7 @@ def without_adjoint(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) 
     if not _flagged(is_first, valid, reset_carry):
         return r
     xs, *carries = _check(r, is_first, valid, reset_carry)
-    return r._replace(step=_flagged_step(r.step), params=(r.params, *carries), xs=xs)
+    return r._replace(step=_selecting_again(_flagged_step(r.step)), params=(r.params, *carries), xs=xs)
 
 
 def _flagged(is_first: Any, valid: Any, reset_carry: Any) -> bool:
@@ -68,6 +71,27 @@ def _flagged_step(step: Any) -> Any:
         return _taken(valid, new_carry, carry), _present(valid, y)
 
     return flagged_step
+
+
+def _selecting_again(step: Any) -> Any:
+    """The same step, of which JAX does not keep what `_select` made for the way back: it would be a copy of all inputs."""
+
+    def selecting_step(params, carry, x):
+        arrays, others = split((params, carry, x), is_array)
+        closed, shapes = jax.make_jaxpr(lambda arrays: step(*merge(arrays, others)), return_shape=True)(arrays)
+        run = jaxpr_as_fun(closed)
+        if not closed.effects:  # else they would be had again as well
+            run = jax.checkpoint(run, prevent_cse=False, policy=_is_kept)
+        return jax.tree.unflatten(jax.tree.structure(shapes), run(*jax.tree.leaves(arrays)))
+
+    return selecting_step
+
+
+def _is_kept(primitive: Any, *operands: Any, **_: Any) -> bool:
+    """Whether JAX keeps what an operation made: not the arrays that `_select` makes, nor larger copies of flags."""
+    if primitive is jax.lax.select_n_p:
+        return operands[0].dtype == jnp.bool_
+    return not operands or operands[0].dtype != jnp.bool_ or primitive.name not in _LARGER_FLAGS
 
 
 def _flagged_adjoint(adjoint: Adjoint) -> Adjoint:
@@ -132,7 +156,9 @@ def _select(flag: Any, yes: Any, no: Any) -> Any:
             return no if yes is None else yes
         here = flag if yes.shape[: flag.ndim] == flag.shape else flag.any(axis=range(yes.ndim - no.ndim, flag.ndim))
         here = here.reshape(here.shape + (1,) * (yes.ndim - here.ndim))
-        return jnp.where(here, yes, jnp.broadcast_to(no, yes.shape))
+        # No booleans: by this `_is_kept` knows it from what the user selects.
+        here = jnp.broadcast_to(here, yes.shape).astype(jnp.int32)
+        return jax.lax.select_n(here, jnp.broadcast_to(no, yes.shape), yes)
 
     return jax.tree.map(leaf, yes, no, is_leaf=lambda leaf: leaf is None)
 
