@@ -12,7 +12,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from jaxbptt.cells.cell import Adjoint
 from jaxbptt.scans.backward import StepWithAdjoint, fit
-from jaxbptt.scans.recurrence import Recurrence, differentiable, is_array, is_key, merge, name, split
+from jaxbptt.scans.recurrence import Recurrence, differentiable, is_array, is_differentiable, is_key, merge, name, split
 
 _LARGER_FLAGS = {"broadcast_in_dim", "reshape", "convert_element_type"}
 
@@ -52,7 +52,7 @@ def _check(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> tuple[
         valid = _check_flags("valid", valid, r)
     if is_first is not None:
         is_first = _check_flags("is_first", is_first, r)
-        reset_carry = _check_reset_carry(reset_carry, r.init)
+        reset_carry = _check_reset_carry(reset_carry, r.init, is_first.shape[1:])
         if valid is not None and is_first.shape != valid.shape:
             raise ValueError(
                 f"is_first has shape {is_first.shape}, but valid has {valid.shape}: both are [time, *batch], the same."
@@ -238,24 +238,30 @@ def _check_flags(flags_name: str, flags: Any, r: Recurrence) -> Any:
         )
     batch = flags.shape[1:]
     for path, leaf in jax.tree_util.tree_leaves_with_path(r.init):
-        if leaf.shape[: len(batch)] != batch:
-            raise ValueError(
-                f"{flags_name} has shape {flags.shape}, that is [time, *batch] with batch {batch}, but {name('init', path)} has "
-                f"shape {leaf.shape}: its first axes must be the same, one flag for each row and time step. Where rows are mapped with "
-                "jax.vmap, map the step and not the scan."
+        if _of_rows(leaf, batch) or is_key(leaf):
+            continue
+        way_out = "Where rows are mapped with jax.vmap, map the step and not the scan."
+        if not is_differentiable(leaf):
+            way_out = (
+                "What all rows share can't begin anew, or stand still, for one of them: let a counter be an input, one "
+                "number for each time step, and a raw random key a typed one, jax.random.wrap_key_data(key)."
             )
+        raise ValueError(
+            f"{flags_name} has shape {flags.shape}, that is [time, *batch] with batch {batch}, but {name('init', path)} has "
+            f"shape {leaf.shape}: its first axes must be the same, one flag for each row and time step. {way_out}"
+        )
     return flags
 
 
-def _check_reset_carry(reset_carry: Any, init: Any) -> Any:
-    """The carry to reset to, in the shapes of `init`: zeros by default."""
+def _of_rows(leaf: Any, batch: tuple[int, ...]) -> bool:
+    """Whether each row has its own."""
+    return leaf.shape[: len(batch)] == batch
+
+
+def _check_reset_carry(reset_carry: Any, init: Any, batch: tuple[int, ...]) -> Any:
+    """The carry to reset to, in the shapes of `init`: zeros by default; `None` for keys that go on as they are."""
     if reset_carry is None:
-        for path, leaf in jax.tree_util.tree_leaves_with_path(init):
-            if is_key(leaf):
-                raise ValueError(
-                    f"{name('init', path)} is a random key, which has no zero: pass reset_carry, the carry to start again from."
-                )
-        return jax.tree.map(jnp.zeros_like, init)
+        return jax.tree_util.tree_map_with_path(_zeros, init)
     if jax.tree.structure(reset_carry) != jax.tree.structure(init):
         raise TypeError(
             f"reset_carry has structure {jax.tree.structure(reset_carry)}, but init has {jax.tree.structure(init)}: pass a "
@@ -263,6 +269,8 @@ def _check_reset_carry(reset_carry: Any, init: Any) -> Any:
         )
 
     def like(path, leaf, target):
+        if is_key(target) and not _of_rows(target, batch):
+            return None
         # A Python number has no dtype of its own.
         leaf = jnp.asarray(leaf) if hasattr(leaf, "dtype") else jnp.asarray(leaf, target.dtype)
         if leaf.dtype != target.dtype:
@@ -278,3 +286,15 @@ def _check_reset_carry(reset_carry: Any, init: Any) -> Any:
             ) from None
 
     return jax.tree_util.tree_map_with_path(like, reset_carry, init)
+
+
+def _zeros(path: Any, leaf: Any) -> Any:
+    if is_key(leaf):
+        return None
+    if leaf.dtype == jnp.uint32 and leaf.shape[-1:] in ((2,), (4,)):
+        raise ValueError(
+            f"{name('init', path)} has dtype uint32 and shape {leaf.shape}, as a raw random key has, which has no zero: pass a "
+            "typed key, jax.random.wrap_key_data(key), which goes on where rows begin anew; or reset_carry, the carry to "
+            "start again from."
+        )
+    return jnp.zeros_like(leaf)
