@@ -148,17 +148,17 @@ def _begins(first: Any, valid: Any) -> Any:
 def _select(flag: Any, yes: Any, no: Any) -> Any:
     """`yes` in the rows whose flag is set, `no` in the others; of what all rows share, `yes` where any flag is set.
 
-    `no` may be that of one step for a stretch of them. Where either is `None`, the other one.
+    `no` may be one for all rows, or that of one step for a stretch of them. Where either is `None`, the other one.
     """
 
     def leaf(yes, no):
         if yes is None or no is None:
             return no if yes is None else yes
-        here = flag if yes.shape[: flag.ndim] == flag.shape else flag.any(axis=range(yes.ndim - no.ndim, flag.ndim))
+        here = flag if _of_rows(yes, flag.shape) else flag.any(axis=range(yes.ndim - no.ndim, flag.ndim))
         here = here.reshape(here.shape + (1,) * (yes.ndim - here.ndim))
+        here, yes, no = jnp.broadcast_arrays(here, yes, no.reshape((1,) * (yes.ndim - no.ndim) + no.shape))
         # No booleans: by this `_is_kept` knows it from what the user selects.
-        here = jnp.broadcast_to(here, yes.shape).astype(jnp.int32)
-        return jax.lax.select_n(here, jnp.broadcast_to(no, yes.shape), yes)
+        return jax.lax.select_n(here.astype(jnp.int32), no, yes)
 
     return jax.tree.map(leaf, yes, no, is_leaf=lambda leaf: leaf is None)
 
@@ -176,7 +176,7 @@ def _present(valid: Any, tree: Any) -> Any:
         if is_key(leaf):
             return leaf
         leaf = jnp.asarray(leaf)
-        if leaf.shape[: valid.ndim] != valid.shape:
+        if not _of_rows(leaf, valid.shape):
             raise ValueError(
                 f"{name('y', path)} has shape {leaf.shape} at a time step, but valid has {valid.shape} there: let every leaf "
                 "of y begin with the batch axes, or pass valid as [time]."
@@ -195,26 +195,26 @@ def _padding(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> tupl
     """
     rows = valid.any(axis=0)
     first_step = jnp.argmax(valid, axis=0)
-    first_row = jnp.argmax(rows.reshape(-1))
+    number = jnp.where(rows, jnp.arange(rows.size).reshape(rows.shape), rows.size)
+    first_row = rows & (number == number.min())
 
     def at_first_step(leaf):
         index = first_step.reshape((1, *rows.shape) + (1,) * (leaf.ndim - valid.ndim))
         return jnp.take_along_axis(leaf, index, axis=0)[0]
 
-    def or_zeros(leaf):
-        return jnp.where(rows.any(), leaf, jnp.zeros_like(leaf))
-
     def in_every_row(leaf):
         if is_key(leaf):
             return None
-        other = or_zeros(leaf.reshape(rows.size, *leaf.shape[rows.ndim :])[first_row])
-        return _select(rows, leaf, jnp.broadcast_to(other, leaf.shape))
+        # Not by its index: the rows may be on several devices.
+        other = _select(first_row, leaf, jnp.zeros_like(leaf)).sum(axis=range(rows.ndim), dtype=leaf.dtype)
+        return _select(rows, leaf, other)
 
     def of_a_step(xs):
         if is_key(xs):
             return None
-        if xs.shape[: valid.ndim] != valid.shape:  # shared by all rows
-            return or_zeros(xs[first_step.reshape(-1)[first_row]])
+        if not _of_rows(xs, valid.shape):  # shared by all rows
+            x = xs[jnp.where(first_row, first_step, 0).sum()]
+            return jnp.where(rows.any(), x, jnp.zeros_like(x))
         return in_every_row(at_first_step(xs))
 
     carry = r.init if is_first is None else _select(at_first_step(is_first), reset_carry, r.init)
@@ -253,9 +253,9 @@ def _check_flags(flags_name: str, flags: Any, r: Recurrence) -> Any:
     return flags
 
 
-def _of_rows(leaf: Any, batch: tuple[int, ...]) -> bool:
+def _of_rows(leaf: Any, axes: tuple[int, ...]) -> bool:
     """Whether each row has its own."""
-    return leaf.shape[: len(batch)] == batch
+    return leaf.shape[: len(axes)] == axes
 
 
 def _check_reset_carry(reset_carry: Any, init: Any, batch: tuple[int, ...]) -> Any:
@@ -278,12 +278,15 @@ def _check_reset_carry(reset_carry: Any, init: Any, batch: tuple[int, ...]) -> A
                 f"{name('reset_carry', path)} has dtype {leaf.dtype}, but that of init is {target.dtype}: cast it."
             )
         try:
-            return jnp.broadcast_to(leaf, target.shape)
+            whole, _ = jnp.broadcast_arrays(leaf, target)
         except ValueError:
+            whole = leaf
+        if whole.shape != target.shape:
             raise ValueError(
                 f"{name('reset_carry', path)} has shape {leaf.shape}, which does not fit that of init, {target.shape}: pass a "
                 "carry like init, or one row of it."
-            ) from None
+            )
+        return whole
 
     return jax.tree_util.tree_map_with_path(like, reset_carry, init)
 
