@@ -14,7 +14,9 @@ from jaxbptt.scans.adjoint import adjoint_scan
 from jaxbptt.scans.backward import step_with_adjoint
 from jaxbptt.scans.checkpointed import checkpointed_scan, layout
 from jaxbptt.scans.exact import scan
-from jaxbptt.scans.recurrence import differentiable, is_array, merge, prepare, split
+from jaxbptt.scans.perturbed import everything
+from jaxbptt.scans.recurrence import Recurrence, differentiable, is_array, merge, prepare, split
+from jaxbptt.scans.segments import Layout
 from jaxbptt.scans.truncated import truncated_scan
 
 
@@ -86,7 +88,7 @@ def plan(
     if not memory_bytes > 0:
         raise ValueError(f"memory_bytes is {memory_bytes}, but a gradient needs some: pass the bytes there are.")
     case = _Case(step, *split((params, init, xs), by=is_array), _sum_of_squares if loss is None else loss, length)
-    steps = _look(case, lambda r, _: r.length)
+    steps = _look(case, lambda r: r.length)
     tried = []
 
     def attempt(strategy: Callable[..., Any], forward_steps: int, why: str, **options: int) -> Plan:
@@ -101,7 +103,7 @@ def plan(
             return _explained(best, memory_bytes)
     best = attempt(scan, steps, "every step is computed once")
     if not best.fits and steps:
-        segment = _look(case, lambda r, by: layout(r, by, None, None).segment)
+        segment = _cut(case, None).segment
         best = attempt(
             checkpointed_scan,
             2 * steps,
@@ -130,7 +132,7 @@ def _most_checkpoints(case: _Case, attempt: Callable[..., Plan], steps: int, mem
     """As many checkpoints as fit, or nearly: bracketed by doubling, then narrowed to a tenth."""
 
     def with_checkpoints(number):
-        cut = _look(case, lambda r, by: layout(r, by, None, number))
+        cut = _cut(case, number)
         why = f"the states kept are as many as fit, and steps are computed {cut.forward_steps / steps:.1f} times on average"
         return attempt(checkpointed_scan, cut.forward_steps, why, checkpoints=number)
 
@@ -205,14 +207,25 @@ def _temporary_bytes(case: _Case, scan: Callable[..., Any]) -> int:
     return compile_and_cost(value_and_gradient, case.arrays)[1].temporary_bytes
 
 
-def _look(case: _Case, at: Callable[..., Any]) -> Any:
-    """`at(recurrence, its step with an adjoint)`, where only shapes are known."""
+def _cut(case: _Case, checkpoints: int | None) -> Layout:
+    """How `checkpointed_scan` cuts time."""
+
+    def cut(r):
+        step = step_with_adjoint(case.step, None, r)
+        # The inputs get no gradient.
+        perturbed = everything(step.params, r.init, r.xs)._replace(x=jax.tree.map(lambda _: False, r.xs))
+        return layout(r.length, step.adjoint(perturbed), step.params, r.init, r.xs, None, checkpoints)
+
+    return _look(case, cut)
+
+
+def _look(case: _Case, at: Callable[[Recurrence], Any]) -> Any:
+    """`at(recurrence)`, where only shapes are known."""
     seen = []
 
     def look(arrays):
         params, init, xs = merge(arrays, case.others)
-        r = prepare(case.step, params, init, xs, case.length)
-        seen.append(at(r, step_with_adjoint(case.step, None, r)))
+        seen.append(at(prepare(case.step, params, init, xs, case.length)))
 
     jax.eval_shape(look, case.arrays)
     return seen[-1]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.backward import step_with_adjoint, unroll_backward, unroll_forward
+from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint
 from jaxbptt.scans.recurrence import prepare
 from jaxbptt.scans.resets import with_flags
 from jaxbptt.scans.reverse_mode import reverse_mode
@@ -93,26 +94,29 @@ def adjoint_scan(
     """
     r = prepare(step, params, init, xs, length)
     with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
-    step, params, adjoint, *_ = with_adjoint
+    step, params, adjoint_for, *_ = with_adjoint
+    length = r.length
     if clip_adjoint is not None:
-        adjoint = _clipped(adjoint, clip_adjoint)
+        adjoint_for = _clipped(adjoint_for, clip_adjoint)
 
     def run(params, init, xs):
-        return jax.lax.scan(partial(step, params), init, xs, length=r.length, unroll=unroll)
+        return jax.lax.scan(partial(step, params), init, xs, length=length, unroll=unroll)
 
-    def forward(params, init, xs):
-        return unroll_forward(adjoint, params, init, xs, length=r.length, unroll=unroll)
+    def forward(adjoint, params, init, xs):
+        return unroll_forward(adjoint, params, init, xs, length=length, unroll=unroll)
 
-    def backward(params, init, xs, residuals, carry_bar, ys_bar):
+    def backward(adjoint, params, init, xs, residuals, carry_bar, ys_bar):
         # Else the compiler moves what is constant, such as the gradient of a sum, into the loop over segments of time, and
         # makes all of it anew in each.
         xs, ys_bar = jax.lax.optimization_barrier((xs, ys_bar))
-        return unroll_backward(adjoint, params, init, residuals, xs, carry_bar, ys_bar, length=r.length, unroll=unroll)
+        return unroll_backward(adjoint, params, init, residuals, xs, carry_bar, ys_bar, length=length, unroll=unroll)
 
-    return reverse_mode("adjoint_scan", run, forward, backward)(params, r.init, xs)
+    return reverse_mode("adjoint_scan", adjoint_for, run, forward, backward)(params, r.init, xs)
 
 
-def _clipped(adjoint: Adjoint, clip: float | Callable[[Any], Any]) -> Adjoint:
+def _clipped(
+    adjoint_for: Callable[[Perturbed], PerturbedAdjoint], clip: float | Callable[[Any], Any]
+) -> Callable[[Perturbed], PerturbedAdjoint]:
     """The same backward, whose carry adjoints are clipped as they leave each step."""
     if callable(clip):
         function = clip
@@ -121,8 +125,13 @@ def _clipped(adjoint: Adjoint, clip: float | Callable[[Any], Any]) -> Adjoint:
     else:
         function = partial(jax.tree.map, lambda leaf: jnp.clip(leaf, -clip, clip))
 
-    def backward(params, residuals, x, carry_bar, y_bar):
-        carry_bar, delta = adjoint.backward(params, residuals, x, carry_bar, y_bar)
-        return function(carry_bar), delta
+    def clipped(perturbed):
+        adjoint = adjoint_for(perturbed)
 
-    return adjoint._replace(backward=backward)
+        def backward(params, residuals, x, carry_bar, y_bar):
+            carry_bar, delta = adjoint.backward(params, residuals, x, carry_bar, y_bar)
+            return function(carry_bar), delta
+
+        return adjoint._replace(backward=backward)
+
+    return clipped

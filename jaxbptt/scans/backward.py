@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.along_time import at, filled, window
 from jaxbptt.scans.contraction import fit, weight_gradient
 from jaxbptt.scans.linearized import linearized
 from jaxbptt.scans.parts import arrays_of, in_loop
-from jaxbptt.scans.recurrence import Recurrence, at_one_step, pull
+from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, every_leaf, part, select, spread
+from jaxbptt.scans.recurrence import Recurrence, at_one_step, differentiable, merge
 from jaxbptt.scans.residuals import Residuals, places
 from jaxbptt.scans.schedule import divisor_near
 from jaxbptt.scans.tracing import TracedStep, map_over_time, trace
@@ -28,14 +30,15 @@ class StepWithAdjoint(NamedTuple):
     Attributes:
         step: `(params, carry, x) -> (carry, y)`.
         params: to call both with.
-        adjoint: the `Adjoint` given, or the `Cell`'s own, or else one derived from the step.
+        adjoint: `(perturbed)`, the `Adjoint` given, or the `Cell`'s own, or else one derived from the step, for the leaves
+            of (params, init, xs) that are flagged. Nothing is differentiated before it is called.
         branches: whether the step has a `lax.cond`, which must not be mapped over time.
         like_params: puts a gradient of `params` into the structure of the user's.
     """
 
     step: Callable[..., Any]
     params: Any
-    adjoint: Adjoint
+    adjoint: Callable[[Perturbed], PerturbedAdjoint]
     branches: bool
     like_params: Callable[[Any], Any] = lambda params: params
 
@@ -44,15 +47,20 @@ def step_with_adjoint(step: Callable[..., Any] | Cell, adjoint: Adjoint | None, 
     """Settle which backward a step gets; `r` is the same step, prepared."""
     if adjoint is None and isinstance(step, Cell):
         adjoint = step.adjoint
-    if adjoint is not None:
-        return StepWithAdjoint(r.step, r.params, adjoint, branches=False)
-    traced = trace(r)
-    adjoint = linearized(traced, r.init, at_one_step(r.xs)) or _derived(traced)
-    return StepWithAdjoint(traced.step, traced.params, adjoint, traced.branches, traced.like_params)
+    if adjoint is None:
+        traced = trace(r)
+        derive = _derivation(traced._replace(params=None))  # JAX keeps it, and would keep the arrays with it
+        return StepWithAdjoint(traced.step, traced.params, derive, traced.branches, traced.like_params)
+    by_hand, carry = adjoint, every_leaf(r.init)
+
+    def for_leaves(perturbed):
+        return PerturbedAdjoint(*by_hand, perturbed._replace(carry=carry))
+
+    return StepWithAdjoint(r.step, r.params, for_leaves, branches=False)
 
 
 def unroll_forward(
-    adjoint: Adjoint, params: Any, init: Any, xs: Any, *, length: int, unroll: int | bool
+    adjoint: PerturbedAdjoint, params: Any, init: Any, xs: Any, *, length: int, unroll: int | bool
 ) -> tuple[tuple[Any, Any], Residuals]:
     """`lax.scan` that keeps residuals: ((c_T, ys), residuals)."""
     forward = in_loop(adjoint.forward, params, init, at_one_step(xs))
@@ -72,7 +80,7 @@ def unroll_forward(
 
 
 def unroll_backward(
-    adjoint: Adjoint,
+    adjoint: PerturbedAdjoint,
     params: Any,
     init: Any,
     residuals: Residuals,
@@ -84,15 +92,25 @@ def unroll_backward(
     unroll: int | bool,
 ) -> tuple[Any, Any, Any]:
     """Gradients of params, init and xs, from those of c_T and ys, which may have `Zeros` for leaves."""
-    total = weight_gradient(adjoint, params, init, xs, carry_bar, ys_bar, stretches(carry_bar, length))
+    total = weight_gradient(adjoint, params, init, xs, carry_bar, ys_bar, stretches(init, length))
     sums, carry_bar, xs_bar = _back(
-        adjoint, total.add, params, total.zeros, residuals, xs, carry_bar, ys_bar, length=length, unroll=unroll
+        adjoint,
+        total.add,
+        params,
+        total.zeros,
+        residuals,
+        xs,
+        carry_bar,
+        ys_bar,
+        length=length,
+        segment=segment_length(init, length),
+        unroll=unroll,
     )
-    return total.finish(sums), fit(carry_bar, init, "init"), xs_bar
+    return total.finish(sums), fit(carry_bar, init, adjoint.perturbed.carry, "init"), xs_bar
 
 
 def back_over(
-    adjoint: Adjoint,
+    adjoint: PerturbedAdjoint,
     add: Callable[..., tuple[Any, Any]],
     params: Any,
     sums: Any,
@@ -122,13 +140,14 @@ def back_over(
         carry_bar,
         window(ys_bar, start, length),
         length=length,
+        segment=segment_length(carry, length),
         unroll=unroll,
     )
-    return after, (sums, fit(carry_bar, carry, "init"), xs_bar)
+    return after, (sums, fit(carry_bar, carry, adjoint.perturbed.carry, "init"), xs_bar)
 
 
 def _back(
-    adjoint: Adjoint,
+    adjoint: PerturbedAdjoint,
     add: Callable[..., tuple[Any, Any]],
     params: Any,
     sums: Any,
@@ -138,10 +157,10 @@ def _back(
     ys_bar: Any,
     *,
     length: int,
+    segment: int,
     unroll: int | bool,
 ) -> tuple[Any, Any, Any]:
     """The recursion over a stretch of time: `sums` with it added, and the gradients of its first carry and of xs."""
-    segment = segment_length(carry_bar, length)
 
     def loop(params, residuals, xs, carry_bar, ys_bar):
         """The recursion over one step, and how to put the deltas together from the distinct ones, which it returns."""
@@ -211,16 +230,16 @@ def _back(
     return run(params, sums, residuals, xs, carry_bar, ys_bar)
 
 
-def stretches(carry_bar: Any, *lengths: int) -> set[int]:
+def stretches(carry: Any, *lengths: int) -> set[int]:
     """The lengths, in time steps, that weight gradients are added up over on the way back over these lengths."""
     found = set()
     for length in lengths:
-        segment = segment_length(carry_bar, length)
+        segment = segment_length(carry, length)
         found |= {segment, length % segment} if segment < length else {length}
     return found - {0} or {1}
 
 
-def segment_length(carry_bar: Any, length: int) -> int:
+def segment_length(carry: Any, length: int) -> int:
     """Time steps after which the weight gradient is added to, so that what a product reads is still in the cache.
 
     On CPU about as many as have 1,024 rows, but at least 8, half of the steps at most, and rather a divisor of them.
@@ -230,23 +249,37 @@ def segment_length(carry_bar: Any, length: int) -> int:
     """
     if jax.default_backend() != "cpu":
         return max(length, 1)
-    rows = max((math.prod(leaf.shape[:-1]) for leaf in jax.tree.leaves(carry_bar)), default=1)
+    rows = max((math.prod(leaf.shape[:-1]) for leaf in jax.tree.leaves(differentiable(carry))), default=1)
     return divisor_near(length, max(min(1024 / max(rows, 1), length / 2), 8), within=4) if length else 1
 
 
 def differentiated_as(plain: Callable[..., Any], fast: Callable[..., Any]) -> Callable[..., Any]:
     """`fast`, with the derivative of `plain`, which is the same function."""
-    both = jax.custom_jvp(fast)
 
-    @both.defjvp
-    def jvp(primals, tangents):
-        return jax.jvp(plain, primals, tangents)
+    def run(*args):
+        leaves, treedef = jax.tree.flatten(args)
 
-    return both
+        @jax.custom_jvp
+        def both(*leaves):
+            return fast(*treedef.unflatten(leaves))
+
+        def jvp(primals, tangents):
+            perturbed = [not isinstance(tangent, SymbolicZero) for tangent in tangents]
+            moving, still = part(list(primals), perturbed)
+
+            def of_moving(moving):
+                return plain(*treedef.unflatten(merge(moving, still)))
+
+            return jax.jvp(of_moving, (moving,), (select(list(tangents), perturbed),))
+
+        both.defjvp(jvp, symbolic_zeros=True)
+        return both(*leaves)
+
+    return run
 
 
 def back_one_lag(
-    adjoint: Adjoint, params: Any, residuals: Any, xs: Any, bars: Any, ys_bar: Any, *, in_turn: bool
+    adjoint: PerturbedAdjoint, params: Any, residuals: Any, xs: Any, bars: Any, ys_bar: Any, *, in_turn: bool
 ) -> tuple[Any, Any, Any]:
     """All time steps one step back at once: the gradients of the carries after each step, moved to those before it.
 
@@ -262,22 +295,48 @@ def at_last_step(bar: Any, length: int) -> Any:
     return jax.tree.map(lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype).at[-1].set(leaf), bar)
 
 
-def _derived(traced: TracedStep) -> Adjoint:
+def _derivation(traced: TracedStep) -> Callable[[Perturbed], PerturbedAdjoint]:
+    """The adjoint of a traced step for given leaves, derived once."""
+    known: dict[Any, PerturbedAdjoint] = {}
+
+    def derive(perturbed):
+        key = tuple(jax.tree.leaves(perturbed))
+        if key not in known:
+            perturbed = spread(traced.step, perturbed, traced.shapes)
+            known[key] = linearized(traced, perturbed) or _pulled(traced, perturbed)
+        return known[key]
+
+    return derive
+
+
+def _pulled(traced: TracedStep, perturbed: Perturbed) -> PerturbedAdjoint:
     """For a step that can't be linearised: the three parts by `jax.vjp`, which compute it again, from the carries."""
+
+    def pull(step, primals, flags, bars):
+        moving, still = part(primals, flags)
+
+        def outputs(*moving):
+            new_carry, y = step(*merge(moving, still))
+            return select(new_carry, perturbed.carry), differentiable(y)
+
+        _, vjp = jax.vjp(outputs, *moving)
+        return vjp(bars)
 
     def forward(params, carry, x):
         return traced.step(params, carry, x), carry
 
     def backward(params, carry, x, carry_bar, y_bar):
-        (previous_bar,) = pull(lambda carry: traced.step(params, carry, x), (carry,), (carry_bar, y_bar))
+        step = lambda carry: traced.step(params, carry, x)
+        (previous_bar,) = pull(step, (carry,), (perturbed.carry,), (carry_bar, y_bar))
         return previous_bar, carry_bar
 
     over_time = map_over_time(traced.step, in_turn=traced.branches)
 
     def contract(params, carries, xs, ys_bar, carry_bars):
-        return pull(lambda params, xs: over_time(params, carries, xs), (params, xs), (carry_bars, ys_bar))
+        step = lambda params, xs: over_time(params, carries, xs)
+        return pull(step, (params, xs), (perturbed.params, perturbed.x), (carry_bars, ys_bar))
 
-    return Adjoint(forward, backward, contract)
+    return PerturbedAdjoint(forward, backward, contract, perturbed)
 
 
 def without(residuals: Any, outputs: Any) -> tuple[list[Any], Callable[..., Any]]:

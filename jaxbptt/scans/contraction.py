@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxbptt.cells.cell import Adjoint
 from jaxbptt.scans.along_time import filled
 from jaxbptt.scans.parts import arrays_of, before_moves, evaluate, program
-from jaxbptt.scans.recurrence import at_one_step, differentiable, name, split
+from jaxbptt.scans.perturbed import PerturbedAdjoint, select
+from jaxbptt.scans.recurrence import at_one_step, is_array, name
 from jaxbptt.scans.tracing import read
 
 
@@ -33,7 +33,7 @@ class WeightGradient(NamedTuple):
 
 
 def weight_gradient(
-    adjoint: Adjoint,
+    adjoint: PerturbedAdjoint,
     params: Any,
     carry: Any,
     xs: Any,
@@ -49,22 +49,27 @@ def weight_gradient(
     are where the adjoint moves them otherwise for one length than for another.
     """
 
+    flags = adjoint.perturbed
+    # What is kept until the sums are finished knows shapes alone: JAX would keep arrays alive with it.
+    like = shapes(params)
+
     def step(params, carry, x, carry_bar, y_bar):
         _, residuals = adjoint.forward(params, carry, x)
         previous_bar, deltas = adjoint.backward(params, residuals, x, carry_bar, filled(y_bar))
-        return residuals, deltas, fit(previous_bar, carry, "init")
+        return residuals, deltas, fit(previous_bar, carry, flags.carry, "init")
 
     def contraction(length, params, residuals, xs, ys_bar, deltas):
         def contract(params, residuals, xs, ys_bar, deltas):
             params_bar, xs_bar = adjoint.contract(params, residuals, xs, filled(ys_bar, length), deltas)
-            return _with_derivative(params_bar, params), fit(xs_bar, xs, "xs")
+            params_bar = fit(params_bar, like, flags.params, "params", cast=False)
+            return params_bar, fit(xs_bar, xs, flags.x, "xs")
 
         traced = program(contract, params, residuals, xs, ys_bar, deltas)
         trees = traced.out_tree.children()
         return traced, trees, before_moves(traced, trees[0].num_leaves)
 
     def moved(params_tree, moves, sums):
-        return fit(params_tree.unflatten(moves(sums)), params, "params")
+        return fit(params_tree.unflatten(moves(sums)), like, flags.params, "params")
 
     def add(params, sums, *args, length):
         traced, (params_tree, xs_tree), moves = contraction(length, params, *args)
@@ -89,41 +94,42 @@ def weight_gradient(
     form, parts, finish = kinds[0]
     in_place = in_place or any(other != form for other, *_ in kinds)
     if in_place:
-        return WeightGradient(totals(params), add, lambda sums: fit(sums, params, "params"))
+        zeros = totals(select(like, flags.params))
+        return WeightGradient(zeros, add, lambda sums: fit(sums, like, flags.params, "params"))
     return WeightGradient(totals(parts), add, finish)
 
 
-def fit(bar: Any, primal: Any, root: str) -> Any:
-    """Check a result of an `Adjoint` against what it is the derivative of, and give it that dtype."""
-    bar, primal = _with_derivative(bar, primal), differentiable(primal)
+def fit(bar: Any, primal: Any, flags: Any, root: str, *, cast: bool = True) -> Any:
+    """Check a result of an `Adjoint` against what it is the derivative of, and give it that dtype.
 
-    def cast(path, leaf, leaf_bar):
-        aval = jax.typeof(leaf)
-        if leaf_bar.shape != aval.shape:
+    What it has for leaves that are not flagged is left out.
+    """
+
+    def leaf(path, flag, primal, bar):
+        if not flag:
+            return None
+        aval = jax.typeof(primal)
+        if bar is None:
             raise ValueError(
-                f"The adjoint's gradient of {name(root, path)} has shape {leaf_bar.shape}, but {name(root, path)} has "
+                f"The adjoint has no gradient of {name(root, path)}: return one for each leaf, None for those without a derivative."
+            )
+        bar = jnp.asarray(bar)
+        if bar.shape != aval.shape:
+            raise ValueError(
+                f"The adjoint's gradient of {name(root, path)} has shape {bar.shape}, but {name(root, path)} has "
                 f"{aval.shape}: sum over time and batch what it does not have, and check the order of its axes."
             )
-        return leaf_bar.astype(aval.dtype)
+        return bar.astype(aval.dtype) if cast else bar
 
-    if jax.tree.structure(bar) != jax.tree.structure(primal):
+    treedef = jax.tree.structure(flags)
+    try:
+        bars = treedef.flatten_up_to(bar)
+    except ValueError:
         raise ValueError(
             f"The adjoint's gradient of {root} has structure {jax.tree.structure(bar)}, but {root} has "
             f"{jax.tree.structure(primal)}: return one gradient for each leaf, None for those without a derivative."
-        )
-    return jax.tree_util.tree_map_with_path(cast, primal, bar)
-
-
-def _with_derivative(bar: Any, primal: Any) -> Any:
-    """A gradient without what it has for leaves that have no derivative, such as integer inputs of a cell."""
-    if jax.tree.structure(bar) == jax.tree.structure(primal):
-        moving, _ = split(primal)
-        bar = jax.tree.map(lambda leaf, leaf_bar: None if leaf is None else leaf_bar, moving, bar, is_leaf=_is_none)
-    return differentiable(bar)
-
-
-def _is_none(leaf: Any) -> bool:
-    return leaf is None
+        ) from None
+    return jax.tree_util.tree_map_with_path(leaf, flags, primal, treedef.unflatten(bars))
 
 
 def totals(tree: Any) -> Any:
@@ -133,7 +139,16 @@ def totals(tree: Any) -> Any:
         aval = jax.typeof(leaf)
         return jnp.zeros(aval.shape, aval.dtype if jnp.finfo(aval.dtype).bits >= 32 else jnp.float32)
 
-    return jax.tree.map(zeros, differentiable(tree))
+    return jax.tree.map(zeros, tree)
+
+
+def shapes(tree: Any) -> Any:
+    """The shapes and dtypes of arrays; what is no array, such as a flag among params, stays."""
+
+    def leaf(leaf):
+        return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) if is_array(leaf) else leaf
+
+    return jax.tree.map(leaf, tree)
 
 
 def add_up(totals: Any, more: Any) -> Any:

@@ -12,6 +12,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from jaxbptt.cells.cell import Adjoint
 from jaxbptt.scans.backward import StepWithAdjoint, fit
+from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint
 from jaxbptt.scans.recurrence import Recurrence, differentiable, is_array, is_differentiable, is_key, merge, name, split
 
 _LARGER_FLAGS = {"broadcast_in_dim", "reshape", "convert_element_type"}
@@ -28,8 +29,18 @@ def with_flags(
     if not _flagged(is_first, valid, reset_carry):
         return step, r.xs
     xs, *carries = _check(r, is_first, valid, reset_carry)
-    params = step.params, *carries
-    return step._replace(step=_flagged_step(step.step), params=params, adjoint=_flagged_adjoint(step.adjoint)), xs
+    params, adjoint_of = (step.params, *carries), step.adjoint
+
+    def adjoint_for(perturbed):
+        (of_params, reset, *rest), init, (of_x, *flags) = perturbed
+        # A carry that is reset to what is perturbed is perturbed.
+        carry = init if reset is None else jax.tree.map(lambda a, b: a or bool(b), init, reset)
+        adjoint = adjoint_of(Perturbed(of_params, carry, of_x))
+        inner = adjoint.perturbed
+        perturbed = Perturbed((inner.params, reset, *rest), inner.carry, (inner.x, *flags))
+        return PerturbedAdjoint(*_flagged_adjoint(adjoint), perturbed)
+
+    return step._replace(step=_flagged_step(step.step), params=params, adjoint=adjoint_for), xs
 
 
 def without_adjoint(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> Recurrence:
@@ -94,7 +105,7 @@ def _is_kept(primitive: Any, *operands: Any, **_: Any) -> bool:
     return not operands or operands[0].dtype != jnp.bool_ or primitive.name not in _LARGER_FLAGS
 
 
-def _flagged_adjoint(adjoint: Adjoint) -> Adjoint:
+def _flagged_adjoint(adjoint: PerturbedAdjoint) -> Adjoint:
     def forward(params, carry, x_and_flags):
         x, first, valid = x_and_flags
         params, carry, runs_on = _start(params, carry, x, first, valid)
@@ -106,6 +117,7 @@ def _flagged_adjoint(adjoint: Adjoint) -> Adjoint:
         x, first, valid = x_and_flags
         bars = _present(valid, carry_bar), _present(valid, y_bar)
         previous_bar, delta = adjoint.backward(params, residuals, _inputs(valid, x, padding), *bars)
+        previous_bar = fit(previous_bar, carry_bar, adjoint.perturbed.carry, "init")
         carry_bar = _taken(valid, previous_bar, carry_bar)
         if first is None:
             return carry_bar, (delta, None)
@@ -119,8 +131,9 @@ def _flagged_adjoint(adjoint: Adjoint) -> Adjoint:
         deltas, reset_bars = deltas
         ran_on = _inputs(valid, xs, padding)
         params_bar, xs_bar = adjoint.contract(params, residuals, ran_on, _present(valid, ys_bar), deltas)
-        params_bar, xs_bar = fit(params_bar, params, "params"), fit(xs_bar, xs, "xs")
-        xs_bar = _taken(valid, xs_bar, jax.tree.map(jnp.zeros_like, xs_bar))
+        params_bar = fit(params_bar, params, adjoint.perturbed.params, "params")
+        xs_bar = fit(xs_bar, xs, adjoint.perturbed.x, "xs")
+        xs_bar = _taken(valid, xs_bar, jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), xs_bar))
         reset_bar = jax.tree.map(lambda leaf: leaf.sum(axis=0), reset_bars)
         # Nothing is computed from what padded steps compute.
         no_bar = jax.tree.map(jnp.zeros_like, differentiable(padding))

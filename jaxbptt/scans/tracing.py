@@ -34,6 +34,7 @@ class TracedStep(NamedTuple):
         branches: whether the step has a `lax.cond` somewhere.
         params: the `ClosedParams` to call it with. Leaves of the user's params that are not arrays (activation
             functions, flags, sizes, strings) stay in the trace.
+        shapes: those of (params, carry, x) at one time step.
         out_tree: structure of (carry, y).
         like_params: puts a `ClosedParams` back into the structure of the user's params, `None` where a leaf is no array.
     """
@@ -42,6 +43,7 @@ class TracedStep(NamedTuple):
     step: Callable[..., Any]
     branches: bool
     params: ClosedParams
+    shapes: Any
     out_tree: Any
     like_params: Callable[[ClosedParams], Any]
 
@@ -67,16 +69,21 @@ def trace(recurrence: Recurrence) -> TracedStep:
 
     closed, shapes = jax.make_jaxpr(from_arrays, return_shape=True)(leaves, recurrence.init, at_one_step(recurrence.xs))
     out_tree = jax.tree.structure(shapes)
+    jaxpr, params = closed.jaxpr, ClosedParams(leaves, list(closed.consts))
+    avals = [var.aval for var in (*jaxpr.invars[: len(leaves)], *jaxpr.constvars)]
+    avals += [var.aval for var in jaxpr.invars[len(leaves) :]]
+    in_tree = jax.tree.structure((params, recurrence.init, recurrence.xs))
 
     def step(params, carry, x):
         flat = jax.tree.leaves((params.leaves, carry, x))
-        return out_tree.unflatten(eval_jaxpr(closed.jaxpr, params.closed_over, *flat))
+        return out_tree.unflatten(eval_jaxpr(jaxpr, params.closed_over, *flat))
 
     return TracedStep(
-        jaxpr=closed.jaxpr,
+        jaxpr=jaxpr,
         step=step,
-        branches="cond" in _primitives(closed.jaxpr),
-        params=ClosedParams(leaves, list(closed.consts)),
+        branches="cond" in _primitives(jaxpr),
+        params=params,
+        shapes=in_tree.unflatten([jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]),
         out_tree=out_tree,
         like_params=lambda params: treedef.unflatten(params.leaves),
     )

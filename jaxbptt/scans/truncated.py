@@ -15,7 +15,8 @@ from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.along_time import put_window, room
 from jaxbptt.scans.backward import back_over, step_with_adjoint, stretches
 from jaxbptt.scans.contraction import weight_gradient
-from jaxbptt.scans.recurrence import at_one_step, byte_count, check_count, differentiable, merge, prepare, split
+from jaxbptt.scans.perturbed import select
+from jaxbptt.scans.recurrence import at_one_step, byte_count, check_count, merge, prepare, split
 from jaxbptt.scans.resets import with_flags
 from jaxbptt.scans.reverse_mode import reverse_mode
 
@@ -82,9 +83,10 @@ def truncated_scan(
     check_count("truncation_length", truncation_length, "counts time steps")
     r = prepare(step, params, init, xs, length)
     with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
-    step, params, adjoint, *_ = with_adjoint
-    chunk = max(min(int(truncation_length), r.length), 1)
-    chunks, left_over = divmod(r.length, chunk)
+    step, params, adjoint_for, *_ = with_adjoint
+    steps = r.length
+    chunk = max(min(int(truncation_length), steps), 1)
+    chunks, left_over = divmod(steps, chunk)
 
     def unrolled(params, init, xs):
         # Cut as well, and by a select: what is differentiated here is the gradient, for a second derivative.
@@ -95,21 +97,21 @@ def truncated_scan(
             moving = jax.tree.map(lambda leaf: jnp.where(cut, jax.lax.stop_gradient(leaf), leaf), moving)
             return step(params, merge(moving, still), x)
 
-        return jax.lax.scan(body, init, (jnp.arange(r.length), xs), length=r.length, unroll=unroll)
+        return jax.lax.scan(body, init, (jnp.arange(steps), xs), length=steps, unroll=unroll)
 
-    def forward(params, init, xs):
+    def forward(adjoint, params, init, xs):
         return unrolled(params, init, xs), None
 
-    def backward(params, init, xs, _, last_bar, ys_bar):
+    def backward(adjoint, params, init, xs, _, last_bar, ys_bar):
         nothing = jax.tree.map(jnp.zeros_like, last_bar)
         # Where the params are larger than what is kept, a second array like them would be most of the memory.
         in_place = chunk * byte_count(init) < byte_count(params)
-        lengths = stretches(last_bar, chunk, left_over)
+        lengths = stretches(init, chunk, left_over)
         total = weight_gradient(adjoint, params, init, xs, last_bar, ys_bar, lengths, in_place=in_place)
 
         def over_chunk(state, start, length):
             carry, init_bar, sums, xs_bar = state
-            carry_bar = jax.tree.map(partial(jnp.where, start + length == r.length), last_bar, nothing)
+            carry_bar = jax.tree.map(partial(jnp.where, start + length == steps), last_bar, nothing)
             next_carry, (sums, carry_bar, some) = back_over(
                 adjoint,
                 total.add,
@@ -127,8 +129,8 @@ def truncated_scan(
             # Nothing passes to the next chunk, in derivatives of this derivative neither.
             return jax.lax.stop_gradient(next_carry), init_bar, sums, put_window(xs_bar, some, start)
 
-        init_bar = nothing if r.length else last_bar
-        state = init, init_bar, total.zeros, room(at_one_step(differentiable(xs)), r.length)
+        init_bar = nothing if steps else last_bar
+        state = init, init_bar, total.zeros, room(at_one_step(select(xs, adjoint.perturbed.x)), steps)
         if chunks:
             state = jax.lax.fori_loop(0, chunks, lambda i, state: over_chunk(state, i * chunk, chunk), state)
         if left_over:
@@ -136,4 +138,4 @@ def truncated_scan(
         _, init_bar, sums, xs_bar = state
         return total.finish(sums), init_bar, xs_bar
 
-    return reverse_mode("truncated_scan", unrolled, forward, backward)(params, r.init, xs)
+    return reverse_mode("truncated_scan", adjoint_for, unrolled, forward, backward)(params, r.init, xs)

@@ -15,7 +15,8 @@ from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.along_time import filled
 from jaxbptt.scans.backward import at_last_step, back_one_lag, step_with_adjoint, unroll_forward
 from jaxbptt.scans.contraction import fit
-from jaxbptt.scans.recurrence import check_count, differentiable, prepare
+from jaxbptt.scans.perturbed import select
+from jaxbptt.scans.recurrence import check_count, prepare
 from jaxbptt.scans.resets import with_flags
 from jaxbptt.scans.reverse_mode import reverse_mode
 
@@ -85,19 +86,21 @@ def windowed_scan(
     check_count("window", window, "counts time steps")
     r = prepare(step, params, init, xs, length)
     with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
-    step, params, adjoint, branches, _ = with_adjoint
-    lags = min(int(window), r.length)
+    step, params, adjoint_for, branches, _ = with_adjoint
+    length = r.length
+    lags = min(int(window), length)
 
     def run(params, init, xs):
-        return jax.lax.scan(partial(step, params), init, xs, length=r.length, unroll=unroll)
+        return jax.lax.scan(partial(step, params), init, xs, length=length, unroll=unroll)
 
-    def forward(params, init, xs):
-        return unroll_forward(adjoint, params, init, xs, length=r.length, unroll=unroll)
+    def forward(adjoint, params, init, xs):
+        return unroll_forward(adjoint, params, init, xs, length=length, unroll=unroll)
 
-    def backward(params, init, xs, residuals, last_bar, ys_bar):
-        residuals, ys_bar = residuals.stacked(), filled(ys_bar, r.length)
+    def backward(adjoint, params, init, xs, residuals, last_bar, ys_bar):
+        flags = adjoint.perturbed
+        residuals, ys_bar = residuals.stacked(), filled(ys_bar, length)
         if lags == 0:
-            params_bar, xs_bar = jax.tree.map(jnp.zeros_like, differentiable((params, xs)))
+            params_bar, xs_bar = jax.tree.map(jnp.zeros_like, select((params, xs), (flags.params, flags.x)))
             return params_bar, last_bar, xs_bar
 
         def back(bars, ys_bar):
@@ -108,9 +111,13 @@ def windowed_scan(
             bars, *more = back(bars, jax.tree.map(jnp.zeros_like, ys_bar))
             return (bars, *jax.tree.map(jnp.add, sums, more)), None
 
-        state = back(at_last_step(last_bar, r.length), ys_bar)
+        state = back(at_last_step(last_bar, length), ys_bar)
         (_, init_bar, deltas), _ = jax.lax.scan(one_lag_more, state, None, length=lags - 1)
         params_bar, xs_bar = adjoint.contract(params, residuals, xs, ys_bar, deltas)
-        return fit(params_bar, params, "params"), fit(init_bar, init, "init"), fit(xs_bar, xs, "xs")
+        return (
+            fit(params_bar, params, flags.params, "params"),
+            fit(init_bar, init, flags.carry, "init"),
+            fit(xs_bar, xs, flags.x, "xs"),
+        )
 
-    return reverse_mode("windowed_scan", run, forward, backward)(params, r.init, xs)
+    return reverse_mode("windowed_scan", adjoint_for, run, forward, backward)(params, r.init, xs)
