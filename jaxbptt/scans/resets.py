@@ -12,7 +12,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from jaxbptt.cells.cell import Adjoint
 from jaxbptt.scans.backward import StepWithAdjoint, fit
-from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint
+from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, select
 from jaxbptt.scans.recurrence import Recurrence, differentiable, is_array, is_differentiable, is_key, merge, name, split
 
 _LARGER_FLAGS = {"broadcast_in_dim", "reshape", "convert_element_type"}
@@ -38,7 +38,7 @@ def with_flags(
         adjoint = adjoint_of(Perturbed(of_params, carry, of_x))
         inner = adjoint.perturbed
         perturbed = Perturbed((inner.params, reset, *rest), inner.carry, (inner.x, *flags))
-        return PerturbedAdjoint(*_flagged_adjoint(adjoint), perturbed)
+        return PerturbedAdjoint(*_flagged_adjoint(adjoint, reset), perturbed)
 
     return step._replace(step=_flagged_step(step.step), params=params, adjoint=adjoint_for), xs
 
@@ -105,7 +105,9 @@ def _is_kept(primitive: Any, *operands: Any, **_: Any) -> bool:
     return not operands or operands[0].dtype != jnp.bool_ or primitive.name not in _LARGER_FLAGS
 
 
-def _flagged_adjoint(adjoint: PerturbedAdjoint) -> Adjoint:
+def _flagged_adjoint(adjoint: PerturbedAdjoint, reset: Any) -> Adjoint:
+    """The same of the flagged step; `reset` flags the leaves of the reset carry that get a gradient."""
+
     def forward(params, carry, x_and_flags):
         x, first, valid = x_and_flags
         params, carry, runs_on = _start(params, carry, x, first, valid)
@@ -123,7 +125,7 @@ def _flagged_adjoint(adjoint: PerturbedAdjoint) -> Adjoint:
             return carry_bar, (delta, None)
         zeros = jax.tree.map(jnp.zeros_like, carry_bar)
         first = _begins(first, valid)
-        return _select(first, zeros, carry_bar), (delta, _select(first, carry_bar, zeros))
+        return _select(first, zeros, carry_bar), (delta, select(_select(first, carry_bar, zeros), reset))
 
     def contract(params, residuals, xs_and_flags, ys_bar, deltas):
         params, _, padding = params
