@@ -97,4 +97,6 @@ def gradients(u: Unrolled, K: Any) -> tuple[Any, Any]:
 
     _, deltas = jax.lax.scan(body, last_bar, (jnp.arange(u.length), u.residuals, u.xs, ys_bar), reverse=True)
     params_bar, xs_bar = adjoint.contract(params, u.residuals, u.xs, ys_bar, deltas)
-    return u.step.like_params(fit(params_bar, params, adjoint.perturbed.params, "params")), fit(xs_bar, u.xs, adjoint.perturbed.x, "xs")
+    return u.step.like_params(fit(params_bar, params, adjoint.perturbed.params, "params")), fit(
+        xs_bar, u.xs, adjoint.perturbed.x, "xs"
+    )

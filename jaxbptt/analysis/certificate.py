@@ -76,6 +76,9 @@ def certify(
     scans: Scans | None = None,
     gradients: Mapping[str, Callable[..., Any]] | None = None,
     length: int | None = None,
+    is_first: Any = None,
+    valid: Any = None,
+    reset_carry: Any = None,
     repeats: int = 5,
     progress: Callable[[str], None] | None = None,
 ) -> Certificate:
@@ -96,6 +99,9 @@ def certify(
             adjoint derived, and with the `Cell`'s own where there is one, and `checkpointed_scan`.
         gradients: further ways that are not a scan, by name: `(params, init, xs) -> ∂L/∂params`.
         length: T, needed where `xs` is `None`.
+        is_first: booleans `[time, *batch]`, as for `scan`; handed to every strategy, as are the next two where they are given.
+        valid: booleans `[time, *batch]`, as for `scan`.
+        reset_carry: what `is_first` resets to, as for `scan`.
         repeats: rounds of timing.
         progress: called with the name of each way before it is compiled.
 
@@ -124,11 +130,13 @@ def certify(
         raise ValueError(f"repeats is {repeats}, but at least one round of timing is needed.")
     # What is no float (counters, keys, functions among the params) is the same for every way and stays outside.
     moving, still = split((params, init, xs))
+    options = {"is_first": is_first, "valid": valid, "reset_carry": reset_carry}
+    options = {word: option for word, option in options.items() if option is not None}
 
     def value_and_gradient(strategy):
         def unrolled_loss(moving):
             params, init, xs = merge(moving, still)
-            return loss(*strategy(step, params, init, xs, length=length))
+            return loss(*strategy(step, params, init, xs, length=length, **options))
 
         return jax.value_and_grad(unrolled_loss)
 
@@ -199,9 +207,10 @@ def _exact_strategies(step: Callable[..., Any] | Cell) -> list[tuple[str, Callab
     return strategies
 
 
-def _scheduled(step: Any, params: Any, init: Any, xs: Any, *, length: int | None) -> tuple[Any, Any]:
+def _scheduled(step: Any, params: Any, init: Any, xs: Any, *, length: int | None, **options: Any) -> tuple[Any, Any]:
     steps = prepare(step, params, init, xs, length).length
-    return checkpointed_scan(step, params, init, xs, length=length, checkpoints=max(math.isqrt(steps), 1))
+    checkpoints = max(math.isqrt(steps), 1)
+    return checkpointed_scan(step, params, init, xs, length=length, checkpoints=checkpoints, **options)
 
 
 def _named(scans: Scans) -> list[tuple[str, Callable[..., Any]]]:

@@ -16,6 +16,7 @@ from jaxbptt.scans.checkpointed import checkpointed_scan, layout
 from jaxbptt.scans.exact import scan
 from jaxbptt.scans.perturbed import everything
 from jaxbptt.scans.recurrence import Recurrence, differentiable, is_array, merge, prepare, split
+from jaxbptt.scans.resets import with_flags
 from jaxbptt.scans.segments import Layout
 from jaxbptt.scans.truncated import truncated_scan
 
@@ -51,6 +52,9 @@ def plan(
     memory_bytes: float,
     loss: Callable[..., Any] | None = None,
     length: int | None = None,
+    is_first: Any = None,
+    valid: Any = None,
+    reset_carry: Any = None,
 ) -> Plan:
     r"""The exact strategy with the fewest forward steps that fits a memory budget.
 
@@ -67,9 +71,12 @@ def plan(
         loss: `loss(carry, ys) -> scalar`. By default the sum of squares of both, which needs all outputs at once; a loss of
             the last carry alone needs much less.
         length: T, needed where `xs` is `None`.
+        is_first: booleans `[time, *batch]` as for `scan`, or their shape.
+        valid: booleans `[time, *batch]` as for `scan`, or their shape.
+        reset_carry: what `is_first` resets to, as for `scan`.
 
     Returns:
-        A `Plan`; use `plan.scan(step, params, init, xs)`.
+        A `Plan`; use `plan.scan(step, params, init, xs)`, with the flags where there are any.
 
     Raises:
         ValueError: a budget that is not positive; and as for `scan`.
@@ -87,8 +94,10 @@ def plan(
     """
     if not memory_bytes > 0:
         raise ValueError(f"memory_bytes is {memory_bytes}, but a gradient needs some: pass the bytes there are.")
-    case = _Case(step, *split((params, init, xs), by=is_array), _sum_of_squares if loss is None else loss, length)
-    steps = _look(case, lambda r: r.length)
+    flags = {"is_first": is_first, "valid": valid, "reset_carry": reset_carry}
+    arrays, others = split((params, init, xs, flags), by=is_array)
+    case = _Case(step, arrays, others, _sum_of_squares if loss is None else loss, length)
+    steps = _look(case, lambda r, _: r.length)
     tried = []
 
     def attempt(strategy: Callable[..., Any], forward_steps: int, why: str, **options: int) -> Plan:
@@ -119,7 +128,7 @@ def plan(
 
 
 class _Case(NamedTuple):
-    """What is to be differentiated; `arrays` may be shapes, `others` is what is no array."""
+    """What is to be differentiated: params, init, xs and flags. `arrays` may be shapes, `others` is what is no array."""
 
     step: Any
     arrays: Any
@@ -195,12 +204,12 @@ def _temporary_bytes(case: _Case, scan: Callable[..., Any]) -> int:
     """Of the gradient with respect to params and init, compiled."""
 
     def value_and_gradient(arrays):
-        params, init, xs = merge(arrays, case.others)
+        params, init, xs, flags = merge(arrays, case.others)
         moving, still = split((params, init))
 
         def unrolled_loss(moving):
             params, init = merge(moving, still)
-            return case.loss(*scan(case.step, params, init, xs, length=case.length))
+            return case.loss(*scan(case.step, params, init, xs, length=case.length, **flags))
 
         return jax.value_and_grad(unrolled_loss)(moving)
 
@@ -210,22 +219,29 @@ def _temporary_bytes(case: _Case, scan: Callable[..., Any]) -> int:
 def _cut(case: _Case, checkpoints: int | None) -> Layout:
     """How `checkpointed_scan` cuts time."""
 
-    def cut(r):
-        step = step_with_adjoint(case.step, None, r)
-        # The inputs get no gradient.
-        perturbed = everything(step.params, r.init, r.xs)._replace(x=jax.tree.map(lambda _: False, r.xs))
-        return layout(r.length, step.adjoint(perturbed), step.params, r.init, r.xs, None, checkpoints)
+    def cut(r, flags):
+        step, xs = with_flags(step_with_adjoint(case.step, None, r), r, **flags)
+        perturbed = everything(step.params, r.init, xs)._replace(x=_nothing(xs))  # the inputs get no gradient
+        if xs is not r.xs:
+            # Nor does what flags add to the params.
+            params, *others = perturbed.params
+            perturbed = perturbed._replace(params=(params, *map(_nothing, others)))
+        return layout(r.length, step.adjoint(perturbed), step.params, r.init, xs, None, checkpoints)
 
     return _look(case, cut)
 
 
-def _look(case: _Case, at: Callable[[Recurrence], Any]) -> Any:
-    """`at(recurrence)`, where only shapes are known."""
+def _nothing(tree: Any) -> Any:
+    return jax.tree.map(lambda _: False, tree)
+
+
+def _look(case: _Case, at: Callable[[Recurrence, dict[str, Any]], Any]) -> Any:
+    """`at(recurrence, flags)`, where only shapes are known."""
     seen = []
 
     def look(arrays):
-        params, init, xs = merge(arrays, case.others)
-        seen.append(at(prepare(case.step, params, init, xs, case.length)))
+        params, init, xs, flags = merge(arrays, case.others)
+        seen.append(at(prepare(case.step, params, init, xs, case.length), flags))
 
     jax.eval_shape(look, case.arrays)
     return seen[-1]

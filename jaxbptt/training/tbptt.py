@@ -159,7 +159,7 @@ def tbptt(
         flags = {word: flag for word in ("valid", "is_first") if (flag := getattr(chunk, word)) is not None}
         bound = partial(_with_burn_in, strategy, burn_in) if burn_in else strategy
         counted = chunk._replace(mask=_counted(chunk, uncounted))
-        result = loss(params, carry, counted, scan=partial(bound, **flags), key=key)
+        result = loss(params, carry, counted, scan=partial(_on_chunk, bound, flags), key=key)
         if not (isinstance(result, tuple) and len(result) == 2):
             raise TypeError(f"The loss returns a pair (loss, carry), but this one returned {type(result).__name__}.")
         return result
@@ -276,6 +276,21 @@ def _counted(chunk: Chunk, uncounted: int) -> Any:
         steps = jnp.arange(len(like)) >= uncounted
         masks.append(jnp.broadcast_to(steps.reshape(-1, *(1,) * (like.ndim - 1)), like.shape))
     return reduce(jnp.logical_and, masks) if masks else None
+
+
+def _on_chunk(
+    scan: Callable[..., Any], flags: Any, step: Any, params: Any, init: Any, *args: Any, **options: Any
+) -> Any:
+    """`scan` with the flags of a chunk, where the call has none of its own."""
+    flags = {word: flag for word, flag in flags.items() if word not in options}
+    rows: Any = next((jnp.shape(flag)[1:2] for flag in flags.values()), ())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(differentiable(init)):
+        if jnp.shape(leaf)[: len(rows)] != rows:
+            raise ValueError(
+                f"The chunk has {rows[0]} rows, but {name('carry', path)} has shape {jnp.shape(leaf)}: rows are its first axis. "
+                f"Begin with a carry of as many, such as cell.initial_carry(({rows[0]},)), or cut the stream into as many."
+            )
+    return scan(step, params, init, *args, **flags, **options)
 
 
 def _with_burn_in(
