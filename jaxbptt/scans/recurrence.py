@@ -30,7 +30,7 @@ def prepare(step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, le
     """Check the arguments of a strategy, without calling `step` unless `init` holds Python numbers."""
     length = _time_steps(xs, length)
     xs = jax.tree.map(jnp.asarray, xs)
-    step = step_of(step)
+    step = _in_own_containers(step_of(step))
     init = jax.tree.map(jnp.asarray, init)
     if any(map(is_weak, jax.tree.leaves(init))):
         init = _settle_dtypes(step, params, init, xs)
@@ -156,13 +156,19 @@ def is_weak(leaf: Any) -> bool:
     return getattr(jax.typeof(leaf), "weak_type", False)
 
 
+def _in_own_containers(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step may take entries out of the containers it is given; they are read after it, and it is traced again."""
+    return lambda *args: step(*jax.tree.map(lambda leaf: leaf, args))
+
+
 def _checked(step: Callable[..., Any]) -> Callable[..., Any]:
     def checked_step(params, carry, x):
         result = step(params, carry, x)
-        if not (isinstance(result, tuple) and len(result) == 2):
+        if not _is_pair(result):
             raise TypeError(f"A step returns a pair (carry, y), but this one returned {_describe(result)}.")
-        _check_carry(carry, result[0])
-        return result
+        new_carry, y = result
+        _check_carry(carry, new_carry)
+        return new_carry, y
 
     return checked_step
 
@@ -186,6 +192,10 @@ def _check_carry(before: Any, after: Any) -> None:
                 f"{leaf} changed its dtype across a step: it went in as {old.dtype} and came out as {new.dtype}. Start "
                 f"from a carry of {new.dtype}, or cast in the step with .astype({old.dtype.name!r}) before returning."
             )
+
+
+def _is_pair(result: Any) -> bool:
+    return isinstance(result, tuple | list) and len(result) == 2
 
 
 def _describe(result: Any) -> str:
