@@ -1,7 +1,6 @@
 """What `lax.scan` takes for a step, a first carry and inputs, every strategy takes, and makes the same of it."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import EXACT, UNCUT
