@@ -1,6 +1,9 @@
 """What `lax.scan` takes for a step, a first carry and inputs, every strategy takes, and makes the same of it."""
 
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import EXACT, UNCUT
@@ -36,3 +39,50 @@ def test_a_step_may_empty_the_containers_it_is_given(strategy):
     np.testing.assert_allclose(h_bar, 8)
     np.testing.assert_allclose(x_bar, [4, 2, 1])
     assert [len(tree) for tree in (params, init, xs)] == [1, 1, 1]
+
+
+bf16 = partial(jnp.ones, 3, jnp.bfloat16)
+WEAK = {
+    "kept by the carry, gives way in y": (lambda c, x: (c * 0.5, c * x), lambda: 1.0, bf16),
+    "an integer": (lambda c, x: (c + 1, (c * x, c)), lambda: 1, partial(jnp.ones, 3, jnp.int8)),
+    "takes the dtype of the new carry": (lambda c, x: (c * x, c), lambda: 1.0, bf16),
+    "an integer that takes a real dtype": (lambda c, x: (c * x, c), lambda: 1, bf16),
+    "a step that returns numbers": (lambda c, x: (1.0, 2), lambda: 0.0, bf16),
+    "an array": (lambda c, x: (c * 0.5, (c, c * x)), lambda: jnp.asarray(1.0), bf16),
+    "in xs": (lambda c, x: (c * x, (c, x)), lambda: jnp.ones((), jnp.bfloat16), lambda: jax.lax.full((3,), 1.0)),
+    "no xs": (lambda c, x: (c + 1, (c, c * 1.0)), lambda: 1, lambda: None),
+    "one of two": (
+        lambda c, x: ({"a": c["a"] * 0.5, "n": c["n"] + 1}, c["a"] * x),
+        lambda: {"a": 1.0, "n": jnp.ones((), jnp.int8)},
+        bf16,
+    ),
+}
+
+
+@strategies
+def test_python_numbers_give_way_as_they_do_in_lax_scan(strategy):
+    def types(scan, case):
+        step, init, xs = case
+        xs = xs()
+        out = jax.eval_shape(lambda: scan(step, init(), xs, length=3))
+        return [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(out)]
+
+    for name, case in WEAK.items():
+        assert types(
+            lambda step, *args, **kw: strategy(lambda _, *at_t: step(*at_t), None, *args, **kw), case
+        ) == types(jax.lax.scan, case), name
+
+
+@strategies
+def test_gradient_of_a_python_number_that_stays_one(strategy):
+    """c₁ = c₀/2 and so on, y = c x in the low precision of x."""
+    x = jnp.array([1.0, 2.0, 3.0], jnp.bfloat16)
+
+    def loss(w, c):
+        c, ys = strategy(lambda w, c, x: (w * c, c * x), w, c, x)
+        return c + ys.sum().astype(c.dtype)
+
+    value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(0.5, 4.0)
+    np.testing.assert_allclose(value, 0.5 + 4 + 2 * 2 + 1 * 3)
+    # w³ c + c + 2 w c + 3 w² c
+    np.testing.assert_allclose(gradients, (3 * 0.25 * 4 + 8 + 6 * 0.5 * 4, 0.125 + 1 + 1 + 0.75))

@@ -39,17 +39,24 @@ def prepare(step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, le
 
 def check_count(name: str, value: Any, what: str) -> None:
     """Raise unless `value` is a whole number of at least 1."""
-    try:
-        counts = not isinstance(value, bool) and index(value) >= 1
-    except TypeError:
-        counts = False  # no whole number, or not known before the program runs
-    if not counts:
+    if not _is_count(value, 1):
         raise ValueError(f"{name} is {value!r}, but it {what}: pass a whole number of at least 1.")
+
+
+def _is_count(value: Any, least: int) -> bool:
+    try:
+        return not isinstance(value, bool) and index(value) >= least
+    except TypeError:
+        return False  # no whole number, or not known before the program runs
+
+
+def _is_traced(value: Any) -> bool:
+    return isinstance(value, jax.core.Tracer)
 
 
 def at_one_step(xs: Any) -> Any:
     """The shapes and dtypes of `xs` at a single time step."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), xs)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, weak_type=is_weak(leaf)), xs)
 
 
 def byte_count(tree: Any) -> int:
@@ -110,9 +117,10 @@ def _time_steps(xs: Any, length: Any) -> int:
     leaves = jax.tree_util.tree_leaves_with_path(xs)
     if not leaves and length is None:
         raise ValueError("Neither xs nor length was given: pass xs with time as its first axis, or length=T.")
-    if length is not None and (not hasattr(length, "__index__") or isinstance(length, bool) or length < 0):
-        raise ValueError(f"length is {length!r}: pass the number of time steps, a whole number of at least 0.")
-    length = None if length is None else int(length)
+    if length is not None and not _is_count(length, 0):
+        hint = " It is traced: where the function is jitted, name it in static_argnames." if _is_traced(length) else ""
+        raise ValueError(f"length is {length!r}: pass the number of time steps, a whole number of at least 0.{hint}")
+    length = None if length is None else index(length)
     sizes = []
     for path, leaf in leaves:
         shape = jnp.shape(leaf)
@@ -135,13 +143,15 @@ def _time_steps(xs: Any, length: Any) -> int:
 
 
 def _settle_dtypes(step: Callable[..., Any], params: Any, init: Any, xs: Any) -> Any:
-    """Give Python numbers in `init` the dtype that the step makes of them, as `lax.scan` does."""
-    new, _ = jax.eval_shape(lambda carry, x: step(params, carry, x), init, at_one_step(xs))
-    if jax.tree.structure(new) != jax.tree.structure(init):
+    """Give Python numbers in `init` the dtype that the step makes of them, as `lax.scan` does; those it keeps stay weak."""
+    result = jax.eval_shape(lambda carry, x: step(params, carry, x), init, at_one_step(xs))
+    if not _is_pair(result) or jax.tree.structure(result[0]) != jax.tree.structure(init):
         return init  # `checked` says it better, when the step is traced.
-    return jax.tree.map(
-        lambda leaf, to: leaf.astype(to.dtype) if is_weak(leaf) and _keeps(leaf, to) else leaf, init, new
-    )
+
+    def settled(leaf, to):
+        return leaf.astype(to.dtype) if is_weak(leaf) and leaf.dtype != to.dtype and _keeps(leaf, to) else leaf
+
+    return jax.tree.map(settled, init, result[0])
 
 
 def _keeps(leaf: Any, to: Any) -> bool:
@@ -159,6 +169,14 @@ def is_weak(leaf: Any) -> bool:
 def _in_own_containers(step: Callable[..., Any]) -> Callable[..., Any]:
     """A step may take entries out of the containers it is given; they are read after it, and it is traced again."""
     return lambda *args: step(*jax.tree.map(lambda leaf: leaf, args))
+
+
+def as_weak_as(array: Any, like: Any) -> Any:
+    """An array with the weak type of `like`, which writing into it has taken away."""
+    if not is_weak(like) or is_weak(array):
+        return array
+    # Every function of jax.lax that converts makes a strong type.
+    return jax.lax.convert_element_type_p.bind(array, new_dtype=array.dtype, weak_type=True, sharding=None)
 
 
 def _checked(step: Callable[..., Any]) -> Callable[..., Any]:
