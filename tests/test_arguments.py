@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from reference import EXACT, UNCUT
 
+import jaxbptt as bptt
+
 ALL = EXACT | UNCUT
 strategies = pytest.mark.parametrize("strategy", ALL.values(), ids=ALL)
 
@@ -86,3 +88,72 @@ def test_gradient_of_a_python_number_that_stays_one(strategy):
     np.testing.assert_allclose(value, 0.5 + 4 + 2 * 2 + 1 * 3)
     # w³ c + c + 2 w c + 3 w² c
     np.testing.assert_allclose(gradients, (3 * 0.25 * 4 + 8 + 6 * 0.5 * 4, 0.125 + 1 + 1 + 0.75))
+
+
+def test_scan_hands_out_references_to_the_entries_of_mutable_arrays():
+    """As `lax.scan` does: the step reads x and leaves the carry before it there."""
+    ref = jax.new_ref(jnp.array([1.0, 2.0, 3.0]))
+
+    def step(_, h, x):
+        before, x["a"][...] = x["a"][...], h
+        return h + before, h * before
+
+    h, ys = jax.jit(lambda: bptt.scan(step, None, 0.5, {"a": ref}))()
+    np.testing.assert_allclose(h, 6.5)
+    np.testing.assert_allclose(ys, [0.5, 3, 10.5])
+    np.testing.assert_allclose(ref[...], [0.5, 1.5, 3.5])
+
+
+@strategies
+def test_mutable_arrays_are_named(strategy):
+    ref = jax.new_ref(jnp.ones(3))
+    step = lambda _, c, x: (c, None)
+    if strategy is not bptt.scan:
+        with pytest.raises(
+            TypeError, match=r"xs\['a'\] is a mutable array \(a Ref\) of shape \(3,\).*jaxbptt\.scan takes"
+        ):
+            jax.jit(lambda: strategy(step, None, 0.0, {"a": ref}))()
+    with pytest.raises(TypeError, match=r"init\[0\] is a mutable array .*: pass its values, init\[0\]\[\.\.\.\]"):
+        jax.jit(lambda: strategy(step, None, [ref], length=3))()
+    with pytest.raises(TypeError, match=r"valid is a mutable array .*: pass its values"):
+        jax.jit(lambda: strategy(step, None, 0.0, jnp.ones(3), valid=jax.new_ref(jnp.ones(3, bool))))()
+
+
+@strategies
+def test_keys_of_steps_that_are_computed_again_count_as_used_once(strategy):
+    def gradient(step, w, key):
+        xs = {"key": jax.random.split(key, 4)}
+        return jax.jit(jax.grad(lambda w: strategy(step, w, (0.5, jax.random.clone(key)), xs)[1].sum()))(w)
+
+    def step(w, carry, x):
+        h, key = carry
+        key, own = jax.random.split(key)
+        return (w * h + jax.random.normal(own) + jax.random.normal(x["key"]), key), h
+
+    def careless_step(w, carry, x):
+        return step(w, carry, x)[0], jax.random.normal(x["key"])
+
+    with jax.debug_key_reuse(True):
+        assert jnp.isfinite(gradient(step, 0.3, jax.random.key(0)))
+        with pytest.raises(jax.errors.KeyReuseError):
+            gradient(careless_step, 0.3, jax.random.key(0))
+
+
+@strategies
+def test_a_step_may_turn_double_precision_on_for_itself(strategy):
+    def step(w, c, x):
+        with jax.enable_x64(True):
+            exact = (c.astype(jnp.float64) / 3, jnp.int64(2**40) + x.astype(jnp.int64))
+        return w * c + x, (c, exact)
+
+    def loss(w, xs):
+        c, (ys, exact) = strategy(step, w, jnp.float32(0.5), xs)
+        return c + ys.sum(), exact
+
+    with jax.enable_x64(False):
+        xs = jnp.array([1.0, 2.0, 3.0], jnp.float32)
+        (_, (thirds, large)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(jnp.float32(0.5), xs)
+    np.testing.assert_allclose(thirds, np.array([0.5, 1.25, 2.625]) / 3, rtol=1e-15)
+    assert list(large) == [2**40 + 1, 2**40 + 2, 2**40 + 3]
+    # ys: c, w c + 1, w² c + w + 2, and the last carry w³ c + w² + 2 w + 3
+    np.testing.assert_allclose(gradient, 0.5 + (2 * 0.5 * 0.5 + 1) + (3 * 0.25 * 0.5 + 2 * 0.5 + 2), rtol=1e-6)

@@ -152,13 +152,11 @@ def layout(r: Recurrence, step: StepWithAdjoint, segment_length: Any, checkpoint
 def _bytes_of_a_step(r: Recurrence, step: StepWithAdjoint) -> tuple[int, int]:
     """What a segment keeps of each of its steps, with one contraction for all of it and with one at every step."""
 
-    def one_step(params, carry, x, y_bar, carry_bar):
-        (new_carry, _), residuals = step.adjoint.forward(params, carry, x)
+    def one_step(params, carry, x):
+        (new_carry, y), residuals = step.adjoint.forward(params, carry, x)
         others, _ = without(residuals, (carry, new_carry))
-        _, delta = step.adjoint.backward(params, residuals, x, carry_bar, y_bar)
+        _, delta = step.adjoint.backward(params, residuals, x, differentiable(new_carry), differentiable(y))
         return (residuals, delta), (carry, others)
 
-    args = step.params, r.init, at_one_step(r.xs)
-    carry, y = jax.eval_shape(step.step, *args)
-    at_once, lean = jax.eval_shape(one_step, *args, differentiable(y), differentiable(carry))
+    at_once, lean = jax.eval_shape(one_step, step.params, r.init, at_one_step(r.xs))
     return max(byte_count(at_once), 1), max(byte_count(lean), 1)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.tree_util import keystr
 
 from jaxbptt.cells.cell import Cell, step_of
@@ -29,12 +30,32 @@ class Recurrence(NamedTuple):
 def prepare(step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, length: Any) -> Recurrence:
     """Check the arguments of a strategy, without calling `step` unless `init` holds Python numbers."""
     length = _time_steps(xs, length)
-    xs = jax.tree.map(jnp.asarray, xs)
+    xs = as_arrays("xs", xs)
     step = _in_own_containers(step_of(step))
-    init = jax.tree.map(jnp.asarray, init)
+    init = as_arrays("init", init)
     if any(map(is_weak, jax.tree.leaves(init))):
         init = _settle_dtypes(step, params, init, xs)
     return Recurrence(_checked(step), params, init, xs, length)
+
+
+def as_arrays(root: str, tree: Any) -> Any:
+    """Arrays for all leaves; raises for a mutable one, which `jnp.asarray` would read entry by entry, without an end."""
+
+    def array(path, leaf):
+        if is_ref(leaf):
+            leaf_name = name(root, path)
+            raise TypeError(
+                f"{leaf_name} is a mutable array (a Ref) of shape {leaf.shape}: pass its values, {leaf_name}[...]. In xs, "
+                "jaxbptt.scan takes it as it is, without flags."
+            )
+        return jnp.asarray(leaf)
+
+    return jax.tree_util.tree_map_with_path(array, tree)
+
+
+def is_ref(leaf: Any) -> bool:
+    """Whether a leaf is a mutable array, as `jax.new_ref` makes it."""
+    return isinstance(leaf, jax.Ref)
 
 
 def check_count(name: str, value: Any, what: str) -> None:
@@ -51,7 +72,7 @@ def _is_count(value: Any, least: int) -> bool:
 
 
 def _is_traced(value: Any) -> bool:
-    return isinstance(value, jax.core.Tracer)
+    return isinstance(value, Tracer)
 
 
 def at_one_step(xs: Any) -> Any:
@@ -73,6 +94,11 @@ def is_array(leaf: Any) -> bool:
 def is_key(leaf: Any) -> bool:
     """Whether a leaf is a typed random key, which has no zero."""
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def same_keys(tree: Any) -> Any:
+    """The same random keys once more, where a step is computed again: no reuse in the eyes of `jax.debug_key_reuse`."""
+    return jax.tree.map(lambda leaf: jax.random.clone(leaf) if is_key(leaf) else leaf, tree)
 
 
 def is_differentiable(leaf: Any) -> bool:
@@ -163,7 +189,7 @@ def _keeps(leaf: Any, to: Any) -> bool:
 
 def is_weak(leaf: Any) -> bool:
     """Whether a leaf has the dtype of a Python number, which gives way to any other."""
-    return getattr(jax.typeof(leaf), "weak_type", False)
+    return getattr(leaf, "weak_type", False)
 
 
 def _in_own_containers(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint
 from jaxbptt.scans.backward import StepWithAdjoint, fit
-from jaxbptt.scans.recurrence import Recurrence, differentiable, is_key, name
+from jaxbptt.scans.recurrence import Recurrence, as_arrays, differentiable, is_key, name
 
 
 def with_flags(
@@ -179,7 +179,7 @@ def _defined_everywhere(r: Recurrence, is_first: Any, valid: Any, reset_carry: A
 
 def _check_flags(flags_name: str, flags: Any, r: Recurrence) -> Any:
     """`is_first` or `valid` as an array of flags `[time, *batch]`, or an error that says what it should be."""
-    flags = jnp.asarray(flags)
+    flags = as_arrays(flags_name, flags)
     if flags.dtype != jnp.bool_:
         hint = (
             ", or episode_number[1:] != episode_number[:-1] with True put in front" if flags_name == "is_first" else ""

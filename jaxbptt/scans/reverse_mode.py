@@ -17,7 +17,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jaxbptt.scans.along_time import Zeros, filled
-from jaxbptt.scans.recurrence import differentiable, is_differentiable
+from jaxbptt.scans.recurrence import differentiable, is_differentiable, same_keys
 
 
 def reverse_mode(
@@ -48,7 +48,7 @@ def reverse_mode(
             return outputs, (primals, saved)
 
         def flat_backward(kept, bars):
-            primals, saved = kept
+            primals, saved = same_keys(kept)
             carry_bar, ys_bar = differentiable(bars)
             carry_bar = filled(jax.tree.map(lambda bar: _zeros(bar, bar.shape), carry_bar))
             ys_bar = jax.tree.map(lambda bar: _zeros(bar, bar.shape[1:]), ys_bar)
