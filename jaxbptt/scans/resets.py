@@ -13,7 +13,17 @@ from jax.extend.core import jaxpr_as_fun
 from jaxbptt.cells.cell import Adjoint
 from jaxbptt.scans.backward import StepWithAdjoint, fit
 from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, select
-from jaxbptt.scans.recurrence import Recurrence, differentiable, is_array, is_differentiable, is_key, merge, name, split
+from jaxbptt.scans.recurrence import (
+    Recurrence,
+    as_arrays,
+    differentiable,
+    is_array,
+    is_differentiable,
+    is_key,
+    merge,
+    name,
+    split,
+)
 
 _LARGER_FLAGS = {"broadcast_in_dim", "reshape", "convert_element_type"}
 
@@ -238,7 +248,7 @@ def _padding(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> tupl
 
 def _check_flags(flags_name: str, flags: Any, r: Recurrence) -> Any:
     """`is_first` or `valid` as an array of flags `[time, *batch]`, or an error that says what it should be."""
-    flags = jnp.asarray(flags)
+    flags = as_arrays(flags_name, flags)
     if flags.dtype != jnp.bool_:
         hint = (
             ", or episode_number[1:] != episode_number[:-1] with True put in front" if flags_name == "is_first" else ""

@@ -15,7 +15,7 @@ from jaxbptt.scans.along_time import at, filled, put, put_window, room, window
 from jaxbptt.scans.backward import back_over, stretches, without
 from jaxbptt.scans.contraction import fit, weight_gradient
 from jaxbptt.scans.perturbed import PerturbedAdjoint, select
-from jaxbptt.scans.recurrence import at_one_step
+from jaxbptt.scans.recurrence import as_weak_as, at_one_step
 
 Step = Callable[..., Any]
 
@@ -81,7 +81,7 @@ def forward(step: Step, params: Any, init: Any, xs: Any, cut: Layout, unroll: in
     last = carry
     if cut.left_over:
         carry, ys = stretch(carry, ys, cut.units * cut.segment, cut.left_over)
-    return (carry, ys), (states, last)
+    return (carry, jax.tree.map(as_weak_as, ys, y)), (states, last)
 
 
 class Task(NamedTuple):
