@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from jaxbptt.arrays import at_least_float32
 from jaxbptt.cells.elman import ElmanParams
 from jaxbptt.network import NetworkParams
 
@@ -74,7 +75,7 @@ def bptt(
         targets: class numbers `[time]`, or distributions over classes `[time, output]`.
 
     Returns:
-        A `TextbookBPTT` with every piece named above; `.gradients` has the structure of `params`.
+        A `TextbookBPTT` with every piece named above, in float32 at least; `.gradients` has the structure of `params`.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -99,6 +100,9 @@ def bptt(
     (W_xh, W_hh, b), W_hy = params
     xs, h_0, targets = jnp.asarray(xs), jnp.asarray(h_0), jnp.asarray(targets)
     _check(xs, h_0, targets, W_xh, W_hy)
+    W_xh, W_hh, b, W_hy, xs, h_0 = (
+        leaf.astype(at_least_float32(leaf.dtype)) for leaf in (W_xh, W_hh, b, W_hy, xs, h_0)
+    )
     if targets.ndim == 1:
         targets = jax.nn.one_hot(targets, W_hy.shape[0], dtype=h_0.dtype)
 

@@ -155,7 +155,7 @@ def diagnose_gradient(
     cut_at = _cut_at(numbers)
     cause = _cause(numbers, rates, forward, backward, cut_at)
     in_order = sorted(numbers.slopes.items(), key=lambda item: int(item[0].split()[1]))
-    slopes = {kind: float(np.mean(values)) for kind, values in in_order}
+    slopes = {kind: float(np.mean(values, dtype=float)) for kind, values in in_order}
     diagnosis = GradientDiagnosis(
         sentence="",
         cause=cause,
@@ -207,7 +207,7 @@ def _numbers(
     at_steepest = jacobian_operators(*without_saturation[:4], **arguments)
     _, new_carries, ys = unroll(r)
     flow = gradient_flow(r.step, r.params, r.init, r.xs, loss, **arguments)
-    d = jax.vmap(lambda adjoint: ravel_pytree(adjoint)[0])(flow.adjoints)
+    d = jax.vmap(lambda adjoint: ravel_pytree(adjoint)[0])(flow.adjoints).astype(jacobians.dtype)
     passed_on = jax.lax.map(lambda at: jacobians.pull(at[0], at[1][:, None])[:, 0], (jacobians.at, d))
     leading, direction = _leading(r)
     leading_opened, _ = _leading(without_saturation)
@@ -279,9 +279,8 @@ def _rates(numbers: _Numbers) -> tuple[GradientRates, float]:
 
 def _cut_at(numbers: _Numbers) -> int | None:
     """The last step which takes the gradient to exactly 0, and not for want of range."""
-    d = np.asarray(numbers.flow.norms)
-    in_range = d > np.finfo(d.dtype).tiny ** 0.5
-    cuts = np.flatnonzero(in_range & (numbers.passed_on == 0))
+    tiny = max(float(jnp.finfo(leaf.dtype).tiny) for leaf in jax.tree.leaves(numbers.flow.adjoints))
+    cuts = np.flatnonzero((numbers.flow.norms > tiny**0.5) & (numbers.passed_on == 0))
     return int(cuts[-1]) if cuts.size else None
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxbptt.analysis.credit import LagContributions
 from jaxbptt.analysis.norms import norm, tree_norm
+from jaxbptt.arrays import at_least_float32
 
 
 class AdaptiveTruncation(NamedTuple):
@@ -57,14 +58,15 @@ def effective_horizon(lags: LagContributions, eps: float | None = None) -> Any:
         raise ValueError(f"eps is {eps!r}, but it is a fraction of the gradient: pass a number between 0 and 1.")
 
     def horizon(contributions, gradient):
+        own_eps = float(jnp.finfo(gradient.dtype).eps)
+        contributions, gradient = _wide(contributions), _wide(gradient)
         # Added up from the far end, where the small ones are: the difference of two large sums would be rounding.
         beyond = gradient - contributions.sum(axis=0)
-        noise = 8 * jnp.finfo(gradient.dtype).eps * (norm(gradient) + norm(contributions))
+        noise = 8 * own_eps * (norm(gradient) + norm(contributions))
         beyond = jnp.where(norm(beyond) > noise, beyond, jnp.zeros_like(beyond))
-        rest = beyond + jax.lax.cumsum(contributions, reverse=True)
+        rest = beyond[None] + jax.lax.cumsum(contributions, reverse=True)
         sizes = jax.lax.map(norm, jnp.concatenate([rest, beyond[None]]))
-        fraction = jnp.finfo(gradient.dtype).eps if eps is None else eps
-        large = sizes >= fraction * norm(gradient)
+        large = sizes >= (own_eps if eps is None else eps) * norm(gradient)
         # The first lag after which none is large: tails need not fall evenly.
         last = len(large) - jnp.argmax(large[::-1])
         return jnp.where(jnp.any(large) & (norm(gradient) > 0), last, 0)
@@ -136,7 +138,7 @@ def adaptive_truncation_length(
 
     beyond = scale * beta**count / (1 - beta)
     rest = np.append(np.cumsum(norms[::-1])[::-1], 0.0) + beyond  # B(0) … B(L)
-    partial_sums = jax.tree.map(lambda leaf: jnp.cumsum(leaf, axis=0), lags.contributions)
+    partial_sums = jax.tree.map(lambda leaf: jnp.cumsum(_wide(leaf), axis=0), lags.contributions)
     reached = np.append(0.0, np.asarray(jax.lax.map(tree_norm, partial_sums), float))
     at_least = float(np.max(reached - rest))  # ‖g‖ is not smaller than that
     if not at_least > 0:
@@ -152,6 +154,11 @@ def adaptive_truncation_length(
     where = "" if enough.size else f", beyond the {count} lags that were computed"
     reason = f"A window of {K} steps{where} has a relative bias of at most {bound:.2g}, if the decay by {beta:.4g} a lag goes on."
     return AdaptiveTruncation(K, beta, bound, reason)
+
+
+def _wide(leaf: Any) -> Any:
+    """What is added up over lags."""
+    return leaf.astype(at_least_float32(leaf.dtype))
 
 
 def _decay(norms: np.ndarray, tau: int) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 
 from jaxbptt.analysis.norms import norm
 from jaxbptt.analysis.operators import check_square, state_vector, unroll
+from jaxbptt.arrays import at_least_float32
 from jaxbptt.cells.cell import Cell
 from jaxbptt.scans.recurrence import Recurrence, differentiable, merge, prepare, pull, split
 
@@ -104,7 +105,7 @@ def jacobian_products(J: Float[ArrayLike, "time n n"]) -> ScaledProducts:
         J: Jacobians Jₜ = ∂hₜ/∂hₜ₋₁ in order of time, `[time, n, n]`.
 
     Returns:
-        `ScaledProducts(matrices [time, n, n], log_scales [time])`, finite wherever J is.
+        `ScaledProducts(matrices [time, n, n], log_scales [time])`, finite wherever J is; in float32 at least.
 
     Raises:
         ValueError: J not of shape `[time, n, n]`.
@@ -118,6 +119,7 @@ def jacobian_products(J: Float[ArrayLike, "time n n"]) -> ScaledProducts:
     """
     J = jnp.asarray(J)
     check_square(J)
+    J = J.astype(at_least_float32(J.dtype))
     n = J.shape[1]
 
     def body(matrix, jacobian):
@@ -157,7 +159,8 @@ def log_singular_values(products: ScaledProducts) -> LogSingularValues:
         >>> bptt.log_singular_values(bptt.jacobian_products(J)).resolved[:, 1].tolist()
         [False, False, False, False, False, True, True, True, True]
     """
-    sigma = jnp.linalg.svd(products.matrices, compute_uv=False)
+    matrices = products.matrices
+    sigma = jnp.linalg.svd(matrices.astype(at_least_float32(matrices.dtype)), compute_uv=False)
     steps, n = sigma.shape
     factors = jnp.arange(steps, 0, -1, dtype=sigma.dtype)  # each leaves its rounding error behind
     floor = n * jnp.finfo(sigma.dtype).eps * factors[:, None] * sigma[:, :1]

@@ -220,4 +220,4 @@ def _look(case: _Case, at: Callable[..., Any]) -> Any:
 
 def _sum_of_squares(carry: Any, ys: Any) -> Any:
     leaves = jax.tree.leaves(differentiable((carry, ys)))
-    return sum(jnp.vdot(leaf, leaf).real for leaf in leaves)
+    return sum(jnp.vdot(leaf, leaf).real.astype(jnp.float32) for leaf in leaves)

@@ -151,7 +151,7 @@ def log_norms(
         at_t, t = inputs
         V = J.push(at_t, V.reshape(J.size, -1)).reshape(V.shape)
         size = norm(V, (0, 2))
-        V, logs = V / jnp.where(size > 0, size, 1)[:, None], logs + jnp.log(size)
+        V, logs = V / jnp.where(size > 0, size, 1)[None, :, None], logs + jnp.log(size)
         size = norm(basis)
         V, logs = V.at[:, t].set(basis / size), logs.at[t].set(jnp.log(size))
         return (V, logs), logs

@@ -98,6 +98,11 @@ def weight_gradient(
     return jnp.matmul(*factors, preferred_element_type=preferred_element_type).T
 
 
+def add_bias(a: Float[Array, "*batch out"], b: Float[Array, " out"]) -> Float[Array, "*batch out"]:
+    """A + b for any number of batch axes, also where JAX is told not to add axes by itself."""
+    return a + jnp.expand_dims(b, range(a.ndim - 1))
+
+
 def sum_rows(deltas: Float[Array, "*rows out"]) -> Float[Array, " out"]:
     """Σ δ over time and batch: the gradient of a bias."""
     return deltas.sum(axis=range(deltas.ndim - 1))

@@ -79,12 +79,12 @@ def elman(
 
     def step(params, h, x):
         dense.check_input("elman", x, h, input_size)
-        h = jnp.tanh(products.linear(params.W_hh, h) + products.linear(params.W_xh, x) + params.b)
+        h = jnp.tanh(dense.add_bias(products.linear(params.W_hh, h) + products.linear(params.W_xh, x), params.b))
         return h, h
 
     def forward(params, h_prev, x):
         dense.check_input("elman", x, h_prev, input_size)
-        h = jnp.tanh(dense.merged(products, params.W_hh, params.W_xh, h_prev, x) + params.b)
+        h = jnp.tanh(dense.add_bias(dense.merged(products, params.W_hh, params.W_xh, h_prev, x), params.b))
         return (h, h), (h_prev, h)
 
     def backward(params, residuals, x, h_bar, y_bar):
@@ -129,4 +129,4 @@ def elman_state_jacobians(
         [[0.5]]
     """
     hs = jnp.asarray(hs)
-    return ((1 - hs) * (1 + hs))[..., :, None] * params.W_hh
+    return ((1 - hs) * (1 + hs))[..., :, None] * jnp.expand_dims(params.W_hh, range(hs.ndim - 1))

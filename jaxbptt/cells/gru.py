@@ -92,11 +92,11 @@ def gru(
 
     def gates(params, h, x):
         dense.check_input("gru", x, h, input_size)
-        x_r, x_z, x_n = jnp.split(products.linear(params.W_xh, x) + params.b, 3, axis=-1)
+        x_r, x_z, x_n = jnp.split(dense.add_bias(products.linear(params.W_xh, x), params.b), 3, axis=-1)
         h_r, h_z, h_n = jnp.split(products.linear(params.W_hh, h), 3, axis=-1)
         r = jax.nn.sigmoid(h_r + x_r)
         z = jax.nn.sigmoid(h_z + x_z)
-        m = h_n + params.b_hn
+        m = dense.add_bias(h_n, params.b_hn)
         return r, z, jnp.tanh(x_n + r * m), m
 
     def step(params, h, x):

@@ -95,12 +95,13 @@ def lstm(
         )
 
     def initial_carry(batch_shape: tuple[int, ...] = ()) -> LSTMState:
-        zeros = jnp.zeros((*batch_shape, hidden_size), dtype)
-        return LSTMState(h=zeros, c=zeros)
+        shape = (*batch_shape, hidden_size)
+        # Two arrays: a carry that is donated can't have one buffer twice.
+        return LSTMState(h=jnp.zeros(shape, dtype), c=jnp.zeros(shape, dtype))
 
     def gates(params, h, x):
         dense.check_input("lstm", x, h, input_size)
-        return squashed(products.linear(params.W_hh, h) + products.linear(params.W_xh, x) + params.b)
+        return squashed(dense.add_bias(products.linear(params.W_hh, h) + products.linear(params.W_xh, x), params.b))
 
     def squashed(a):
         a_i, a_f, a_g, a_o = jnp.split(a, 4, axis=-1)
@@ -114,7 +115,7 @@ def lstm(
 
     def forward(params, state, x):
         dense.check_input("lstm", x, state.h, input_size)
-        i, f, g, o = squashed(dense.merged(products, params.W_hh, params.W_xh, state.h, x) + params.b)
+        i, f, g, o = squashed(dense.add_bias(dense.merged(products, params.W_hh, params.W_xh, state.h, x), params.b))
         c = f * state.c + i * g
         h = o * jnp.tanh(c)
         # The gates stay four arrays: saved as one and split again in the loop, they cost what the rest gains.

@@ -194,7 +194,7 @@ def mackey_glass(*, steps: int, tau: int = 17) -> Task:
 
 def _draw_lorenz(key, batch, length, dt):
     # States near one of the two unstable fixed points take long to leave them: exp(0.094 t).
-    near = jnp.array([0, 0, 25], jnp.float32) + 8 * jax.random.normal(key, (batch, 3), jnp.float32)
+    near = jnp.array([[0, 0, 25]], jnp.float32) + 8 * jax.random.normal(key, (batch, 3), jnp.float32)
     return lorenz_series(length, dt=dt, initial=near, transient=50.0)
 
 
@@ -204,7 +204,7 @@ def _draw_mackey_glass(key, batch, length, tau):
     history = jax.random.uniform(history_key, (batch,), jnp.float32, 0.2, 1.4)
     starts = jax.random.randint(start_key, (batch,), 0, 500, jnp.int32)
     series = mackey_glass_series(length + 500, tau=tau, initial=history, transient=500)
-    return series[starts + jnp.arange(length, dtype=jnp.int32)[:, None], jnp.arange(batch, dtype=jnp.int32)]
+    return series[starts[None] + jnp.arange(length, dtype=jnp.int32)[:, None], jnp.arange(batch, dtype=jnp.int32)[None]]
 
 
 def _next_step_task(draw: Callable[..., Array], steps: int, option: Any, length: int) -> Task:
@@ -212,7 +212,7 @@ def _next_step_task(draw: Callable[..., Array], steps: int, option: Any, length:
     mean, deviation, baseline = _statistics(draw, option, length)
 
     def sample(key, batch):
-        series = (draw(key, batch, steps + 1, option) - mean) / deviation
+        series = (draw(key, batch, steps + 1, option) - mean[None, None]) / deviation[None, None]
         return Sequences(series[:-1], series[1:], jnp.ones((steps, batch), bool))
 
     return Task(sample, "mean_squared_error", baseline, len(mean), len(mean))

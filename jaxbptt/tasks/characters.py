@@ -58,7 +58,7 @@ def characters(series: Series | None = None, *, steps: int) -> Task:
     def sample(key, batch):
         starts = jax.random.randint(key, (batch,), 0, len(text) - steps, jnp.int32)
         time = jnp.arange(steps + 1, dtype=jnp.int32)[:, None]
-        stretch = jnp.asarray(text)[starts + time]
+        stretch = jnp.asarray(text)[starts[None] + time]
         xs = jax.nn.one_hot(stretch[:-1], classes, dtype=jnp.float32)
         return Sequences(xs, stretch[1:], jnp.ones((steps, batch), bool))
 

@@ -52,7 +52,7 @@ def adding_problem(*, steps: int = 100) -> Task:
         first = jax.random.randint(first_key, (batch,), 0, steps // 2, jnp.int32)
         second = jax.random.randint(second_key, (batch,), steps // 2, steps, jnp.int32)
         time = jnp.arange(steps, dtype=jnp.int32)[:, None]
-        markers = ((time == first) | (time == second)).astype(jnp.float32)
+        markers = ((time == first[None]) | (time == second[None])).astype(jnp.float32)
         answer = jnp.sum(markers * values, axis=0)
         ys = jnp.broadcast_to(answer[None, :, None], (steps, batch, 1))
         return Sequences(jnp.stack([values, markers], axis=-1), ys, last_step(steps, batch))

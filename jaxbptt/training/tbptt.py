@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from jaxbptt.arrays import at_least_float32
 from jaxbptt.scans.adjoint import adjoint_scan
 from jaxbptt.scans.exact import scan as exact_scan
 from jaxbptt.scans.recurrence import check_count, differentiable, is_array, is_weak, merge, name, split
@@ -304,11 +305,8 @@ def _with_burn_in(
 
 def _norm(tree: Any) -> Array:
     """Of all leaves together. As optax's clipping computes it, so that the compiler finds one where there are two."""
-    squares = [
-        jnp.sum(jnp.real(leaf.conj() * leaf).astype(jnp.promote_types(leaf.real.dtype, jnp.float32)))
-        for leaf in jax.tree.leaves(tree)
-    ]
-    return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
+    wide = [leaf.astype(at_least_float32(leaf.dtype)) for leaf in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum((jnp.sum(jnp.real(leaf.conj() * leaf)) for leaf in wide), 0.0))
 
 
 def _fraction_changed(before: Any, after: Any) -> Array:
