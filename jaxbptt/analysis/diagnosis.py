@@ -30,6 +30,7 @@ from jaxbptt.analysis.operators import (
     unroll,
 )
 from jaxbptt.analysis.sweep import random_frame
+from jaxbptt.arrays import check_callable, check_concrete, is_whole
 from jaxbptt.cells.cell import Cell, step_of
 from jaxbptt.scans.recurrence import Recurrence, is_array, merge, split
 from jaxbptt.scans.tracing import trace
@@ -120,7 +121,8 @@ def diagnose_gradient(
         A `GradientDiagnosis` of numbers; those that don't exist for a gradient that is 0 or not finite are nan.
 
     Raises:
-        ValueError, TypeError: as for `jacobian_operators`; a sequence without time steps.
+        ValueError: as for `jacobian_operators`; a sequence without time steps, `num_exponents` below 1.
+        TypeError: as for `jacobian_operators`; traced arguments, a loss that is no function.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -137,6 +139,10 @@ def diagnose_gradient(
     References:
         Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, 2013, arXiv:1211.5063.
     """
+    check_concrete("diagnose_gradient", params=params, init=init, xs=xs)
+    check_callable("loss", loss, "loss(carry, ys) -> scalar")
+    if not is_whole(num_exponents, 1):
+        raise ValueError(f"num_exponents is {num_exponents!r}: pass a whole number of at least 1.")
     r = prepare_state(step, params, init, xs, length)
     if r.length == 0:
         raise ValueError("A sequence without time steps has no gradient through time: pass at least one step.")

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxbptt.analysis.credit import LagContributions
 from jaxbptt.analysis.norms import norm, tree_norm
-from jaxbptt.arrays import at_least_float32
+from jaxbptt.arrays import at_least_float32, check_concrete, is_number, is_whole
 
 
 class AdaptiveTruncation(NamedTuple):
@@ -54,7 +54,8 @@ def effective_horizon(lags: LagContributions, eps: float | None = None) -> Any:
         >>> print(bptt.effective_horizon(lags, 0.01)["in"], bptt.effective_horizon(lags)["in"])
         7 23
     """
-    if eps is not None and not 0 < eps < 1:
+    _check_lags(lags)
+    if eps is not None and not is_number(eps, 0, 1):
         raise ValueError(f"eps is {eps!r}, but it is a fraction of the gradient: pass a number between 0 and 1.")
 
     def horizon(contributions, gradient):
@@ -113,14 +114,16 @@ def adaptive_truncation_length(
         Aicher, Foti and Fox, Adaptively truncating backpropagation through time to control gradient bias, UAI 2019,
         arXiv:1905.07473.
     """
-    if not relative_bias > 0:
+    _check_lags(lags)
+    check_concrete("adaptive_truncation_length", lags=lags)
+    if not is_number(relative_bias, 0):
         raise ValueError(f"relative_bias is {relative_bias!r}, but it bounds a relative error: pass a number above 0.")
     norms = np.asarray(lags.norms, float)
     count = len(norms)
     tau = count // 2 if fit_from is None else fit_from
-    if not 0 <= tau <= count - 2:
+    if not is_whole(tau, 0, count - 2):
         raise ValueError(
-            f"fit_from is {tau}, but of {count} lags at least two are needed to fit a decay: pass at most {count - 2}, or "
+            f"fit_from is {tau!r}, but of {count} lags at least two are needed to fit a decay: pass at most {count - 2}, or "
             "compute more lags."
         )
     if not np.isfinite(norms).all():
@@ -154,6 +157,11 @@ def adaptive_truncation_length(
     where = "" if enough.size else f", beyond the {count} lags that were computed"
     reason = f"A window of {K} steps{where} has a relative bias of at most {bound:.2g}, if the decay by {beta:.4g} a lag goes on."
     return AdaptiveTruncation(K, beta, bound, reason)
+
+
+def _check_lags(lags: Any) -> None:
+    if not isinstance(lags, LagContributions):
+        raise TypeError(f"lags are a {type(lags).__name__}: pass what lag_contributions(...) returned.")
 
 
 def _wide(leaf: Any) -> Any:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt.analysis.cost import compile_and_cost
+from jaxbptt.arrays import check_concrete, is_number, scalar_loss
 from jaxbptt.cells.cell import Cell
 from jaxbptt.scans.adjoint import adjoint_scan
 from jaxbptt.scans.backward import step_with_adjoint
@@ -83,9 +84,12 @@ def plan(
         >>> best.name, best.forward_steps, best.predicted_bytes < 2**20
         ('checkpointed_scan', 20000, True)
     """
-    if not memory_bytes > 0:
-        raise ValueError(f"memory_bytes is {memory_bytes}, but a gradient needs some: pass the bytes there are.")
-    case = _Case(step, *split((params, init, xs), by=is_array), _sum_of_squares if loss is None else loss, length)
+    check_concrete("plan", params=params, init=init, xs=xs)
+    if not is_number(memory_bytes, 0):
+        raise ValueError(f"memory_bytes is {memory_bytes!r}, but a gradient needs some: pass the bytes there are.")
+    case = _Case(
+        step, *split((params, init, xs), by=is_array), _sum_of_squares if loss is None else scalar_loss(loss), length
+    )
     steps = _look(case, lambda r, _: r.length)
     tried = []
 

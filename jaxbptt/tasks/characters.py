@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbptt.tasks.files import InputError, Series, read_standard_library
-from jaxbptt.tasks.task import Sequences, Task, check_size
+from jaxbptt.tasks.task import Sequences, Task, check_size, checked
 
 
 def characters(series: Series | None = None, *, steps: int) -> Task:
@@ -62,4 +62,4 @@ def characters(series: Series | None = None, *, steps: int) -> Task:
         xs = jax.nn.one_hot(stretch[:-1], classes, dtype=jnp.float32)
         return Sequences(xs, stretch[1:], jnp.ones((steps, batch), bool))
 
-    return Task(sample, "cross_entropy", float(-np.sum(frequencies * np.log(frequencies))), classes, classes)
+    return Task(checked(sample), "cross_entropy", float(-np.sum(frequencies * np.log(frequencies))), classes, classes)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbptt.tasks.files import InputError
-from jaxbptt.tasks.task import Sequences, Task, last_step
+from jaxbptt.tasks.task import Sequences, Task, checked, last_step
 
 
 class Digits(NamedTuple):
@@ -75,6 +75,6 @@ def digits(*, by: Literal["rows", "pixels"] = "rows", seed: int = 0) -> Digits:
         index = jax.random.randint(key, (batch,), held_out, len(images), jnp.int32)
         return Sequences(jnp.asarray(xs)[:, index], jnp.asarray(ys)[:, index], last_step(len(xs), batch))
 
-    train = Task(sample, "cross_entropy", math.log(10), features, 10)
+    train = Task(checked(sample), "cross_entropy", math.log(10), features, 10)
     test = Sequences(jnp.asarray(xs[:, :held_out]), jnp.asarray(ys[:, :held_out]), last_step(len(xs), held_out))
     return Digits(train, test)

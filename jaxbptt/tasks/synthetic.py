@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxbptt.tasks.task import Sequences, Task, check_size, last_step
+from jaxbptt.tasks.task import Sequences, Task, check_size, checked, last_step
 
 
 def adding_problem(*, steps: int = 100) -> Task:
@@ -57,7 +57,7 @@ def adding_problem(*, steps: int = 100) -> Task:
         ys = jnp.broadcast_to(answer[None, :, None], (steps, batch, 1))
         return Sequences(jnp.stack([values, markers], axis=-1), ys, last_step(steps, batch))
 
-    return Task(sample, "mean_squared_error", 1 / 6, 2, 1)
+    return Task(checked(sample), "mean_squared_error", 1 / 6, 2, 1)
 
 
 def copy_memory(*, delay: int, symbols: int = 8, length: int = 10) -> Task:
@@ -106,7 +106,7 @@ def copy_memory(*, delay: int, symbols: int = 8, length: int = 10) -> Task:
         ys = jnp.full((steps, batch), blank, jnp.int32).at[-length:].set(drawn)
         return Sequences(jax.nn.one_hot(xs, symbols + 2, dtype=jnp.float32), ys, jnp.ones((steps, batch), bool))
 
-    return Task(sample, "cross_entropy", length * math.log(symbols) / steps, symbols + 2, symbols + 1)
+    return Task(checked(sample), "cross_entropy", length * math.log(symbols) / steps, symbols + 2, symbols + 1)
 
 
 def temporal_order(*, steps: int = 100) -> Task:
@@ -154,7 +154,7 @@ def temporal_order(*, steps: int = 100) -> Task:
         ys = jnp.broadcast_to(2 * symbols[0] + symbols[1], (steps, batch))
         return Sequences(jax.nn.one_hot(xs, 8, dtype=jnp.float32), ys, last_step(steps, batch))
 
-    return Task(sample, "cross_entropy", math.log(4), 8, 4)
+    return Task(checked(sample), "cross_entropy", math.log(4), 8, 4)
 
 
 def delayed_xor(*, delay: int, steps: int | None = None) -> Task:
@@ -200,4 +200,4 @@ def delayed_xor(*, delay: int, steps: int | None = None) -> Task:
         mask = jnp.zeros((steps, batch), bool).at[delay + 1 :].set(True)
         return Sequences(bits[..., None].astype(jnp.float32), ys, mask)
 
-    return Task(sample, "cross_entropy", math.log(2), 1, 2)
+    return Task(checked(sample), "cross_entropy", math.log(2), 1, 2)
