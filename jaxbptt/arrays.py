@@ -60,9 +60,9 @@ def is_number(value: Any, above: float, below: float = float("inf")) -> bool:
 
 
 def is_floating(dtype: Any, kind: Any = jnp.floating) -> bool:
-    """Whether it names a floating-point dtype. `None` does not, though numpy reads it as float64."""
+    """Whether it names a floating-point dtype. `None` and an array do not, though they are read as one."""
     try:
-        return dtype is not None and bool(jnp.issubdtype(jnp.dtype(dtype), kind))
+        return dtype is not None and not getattr(dtype, "ndim", 0) and bool(jnp.issubdtype(jnp.dtype(dtype), kind))
     except TypeError:
         return False
 

@@ -139,6 +139,12 @@ def certify(
     def gradient_only(way):
         return lambda moving: (math.nan, (differentiable(way(*merge(moving, still))), None, None))
 
+    if scans is not None and not isinstance(scans, Mapping | Sequence):
+        raise TypeError(f"scans is a {type(scans).__name__}: pass the strategies by name, or a sequence of them.")
+    if gradients is not None and not isinstance(gradients, Mapping):
+        raise TypeError(
+            f"gradients is a {type(gradients).__name__}: pass functions (params, init, xs) -> gradient by name."
+        )
     strategies = _exact_strategies(step) if scans is None else _named(scans)
     ways = [("scan", value_and_gradient(scan))]
     ways += [(label, value_and_gradient(strategy)) for label, strategy in strategies if strategy is not scan]

@@ -108,6 +108,7 @@ def lag_contributions(
         Williams and Peng, An efficient gradient-based algorithm for on-line training of recurrent network trajectories,
         1990, doi:10.1162/neco.1990.2.4.490.
     """
+    check_callable("loss", loss, "loss(carry, ys) -> scalar")
     u = unroll(step, params, init, xs, loss, length)
     longest = u.length - 1 if max_lag is None else max_lag
     if not is_whole(longest, 0, u.length - 1):
@@ -169,6 +170,7 @@ def truncation_bias(
         Williams and Peng, An efficient gradient-based algorithm for on-line training of recurrent network trajectories,
         1990, doi:10.1162/neco.1990.2.4.490.
     """
+    check_callable("loss", loss, "loss(carry, ys) -> scalar")
     u = unroll(step, params, init, xs, loss, length)
     check_concrete("truncation_bias", lengths=lengths)
     chosen = np.arange(1, u.length + 1) if lengths is None else np.atleast_1d(as_numpy(lengths))

@@ -54,7 +54,7 @@ def lorenz_series(length: int, *, dt: float = 0.01, initial: Any = None, transie
     if not is_number(dt, 0):
         raise ValueError(f"dt={dt!r}, but it is the time from one state to the next: pass a positive number.")
     dt = float(dt)  # numpy's would settle the dtype of the computation
-    if transient != 0 and not is_number(transient, 0):
+    if not is_number(transient, -math.ulp(0)):
         raise ValueError(f"transient={transient!r}, but it is a time that is left out: pass 0 or more.")
     state = jnp.ones(3, jnp.float32) if initial is None else _as_float(initial)
     if state.shape[-1:] != (3,):
@@ -245,4 +245,6 @@ def _runge_kutta(rate, state, step):
 
 def _as_float(initial: Any) -> Array:
     array = as_array("initial", initial, "a first state")
+    if jnp.iscomplexobj(array):
+        raise TypeError(f"initial has dtype {array.dtype}, but the states are real numbers.")
     return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.float32)

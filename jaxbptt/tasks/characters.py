@@ -43,6 +43,8 @@ def characters(series: Series | None = None, *, steps: int) -> Task:
     """
     series = read_standard_library() if series is None else series
     check_size("steps", steps, 1, "there must be a step to predict")
+    if not isinstance(series, Series):
+        raise TypeError(f"series is a {type(series).__name__}, but a text is expected: read it with tasks.read_text.")
     if not series.symbols:
         raise InputError(f"{series.name} holds numbers, but characters needs a text: read it with read_text.")
     text = np.asarray(series.values, np.int32)

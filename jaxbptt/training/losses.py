@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Float
 
-from jaxbptt.arrays import as_array, at_least_float32
+from jaxbptt.arrays import as_array, at_least_float32, check_callable
 
 Reduction = Literal["mean", "sum"]
 
@@ -143,6 +143,7 @@ def final_step(loss: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises:
         ValueError: from the returned function, shapes that do not fit.
+        TypeError: a loss that is no function.
 
     Example:
         >>> import jax.numpy as jnp
@@ -151,6 +152,7 @@ def final_step(loss: Callable[..., Any]) -> Callable[..., Any]:
         >>> print(last(jnp.array([[5.0], [3.0]]), jnp.array([1.0])))
         4.0
     """
+    check_callable("loss", loss, "losses.cross_entropy, or another of that signature")
 
     def final_loss(outputs, targets, *, mask=None, **options):
         outputs = as_array("outputs", outputs, "[time, *batch, features]")
