@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt.analysis.cost import compile_and_cost
+from jaxbptt.arrays import check_concrete, is_number, scalar_loss
 from jaxbptt.cells.cell import Cell
 from jaxbptt.scans.adjoint import adjoint_scan
 from jaxbptt.scans.backward import step_with_adjoint
@@ -92,11 +93,12 @@ def plan(
         >>> best.name, best.forward_steps, best.predicted_bytes < 2**20
         ('checkpointed_scan', 20000, True)
     """
-    if not memory_bytes > 0:
-        raise ValueError(f"memory_bytes is {memory_bytes}, but a gradient needs some: pass the bytes there are.")
+    check_concrete("plan", params=params, init=init, xs=xs)
+    if not is_number(memory_bytes, 0):
+        raise ValueError(f"memory_bytes is {memory_bytes!r}, but a gradient needs some: pass the bytes there are.")
     flags = {"is_first": is_first, "valid": valid, "reset_carry": reset_carry}
     arrays, others = split((params, init, xs, flags), by=is_array)
-    case = _Case(step, arrays, others, _sum_of_squares if loss is None else loss, length)
+    case = _Case(step, arrays, others, _sum_of_squares if loss is None else scalar_loss(loss), length)
     steps = _look(case, lambda r, _: r.length)
     tried = []
 
@@ -249,4 +251,4 @@ def _look(case: _Case, at: Callable[[Recurrence, dict[str, Any]], Any]) -> Any:
 
 def _sum_of_squares(carry: Any, ys: Any) -> Any:
     leaves = jax.tree.leaves(differentiable((carry, ys)))
-    return sum(jnp.vdot(leaf, leaf).real for leaf in leaves)
+    return sum(jnp.vdot(leaf, leaf).real.astype(jnp.float32) for leaf in leaves)
