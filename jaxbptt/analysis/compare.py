@@ -11,6 +11,7 @@ from jaxbptt.analysis.credit import LagContributions
 from jaxbptt.analysis.jacobians import TemporalContributions
 from jaxbptt.arrays import check_concrete
 from jaxbptt.scans.recurrence import differentiable, name
+from jaxbptt.words import counted
 
 _UNKNOWN = "no single cause found"
 
@@ -149,7 +150,9 @@ def _cause(mine: np.ndarray, reference: np.ndarray, ratio: float, bound: float, 
     if not np.isfinite(reference).all():
         return "the reference itself has nan or inf"
     if not np.isfinite(mine).all():
-        return f"it has nan or inf in {np.count_nonzero(~np.isfinite(mine))} of {mine.size} entries"
+        return (
+            f"it has nan or inf in {np.count_nonzero(~np.isfinite(mine)):,} of {counted(mine.size, 'entry', 'entries')}"
+        )
     if not mine.any():
         return "it is 0 everywhere: the path is cut, by a stop_gradient or an update whose result is dropped"
     if same(-reference):
@@ -162,7 +165,7 @@ def _cause(mine: np.ndarray, reference: np.ndarray, ratio: float, bound: float, 
         for cut, total in enumerate(np.cumsum(by_lag, axis=0)[:-1], start=1):
             if same(total):
                 short = "one lag short: " if cut == len(by_lag) - 1 else ""
-                return f"{short}it has the first {cut} of {len(by_lag)} lags, longer paths are cut"
+                return f"{short}it has the first {cut} of {counted(len(by_lag), 'lag')}, longer paths are cut"
     if by_step is not None:
         for t, term in enumerate(by_step):
             if same(reference - term):

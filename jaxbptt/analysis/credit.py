@@ -17,6 +17,7 @@ from jaxbptt.analysis.norms import cosine, norm_over_time, tree_norm
 from jaxbptt.arrays import as_numpy, check_callable, check_concrete, is_whole
 from jaxbptt.cells.cell import Cell
 from jaxbptt.scans.recurrence import differentiable, merge
+from jaxbptt.words import counted
 
 
 class LagContributions(NamedTuple):
@@ -113,7 +114,7 @@ def lag_contributions(
     longest = u.length - 1 if max_lag is None else max_lag
     if not is_whole(longest, 0, u.length - 1):
         raise ValueError(
-            f"max_lag is {max_lag!r}, but a sequence of {u.length} time steps has lags 0 to {u.length - 1}."
+            f"max_lag is {max_lag!r}, but a sequence of {counted(u.length, 'time step')} has lags 0 to {u.length - 1}."
         )
     gradient = gradients(u, u.length)[0]
 
@@ -181,7 +182,9 @@ def truncation_bias(
         or chosen.min() < 1
         or chosen.max() > u.length
     ):
-        raise ValueError(f"lengths is {lengths!r}, but {u.length} time steps can be cut every 1 to {u.length} of them.")
+        raise ValueError(
+            f"lengths is {lengths!r}, but {counted(u.length, 'time step')} can be cut every 1 to {u.length} of them."
+        )
     gradient = gradients(u, u.length)[0]
     windowed = map_over_lags(u, int(chosen.max()), lambda more, together: _distance(together, gradient))
     lengths_array = jnp.asarray(chosen)

@@ -34,6 +34,7 @@ from jaxbptt.arrays import check_callable, check_concrete, is_whole
 from jaxbptt.cells.cell import Cell, step_of
 from jaxbptt.scans.recurrence import Recurrence, is_array, merge, split
 from jaxbptt.scans.tracing import trace
+from jaxbptt.words import counted
 
 # Over the whole sequence a gradient may shrink or grow by this factor and still count as steady.
 _STEADY = 100.0
@@ -322,7 +323,7 @@ def _sentence(found: GradientDiagnosis, length: int, cut_at: int | None, underfl
             f"{bad.leaf}{where}."
         )
     if found.cause == "no gradient":
-        return f"No gradient passes from step to step: the loss does not depend on any earlier state of the {length} steps."
+        return f"No gradient passes from step to step: the loss does not depend on any earlier state of the {counted(length, 'step')}."
     if found.cause == "cut" and cut_at is not None:
         return (
             f"Time step {cut_at + 1} of {length} passes nothing on: its Jacobian takes the gradient to exactly 0, as a reset "
@@ -339,7 +340,7 @@ def _sentence(found: GradientDiagnosis, length: int, cut_at: int | None, underfl
     }.get(found.cause, "")
     lost = f" It is exactly 0 before time step {underflows + 1}." if underflows else ""
     return (
-        f"Over {length} steps the gradient {verb}{because}: it changes by {rates.observed:+.3f} nats a step; weights and gates "
+        f"Over {counted(length, 'step')} the gradient {verb}{because}: it changes by {rates.observed:+.3f} nats a step; weights and gates "
         f"alone would give {rates.weights:+.3f}, saturation {rates.saturation:+.3f}{flattest}, alignment "
         f"{rates.alignment:+.3f}. Along the direction that lasts longest it would be {rates.weights + rates.saturation:+.3f}, "
         f"and by the bound of the weights at most {math.log(found.bound_rate):+.3f}.{lost}"

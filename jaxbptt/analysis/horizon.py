@@ -10,6 +10,7 @@ import numpy as np
 from jaxbptt.analysis.credit import LagContributions
 from jaxbptt.analysis.norms import norm, tree_norm
 from jaxbptt.arrays import at_least_float32, check_concrete, is_number, is_whole
+from jaxbptt.words import counted
 
 
 class AdaptiveTruncation(NamedTuple):
@@ -123,7 +124,7 @@ def adaptive_truncation_length(
     tau = count // 2 if fit_from is None else fit_from
     if not is_whole(tau, 0, count - 2):
         raise ValueError(
-            f"fit_from is {tau!r}, but of {count} lags at least two are needed to fit a decay: pass at most {count - 2}, or "
+            f"fit_from is {tau!r}, but of {counted(count, 'lag')} at least two are needed to fit a decay: pass at most {count - 2}, or "
             "compute more lags."
         )
     if not np.isfinite(norms).all():
@@ -154,8 +155,8 @@ def adaptive_truncation_length(
     else:
         K = count + math.ceil(math.log(relative_bias * at_least / beyond) / math.log(beta))
         bound = beyond * beta ** (K - count) / at_least
-    where = "" if enough.size else f", beyond the {count} lags that were computed"
-    reason = f"A window of {K} steps{where} has a relative bias of at most {bound:.2g}, if the decay by {beta:.4g} a lag goes on."
+    where = "" if enough.size else f", beyond the {counted(count, 'lag')} that were computed"
+    reason = f"A window of {counted(K, 'step')}{where} has a relative bias of at most {bound:.2g}, if the decay by {beta:.4g} a lag goes on."
     return AdaptiveTruncation(K, beta, bound, reason)
 
 

@@ -20,6 +20,7 @@ from jaxbptt.scans.recurrence import Recurrence, differentiable, is_array, merge
 from jaxbptt.scans.resets import with_flags
 from jaxbptt.scans.segments import Layout
 from jaxbptt.scans.truncated import truncated_scan
+from jaxbptt.words import counted
 
 
 class Plan(NamedTuple):
@@ -118,7 +119,7 @@ def plan(
         best = attempt(
             checkpointed_scan,
             2 * steps,
-            f"every step is computed twice, and a state kept every {segment} steps",
+            f"every step is computed twice, and a state kept every {counted(segment, 'step')}",
             segment_length=segment,
         )
     if not best.fits and steps:

@@ -15,6 +15,7 @@ from jaxbptt.analysis.norms import norm
 from jaxbptt.analysis.operators import JacobianOperators, as_operators
 from jaxbptt.analysis.sweep import RESOLUTION, Sweep, decompose, multiply, random_frame
 from jaxbptt.arrays import as_numpy, check_concrete, check_key, is_whole
+from jaxbptt.words import counted
 
 # Size of the noise that shows what rounding does, in eps: larger than rounding, so that the two sweeps rarely agree by chance.
 _NOISE = 8
@@ -71,7 +72,7 @@ def singular_values(
         or not ((starts >= 0) & (starts < J.length)).all()
     ):
         raise ValueError(
-            f"start is {start!r}, but with T = {J.length} Jacobians a product starts after 0 to {J.length - 1} steps."
+            f"start is {start!r}, but with T = {counted(J.length, 'Jacobian')} a product starts after 0 to {J.length - 1} steps."
         )
     chosen, places = np.unique(starts, return_inverse=True)
     slots = np.full(J.length, len(chosen))

@@ -20,6 +20,9 @@ from jaxbptt.analysis.norms import norm
 
 # A rounding error of a logarithm beyond this, and the value counts as unresolved.
 RESOLUTION = 0.01
+# Beyond this in a single factorisation, and what stands there may be nothing but rounding: the direction is lost, and no
+# number of steps before or after, over which errors are summed or averaged, brings it back.
+LOST = 0.1
 _MAX_ROTATIONS = 30
 
 
@@ -46,7 +49,7 @@ class Sweep(NamedTuple):
         Q: orthogonal.
         d: logarithms of the norms of rows, as a sum with its rounding error, `[2, n]`.
         U: upper triangular, rows of norm 1.
-        variance: of each d, from the rounding of every factorisation.
+        variance: of each d, from the rounding of every factorisation; infinite where one has lost the direction.
     """
 
     Q: Array
@@ -80,11 +83,12 @@ def multiply(sweep: Sweep, matrix: Callable[[Array], Array], noise: Float[Array,
     M = R / diagonal[:, None] * jnp.exp(jnp.minimum(_differences(sweep.d).T, limit))
     U = jnp.triu(M) @ sweep.U
     size = jnp.maximum(norm(U, (1,)), info.tiny)
+    error = rounding_error(R, diagonal)
     return Sweep(
         Q=Q,
         d=_add(sweep.d, logs + jnp.log(size)),
         U=U / size[:, None],
-        variance=sweep.variance + rounding_error(R, diagonal) ** 2,
+        variance=sweep.variance + jnp.where(error < LOST, error**2, jnp.inf),
     )
 
 

@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jax.tree_util import keystr
 
 from jaxbptt.cells.cell import Cell, step_of
+from jaxbptt.words import counted
 
 
 class Recurrence(NamedTuple):
@@ -162,7 +163,7 @@ def _time_steps(xs: Any, length: Any) -> int:
     for size, leaf_name, shape in sizes[1:]:
         if size != steps:
             raise ValueError(
-                f"{first} says {steps} time steps ({first_shape}), but {leaf_name} has {size} (shape {shape}). Time is the "
+                f"{first} says {counted(steps, 'time step')} ({first_shape}), but {leaf_name} has {size} (shape {shape}). Time is the "
                 "first axis, and every leaf of xs (and length, where given) must agree on it: cut or pad one of them."
             )
     return steps

@@ -24,6 +24,7 @@ from jaxbptt.scans.recurrence import (
     name,
     split,
 )
+from jaxbptt.words import counted
 
 _LARGER_FLAGS = {"broadcast_in_dim", "reshape", "convert_element_type"}
 
@@ -259,7 +260,7 @@ def _check_flags(flags_name: str, flags: Any, r: Recurrence) -> Any:
         )
     if not flags.ndim or flags.shape[0] != r.length:
         raise ValueError(
-            f"{flags_name} has shape {flags.shape}, but there are {r.length} time steps: time is its first axis."
+            f"{flags_name} has shape {flags.shape}, but the sequence has {counted(r.length, 'time step')}: time is its first axis."
         )
     batch = flags.shape[1:]
     for path, leaf in jax.tree_util.tree_leaves_with_path(r.init):

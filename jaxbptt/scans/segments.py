@@ -4,6 +4,7 @@ What `checkpointed_scan` runs. Every function takes the `Layout` that says how t
 """
 
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -54,6 +55,11 @@ class Layout(NamedTuple):
         # Of the schedule's steps, the way forward is the first sweep up to the last state that is kept.
         again = schedule.forward_steps(self.units, self.slots) - self.kept[-1]
         return length + again * self.segment + self.left_over
+
+    @property
+    def steps_again(self) -> Fraction:
+        """Steps computed between kept states for one segment to be taken back, on average."""
+        return Fraction(self.forward_steps - 2 * (self.units * self.segment + self.left_over), self.units)
 
 
 def forward(step: Step, params: Any, init: Any, xs: Any, cut: Layout, unroll: int | bool) -> tuple[Any, Any]:
@@ -145,7 +151,8 @@ def _compute_again(task: Task, stack: Any, unit: Any, cut: Layout) -> tuple[Any,
         def body(t, carry):
             return task.step(task.params, carry, at(task.xs, t))[0]
 
-        return jax.lax.fori_loop(start * cut.segment, stop * cut.segment, body, carry)
+        with schedule.runs(cut.steps_again):
+            return jax.lax.fori_loop(start * cut.segment, stop * cut.segment, body, carry)
 
     def on_the_way(state):
         _, (_, before) = state
@@ -164,7 +171,8 @@ def _compute_again(task: Task, stack: Any, unit: Any, cut: Layout) -> tuple[Any,
         return stack, (carry, stop)
 
     states, starts, top = stack
-    stack, (carry, _) = jax.lax.while_loop(on_the_way, go_on, (stack, (at(states, top), starts[top])))
+    with schedule.runs(1):  # what is computed inside has its own average, over all of them
+        stack, (carry, _) = jax.lax.while_loop(on_the_way, go_on, (stack, (at(states, top), starts[top])))
     states, starts, top = stack
     return (states, starts, top - (starts[top] == unit).astype(jnp.int32)), carry
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxbptt.tasks.files import InputError, Series, read_standard_library
 from jaxbptt.tasks.task import Sequences, Task, check_size, checked
+from jaxbptt.words import counted
 
 
 def characters(series: Series | None = None, *, steps: int) -> Task:
@@ -50,7 +51,7 @@ def characters(series: Series | None = None, *, steps: int) -> Task:
     text = np.asarray(series.values, np.int32)
     if len(text) < steps + 1:
         raise InputError(
-            f"{series.name} has {len(text):,} characters, but steps={steps:,} needs {steps + 1:,}, one more to predict. "
+            f"{series.name} has {counted(len(text), 'character')}, but steps={steps:,} needs {steps + 1:,}, one more to predict. "
             f"Use a longer text or fewer steps."
         )
     frequencies = np.bincount(text) / len(text)

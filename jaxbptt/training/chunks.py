@@ -14,6 +14,7 @@ from jaxtyping import Array, ArrayLike, Bool
 
 from jaxbptt.arrays import as_array, is_whole
 from jaxbptt.scans.recurrence import is_key
+from jaxbptt.words import counted
 
 
 class Chunk(NamedTuple):
@@ -146,7 +147,9 @@ def pad(chunk: Chunk, length: int) -> Chunk:
         raise TypeError(f"pad takes a Chunk(xs, targets, ...), but got a {type(chunk).__name__}.")
     steps, batch = _time_and_batch(chunk)
     if not is_whole(length, steps):
-        raise ValueError(f"length is {length!r}, but the chunk has {steps} time steps: cut it, or pad to more.")
+        raise ValueError(
+            f"length is {length!r}, but the chunk has {counted(steps, 'time step')}: cut it, or pad to more."
+        )
 
     def longer(leaf):
         leaf = jnp.asarray(leaf)

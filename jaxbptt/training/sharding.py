@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxbptt.scans.recurrence import is_array, is_key, name
 from jaxbptt.training.chunks import Chunk
 from jaxbptt.training.tbptt import TrainState
+from jaxbptt.words import counted
 
 
 def shard_state(state: TrainState, mesh: Mesh) -> TrainState:
@@ -95,7 +96,7 @@ def _place(tree: Any, mesh: Mesh, axis: int, root: str) -> Any:
         if jnp.ndim(leaf) <= axis or leaf.shape[axis] % mesh.shape[rows]:
             raise ValueError(
                 f"{name(root, path)} has shape {jnp.shape(leaf)}, whose axis {axis} can't be shared out evenly over the "
-                f"{mesh.shape[rows]} devices of mesh axis {rows!r}: make the batch a multiple of their number."
+                f"{counted(mesh.shape[rows], 'device')} of mesh axis {rows!r}: make the batch a multiple of their number."
             )
         return _put(leaf, sharding)
 

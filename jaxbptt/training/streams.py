@@ -18,6 +18,7 @@ from jaxbptt.training.chunks import Chunk as Chunk
 from jaxbptt.training.chunks import Stream as Stream
 from jaxbptt.training.chunks import is_first_from_done as is_first_from_done
 from jaxbptt.training.chunks import pad as pad
+from jaxbptt.words import counted
 
 
 def rows(
@@ -72,9 +73,13 @@ def rows(
         targets = _numbers("targets", targets)
         steps = len(values)
         if len(targets) != steps:
-            raise ValueError(f"targets have {len(targets)} time steps, but values have {steps}: one target for each.")
+            raise ValueError(
+                f"targets have {counted(len(targets), 'time step')}, but values have {steps:,}: one target for each."
+            )
     if steps < batch:
-        raise ValueError(f"values have {len(values)} time steps, too few for batch={batch} rows: use fewer rows.")
+        raise ValueError(
+            f"values have {counted(len(values), 'time step')}, too few for batch={batch} rows: use fewer rows."
+        )
     row_length = -(-steps // batch)
 
     def read(epoch: int, index: int) -> Chunk:

@@ -19,6 +19,7 @@ from jaxbptt.scans.exact import scan as exact_scan
 from jaxbptt.scans.recurrence import check_count, differentiable, is_array, is_weak, merge, name, split
 from jaxbptt.scans.truncated import truncated_scan
 from jaxbptt.training.chunks import Chunk
+from jaxbptt.words import counted
 
 
 class TrainState(NamedTuple):
@@ -253,16 +254,18 @@ def _check_chunk(chunk: Any, truncation_length: Any, update_every: Any, burn_in:
         if steps != expected:
             more = f", the last {update_every} of them new (streams.rows(..., overlap=...))" * (expected > update_every)
             raise ValueError(
-                f"The chunk has {steps} time steps, but update_every={update_every} and truncation_length={truncation_length} "
+                f"The chunk has {counted(steps, 'time step')}, but update_every={update_every} and truncation_length={truncation_length} "
                 f"take chunks of {expected}{more}: cut it, or pad it with streams.pad."
             )
     elif truncation_length is not None and steps < truncation_length:
         raise ValueError(
-            f"The chunk has {steps} time steps, but truncation_length is {truncation_length}: a gradient that reaches back "
+            f"The chunk has {counted(steps, 'time step')}, but truncation_length is {truncation_length}: a gradient that reaches back "
             "beyond the chunk needs update_every as well, and chunks that overlap."
         )
     if burn_in >= steps:
-        raise ValueError(f"The chunk has {steps} time steps, and burn_in={burn_in} leaves none of them to learn from.")
+        raise ValueError(
+            f"The chunk has {counted(steps, 'time step')}, and burn_in={burn_in} leaves none of them to learn from."
+        )
     return steps
 
 
