@@ -632,9 +632,13 @@ def main():
         except Exception as error:
             where = [frame for frame in traceback.extract_tb(error.__traceback__) if "jaxbptt/" in frame.filename]
             at = f"{os.path.basename(where[-1].filename)}:{where[-1].lineno}" if where else ""
-            kind = f"{type(error).__name__} {at} {str(error).splitlines()[0][:100] if str(error) else ''}"
+            message = next((line for line in str(error).splitlines() if line.strip("- ")), "")
+            kind = f"{type(error).__name__} {at} {message[:150]}"
             failures[kind.split(":")[0]] += 1
-            print(f"seed {seed}: {kind} {getattr(error, '__notes__', [''])[0]}", flush=True)
+            print(
+                f"seed {seed}: {kind} {[note for note in getattr(error, '__notes__', []) if note.startswith('by')]}",
+                flush=True,
+            )
             count = len(case.contenders)
         compared, cases = compared + count, cases + (count > 0)
         if seed % 200 == 199:
