@@ -206,7 +206,10 @@ def _take_back_lean(task: Task, add: Callable[..., Any], back: Any, carry: Any, 
         previous_bar, delta = adjoint.backward(params, residuals, x, carry_bar, y_bar)
         one = jax.tree.map(lambda leaf: leaf[None], (residuals, x, y_bar, delta))
         sums, some = add(params, sums, *one, length=1)
-        return (carry, (fit(previous_bar, carry, adjoint.perturbed.carry, "init"), sums, put_window(xs_bar, some, t))), None
+        return (
+            carry,
+            (fit(previous_bar, carry, adjoint.perturbed.carry, "init"), sums, put_window(xs_bar, some, t)),
+        ), None
 
     steps = start + jnp.arange(length, dtype=jnp.int32)
     new_carry, kept = jax.lax.scan(forward, carry, steps, unroll=unroll)
