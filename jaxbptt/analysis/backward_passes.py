@@ -41,7 +41,7 @@ class Unrolled(NamedTuple):
 
     def map(self, fn: Callable[[Any], Any], items: Any) -> Any:
         """`fn` for each item, several side by side: but not for a step that branches, where both sides would be computed."""
-        return jax.lax.map(fn, items, batch_size=None if self.step.branches else _SIDE_BY_SIDE)
+        return jax.lax.map(fn, items, batch_size=None if self.step.in_turn else _SIDE_BY_SIDE)
 
 
 def unroll(
@@ -74,7 +74,7 @@ def map_over_lags(u: Unrolled, lags: int, measure: Callable[[Any, Any], Any]) ->
 
     def body(state, ys_bar):
         bars, together = state
-        bars, _, deltas = back_one_lag(adjoint, params, u.residuals, u.xs, bars, ys_bar, in_turn=u.step.branches)
+        bars, _, deltas = back_one_lag(adjoint, params, u.residuals, u.xs, bars, ys_bar, in_turn=u.step.in_turn)
         params_bar, _ = adjoint.contract(params, u.residuals, u.xs, ys_bar, deltas)
         more = u.step.like_params(fit(params_bar, params, adjoint.perturbed.params, "params"))
         together = add_up(together, more)

@@ -18,7 +18,7 @@ from jaxbptt.scans.contraction import fit, weight_gradient
 from jaxbptt.scans.linearized import linearized
 from jaxbptt.scans.parts import arrays_of, in_loop
 from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, every_leaf, part, select, spread
-from jaxbptt.scans.recurrence import Recurrence, at_one_step, differentiable, merge
+from jaxbptt.scans.recurrence import Recurrence, at_one_step, differentiable, merge, name
 from jaxbptt.scans.residuals import Residuals, places
 from jaxbptt.scans.schedule import divisor_near
 from jaxbptt.scans.tracing import TracedStep, map_over_time, trace
@@ -32,14 +32,16 @@ class StepWithAdjoint(NamedTuple):
         params: to call both with.
         adjoint: `(perturbed)`, the `Adjoint` given, or the `Cell`'s own, or else one derived from the step, for the leaves
             of (params, init, xs) that are flagged. Nothing is differentiated before it is called.
-        branches: whether the step has a `lax.cond`, which must not be mapped over time.
+        in_turn: whether the step must not be mapped over time: it branches (`lax.cond`), or writes to a mutable array.
+        mutable: name of a mutable array that it reads or writes, or "".
         like_params: puts a gradient of `params` into the structure of the user's.
     """
 
     step: Callable[..., Any]
     params: Any
     adjoint: Callable[[Perturbed], PerturbedAdjoint]
-    branches: bool
+    in_turn: bool
+    mutable: str = ""
     like_params: Callable[[Any], Any] = lambda params: params
 
 
@@ -50,13 +52,28 @@ def step_with_adjoint(step: Callable[..., Any] | Cell, adjoint: Adjoint | None, 
     if adjoint is None:
         traced = trace(r)
         derive = _derivation(traced._replace(params=None))  # JAX keeps it, and would keep the arrays with it
-        return StepWithAdjoint(traced.step, traced.params, derive, traced.branches, traced.like_params)
+        mutable = next((_name_of(ref, r.params) for ref in traced.refs.values()), "")
+        return StepWithAdjoint(traced.step, traced.params, derive, traced.in_turn, mutable, traced.like_params)
     by_hand, carry = adjoint, every_leaf(r.init)
 
     def for_leaves(perturbed):
         return PerturbedAdjoint(*by_hand, perturbed._replace(carry=carry))
 
-    return StepWithAdjoint(r.step, r.params, for_leaves, branches=False)
+    return StepWithAdjoint(r.step, r.params, for_leaves, in_turn=False)
+
+
+def _name_of(ref: Any, params: Any) -> str:
+    named = {id(leaf): name("params", path) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    return named.get(id(ref), "an array that the step closes over")
+
+
+def check_recomputed(strategy: str, mutable: str) -> None:
+    """Raise where a strategy that computes steps again in its backward pass would write to a mutable array once more."""
+    if mutable:
+        raise TypeError(
+            f"{mutable} is mutable (a Ref), and {strategy} computes each step again in its backward pass, so that it would be "
+            "written to twice: take the gradient with adjoint_scan or jaxbptt.scan, which run each step once."
+        )
 
 
 def unroll_forward(
@@ -226,7 +243,7 @@ def _back(
         return sums, carry_bar, xs_bar
 
     # Derivatives of reads at computed positions would be written to as many arrays: those of the plain loop are not.
-    run = at_once if segment >= length else differentiated_as(at_once, in_segments)
+    run = at_once if segment >= length or adjoint.mutates else differentiated_as(at_once, in_segments)
     return run(params, sums, residuals, xs, carry_bar, ys_bar)
 
 
@@ -303,7 +320,8 @@ def _derivation(traced: TracedStep) -> Callable[[Perturbed], PerturbedAdjoint]:
         key = tuple(jax.tree.leaves(perturbed))
         if key not in known:
             perturbed = spread(traced.step, perturbed, traced.shapes)
-            known[key] = linearized(traced, perturbed) or _pulled(traced, perturbed)
+            adjoint = linearized(traced, perturbed) or _pulled(traced, perturbed)
+            known[key] = adjoint._replace(mutates="new_ref" in traced.primitives)
         return known[key]
 
     return derive
@@ -330,7 +348,7 @@ def _pulled(traced: TracedStep, perturbed: Perturbed) -> PerturbedAdjoint:
         (previous_bar,) = pull(step, (carry,), (perturbed.carry,), (carry_bar, y_bar))
         return previous_bar, carry_bar
 
-    over_time = map_over_time(traced.step, in_turn=traced.branches)
+    over_time = map_over_time(traced.step, in_turn=traced.in_turn)
 
     def contract(params, carries, xs, ys_bar, carry_bars):
         step = lambda params, xs: over_time(params, carries, xs)

@@ -15,7 +15,7 @@ import jax
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans import schedule, segments
 from jaxbptt.scans.along_time import filled
-from jaxbptt.scans.backward import differentiated_as, step_with_adjoint, without
+from jaxbptt.scans.backward import check_recomputed, differentiated_as, step_with_adjoint, without
 from jaxbptt.scans.perturbed import PerturbedAdjoint, part, select
 from jaxbptt.scans.recurrence import at_one_step, byte_count, check_count, differentiable, merge, prepare
 from jaxbptt.scans.resets import with_flags
@@ -92,7 +92,7 @@ def checkpointed_scan(
     r = prepare(step, params, init, xs, length)
     with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
     r = r._replace(xs=xs)
-    step, params, adjoint_for, *_ = with_adjoint
+    step, params, adjoint_for, _, mutable, _ = with_adjoint
     length = r.length
     check_options(length, segment_length, checkpoints)
     if length == 0:
@@ -109,6 +109,7 @@ def checkpointed_scan(
         return layout(length, adjoint, params, init, xs, segment_length, checkpoints)
 
     def forward(adjoint, params, init, xs):
+        check_recomputed("checkpointed_scan", mutable)
         return segments.forward(step, params, init, xs, cut(adjoint, params, init, xs), unroll)
 
     def backward(adjoint, params, init, xs, states, carry_bar, ys_bar):
@@ -128,7 +129,7 @@ def checkpointed_scan(
             _, vjp = jax.vjp(outputs, *moving)
             return vjp((carry_bar, filled(ys_bar, length)))
 
-        if not where.all_kept:
+        if not where.all_kept and not adjoint.mutates:
             # Loops of a length known only when they run have no reverse mode: a second derivative takes the way of `scan`.
             gradients = differentiated_as(by_scan, gradients)
         return gradients(params, init, xs, carry_bar, ys_bar, states)

@@ -24,13 +24,15 @@ class PerturbedAdjoint(NamedTuple):
     """An `Adjoint`, and the leaves that it has gradients for.
 
     Its results may have more gradients than that. The flags of the carry are those of what goes in and comes out of
-    `backward`: of an `Adjoint` by hand all leaves that can have a derivative.
+    `backward`: of an `Adjoint` by hand all leaves that can have a derivative. `mutates` says that a step makes mutable
+    arrays of its own, for which JAX has no program inside of a `jax.custom_jvp`.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     contract: Callable[..., Any]
     perturbed: Perturbed
+    mutates: bool = False
 
 
 def every_leaf(tree: Any) -> Any:

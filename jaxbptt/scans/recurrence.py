@@ -89,7 +89,7 @@ def byte_count(tree: Any) -> int:
 
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is an array or a real number, and not a function, a flag or a size that a model keeps among its params."""
-    return hasattr(leaf, "dtype") or isinstance(leaf, float | complex)
+    return (hasattr(leaf, "dtype") and not is_ref(leaf)) or isinstance(leaf, float | complex)
 
 
 def is_key(leaf: Any) -> bool:

@@ -49,7 +49,7 @@ def with_flags(
         adjoint = adjoint_of(Perturbed(of_params, carry, of_x))
         inner = adjoint.perturbed
         perturbed = Perturbed((inner.params, reset, *rest), inner.carry, (inner.x, *flags))
-        return PerturbedAdjoint(*_flagged_adjoint(adjoint, reset), perturbed)
+        return PerturbedAdjoint(*_flagged_adjoint(adjoint, reset), perturbed, adjoint.mutates)
 
     return step._replace(step=_flagged_step(step.step), params=params, adjoint=adjoint_for), xs
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.along_time import put_window, room
-from jaxbptt.scans.backward import back_over, step_with_adjoint, stretches
+from jaxbptt.scans.backward import back_over, check_recomputed, step_with_adjoint, stretches
 from jaxbptt.scans.contraction import weight_gradient
 from jaxbptt.scans.perturbed import select
 from jaxbptt.scans.recurrence import at_one_step, byte_count, check_count, merge, prepare, split
@@ -83,7 +83,7 @@ def truncated_scan(
     check_count("truncation_length", truncation_length, "counts time steps")
     r = prepare(step, params, init, xs, length)
     with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
-    step, params, adjoint_for, *_ = with_adjoint
+    step, params, adjoint_for, _, mutable, _ = with_adjoint
     steps = r.length
     chunk = max(min(int(truncation_length), steps), 1)
     chunks, left_over = divmod(steps, chunk)
@@ -100,6 +100,7 @@ def truncated_scan(
         return jax.lax.scan(body, init, (jnp.arange(steps), xs), length=steps, unroll=unroll)
 
     def forward(adjoint, params, init, xs):
+        check_recomputed("truncated_scan", mutable)
         return unrolled(params, init, xs), None
 
     def backward(adjoint, params, init, xs, _, last_bar, ys_bar):

@@ -86,7 +86,7 @@ def windowed_scan(
     check_count("window", window, "counts time steps")
     r = prepare(step, params, init, xs, length)
     with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
-    step, params, adjoint_for, branches, _ = with_adjoint
+    step, params, adjoint_for, in_turn, *_ = with_adjoint
     length = r.length
     lags = min(int(window), length)
 
@@ -104,7 +104,7 @@ def windowed_scan(
             return params_bar, last_bar, xs_bar
 
         def back(bars, ys_bar):
-            return back_one_lag(adjoint, params, residuals, xs, bars, ys_bar, in_turn=branches)
+            return back_one_lag(adjoint, params, residuals, xs, bars, ys_bar, in_turn=in_turn)
 
         def one_lag_more(state, _):
             bars, *sums = state

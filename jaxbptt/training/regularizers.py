@@ -63,7 +63,7 @@ def pascanu(
     def to_state(params, carry, x):
         return traced.step(params, carry, x)[0]
 
-    over_time = map_over_time(to_state, in_turn=traced.branches)
+    over_time = map_over_time(to_state, in_turn=traced.in_turn)
     (passed_on,) = pull(lambda carries: over_time(traced.params, carries, r.xs), (carries,), flow.adjoints)
     before, after = norm_over_time(passed_on), norm_over_time(flow.adjoints)
     ratio = jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1)
