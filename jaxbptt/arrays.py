@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.tree_util import keystr
 from jaxtyping import Array
 
@@ -89,7 +90,7 @@ def check_concrete(function: str, **arguments: Any) -> None:
     """Raise where a leaf of an argument is traced, for what looks at the numbers themselves."""
     for name, tree in arguments.items():
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            if isinstance(leaf, jax.core.Tracer):
+            if isinstance(leaf, Tracer):
                 raise TypeError(
                     f"{function} looks at the numbers themselves, but {name}{keystr(path)} is traced: {function} is not to be "
                     "called inside of jax.jit, jax.vmap or jax.grad. It compiles what it runs; call it with arrays."

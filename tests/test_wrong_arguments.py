@@ -54,7 +54,7 @@ def functions():
     key = jax.random.key(0)
     sizes = {"input_size": 3, "hidden_size": 4}
     options = {"dtype": jnp.float32, "compute_dtype": None, "recurrent_init": bptt.initializers.identity()}
-    wrong_sizes = dict.fromkeys(["input_size", "hidden_size", "dtype", "recurrent_init"], set()) | {
+    wrong_sizes = dict.fromkeys(["input_size", "hidden_size", "dtype", "recurrent_init"], frozenset()) | {
         "compute_dtype": {"None"}
     }
     J = jnp.ones((4, 3, 3))
@@ -78,7 +78,7 @@ def functions():
         "network.init": (elman.init, {"key": key}, {"key": set()}),
         "cell.init": (cell.init, {"key": key}, {"key": set()}),
         "cell.initial_carry": (cell.initial_carry, {"batch_shape": (2,)}, {"batch_shape": set()}),
-        "cell.step": (cell.step, {"params": params, "h": init, "x": xs[0]}, dict.fromkeys(["params", "h", "x"], set())),
+        "cell.step": (cell.step, {"params": params, "h": init, "x": xs[0]}, dict.fromkeys(["params", "h", "x"], frozenset())),
         "lstm.step": (
             make_cell("lstm").step,
             dict(zip(["params", "state", "x"], problem(make_cell("lstm"), 1), strict=True)),
@@ -92,7 +92,7 @@ def functions():
             {"params": elman.init(key).cell, "hs": jnp.ones((2, 4))},
             {"params": set(), "hs": set()},
         ),
-        "bptt": (bptt.bptt, textbook, dict.fromkeys(textbook, set())),
+        "bptt": (bptt.bptt, textbook, dict.fromkeys(textbook, frozenset())),
         "cross_entropy": (
             bptt.losses.cross_entropy,
             {"logits": outputs, "labels": labels, "mask": mask, "ignore_label": 0, "reduction": "sum"},

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxbptt.analysis.operators import prepare_state, state_size, step_and_push
@@ -108,7 +109,7 @@ def lyapunov_exponents(
     if not is_whole(k, 1, size):
         raise ValueError(f"num_exponents is {k!r}, but a state of {counted(size, 'number')} has 1 to {size} exponents.")
     check_count("qr_every", qr_every, "counts time steps")
-    if not isinstance(time_step, jax.core.Tracer) and not is_number(time_step, 0):
+    if not isinstance(time_step, Tracer) and not is_number(time_step, 0):
         raise ValueError(
             f"time_step is {time_step!r}, but it is the time that a step stands for: pass a number above 0."
         )

@@ -138,7 +138,7 @@ def check_options(dtype: Any, **initializers: Any) -> None:
 
 def zeros(batch_shape: Any, size: int, dtype: Any) -> Array:
     """A state of zeros, `[*batch, size]`; raises unless the axes of the batch are whole numbers."""
-    axes = batch_shape if isinstance(batch_shape, tuple | list) else [None]
+    axes: Any = batch_shape if isinstance(batch_shape, tuple | list) else [None]
     if not all(is_whole(axis) or jax.export.is_symbolic_dim(axis) for axis in axes):
         raise ValueError(
             f"batch_shape is {batch_shape!r}, but it is a tuple of the sizes of the batch axes: pass (rows,), or () for no batch."

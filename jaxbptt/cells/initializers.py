@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array
 
 from jaxbptt.arrays import is_number
@@ -110,5 +111,5 @@ def chrono(length: float) -> Callable[..., Array]:
 
 
 def _check_scale(scale: Any) -> None:
-    if not isinstance(scale, jax.core.Tracer) and not is_number(scale, -math.inf):
+    if not isinstance(scale, Tracer) and not is_number(scale, -math.inf):
         raise ValueError(f"scale is {scale!r}, but it is a factor of the matrix: pass a finite number.")
