@@ -57,9 +57,17 @@ def test_carry_that_changes(strategy, step, error, message):
 
 
 @strategies
-def test_structure_is_named_for_python_numbers_too(strategy):
+def test_what_a_step_returns_is_named_for_python_numbers_too(strategy):
     with pytest.raises(TypeError, match="carry changed its structure"):
         strategy(lambda p, c, x: ((c, c), None), None, 0.0, length=2)
+    with pytest.raises(TypeError, match=r"returns a pair \(carry, y\)"):
+        strategy(lambda p, c, x: c, None, 0.0, length=2)
+
+
+@strategies
+def test_traced_length(strategy):
+    with pytest.raises(ValueError, match=r"length is .*: pass the number of time steps.*name it in static_argnames"):
+        jax.jit(lambda length: strategy(keep, None, 0.0, length=length))(3)
 
 
 @strategies

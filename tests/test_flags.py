@@ -311,7 +311,7 @@ def test_errors(scan):
     flags = jnp.ones((5, 2), bool)
     for options, error, message in (
         ({"valid": flags.astype(int)}, TypeError, r"valid has dtype int64.*such as valid\.astype\(bool\)\.$"),
-        ({"valid": flags[:3]}, ValueError, r"valid has shape \(3, 2\), but there are 5 time steps"),
+        ({"valid": flags[:3]}, ValueError, r"valid has shape \(3, 2\), but the sequence has 5 time steps"),
         ({"valid": flags[:, :1]}, ValueError, r"valid has shape \(5, 1\).*init has shape \(2, 4\)"),
         ({"valid": flags, "is_first": flags[:, 0]}, ValueError, r"is_first has shape \(5,\), but valid has \(5, 2\)"),
         ({"reset_carry": args[1]}, ValueError, r"reset_carry says what is_first resets to"),

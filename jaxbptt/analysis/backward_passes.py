@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxbptt.arrays import scalar_loss
 from jaxbptt.cells.cell import Cell
 from jaxbptt.scans.backward import (
     StepWithAdjoint,
@@ -52,6 +53,7 @@ def unroll(
     length: int | None,
 ) -> Unrolled:
     """Go forward once; without a loss the `bars` are for the caller to put in."""
+    loss = None if loss is None else scalar_loss(loss)
     r = prepare(step, params, init, xs, length)
     if r.length == 0:
         raise ValueError("A sequence without time steps has no lags: pass at least one step.")

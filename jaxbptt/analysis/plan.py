@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt.analysis.cost import compile_and_cost
+from jaxbptt.arrays import check_concrete, is_number, scalar_loss
 from jaxbptt.cells.cell import Cell
 from jaxbptt.scans.adjoint import adjoint_scan
 from jaxbptt.scans.backward import step_with_adjoint
@@ -19,6 +20,7 @@ from jaxbptt.scans.recurrence import Recurrence, differentiable, is_array, merge
 from jaxbptt.scans.resets import with_flags
 from jaxbptt.scans.segments import Layout
 from jaxbptt.scans.truncated import truncated_scan
+from jaxbptt.words import counted
 
 
 class Plan(NamedTuple):
@@ -92,11 +94,12 @@ def plan(
         >>> best.name, best.forward_steps, best.predicted_bytes < 2**20
         ('checkpointed_scan', 20000, True)
     """
-    if not memory_bytes > 0:
-        raise ValueError(f"memory_bytes is {memory_bytes}, but a gradient needs some: pass the bytes there are.")
+    check_concrete("plan", params=params, init=init, xs=xs)
+    if not is_number(memory_bytes, 0):
+        raise ValueError(f"memory_bytes is {memory_bytes!r}, but a gradient needs some: pass the bytes there are.")
     flags = {"is_first": is_first, "valid": valid, "reset_carry": reset_carry}
     arrays, others = split((params, init, xs, flags), by=is_array)
-    case = _Case(step, arrays, others, _sum_of_squares if loss is None else loss, length)
+    case = _Case(step, arrays, others, _sum_of_squares if loss is None else scalar_loss(loss), length)
     steps = _look(case, lambda r, _: r.length)
     tried = []
 
@@ -116,7 +119,7 @@ def plan(
         best = attempt(
             checkpointed_scan,
             2 * steps,
-            f"every step is computed twice, and a state kept every {segment} steps",
+            f"every step is computed twice, and a state kept every {counted(segment, 'step')}",
             segment_length=segment,
         )
     if not best.fits and steps:
@@ -249,4 +252,4 @@ def _look(case: _Case, at: Callable[[Recurrence, dict[str, Any]], Any]) -> Any:
 
 def _sum_of_squares(carry: Any, ys: Any) -> Any:
     leaves = jax.tree.leaves(differentiable((carry, ys)))
-    return sum(jnp.vdot(leaf, leaf).real for leaf in leaves)
+    return sum(jnp.vdot(leaf, leaf).real.astype(jnp.float32) for leaf in leaves)

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxbptt.scans.recurrence import same_keys
+
 _index = partial(jax.lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
 _slice = partial(jax.lax.dynamic_slice_in_dim, allow_negative_indices=False)
 _update = partial(jax.lax.dynamic_update_slice_in_dim, axis=0, allow_negative_indices=False)
@@ -28,19 +30,19 @@ def filled(tree: Any, *lengths: int) -> Any:
     """`tree` with arrays for its `Zeros`: of one step, or of so many."""
 
     def fill(leaf):
-        return jnp.zeros((*lengths, *leaf.shape), leaf.dtype) if isinstance(leaf, Zeros) else leaf
+        return _zeros((*lengths, *leaf.shape), leaf.dtype) if isinstance(leaf, Zeros) else leaf
 
     return jax.tree.map(fill, tree, is_leaf=lambda leaf: isinstance(leaf, Zeros))
 
 
 def at(tree: Any, t: Any) -> Any:
     """The entry at t."""
-    return jax.tree.map(lambda leaf: _index(leaf, t), tree)
+    return jax.tree.map(lambda leaf: _index(leaf, t), same_keys(tree))
 
 
 def window(tree: Any, start: Any, length: int) -> Any:
     """`length` entries from `start` on."""
-    return jax.tree.map(lambda leaf: _slice(leaf, start, length), tree)
+    return jax.tree.map(lambda leaf: _slice(leaf, start, length), same_keys(tree))
 
 
 def put(tree: Any, entry: Any, t: Any) -> Any:
@@ -50,9 +52,14 @@ def put(tree: Any, entry: Any, t: Any) -> Any:
 
 def put_window(tree: Any, entries: Any, start: Any) -> Any:
     """`tree` with its entries from `start` on replaced."""
-    return jax.tree.map(lambda leaf, new: _update(leaf, new, start), tree, entries)
+    return jax.tree.map(lambda leaf, new: _update(leaf, new, start), tree, same_keys(entries))
 
 
 def room(tree: Any, length: int) -> Any:
     """Arrays (or random keys) to write `length` entries like `tree` into."""
-    return jax.tree.map(lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype), tree)
+    return jax.tree.map(lambda leaf: _zeros((length, *leaf.shape), leaf.dtype), tree)
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any) -> Any:
+    with jax.enable_x64(True):  # else a step that turns it on for itself would get half of the bits
+        return jnp.zeros(shape, dtype)

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from jaxbptt.cells.cell import Cell
-from jaxbptt.scans.recurrence import prepare
+from jaxbptt.cells.cell import Cell, step_of
+from jaxbptt.scans.recurrence import is_ref, prepare
 from jaxbptt.scans.resets import without_adjoint
 
 
@@ -65,5 +65,8 @@ def scan(
     References:
         Werbos, Backpropagation through time: what it does and how to do it, 1990, doi:10.1109/5.58337.
     """
+    if any(map(is_ref, jax.tree.leaves(xs))) and is_first is valid is reset_carry is None:
+        # The step gets references to the entries, which only lax.scan can hand out.
+        return jax.lax.scan(partial(step_of(step), params), init, xs, length=length, unroll=unroll)
     r = without_adjoint(prepare(step, params, init, xs, length), is_first, valid, reset_carry)
     return jax.lax.scan(partial(r.step, r.params), r.init, r.xs, length=r.length, unroll=unroll)

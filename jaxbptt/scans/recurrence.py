@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.tree_util import keystr
 
 from jaxbptt.cells.cell import Cell, step_of
+from jaxbptt.words import counted
 
 
 class Recurrence(NamedTuple):
@@ -29,27 +31,54 @@ class Recurrence(NamedTuple):
 def prepare(step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, length: Any) -> Recurrence:
     """Check the arguments of a strategy, without calling `step` unless `init` holds Python numbers."""
     length = _time_steps(xs, length)
-    xs = jax.tree.map(jnp.asarray, xs)
-    step = step_of(step)
-    init = jax.tree.map(jnp.asarray, init)
+    xs = as_arrays("xs", xs)
+    step = _in_own_containers(step_of(step))
+    init = as_arrays("init", init)
     if any(map(is_weak, jax.tree.leaves(init))):
         init = _settle_dtypes(step, params, init, xs)
     return Recurrence(_checked(step), params, init, xs, length)
 
 
+def as_arrays(root: str, tree: Any) -> Any:
+    """Arrays for all leaves; raises for a mutable one, which `jnp.asarray` would read entry by entry, without an end."""
+
+    def array(path, leaf):
+        if is_ref(leaf):
+            leaf_name = name(root, path)
+            raise TypeError(
+                f"{leaf_name} is a mutable array (a Ref) of shape {leaf.shape}: pass its values, {leaf_name}[...]. In xs, "
+                "jaxbptt.scan takes it as it is, without flags."
+            )
+        return jnp.asarray(leaf)
+
+    return jax.tree_util.tree_map_with_path(array, tree)
+
+
+def is_ref(leaf: Any) -> bool:
+    """Whether a leaf is a mutable array, as `jax.new_ref` makes it."""
+    return isinstance(leaf, jax.Ref)
+
+
 def check_count(name: str, value: Any, what: str) -> None:
     """Raise unless `value` is a whole number of at least 1."""
-    try:
-        counts = not isinstance(value, bool) and index(value) >= 1
-    except TypeError:
-        counts = False  # no whole number, or not known before the program runs
-    if not counts:
+    if not _is_count(value, 1):
         raise ValueError(f"{name} is {value!r}, but it {what}: pass a whole number of at least 1.")
+
+
+def _is_count(value: Any, least: int) -> bool:
+    try:
+        return not isinstance(value, bool) and index(value) >= least
+    except TypeError:
+        return False  # no whole number, or not known before the program runs
+
+
+def _is_traced(value: Any) -> bool:
+    return isinstance(value, Tracer)
 
 
 def at_one_step(xs: Any) -> Any:
     """The shapes and dtypes of `xs` at a single time step."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), xs)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, weak_type=is_weak(leaf)), xs)
 
 
 def byte_count(tree: Any) -> int:
@@ -66,6 +95,11 @@ def is_array(leaf: Any) -> bool:
 def is_key(leaf: Any) -> bool:
     """Whether a leaf is a typed random key, which has no zero."""
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def same_keys(tree: Any) -> Any:
+    """The same random keys once more, where a step is computed again: no reuse in the eyes of `jax.debug_key_reuse`."""
+    return jax.tree.map(lambda leaf: jax.random.clone(leaf) if is_key(leaf) else leaf, tree)
 
 
 def is_differentiable(leaf: Any) -> bool:
@@ -110,9 +144,10 @@ def _time_steps(xs: Any, length: Any) -> int:
     leaves = jax.tree_util.tree_leaves_with_path(xs)
     if not leaves and length is None:
         raise ValueError("Neither xs nor length was given: pass xs with time as its first axis, or length=T.")
-    if length is not None and (not hasattr(length, "__index__") or isinstance(length, bool) or length < 0):
-        raise ValueError(f"length is {length!r}: pass the number of time steps, a whole number of at least 0.")
-    length = None if length is None else int(length)
+    if length is not None and not _is_count(length, 0):
+        hint = " It is traced: where the function is jitted, name it in static_argnames." if _is_traced(length) else ""
+        raise ValueError(f"length is {length!r}: pass the number of time steps, a whole number of at least 0.{hint}")
+    length = None if length is None else index(length)
     sizes = []
     for path, leaf in leaves:
         shape = jnp.shape(leaf)
@@ -128,20 +163,22 @@ def _time_steps(xs: Any, length: Any) -> int:
     for size, leaf_name, shape in sizes[1:]:
         if size != steps:
             raise ValueError(
-                f"{first} says {steps} time steps ({first_shape}), but {leaf_name} has {size} (shape {shape}). Time is the "
+                f"{first} says {counted(steps, 'time step')} ({first_shape}), but {leaf_name} has {size} (shape {shape}). Time is the "
                 "first axis, and every leaf of xs (and length, where given) must agree on it: cut or pad one of them."
             )
     return steps
 
 
 def _settle_dtypes(step: Callable[..., Any], params: Any, init: Any, xs: Any) -> Any:
-    """Give Python numbers in `init` the dtype that the step makes of them, as `lax.scan` does."""
-    new, _ = jax.eval_shape(lambda carry, x: step(params, carry, x), init, at_one_step(xs))
-    if jax.tree.structure(new) != jax.tree.structure(init):
+    """Give Python numbers in `init` the dtype that the step makes of them, as `lax.scan` does; those it keeps stay weak."""
+    result = jax.eval_shape(lambda carry, x: step(params, carry, x), init, at_one_step(xs))
+    if not _is_pair(result) or jax.tree.structure(result[0]) != jax.tree.structure(init):
         return init  # `checked` says it better, when the step is traced.
-    return jax.tree.map(
-        lambda leaf, to: leaf.astype(to.dtype) if is_weak(leaf) and _keeps(leaf, to) else leaf, init, new
-    )
+
+    def settled(leaf, to):
+        return leaf.astype(to.dtype) if is_weak(leaf) and leaf.dtype != to.dtype and _keeps(leaf, to) else leaf
+
+    return jax.tree.map(settled, init, result[0])
 
 
 def _keeps(leaf: Any, to: Any) -> bool:
@@ -153,16 +190,30 @@ def _keeps(leaf: Any, to: Any) -> bool:
 
 def is_weak(leaf: Any) -> bool:
     """Whether a leaf has the dtype of a Python number, which gives way to any other."""
-    return getattr(jax.typeof(leaf), "weak_type", False)
+    return getattr(leaf, "weak_type", False)
+
+
+def _in_own_containers(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step may take entries out of the containers it is given; they are read after it, and it is traced again."""
+    return lambda *args: step(*jax.tree.map(lambda leaf: leaf, args))
+
+
+def as_weak_as(array: Any, like: Any) -> Any:
+    """An array with the weak type of `like`, which writing into it has taken away."""
+    if not is_weak(like) or is_weak(array):
+        return array
+    # Every function of jax.lax that converts makes a strong type.
+    return jax.lax.convert_element_type_p.bind(array, new_dtype=array.dtype, weak_type=True, sharding=None)
 
 
 def _checked(step: Callable[..., Any]) -> Callable[..., Any]:
     def checked_step(params, carry, x):
         result = step(params, carry, x)
-        if not (isinstance(result, tuple) and len(result) == 2):
+        if not _is_pair(result):
             raise TypeError(f"A step returns a pair (carry, y), but this one returned {_describe(result)}.")
-        _check_carry(carry, result[0])
-        return result
+        new_carry, y = result
+        _check_carry(carry, new_carry)
+        return new_carry, y
 
     return checked_step
 
@@ -186,6 +237,10 @@ def _check_carry(before: Any, after: Any) -> None:
                 f"{leaf} changed its dtype across a step: it went in as {old.dtype} and came out as {new.dtype}. Start "
                 f"from a carry of {new.dtype}, or cast in the step with .astype({old.dtype.name!r}) before returning."
             )
+
+
+def _is_pair(result: Any) -> bool:
+    return isinstance(result, tuple | list) and len(result) == 2
 
 
 def _describe(result: Any) -> str:

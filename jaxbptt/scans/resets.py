@@ -13,7 +13,18 @@ from jax.extend.core import jaxpr_as_fun
 from jaxbptt.cells.cell import Adjoint
 from jaxbptt.scans.backward import StepWithAdjoint, fit
 from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, select
-from jaxbptt.scans.recurrence import Recurrence, differentiable, is_array, is_differentiable, is_key, merge, name, split
+from jaxbptt.scans.recurrence import (
+    Recurrence,
+    as_arrays,
+    differentiable,
+    is_array,
+    is_differentiable,
+    is_key,
+    merge,
+    name,
+    split,
+)
+from jaxbptt.words import counted
 
 _LARGER_FLAGS = {"broadcast_in_dim", "reshape", "convert_element_type"}
 
@@ -238,7 +249,7 @@ def _padding(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> tupl
 
 def _check_flags(flags_name: str, flags: Any, r: Recurrence) -> Any:
     """`is_first` or `valid` as an array of flags `[time, *batch]`, or an error that says what it should be."""
-    flags = jnp.asarray(flags)
+    flags = as_arrays(flags_name, flags)
     if flags.dtype != jnp.bool_:
         hint = (
             ", or episode_number[1:] != episode_number[:-1] with True put in front" if flags_name == "is_first" else ""
@@ -249,7 +260,7 @@ def _check_flags(flags_name: str, flags: Any, r: Recurrence) -> Any:
         )
     if not flags.ndim or flags.shape[0] != r.length:
         raise ValueError(
-            f"{flags_name} has shape {flags.shape}, but there are {r.length} time steps: time is its first axis."
+            f"{flags_name} has shape {flags.shape}, but the sequence has {counted(r.length, 'time step')}: time is its first axis."
         )
     batch = flags.shape[1:]
     for path, leaf in jax.tree_util.tree_leaves_with_path(r.init):

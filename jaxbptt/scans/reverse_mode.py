@@ -19,7 +19,7 @@ from jax.interpreters import ad, batching, mlir
 
 from jaxbptt.scans.along_time import Zeros, filled
 from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, select
-from jaxbptt.scans.recurrence import differentiable, is_differentiable
+from jaxbptt.scans.recurrence import differentiable, is_differentiable, same_keys
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("primals", "saved"), meta_fields=("perturbed",))
@@ -70,6 +70,7 @@ def reverse_mode(
             carry_bar, ys_bar = bars[0], differentiable(bars[1])
             carry_bar = jax.tree.map(lambda bar: _zeros(bar, bar.shape), select(carry_bar, adjoint.perturbed.carry))
             ys_bar = jax.tree.map(lambda bar: _zeros(bar, bar.shape[1:]), ys_bar)
+            kept = same_keys(kept)
             bars = backward(adjoint, *kept.primals, kept.saved, filled(carry_bar), ys_bar)
             return tuple(treedef.flatten_up_to(bars))
 
