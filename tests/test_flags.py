@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from jax.experimental import io_callback
 from reference import EXACT, UNCUT, assert_close, make_cell, problem, random_like
 
 import jaxbptt as bptt
@@ -102,13 +103,17 @@ def test_a_rollout_is_replayed():
 
 def test_padding_where_the_step_is_not_defined():
     """Zeros are padding as well: 1/0 there would make the derivative nan though its result is dropped."""
-    step = lambda w, h, x: (jnp.tanh(w * h + 1 / x), h)
+    step = lambda w, h, x: (x * jnp.tanh(w * h + 1 / x), h)
     valid = jnp.array([[True, False], [False, True], [True, True], [False, False]])
-    xs = jnp.where(valid, 2.0, 0.0)
-    for scan in (bptt.scan, bptt.adjoint_scan, bptt.checkpointed_scan, partial(bptt.windowed_scan, window=9)):
-        loss = lambda w, xs, scan=scan: jnp.sum(scan(step, w, jnp.zeros(2), xs, valid=valid)[0])
-        gradients = jax.grad(loss, argnums=(0, 1))(0.5, xs)
-        assert all(np.isfinite(gradient).all() for gradient in gradients)
+
+    @jax.jit
+    def ways(xs):
+        loss = lambda w, xs, scan: jnp.sum(scan(step, w, jnp.full(2, 0.3), xs, valid=valid)[0])
+        return [jax.grad(loss, argnums=(0, 1))(0.5, xs, scan) for scan in STRATEGIES.values()]
+
+    expected, *others = ways(jnp.full((4, 2), 2.0))
+    for gradients in (*others, *ways(jnp.where(valid, 2.0, jnp.array([0.0, jnp.nan])))):
+        assert_close(gradients, expected)
         assert not gradients[1][~valid].any()
 
 
@@ -117,23 +122,34 @@ def test_padding_runs_on_a_pair_that_occurs():
 
     def step(rate, carry, time):
         h, last = carry
-        h = h * jnp.exp(-rate * jnp.sqrt(time - last)) + 1
+        h = h * jnp.exp(-jnp.sqrt(rate * (time - last))) + 1
         return (h, time), h
 
+    defined_at_0 = lambda rate, carry, time: ((carry[0] * rate + time, time), carry[0])
     times = jnp.array([[1.0, 50.0], [100.0, 60.0], [9.0, 0.0], [0.0, 0.0]])
     valid = jnp.array([[True, True], [True, True], [False, False], [False, False]])
-    init = jnp.zeros(2), jnp.zeros(2)
-    for scan in STRATEGIES.values():
-        loss = lambda rate, steps, scan=scan, **flags: jnp.sum(scan(step, rate, init, times[:steps], **flags)[1])
-        assert_close(jax.grad(loss)(1.0, 4, valid=valid), jax.grad(loss)(1.0, 2))
-        # A row with no step at all, and no step in any row.
-        gone = jax.grad(loss)(1.0, 2, valid=valid[:2].at[:, 1].set(False))
-        alone = jax.grad(lambda rate, scan=scan: jnp.sum(scan(step, rate, (0.0, 0.0), times[:2, 0])[1]))(1.0)
-        assert_close(gone, alone)
-    plain = lambda w, scan: jnp.sum(
-        scan(lambda w, h, x: (w * h + x, h), w, jnp.zeros(2), times, valid=valid & False)[1]
-    )
-    assert all(jax.grad(plain)(1.0, scan) == 0 for scan in STRATEGIES.values())
+
+    @jax.jit
+    def ways(times):
+        def of(scan, times, step=step, **flags):
+            init = jnp.zeros(times.shape[1:])
+            loss = lambda rate, times: jnp.sum(scan(step, rate, (init, init), times, **flags)[1])
+            return jax.grad(loss, argnums=(0, 1))(1.0, times)
+
+        return [
+            (
+                (of(scan, times, valid=valid), of(scan, times[:2])),
+                # A row with no step at all, and no step in any row, which then run on zeros.
+                (of(scan, times[:2], valid=valid[:2].at[:, 1].set(False)), of(scan, times[:2, :1])),
+                (of(scan, times[:2], defined_at_0, valid=valid[2:]), of(scan, times[:0], defined_at_0)),
+            )
+            for scan in STRATEGIES.values()
+        ]
+
+    for pairs in ways(times):
+        for (rate, padded), (expected, alone) in pairs:
+            assert_close(rate, expected)
+            assert_close(padded, jnp.zeros_like(padded).at[: alone.shape[0], : alone.shape[1]].set(alone))
 
 
 def test_a_number_as_output():
@@ -227,11 +243,12 @@ def test_padded_inputs_get_no_gradient():
 
 
 def test_effects_are_those_of_the_step():
-    """The step of a differentiated `scan` with flags runs once, whatever else it does."""
+    """What a step does beside computing, a differentiated `scan` with flags does as often as `lax.scan`."""
     seen = []
 
     def step(w, h, x):
-        jax.debug.callback(lambda x: seen.append(int(x)), x[0], ordered=True)
+        io_callback(lambda x: None, None, x[0], ordered=True)
+        jax.debug.callback(lambda x: seen.append(int(x)), x[0])
         return w * h + x, h
 
     loss = lambda w: jnp.sum(bptt.scan(step, w, jnp.zeros(2), jnp.ones((3, 2)), valid=jnp.ones((3, 2), bool))[0])
