@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.along_time import at, filled, window
 from jaxbptt.scans.contraction import fit, weight_gradient
 from jaxbptt.scans.linearized import linearized
 from jaxbptt.scans.parts import arrays_of, in_loop
-from jaxbptt.scans.recurrence import Recurrence, at_one_step, pull
+from jaxbptt.scans.recurrence import Recurrence, at_one_step, known, length_for_scan, pull
 from jaxbptt.scans.residuals import Residuals, places
 from jaxbptt.scans.schedule import divisor_near
 from jaxbptt.scans.tracing import TracedStep, map_over_time, trace
@@ -65,7 +66,7 @@ def unroll_forward(
         leaves = jax.tree.leaves(residuals)
         return carry, (y, [leaves[i] for i in kept])
 
-    carry, (ys, stacked) = jax.lax.scan(body, init, xs, length=length, unroll=unroll)
+    carry, (ys, stacked) = jax.lax.scan(body, init, xs, length=length_for_scan(length), unroll=unroll)
     outputs, first = jax.tree.leaves(ys), jax.tree.leaves(init)
     shared = [outputs[i] for i in read[0]], [first[i] for i in read[1]]
     return (carry, ys), Residuals(stacked, *shared, where, jax.tree.structure(residuals))
@@ -169,7 +170,7 @@ def _back(
         body, restore = loop(params, residuals, xs, carry_bar, ys_bar)
         residuals = residuals.stacked()
         carry_bar, deltas = jax.lax.scan(
-            body, carry_bar, (residuals, xs, ys_bar), length=length, reverse=True, unroll=unroll
+            body, carry_bar, (residuals, xs, ys_bar), length=length_for_scan(length), reverse=True, unroll=unroll
         )
         sums, xs_bar = add(params, sums, residuals, xs, ys_bar, restore(deltas), length=length)
         return sums, carry_bar, xs_bar
@@ -220,17 +221,19 @@ def stretches(carry_bar: Any, *lengths: int) -> set[int]:
     return found - {0} or {1}
 
 
-def segment_length(carry_bar: Any, length: int) -> int:
+def segment_length(carry_bar: Any, length: Any) -> Any:
     """Time steps after which the weight gradient is added to, so that what a product reads is still in the cache.
 
     On CPU about as many as have 1,024 rows, but at least 8, half of the steps at most, and rather a divisor of them.
     Measured against one product for all time steps, with 32 and 64 rows a step: 0.71 to 0.97 of the time for gru and
     lstm, 0.81 to 1.2 for elman, and 0.67 of the bytes; 512 and 2,048 rows take up to 1.1 and 1.2 times as long. Not
-    measured on other backends, where few large products are the rule: all steps.
+    measured on other backends, where few large products are the rule: all steps. So it is for a symbolic number of them.
     """
+    if is_symbolic_dim(length):
+        return length
     if jax.default_backend() != "cpu":
         return max(length, 1)
-    rows = max((math.prod(leaf.shape[:-1]) for leaf in jax.tree.leaves(carry_bar)), default=1)
+    rows = max((math.prod(map(known, leaf.shape[:-1])) for leaf in jax.tree.leaves(carry_bar)), default=1)
     return divisor_near(length, max(min(1024 / max(rows, 1), length / 2), 8), within=4) if length else 1
 
 

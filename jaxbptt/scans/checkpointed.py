@@ -16,7 +16,16 @@ from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans import schedule, segments
 from jaxbptt.scans.along_time import filled
 from jaxbptt.scans.backward import StepWithAdjoint, differentiated_as, step_with_adjoint, without
-from jaxbptt.scans.recurrence import Recurrence, at_one_step, byte_count, check_count, differentiable, prepare, pull
+from jaxbptt.scans.recurrence import (
+    Recurrence,
+    at_one_step,
+    byte_count,
+    check_count,
+    check_known_length,
+    differentiable,
+    prepare,
+    pull,
+)
 from jaxbptt.scans.resets import with_flags
 from jaxbptt.scans.reverse_mode import reverse_mode
 
@@ -91,6 +100,7 @@ def checkpointed_scan(
     with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
     r = r._replace(xs=xs)
     step, params, adjoint, *_ = with_adjoint
+    check_known_length("checkpointed_scan", r.length)
     cut = layout(r, with_adjoint, segment_length, checkpoints)
     if r.length == 0:
         return jax.lax.scan(partial(step, params), r.init, r.xs, length=0)

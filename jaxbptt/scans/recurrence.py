@@ -5,6 +5,7 @@ step is traced, that the carry keeps its structure, shapes and dtypes. Both name
 out. `split` separates what has a derivative from what has none.
 """
 
+import math
 from collections.abc import Callable
 from operator import index
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.export import is_symbolic_dim
 from jax.tree_util import keystr
 
 from jaxbptt.cells.cell import Cell, step_of
@@ -83,7 +85,26 @@ def at_one_step(xs: Any) -> Any:
 def byte_count(tree: Any) -> int:
     """Bytes of all arrays."""
     avals = [jax.typeof(leaf) for leaf in jax.tree.leaves(tree)]
-    return sum(aval.size * aval.dtype.itemsize for aval in avals)
+    return sum(math.prod(map(known, aval.shape)) * aval.dtype.itemsize for aval in avals)
+
+
+def known(size: Any) -> int:
+    """A size, for a choice that depends on it: one that `jax.export` leaves open counts as 32."""
+    return 32 if is_symbolic_dim(size) else size
+
+
+def length_for_scan(length: Any) -> Any:
+    """`length=` for `lax.scan`: one that `jax.export` leaves open it takes from its inputs alone."""
+    return None if is_symbolic_dim(length) else length
+
+
+def check_known_length(strategy: str, length: Any) -> None:
+    """Raise for a number of time steps that `jax.export` leaves open."""
+    if is_symbolic_dim(length):
+        raise ValueError(
+            f"{strategy} cuts time into segments, but the number of time steps is symbolic, {length}: export it with a "
+            "fixed number (the batch may be symbolic), or use scan, adjoint_scan or windowed_scan."
+        )
 
 
 def is_array(leaf: Any) -> bool:
@@ -143,10 +164,18 @@ def _time_steps(xs: Any, length: Any) -> int:
     leaves = jax.tree_util.tree_leaves_with_path(xs)
     if not leaves and length is None:
         raise ValueError("Neither xs nor length was given: pass xs with time as its first axis, or length=T.")
-    if length is not None and not _is_count(length, 0):
-        hint = " It is traced: where the function is jitted, name it in static_argnames." if _is_traced(length) else ""
-        raise ValueError(f"length is {length!r}: pass the number of time steps, a whole number of at least 0.{hint}")
-    length = None if length is None else index(length)
+    if is_symbolic_dim(length):
+        if not leaves:
+            raise ValueError(f"length is symbolic, {length}, and there are no xs to take it from: pass a whole number.")
+    elif length is not None:
+        if not _is_count(length, 0):
+            hint = (
+                " It is traced: where the function is jitted, name it in static_argnames." if _is_traced(length) else ""
+            )
+            raise ValueError(
+                f"length is {length!r}: pass the number of time steps, a whole number of at least 0.{hint}"
+            )
+        length = index(length)
     sizes = []
     for path, leaf in leaves:
         shape = jnp.shape(leaf)

@@ -15,7 +15,16 @@ from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.along_time import put_window, room
 from jaxbptt.scans.backward import back_over, step_with_adjoint, stretches
 from jaxbptt.scans.contraction import weight_gradient
-from jaxbptt.scans.recurrence import at_one_step, byte_count, check_count, differentiable, merge, prepare, split
+from jaxbptt.scans.recurrence import (
+    at_one_step,
+    byte_count,
+    check_count,
+    check_known_length,
+    differentiable,
+    merge,
+    prepare,
+    split,
+)
 from jaxbptt.scans.resets import with_flags
 from jaxbptt.scans.reverse_mode import reverse_mode
 
@@ -82,6 +91,7 @@ def truncated_scan(
     r = prepare(step, params, init, xs, length)
     with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
     step, params, adjoint, *_ = with_adjoint
+    check_known_length("truncated_scan", r.length)
     chunk = max(min(int(truncation_length), r.length), 1)
     chunks, left_over = divmod(r.length, chunk)
 
