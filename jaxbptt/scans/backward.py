@@ -46,6 +46,11 @@ def step_with_adjoint(step: Callable[..., Any] | Cell, adjoint: Adjoint | None, 
     if adjoint is None and isinstance(step, Cell):
         adjoint = step.adjoint
     if adjoint is not None:
+        if not isinstance(adjoint, Adjoint):
+            raise TypeError(
+                f"adjoint is {type(adjoint).__name__}, but it holds the backward of one step: pass "
+                "jaxbptt.Adjoint(forward, backward, contract), a Cell as the step, or leave it out to have it derived."
+            )
         return StepWithAdjoint(r.step, r.params, adjoint, branches=False)
     traced = trace(r)
     adjoint = linearized(traced, r.init, at_one_step(r.xs)) or _derived(traced)

@@ -256,15 +256,24 @@ def _check_carry(before: Any, after: Any) -> None:
     for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True):
         leaf, old, new = name("carry", path), jax.typeof(old), jax.typeof(new)
         if new.shape != old.shape:
+            way_out = f"return one of shape {old.shape} from the step, and what else is wanted of it in y."
+            if _is_broadcast(old.shape, new.shape):
+                way_out = f"if xs has batch axes, start from a carry that has them too, {new.shape}."
             raise ValueError(
                 f"{leaf} changed its shape across a step: it went in as {old.shape} and came out as {new.shape}. "
-                f"The carry must keep its shape: if xs has batch axes, start from a carry that has them too, {new.shape}."
+                f"The carry must keep its shape: {way_out}"
             )
         if new.dtype != old.dtype:
             raise TypeError(
                 f"{leaf} changed its dtype across a step: it went in as {old.dtype} and came out as {new.dtype}. Start "
                 f"from a carry of {new.dtype}, or cast in the step with .astype({old.dtype.name!r}) before returning."
             )
+
+
+def _is_broadcast(small: tuple[int, ...], large: tuple[int, ...]) -> bool:
+    """Whether an array of the first shape would be repeated to make the second."""
+    along = zip(reversed(small), reversed(large), strict=False)
+    return len(small) <= len(large) and 0 not in large and all(size in (1, other) for size, other in along)
 
 
 def _is_pair(result: Any) -> bool:
@@ -274,4 +283,6 @@ def _is_pair(result: Any) -> bool:
 def _describe(result: Any) -> str:
     if isinstance(result, tuple):
         return f"a tuple of {len(result)}"
+    if hasattr(result, "shape"):
+        return f"one array of shape {result.shape}"
     return f"{type(result).__name__}"
