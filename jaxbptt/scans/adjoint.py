@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.backward import step_with_adjoint, unroll_backward, unroll_forward
 from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint
-from jaxbptt.scans.recurrence import prepare
+from jaxbptt.scans.recurrence import length_for_scan, prepare
 from jaxbptt.scans.resets import with_flags
 from jaxbptt.scans.reverse_mode import reverse_mode
 
@@ -100,7 +100,7 @@ def adjoint_scan(
         adjoint_for = _clipped(adjoint_for, clip_adjoint)
 
     def run(params, init, xs):
-        return jax.lax.scan(partial(step, params), init, xs, length=length, unroll=unroll)
+        return jax.lax.scan(partial(step, params), init, xs, length=length_for_scan(length), unroll=unroll)
 
     def forward(adjoint, params, init, xs):
         return unroll_forward(adjoint, params, init, xs, length=length, unroll=unroll)

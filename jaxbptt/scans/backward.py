@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.export import is_symbolic_dim
 
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.along_time import at, filled, window
@@ -18,7 +19,7 @@ from jaxbptt.scans.contraction import fit, weight_gradient
 from jaxbptt.scans.linearized import linearized
 from jaxbptt.scans.parts import arrays_of, in_loop
 from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, every_leaf, part, select, spread
-from jaxbptt.scans.recurrence import Recurrence, at_one_step, differentiable, merge, name
+from jaxbptt.scans.recurrence import Recurrence, at_one_step, differentiable, known, length_for_scan, merge, name
 from jaxbptt.scans.residuals import Residuals, places
 from jaxbptt.scans.schedule import divisor_near
 from jaxbptt.scans.tracing import TracedStep, map_over_time, trace
@@ -54,6 +55,11 @@ def step_with_adjoint(step: Callable[..., Any] | Cell, adjoint: Adjoint | None, 
         derive = _derivation(traced._replace(params=None))  # JAX keeps it, and would keep the arrays with it
         mutable = next((_name_of(ref, r.params) for ref in traced.refs.values()), "")
         return StepWithAdjoint(traced.step, traced.params, derive, traced.in_turn, mutable, traced.like_params)
+    if not isinstance(adjoint, Adjoint):
+        raise TypeError(
+            f"adjoint is {type(adjoint).__name__}, but it holds the backward of one step: pass "
+            "jaxbptt.Adjoint(forward, backward, contract), a Cell as the step, or leave it out to have it derived."
+        )
     by_hand, carry = adjoint, every_leaf(r.init)
 
     def for_leaves(perturbed):
@@ -90,7 +96,7 @@ def unroll_forward(
         leaves = jax.tree.leaves(residuals)
         return carry, (y, [leaves[i] for i in kept])
 
-    carry, (ys, stacked) = jax.lax.scan(body, init, xs, length=length, unroll=unroll)
+    carry, (ys, stacked) = jax.lax.scan(body, init, xs, length=length_for_scan(length), unroll=unroll)
     outputs, first = jax.tree.leaves(ys), jax.tree.leaves(init)
     shared = [outputs[i] for i in read[0]], [first[i] for i in read[1]]
     return (carry, ys), Residuals(stacked, *shared, where, jax.tree.structure(residuals))
@@ -205,7 +211,7 @@ def _back(
         body, restore = loop(params, residuals, xs, carry_bar, ys_bar)
         residuals = residuals.stacked()
         carry_bar, deltas = jax.lax.scan(
-            body, carry_bar, (residuals, xs, ys_bar), length=length, reverse=True, unroll=unroll
+            body, carry_bar, (residuals, xs, ys_bar), length=length_for_scan(length), reverse=True, unroll=unroll
         )
         sums, xs_bar = add(params, sums, residuals, xs, ys_bar, restore(deltas), length=length)
         return sums, carry_bar, xs_bar
@@ -256,17 +262,20 @@ def stretches(carry: Any, *lengths: int) -> set[int]:
     return found - {0} or {1}
 
 
-def segment_length(carry: Any, length: int) -> int:
+def segment_length(carry: Any, length: Any) -> Any:
     """Time steps after which the weight gradient is added to, so that what a product reads is still in the cache.
 
     On CPU about as many as have 1,024 rows, but at least 8, half of the steps at most, and rather a divisor of them.
     Measured against one product for all time steps, with 32 and 64 rows a step: 0.71 to 0.97 of the time for gru and
     lstm, 0.81 to 1.2 for elman, and 0.67 of the bytes; 512 and 2,048 rows take up to 1.1 and 1.2 times as long. Not
-    measured on other backends, where few large products are the rule: all steps.
+    measured on other backends, where few large products are the rule: all steps. So it is for a symbolic number of them.
     """
+    if is_symbolic_dim(length):
+        return length
     if jax.default_backend() != "cpu":
         return max(length, 1)
-    rows = max((math.prod(leaf.shape[:-1]) for leaf in jax.tree.leaves(differentiable(carry))), default=1)
+    leaves = jax.tree.leaves(differentiable(carry))
+    rows = max((math.prod(map(known, leaf.shape[:-1])) for leaf in leaves), default=1)
     return divisor_near(length, max(min(1024 / max(rows, 1), length / 2), 8), within=4) if length else 1
 
 

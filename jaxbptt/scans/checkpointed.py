@@ -17,7 +17,15 @@ from jaxbptt.scans import schedule, segments
 from jaxbptt.scans.along_time import filled
 from jaxbptt.scans.backward import check_recomputed, differentiated_as, step_with_adjoint, without
 from jaxbptt.scans.perturbed import PerturbedAdjoint, part, select
-from jaxbptt.scans.recurrence import at_one_step, byte_count, check_count, differentiable, merge, prepare
+from jaxbptt.scans.recurrence import (
+    at_one_step,
+    byte_count,
+    check_count,
+    check_known_length,
+    differentiable,
+    merge,
+    prepare,
+)
 from jaxbptt.scans.resets import with_flags
 from jaxbptt.scans.reverse_mode import reverse_mode
 
@@ -94,6 +102,7 @@ def checkpointed_scan(
     r = r._replace(xs=xs)
     step, params, adjoint_for, _, mutable, _ = with_adjoint
     length = r.length
+    check_known_length("checkpointed_scan", length)
     check_options(length, segment_length, checkpoints)
     if length == 0:
         return jax.lax.scan(partial(step, params), r.init, r.xs, length=0)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jaxbptt.cells.cell import Cell, step_of
-from jaxbptt.scans.recurrence import is_ref, prepare
+from jaxbptt.scans.recurrence import is_ref, length_for_scan, prepare
 from jaxbptt.scans.resets import without_adjoint
 
 
@@ -69,4 +69,4 @@ def scan(
         # The step gets references to the entries, which only lax.scan can hand out.
         return jax.lax.scan(partial(step_of(step), params), init, xs, length=length, unroll=unroll)
     r = without_adjoint(prepare(step, params, init, xs, length), is_first, valid, reset_carry)
-    return jax.lax.scan(partial(r.step, r.params), r.init, r.xs, length=r.length, unroll=unroll)
+    return jax.lax.scan(partial(r.step, r.params), r.init, r.xs, length=length_for_scan(r.length), unroll=unroll)

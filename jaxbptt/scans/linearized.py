@@ -6,6 +6,7 @@ the tangents of params and inputs alone go through is transposed afterwards, for
 gradients become single products. Nothing of the step is computed twice but cheap operations on values that are kept.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,7 +16,7 @@ from jax.extend.core import Literal
 
 from jaxbptt.scans.parts import evaluate, fixed_by, program
 from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, part, select
-from jaxbptt.scans.recurrence import differentiable, merge
+from jaxbptt.scans.recurrence import differentiable, known, merge
 from jaxbptt.scans.tracing import TracedStep, read, subjaxprs
 
 # Computed again on the way back from what is kept, in place of being kept.
@@ -109,7 +110,7 @@ def linearized(traced: TracedStep, perturbed: Perturbed) -> PerturbedAdjoint | N
                 env = values(params, residuals, x) | _env((places[0], places[2]), (params_tangent, x_tangent))
                 return read(evaluate(outside_eqns, env), entries)
 
-            return jax.vmap(at_t, axis_size=len(deltas[0]))(residuals, xs, xs_tangent)
+            return jax.vmap(at_t, axis_size=deltas[0].shape[0])(residuals, xs, xs_tangent)
 
         return jax.linear_transpose(entering, params_t, steps)(deltas)
 
@@ -155,7 +156,7 @@ def _is_opaque(eqn: Any) -> bool:
 
 
 def _numbers(variables: Iterable[Any]) -> int:
-    return sum(var.aval.size for var in variables)
+    return sum(math.prod(map(known, var.aval.shape)) for var in variables)
 
 
 def _all_in(variables: list[Any], known: set[Any]) -> bool:

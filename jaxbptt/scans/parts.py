@@ -5,6 +5,7 @@ and is then paid for at every step; a sum over segments of transposed products i
 function is traced, and its operations are sorted.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from jaxbptt.scans.recurrence import is_array, merge, split
+from jaxbptt.scans.recurrence import is_array, known, merge, split
 from jaxbptt.scans.tracing import bind, evaluate_inlined, read
 
 # A constant that these make is larger than what they make it of: cheaper made again at each step than read.
@@ -142,7 +143,8 @@ def _reads_across(eqn: Any, fixed: set[Any]) -> bool:
         return False
     (left, right), (batch, _) = eqn.params["dimension_numbers"]
     # A single row is multiplied as fast either way.
-    rows = eqn.invars[0].aval.size // max(1, eqn.invars[0].aval.shape[left[0]] if left else 1)
+    sizes = list(map(known, eqn.invars[0].aval.shape))
+    rows = math.prod(sizes) // max(1, sizes[left[0]] if left else 1)
     return right == (1,) and not batch and eqn.invars[1].aval.ndim == 2 and rows > 1
 
 

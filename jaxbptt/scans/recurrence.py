@@ -5,6 +5,7 @@ step is traced, that the carry keeps its structure, shapes and dtypes. Both name
 out. `split` separates what has a derivative from what has none.
 """
 
+import math
 from collections.abc import Callable
 from operator import index
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.export import is_symbolic_dim
 from jax.tree_util import keystr
 
 from jaxbptt.cells.cell import Cell, step_of
@@ -84,7 +86,26 @@ def at_one_step(xs: Any) -> Any:
 def byte_count(tree: Any) -> int:
     """Bytes of all arrays."""
     avals = [jax.typeof(leaf) for leaf in jax.tree.leaves(tree)]
-    return sum(aval.size * aval.dtype.itemsize for aval in avals)
+    return sum(math.prod(map(known, aval.shape)) * aval.dtype.itemsize for aval in avals)
+
+
+def known(size: Any) -> int:
+    """A size, for a choice that depends on it: one that `jax.export` leaves open counts as 32."""
+    return 32 if is_symbolic_dim(size) else size
+
+
+def length_for_scan(length: Any) -> Any:
+    """`length=` for `lax.scan`: one that `jax.export` leaves open it takes from its inputs alone."""
+    return None if is_symbolic_dim(length) else length
+
+
+def check_known_length(strategy: str, length: Any) -> None:
+    """Raise for a number of time steps that `jax.export` leaves open."""
+    if is_symbolic_dim(length):
+        raise ValueError(
+            f"{strategy} cuts time into segments, but the number of time steps is symbolic, {length}: export it with a "
+            "fixed number (the batch may be symbolic), or use scan, adjoint_scan or windowed_scan."
+        )
 
 
 def is_array(leaf: Any) -> bool:
@@ -144,10 +165,18 @@ def _time_steps(xs: Any, length: Any) -> int:
     leaves = jax.tree_util.tree_leaves_with_path(xs)
     if not leaves and length is None:
         raise ValueError("Neither xs nor length was given: pass xs with time as its first axis, or length=T.")
-    if length is not None and not _is_count(length, 0):
-        hint = " It is traced: where the function is jitted, name it in static_argnames." if _is_traced(length) else ""
-        raise ValueError(f"length is {length!r}: pass the number of time steps, a whole number of at least 0.{hint}")
-    length = None if length is None else index(length)
+    if is_symbolic_dim(length):
+        if not leaves:
+            raise ValueError(f"length is symbolic, {length}, and there are no xs to take it from: pass a whole number.")
+    elif length is not None:
+        if not _is_count(length, 0):
+            hint = (
+                " It is traced: where the function is jitted, name it in static_argnames." if _is_traced(length) else ""
+            )
+            raise ValueError(
+                f"length is {length!r}: pass the number of time steps, a whole number of at least 0.{hint}"
+            )
+        length = index(length)
     sizes = []
     for path, leaf in leaves:
         shape = jnp.shape(leaf)
@@ -228,15 +257,24 @@ def _check_carry(before: Any, after: Any) -> None:
     for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True):
         leaf, old, new = name("carry", path), jax.typeof(old), jax.typeof(new)
         if new.shape != old.shape:
+            way_out = f"return one of shape {old.shape} from the step, and what else is wanted of it in y."
+            if _is_broadcast(old.shape, new.shape):
+                way_out = f"if xs has batch axes, start from a carry that has them too, {new.shape}."
             raise ValueError(
                 f"{leaf} changed its shape across a step: it went in as {old.shape} and came out as {new.shape}. "
-                f"The carry must keep its shape: if xs has batch axes, start from a carry that has them too, {new.shape}."
+                f"The carry must keep its shape: {way_out}"
             )
         if new.dtype != old.dtype:
             raise TypeError(
                 f"{leaf} changed its dtype across a step: it went in as {old.dtype} and came out as {new.dtype}. Start "
                 f"from a carry of {new.dtype}, or cast in the step with .astype({old.dtype.name!r}) before returning."
             )
+
+
+def _is_broadcast(small: tuple[int, ...], large: tuple[int, ...]) -> bool:
+    """Whether an array of the first shape would be repeated to make the second."""
+    along = zip(reversed(small), reversed(large), strict=False)
+    return len(small) <= len(large) and 0 not in large and all(size in (1, other) for size, other in along)
 
 
 def _is_pair(result: Any) -> bool:
@@ -246,4 +284,6 @@ def _is_pair(result: Any) -> bool:
 def _describe(result: Any) -> str:
     if isinstance(result, tuple):
         return f"a tuple of {len(result)}"
+    if hasattr(result, "shape"):
+        return f"one array of shape {result.shape}"
     return f"{type(result).__name__}"

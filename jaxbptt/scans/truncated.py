@@ -16,7 +16,7 @@ from jaxbptt.scans.along_time import put_window, room
 from jaxbptt.scans.backward import back_over, check_recomputed, step_with_adjoint, stretches
 from jaxbptt.scans.contraction import weight_gradient
 from jaxbptt.scans.perturbed import select
-from jaxbptt.scans.recurrence import at_one_step, byte_count, check_count, merge, prepare, split
+from jaxbptt.scans.recurrence import at_one_step, byte_count, check_count, check_known_length, merge, prepare, split
 from jaxbptt.scans.resets import with_flags
 from jaxbptt.scans.reverse_mode import reverse_mode
 
@@ -85,6 +85,7 @@ def truncated_scan(
     with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
     step, params, adjoint_for, _, mutable, _ = with_adjoint
     steps = r.length
+    check_known_length("truncated_scan", steps)
     chunk = max(min(int(truncation_length), steps), 1)
     chunks, left_over = divmod(steps, chunk)
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.along_time import filled
 from jaxbptt.scans.backward import at_last_step, back_one_lag, step_with_adjoint, unroll_forward
 from jaxbptt.scans.contraction import fit
 from jaxbptt.scans.perturbed import select
-from jaxbptt.scans.recurrence import check_count, prepare
+from jaxbptt.scans.recurrence import check_count, length_for_scan, prepare
 from jaxbptt.scans.resets import with_flags
 from jaxbptt.scans.reverse_mode import reverse_mode
 
@@ -43,6 +44,8 @@ def windowed_scan(
     For W ≥ T the gradient is exact. A loss term at step t reaches the uses of params and inputs at steps t − W + 1 … t, and
     `init` where t ≤ W. Time O(W T) steps, but of the backward only W run in sequence; memory O(T n), a few times
     that of `adjoint_scan`.
+
+    A `jax.export` with a symbolic T runs all W lags, however short the sequence turns out to be.
 
     Only first derivatives have the window: outputs are differentiated in full where a gradient is differentiated again.
 
@@ -88,10 +91,11 @@ def windowed_scan(
     with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
     step, params, adjoint_for, in_turn, *_ = with_adjoint
     length = r.length
-    lags = min(int(window), length)
+    # More lags than time steps add zeros, and lax.scan takes no symbolic number of them.
+    lags = int(window) if is_symbolic_dim(length) else min(int(window), length)
 
     def run(params, init, xs):
-        return jax.lax.scan(partial(step, params), init, xs, length=length, unroll=unroll)
+        return jax.lax.scan(partial(step, params), init, xs, length=length_for_scan(length), unroll=unroll)
 
     def forward(adjoint, params, init, xs):
         return unroll_forward(adjoint, params, init, xs, length=length, unroll=unroll)
