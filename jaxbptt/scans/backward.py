@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jaxbptt.cells.cell import Adjoint, Cell
-from jaxbptt.scans.along_time import at, filled, window
+from jaxbptt.scans.along_time import at, filled, room, window
 from jaxbptt.scans.contraction import fit, weight_gradient
+from jaxbptt.scans.devices import on_any_mesh
 from jaxbptt.scans.linearized import linearized
 from jaxbptt.scans.parts import arrays_of, in_loop
 from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, every_leaf, part, select, spread
@@ -33,6 +34,7 @@ class StepWithAdjoint(NamedTuple):
         adjoint: `(perturbed)`, the `Adjoint` given, or the `Cell`'s own, or else one derived from the step, for the leaves
             of (params, init, xs) that are flagged. Nothing is differentiated before it is called.
         branches: whether the step has a `lax.cond`, which must not be mapped over time.
+        by_hand: whether the adjoint was given, and not derived.
         like_params: puts a gradient of `params` into the structure of the user's.
     """
 
@@ -40,6 +42,7 @@ class StepWithAdjoint(NamedTuple):
     params: Any
     adjoint: Callable[[Perturbed], PerturbedAdjoint]
     branches: bool
+    by_hand: bool = False
     like_params: Callable[[Any], Any] = lambda params: params
 
 
@@ -50,13 +53,14 @@ def step_with_adjoint(step: Callable[..., Any] | Cell, adjoint: Adjoint | None, 
     if adjoint is None:
         traced = trace(r)
         derive = _derivation(traced._replace(params=None))  # JAX keeps it, and would keep the arrays with it
-        return StepWithAdjoint(traced.step, traced.params, derive, traced.branches, traced.like_params)
-    by_hand, carry = adjoint, every_leaf(r.init)
+        return StepWithAdjoint(traced.step, traced.params, derive, traced.branches, like_params=traced.like_params)
+    carry = every_leaf(r.init)
 
     def for_leaves(perturbed):
-        return PerturbedAdjoint(*by_hand, perturbed._replace(carry=carry))
+        perturbed = perturbed._replace(carry=carry)
+        return on_any_mesh(PerturbedAdjoint(*adjoint, perturbed))
 
-    return StepWithAdjoint(r.step, r.params, for_leaves, branches=False)
+    return StepWithAdjoint(r.step, r.params, for_leaves, branches=False, by_hand=True)
 
 
 def unroll_forward(
@@ -292,7 +296,8 @@ def back_one_lag(
 
 def at_last_step(bar: Any, length: int) -> Any:
     """The gradient of the last carry as one of the carries after every step."""
-    return jax.tree.map(lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype).at[-1].set(leaf), bar)
+    before = room(bar, length - 1)
+    return jax.tree.map(lambda zeros, leaf: jnp.concatenate([zeros, leaf[None]]), before, bar)
 
 
 def _derivation(traced: TracedStep) -> Callable[[Perturbed], PerturbedAdjoint]:

@@ -86,7 +86,7 @@ def windowed_scan(
     check_count("window", window, "counts time steps")
     r = prepare(step, params, init, xs, length)
     with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
-    step, params, adjoint_for, branches, _ = with_adjoint
+    step, params, adjoint_for, branches, by_hand, _ = with_adjoint
     length = r.length
     lags = min(int(window), length)
 
@@ -120,4 +120,4 @@ def windowed_scan(
             fit(xs_bar, xs, flags.x, "xs"),
         )
 
-    return reverse_mode("windowed_scan", adjoint_for, run, forward, backward)(params, r.init, xs)
+    return reverse_mode("windowed_scan", adjoint_for, run, forward, backward, by_hand=by_hand)(params, r.init, xs)
