@@ -139,7 +139,7 @@ def case(kind, with_flags, *, scan, where):
         mapped = jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=((P(), outputs), (specs[0], specs[2])))
         return jax.jit(mapped)(*_spread(args, specs))
     spread = _spread(args, specs)
-    if where == "explicit" and kind != "looping":
+    if where == "explicit" and kind not in ("looping", "branching"):
         return jax.jit(gradient)(*spread)
     # Without it, JAX itself fails outside of jit on one end, and at derivatives of inner loops on the other.
     with jax.set_mesh(mesh):
