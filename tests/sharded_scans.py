@@ -1,27 +1,27 @@
-"""Every strategy on eight devices and on one, run by test_sharded_scans.py: `python tests/sharded_scans.py WORD ...`.
+"""Every strategy on eight devices and on one; run by test_sharded_scans.py as `python sharded_scans.py WORD ...`.
 
-A case runs where its name has every word. It is under `jax.shard_map`, which checks what varies over the devices, or on
-arrays of an Explicit mesh, where each array's type says how it lies; in both its values and gradients are those of one device.
+A case runs where its name has every word. It runs under `jax.shard_map`, which checks what varies over its devices
+("manual"), or on arrays of an Explicit mesh, whose types say how they lie ("explicit"; "eager": not compiled). Values and
+gradients are those of one device.
 """
 
-import os
 import itertools
 import sys
 import traceback
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbptt as bptt
 
 jax.config.update("jax_enable_x64", True)
-DEBUG = os.environ.get("DEBUG")
 T, ROWS, UNITS = 6, 8, 4
 mesh = jax.make_mesh((4, 2), ("rows", "other"))
-by_rows, everywhere = P("rows"), P()
+everywhere, by_rows, in_time = P(), P("rows"), P(None, "rows")
 rng = np.random.default_rng(0)
 
 
@@ -29,151 +29,166 @@ def normal(*shape):
     return jnp.asarray(rng.standard_normal(shape) / 2)
 
 
-cell = bptt.gru(3, UNITS, dtype=float)
-lstm = bptt.lstm(3, UNITS, dtype=float)
-flags = {"is_first": jnp.asarray(rng.random((T, ROWS)) < 0.3), "valid": jnp.asarray(rng.random((T, ROWS)) < 0.7)}
-
 strategies = {
     "scan": bptt.scan,
     "adjoint": bptt.adjoint_scan,
     "truncated": partial(bptt.truncated_scan, truncation_length=4),
     "windowed": partial(bptt.windowed_scan, window=3),
-    "checkpointed": partial(bptt.checkpointed_scan, segment_length=4),
-    "few_checkpoints": partial(bptt.checkpointed_scan, checkpoints=2),
+    "segments": partial(bptt.checkpointed_scan, segment_length=4),
+    "checkpoints": partial(bptt.checkpointed_scan, checkpoints=2),
 }
+flags = {"is_first": jnp.asarray(rng.random((T, ROWS)) < 0.3), "valid": jnp.asarray(rng.random((T, ROWS)) < 0.7)}
+xs = normal(T, ROWS, 3)
 
-closed_over = normal(UNITS, UNITS)
+
+def plain(params, h, x):
+    h = jnp.tanh(h @ params["W"] + x @ params["U"])
+    return h, h
 
 
-def closing(W):
-    return lambda params, h, x: (jnp.tanh(h @ W + x @ params["in"]),) * 2
+def closing(params):
+    return lambda decay, h, x: plain(params, decay * h, x)
 
 
 def looping(params, h, x):
-    def body(_, h):
-        return jnp.tanh(h @ params["W"] + x @ params["in"])
-
-    h = jax.lax.fori_loop(0, 2, body, h)
-    return h, jnp.sin(h)
+    return jax.lax.fori_loop(0, 2, lambda _, h: plain(params, h, x)[0], h), jnp.sin(h)
 
 
 def branching(params, h, x):
-    h = jax.lax.cond(params["on"] > 0, lambda h: jnp.tanh(h @ params["W"]), lambda h: h, h + x @ params["in"])
+    h = jax.lax.cond(params["U"][0, 0] > 0, lambda h: plain(params, h, x)[0], lambda h: 2 * h, h)
     return h, {"h": h, "doubled": 2 * h}
 
 
 def counting(params, carry, x):
-    """Outputs and state that are the same on every device, beside some that are not."""
+    """Some state and outputs are the same on every device."""
     h, count, scale = carry
-    h = jnp.tanh(h @ params["W"] + x @ params["in"] * scale)
-    scale = scale * params["decay"]
-    return (h, count + 1, scale), (h * scale, scale, count)
+    h, _ = plain(params, h, x * scale)
+    return (h, count + 1, scale * params["decay"]), (h * scale, scale, count)
 
 
-weights = {"W": normal(UNITS, UNITS), "in": normal(3, UNITS)}
-steps = {
-    "own": (cell, cell.init(jax.random.key(0)), cell.initial_carry((ROWS,))),
-    "own_of_two": (lstm, lstm.init(jax.random.key(0)), lstm.initial_carry((ROWS,))),
-    "linear": (lstm.step, lstm.init(jax.random.key(0)), lstm.initial_carry((ROWS,))),
-    "closing": (closing, (closed_over, {"in": weights["in"]}), normal(ROWS, UNITS)),
-    "looping": (looping, weights, normal(ROWS, UNITS)),
-    "branching": (branching, weights | {"on": jnp.asarray(1.0)}, normal(ROWS, UNITS)),
-    "from_zeros": (cell, cell.init(jax.random.key(0)), None),
-    "counting": (
-        counting,
-        weights | {"decay": jnp.asarray(0.9)},
-        (normal(ROWS, UNITS), jnp.asarray(0), jnp.asarray(1.0)),
-    ),
+def wide(params, h, x):
+    """Units are on several devices as well, and the step says so."""
+    lies = P("rows", "other") if not jax.sharding.get_abstract_mesh().empty else None
+    h = jnp.tanh(jnp.matmul(h, params["W"], out_sharding=lies) + jnp.matmul(x, params["U"], out_sharding=lies))
+    return h, h
+
+
+gru, lstm = bptt.gru(3, UNITS, dtype=float), bptt.lstm(3, UNITS, dtype=float)
+gru_params, lstm_params = gru.init(jax.random.key(0)), lstm.init(jax.random.key(0))
+weights, h_0 = {"W": normal(UNITS, UNITS), "U": normal(3, UNITS)}, normal(ROWS, UNITS)
+problems = {
+    "gru": (gru, gru_params, h_0),
+    "lstm": (lstm, lstm_params, lstm.initial_carry((ROWS,))),
+    "linearised": (lstm.step, lstm_params, lstm.initial_carry((ROWS,))),
+    "from_zeros": (gru, gru_params, None),
+    "closing": (closing, (weights, jnp.asarray(0.9)), h_0),
+    "looping": (looping, weights, h_0),
+    "branching": (branching, weights, h_0),
+    "counting": (counting, weights | {"decay": jnp.asarray(0.9)}, (h_0, jnp.asarray(0), jnp.asarray(1.0))),
+    "wide": (wide, weights, h_0),
 }
-xs = normal(T, ROWS, 3)
+some = ("gru", "closing", "looping", "counting")
+cases = [
+    *itertools.product(("manual", "explicit"), strategies, some, ("plain",)),
+    *itertools.product(("manual", "explicit"), strategies, ("gru", "linearised"), ("flags",)),
+    *itertools.product(("manual", "explicit"), ("adjoint",), ("lstm", "branching", "from_zeros"), ("plain",)),
+    *itertools.product(("explicit",), ("adjoint", "segments"), ("wide",), ("plain",)),
+    *itertools.product(("eager",), ("adjoint", "checkpoints"), ("gru", "closing"), ("plain",)),
+]
 
 
-def rows_of(leaf):
-    return by_rows if jnp.ndim(leaf) else everywhere
+def specs_of(kind):
+    """How params, the first carry and inputs lie."""
+    _, params, init = problems[kind]
+    params = jax.tree.map(lambda _: everywhere, params)
+    if kind == "wide":
+        return {"W": P("other", None), "U": P(None, "other")}, P("rows", "other"), in_time
+    return params, jax.tree.map(lambda leaf: by_rows if leaf.ndim else everywhere, init), in_time
 
 
-def over_time(leaf):
-    return P(None, "rows") if jnp.ndim(leaf) > 1 else everywhere
+def spread(tree, specs):
+    return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), tree, specs)
 
 
-def run(step, params, init, xs, flags, *, scan):
-    if init is None:  # neither on the mesh nor different on its devices
-        init = cell.initial_carry((xs.shape[1],))
+def loss_and_outputs(step, params, init, xs, flags, *, scan):
     if step is closing:
-        W, params = params
-        step = closing(W)
-    return scan(step, params, init, xs, **flags)
-
-
-def loss_and_outputs(step, moving, still, xs, flags, *, scan):
-    params, floats = moving
-    init = jax.tree.map(lambda a, b: b if a is None else a, floats, still, is_leaf=lambda leaf: leaf is None)
-    outputs = run(step, params, init, xs, flags, scan=scan)
-    weighted = [jnp.sum(leaf * jnp.cos(leaf)) for leaf in jax.tree.leaves(outputs) if leaf.dtype == float]
+        closed_over, params = params
+        step = closing(closed_over)
+    if init is None:  # neither on the mesh nor different on its devices
+        init = gru.initial_carry(xs.shape[1:2])
+    outputs = scan(step, params, init, xs, **flags)
+    parts = [jnp.sum(leaf * jnp.cos(leaf)) for leaf in jax.tree.leaves(outputs) if leaf.dtype == float]
     # Over all rows: what is the same on every device counts once.
-    return sum(
-        jax.lax.psum(part, "rows") if "rows" in jax.typeof(part).manual_axis_type.varying else part for part in weighted
-    ), outputs
+    parts = [jax.lax.psum(part, "rows") if jax.typeof(part).manual_axis_type.varying else part for part in parts]
+    return sum(parts), outputs
 
 
-def case(kind, with_flags, *, scan, where):
-    step, params, init = steps[kind]
+def gradient(kind, scan):
+    """`(params, init, xs, flags)` to loss, outputs and the gradients of all that is floating-point."""
+    step, _, init = problems[kind]
+    moving = jax.tree.map(lambda leaf: leaf.dtype == float, init)
+
+    def both(params, init, xs, flags):
+        def fn(params, floats, xs):
+            whole = jax.tree.map(lambda moves, a, b: a if moves else b, moving, floats, init)
+            return loss_and_outputs(step, params, whole, xs, flags, scan=scan)
+
+        floats = jax.tree.map(lambda moves, leaf: leaf if moves else 0.0, moving, init)
+        return jax.value_and_grad(fn, argnums=(0, 1, 2), has_aux=True)(params, floats, xs)
+
+    return both
+
+
+@cache
+def on_one_device(name, kind, with_flags):
+    _, params, init = problems[kind]
+    return jax.jit(gradient(kind, strategies[name]))(params, init, xs, flags if with_flags else {})
+
+
+@cache
+def on_eight(where, name, kind, with_flags):
+    fn, specs = gradient(kind, strategies[name]), specs_of(kind)
     given = flags if with_flags else {}
-    floats = jax.tree.map(lambda leaf: leaf if leaf.dtype == float else None, init)
-    still = jax.tree.map(lambda leaf: None if leaf.dtype == float else leaf, init)
-    args = (params, floats), still, xs, given
-    fn = partial(loss_and_outputs, step, scan=scan)
-    gradient = jax.value_and_grad(fn, argnums=(0, 2), has_aux=True)
-    specs = (
-        (jax.tree.map(lambda _: everywhere, params), jax.tree.map(rows_of, floats)),
-        jax.tree.map(rows_of, still),
-        P(None, "rows"),
-        jax.tree.map(lambda _: P(None, "rows"), given),
-    )
-    if where == "one":
-        return jax.jit(gradient)(*args)
+    of_flags = jax.tree.map(lambda _: in_time, given)
+    args = *spread((*problems[kind][1:], xs), specs), spread(given, of_flags)
     if where == "manual":
-        _, (carry, ys) = jax.eval_shape(fn, *args)
-        outputs = jax.tree.map(rows_of, carry), jax.tree.map(over_time, ys)
-
-        mapped = jax.shard_map(gradient, mesh=mesh, in_specs=specs, out_specs=((P(), outputs), (specs[0], specs[2])))
-        return jax.jit(mapped)(*_spread(args, specs))
-    spread = _spread(args, specs)
-    if where == "explicit" and kind not in ("looping", "branching"):
-        return jax.jit(gradient)(*spread)
-    # Without it, JAX itself fails outside of jit on one end, and at derivatives of inner loops on the other.
+        (_, (carry, ys)), _ = on_one_device(name, kind, with_flags)
+        of_carry = jax.tree.map(lambda leaf: by_rows if leaf.ndim else everywhere, carry)
+        of_ys = jax.tree.map(lambda leaf: in_time if leaf.ndim > 1 else everywhere, ys)
+        fn = jax.shard_map(
+            fn, mesh=mesh, in_specs=(*specs, of_flags), out_specs=((everywhere, (of_carry, of_ys)), specs)
+        )
+    if where == "explicit" and kind == "gru":
+        return jax.jit(fn)(*args)
+    # Without it, JAX itself fails outside of jit on one end, and at derivatives of loops and branches on the other.
     with jax.set_mesh(mesh):
-        return (gradient if where == "eager" else jax.jit(gradient))(*spread)
+        return (fn if where == "eager" else jax.jit(fn))(*args)
 
 
-def _spread(args, specs):
-    leaves, treedef = jax.tree.flatten(args)
-    return treedef.unflatten(
-        jax.device_put(leaf, jax.NamedSharding(mesh, spec))
-        for leaf, spec in zip(leaves, treedef.flatten_up_to(specs), strict=True)
-    )
+def check(where, name, kind, with_flags):
+    found = on_eight(where, name, kind, with_flags)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), found, on_one_device(name, kind, with_flags))
+    if where == "explicit":
+        (_, outputs), (params_bar, *_) = found
+        (_, like), _ = on_eight(where, "scan", kind, with_flags)
+        for a, b in zip(jax.tree.leaves(outputs), jax.tree.leaves(like), strict=True):
+            assert a.sharding.is_equivalent_to(b.sharding, a.ndim), (a.sharding, b.sharding)
+        for leaf, spec in zip(jax.tree.leaves(params_bar), jax.tree.leaves(specs_of(kind)[0]), strict=True):
+            assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim), leaf.sharding
 
 
 def main(*words):
     failed = 0
-    for name, with_flags, kind, where in itertools.product(
-        strategies, (False, True), steps, ("manual", "explicit", "eager")
-    ):
-        label = "-".join((where, name, kind, "flags" if with_flags else "plain"))
-        if not all(word in label if word[0] != "^" else word[1:] not in label for word in words) or (
-            kind == "counting" and with_flags
-        ):
+    for where, name, kind, flagged in cases:
+        label = "-".join((where, name, kind, flagged))
+        if not all(word in label.split("-") for word in words):
             continue
-        scan = strategies[name]
         try:
-            expected = case(kind, with_flags, scan=scan, where="one")
-            got = case(kind, with_flags, scan=scan, where=where)
-            jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6, rtol=1e-6), got, expected)
-        except Exception as error:
+            check(where, name, kind, flagged == "flags")
+        except Exception:
             failed += 1
-            print("FAILED", label, type(error).__name__, str(error).splitlines()[:3])
-            if DEBUG:
-                traceback.print_exc()
+            print("FAILED", label)
+            traceback.print_exc()
         else:
             print("passed", label, flush=True)
     sys.exit(failed > 0)
