@@ -65,6 +65,6 @@ def lie_like(leaf: Any, like: Any) -> Any:
     """An array that varies over the devices that `like` varies over, and on an Explicit mesh lies like it."""
     leaf = jax.lax.pcast(leaf, tuple(sorted({*varying(like)} - {*varying(leaf)})), to="varying")
     sharding = jax.typeof(like).sharding
-    if is_explicit(sharding.mesh) and jax.typeof(leaf).sharding != sharding and leaf.shape == like.shape:
+    if is_explicit(sharding.mesh) and jax.typeof(leaf).sharding != sharding:
         return jax.sharding.reshard(leaf, sharding)
     return leaf

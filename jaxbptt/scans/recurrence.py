@@ -37,9 +37,10 @@ def prepare(step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, le
     init = as_arrays("init", init)
     if any(map(is_weak, jax.tree.leaves(init))):
         init = _settle_dtypes(step, params, init, xs)
-    if any(map(is_on_devices, filter(is_array, jax.tree.leaves((params, init, xs))))):
+    step = _checked(step)
+    if any(is_on_devices(leaf) for leaf in jax.tree.leaves((params, init, xs)) if is_array(leaf) and not is_ref(leaf)):
         init = _settle_devices(step, params, init, xs)
-    return Recurrence(_checked(step), params, init, xs, length)
+    return Recurrence(step, params, init, xs, length)
 
 
 def as_arrays(root: str, tree: Any) -> Any:
@@ -185,11 +186,9 @@ def _settle_dtypes(step: Callable[..., Any], params: Any, init: Any, xs: Any) ->
 
 
 def _settle_devices(step: Callable[..., Any], params: Any, init: Any, xs: Any) -> Any:
-    """Let `init` lie, and vary over devices, as what the step makes of it: zeros for a carry do neither by themselves."""
+    """Let `init` lie, and vary over devices, as what the step makes of it: zeros made for a carry don't by themselves."""
     for _ in jax.tree.leaves(init):  # a leaf may be made of another one
         new, _ = jax.eval_shape(lambda carry, x: step(params, carry, x), init, at_one_step(xs))
-        if jax.tree.structure(new) != jax.tree.structure(init):
-            return init
         init, before = jax.tree.map(lie_like, init, new), init
         if all(old is leaf for old, leaf in zip(*map(jax.tree.leaves, (before, init)), strict=True)):
             return init
