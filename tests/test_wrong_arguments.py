@@ -78,7 +78,11 @@ def functions():
         "network.init": (elman.init, {"key": key}, {"key": set()}),
         "cell.init": (cell.init, {"key": key}, {"key": set()}),
         "cell.initial_carry": (cell.initial_carry, {"batch_shape": (2,)}, {"batch_shape": set()}),
-        "cell.step": (cell.step, {"params": params, "h": init, "x": xs[0]}, dict.fromkeys(["params", "h", "x"], frozenset())),
+        "cell.step": (
+            cell.step,
+            {"params": params, "h": init, "x": xs[0]},
+            dict.fromkeys(["params", "h", "x"], frozenset()),
+        ),
         "lstm.step": (
             make_cell("lstm").step,
             dict(zip(["params", "state", "x"], problem(make_cell("lstm"), 1), strict=True)),

@@ -94,7 +94,7 @@ def adjoint_scan(
     """
     r = prepare(step, params, init, xs, length)
     with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
-    step, params, adjoint_for, *_ = with_adjoint
+    step, params, adjoint_for, _, by_hand, _ = with_adjoint
     length = r.length
     if clip_adjoint is not None:
         adjoint_for = _clipped(adjoint_for, clip_adjoint)
@@ -108,10 +108,10 @@ def adjoint_scan(
     def backward(adjoint, params, init, xs, residuals, carry_bar, ys_bar):
         # Else the compiler moves what is constant, such as the gradient of a sum, into the loop over segments of time, and
         # makes all of it anew in each.
-        xs, ys_bar = jax.lax.optimization_barrier((xs, ys_bar))
+        xs, ys_bar = jax.tree.map(jax.lax.optimization_barrier, (xs, ys_bar))
         return unroll_backward(adjoint, params, init, residuals, xs, carry_bar, ys_bar, length=length, unroll=unroll)
 
-    return reverse_mode("adjoint_scan", adjoint_for, run, forward, backward)(params, r.init, xs)
+    return reverse_mode("adjoint_scan", adjoint_for, run, forward, backward, by_hand=by_hand)(params, r.init, xs)
 
 
 def _clipped(

@@ -14,8 +14,9 @@ from jax.custom_derivatives import SymbolicZero
 from jax.export import is_symbolic_dim
 
 from jaxbptt.cells.cell import Adjoint, Cell
-from jaxbptt.scans.along_time import at, filled, window
+from jaxbptt.scans.along_time import at, filled, room, window
 from jaxbptt.scans.contraction import fit, weight_gradient
+from jaxbptt.scans.devices import on_any_mesh
 from jaxbptt.scans.linearized import linearized
 from jaxbptt.scans.parts import arrays_of, in_loop
 from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, every_leaf, part, select, spread
@@ -34,6 +35,7 @@ class StepWithAdjoint(NamedTuple):
         adjoint: `(perturbed)`, the `Adjoint` given, or the `Cell`'s own, or else one derived from the step, for the leaves
             of (params, init, xs) that are flagged. Nothing is differentiated before it is called.
         in_turn: whether the step must not be mapped over time: it branches (`lax.cond`), or writes to a mutable array.
+        by_hand: whether the adjoint was given, and not derived.
         mutable: name of a mutable array that it reads or writes, or "".
         like_params: puts a gradient of `params` into the structure of the user's.
     """
@@ -42,6 +44,7 @@ class StepWithAdjoint(NamedTuple):
     params: Any
     adjoint: Callable[[Perturbed], PerturbedAdjoint]
     in_turn: bool
+    by_hand: bool = False
     mutable: str = ""
     like_params: Callable[[Any], Any] = lambda params: params
 
@@ -54,18 +57,19 @@ def step_with_adjoint(step: Callable[..., Any] | Cell, adjoint: Adjoint | None, 
         traced = trace(r)
         derive = _derivation(traced._replace(params=None))  # JAX keeps it, and would keep the arrays with it
         mutable = next((_name_of(ref, r.params) for ref in traced.refs.values()), "")
-        return StepWithAdjoint(traced.step, traced.params, derive, traced.in_turn, mutable, traced.like_params)
+        return StepWithAdjoint(traced.step, traced.params, derive, traced.in_turn, False, mutable, traced.like_params)
     if not isinstance(adjoint, Adjoint):
         raise TypeError(
             f"adjoint is {type(adjoint).__name__}, but it holds the backward of one step: pass "
             "jaxbptt.Adjoint(forward, backward, contract), a Cell as the step, or leave it out to have it derived."
         )
-    by_hand, carry = adjoint, every_leaf(r.init)
+    carry = every_leaf(r.init)
 
     def for_leaves(perturbed):
-        return PerturbedAdjoint(*by_hand, perturbed._replace(carry=carry))
+        perturbed = perturbed._replace(carry=carry)
+        return on_any_mesh(PerturbedAdjoint(*adjoint, perturbed))
 
-    return StepWithAdjoint(r.step, r.params, for_leaves, in_turn=False)
+    return StepWithAdjoint(r.step, r.params, for_leaves, in_turn=False, by_hand=True)
 
 
 def _name_of(ref: Any, params: Any) -> str:
@@ -318,7 +322,8 @@ def back_one_lag(
 
 def at_last_step(bar: Any, length: int) -> Any:
     """The gradient of the last carry as one of the carries after every step."""
-    return jax.tree.map(lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype).at[-1].set(leaf), bar)
+    before = room(bar, length - 1)
+    return jax.tree.map(lambda zeros, leaf: jnp.concatenate([zeros, leaf[None]]), before, bar)
 
 
 def _derivation(traced: TracedStep) -> Callable[[Perturbed], PerturbedAdjoint]:

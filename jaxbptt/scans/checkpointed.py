@@ -100,7 +100,7 @@ def checkpointed_scan(
     r = prepare(step, params, init, xs, length)
     with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
     r = r._replace(xs=xs)
-    step, params, adjoint_for, _, mutable, _ = with_adjoint
+    step, params, adjoint_for, _, by_hand, mutable, _ = with_adjoint
     length = r.length
     check_known_length("checkpointed_scan", length)
     check_options(length, segment_length, checkpoints)
@@ -143,7 +143,7 @@ def checkpointed_scan(
             gradients = differentiated_as(by_scan, gradients)
         return gradients(params, init, xs, carry_bar, ys_bar, states)
 
-    return reverse_mode("checkpointed_scan", adjoint_for, run, forward, backward)(params, r.init, r.xs)
+    return reverse_mode("checkpointed_scan", adjoint_for, run, forward, backward, by_hand=by_hand)(params, r.init, r.xs)
 
 
 def check_options(length: int, segment_length: Any, checkpoints: Any) -> None:

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt.scans.along_time import filled
-from jaxbptt.scans.parts import arrays_of, before_moves, evaluate, program
+from jaxbptt.scans.array_types import as_type, type_over_time, zeros
+from jaxbptt.scans.parts import arrays_of, before_moves, evaluate, program, used
 from jaxbptt.scans.perturbed import PerturbedAdjoint, select
 from jaxbptt.scans.recurrence import at_one_step, is_array, name
 from jaxbptt.scans.tracing import read
@@ -73,29 +74,29 @@ def weight_gradient(
 
     def add(params, sums, *args, length):
         traced, (params_tree, xs_tree), moves = contraction(length, params, *args)
-        env = evaluate(traced.eqns, traced.consts | dict(zip(traced.inputs, arrays_of((params, *args)), strict=True)))
-        more, xs_bar = read(env, moves.parts), xs_tree.unflatten(read(env, traced.results[params_tree.num_leaves :]))
+        xs_results = traced.results[params_tree.num_leaves :]
+        inputs = dict(zip(traced.inputs, arrays_of((params, *args)), strict=True))
+        env = evaluate(used(traced.eqns, [*moves.parts, *xs_results]), traced.consts | inputs)
+        more, xs_bar = read(env, moves.parts), xs_tree.unflatten(read(env, xs_results))
         return add_up(sums, moved(params_tree, moves, more) if in_place else more), xs_bar
 
     x, y_bar = at_one_step((xs, ys_bar))
     one_step = program(step, params, carry, x, carry_bar, y_bar)
-    residuals, deltas, _ = one_step.out_tree.unflatten([var.aval for var in one_step.results])
+    residuals, deltas, _ = one_step.out_tree.unflatten([as_type(var.aval) for var in one_step.results])
     kinds = []
     for length in sorted(lengths):
-        stacked = jax.tree.map(
-            lambda leaf, length=length: jax.ShapeDtypeStruct((length, *leaf.shape), leaf.dtype),
-            (residuals, x, y_bar, deltas),
-        )
+        stacked = jax.tree.map(lambda leaf, length=length: type_over_time(leaf, length), (residuals, x, y_bar, deltas))
         _, (params_tree, _), moves = contraction(length, params, *stacked)
-        parts = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in moves.parts]
+        parts = [as_type(var.aval) for var in moves.parts]
         finish = partial(moved, params_tree, moves)
         jax.eval_shape(finish, parts)
         kinds.append((moves.form, parts, finish))
     form, parts, finish = kinds[0]
     in_place = in_place or any(other != form for other, *_ in kinds)
     if in_place:
-        zeros = totals(select(like, flags.params))
-        return WeightGradient(zeros, add, lambda sums: fit(sums, like, flags.params, "params"))
+        return WeightGradient(
+            totals(select(like, flags.params)), add, lambda sums: fit(sums, like, flags.params, "params")
+        )
     return WeightGradient(totals(parts), add, finish)
 
 
@@ -135,20 +136,16 @@ def fit(bar: Any, primal: Any, flags: Any, root: str, *, cast: bool = True) -> A
 def totals(tree: Any) -> Any:
     """Zeros to add up gradients of these shapes in, in single precision at least."""
 
-    def zeros(leaf):
+    def total(leaf):
         aval = jax.typeof(leaf)
-        return jnp.zeros(aval.shape, aval.dtype if jnp.finfo(aval.dtype).bits >= 32 else jnp.float32)
+        return zeros(as_type(aval if jnp.finfo(aval.dtype).bits >= 32 else aval.update(dtype=jnp.dtype(jnp.float32))))
 
-    return jax.tree.map(zeros, tree)
+    return jax.tree.map(total, tree)
 
 
 def shapes(tree: Any) -> Any:
-    """The shapes and dtypes of arrays; what is no array, such as a flag among params, stays."""
-
-    def leaf(leaf):
-        return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) if is_array(leaf) else leaf
-
-    return jax.tree.map(leaf, tree)
+    """The types of arrays; what is no array, such as a flag among params, stays."""
+    return jax.tree.map(lambda leaf: as_type(jax.typeof(leaf)) if is_array(leaf) else leaf, tree)
 
 
 def add_up(totals: Any, more: Any) -> Any:

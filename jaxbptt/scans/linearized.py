@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
+from jaxbptt.scans.array_types import as_type
 from jaxbptt.scans.parts import evaluate, fixed_by, program
 from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, part, select
 from jaxbptt.scans.recurrence import differentiable, known, merge
@@ -95,13 +96,13 @@ def linearized(traced: TracedStep, perturbed: Perturbed) -> PerturbedAdjoint | N
             return read(evaluate(loop_eqns, inside), (var for _, var in leaving))
 
         bars = jax.tree.leaves((carry_bar, y_bar))
-        shapes = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in entries]
+        shapes = [as_type(var.aval) for var in entries]
         transposed = jax.linear_transpose(recursion, shapes, carry_t)
         deltas, previous_bar = transposed([bars[i] for i, _ in leaving])
         return previous_bar, deltas
 
     def contract(params, residuals, xs, ys_bar, deltas):
-        steps = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), select(xs, perturbed.x))
+        steps = jax.tree.map(lambda leaf: as_type(jax.typeof(leaf)), select(xs, perturbed.x))
         if not entries:
             return jax.tree.map(jnp.zeros_like, (select(params, perturbed.params), select(xs, perturbed.x)))
 

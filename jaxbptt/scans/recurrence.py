@@ -18,6 +18,7 @@ from jax.tree_util import keystr
 
 from jaxbptt.cells.cell import Cell, step_of
 from jaxbptt.words import counted
+from jaxbptt.scans.array_types import is_on_devices, lie_like, type_at_one_step
 
 
 class Recurrence(NamedTuple):
@@ -38,7 +39,10 @@ def prepare(step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, le
     init = as_arrays("init", init)
     if any(map(is_weak, jax.tree.leaves(init))):
         init = _settle_dtypes(step, params, init, xs)
-    return Recurrence(_checked(step), params, init, xs, length)
+    step = _checked(step)
+    if any(is_on_devices(leaf) for leaf in jax.tree.leaves((params, init, xs)) if is_array(leaf) and not is_ref(leaf)):
+        init = _settle_devices(step, params, init, xs)
+    return Recurrence(step, params, init, xs, length)
 
 
 def as_arrays(root: str, tree: Any) -> Any:
@@ -80,7 +84,7 @@ def _is_traced(value: Any) -> bool:
 
 def at_one_step(xs: Any) -> Any:
     """The shapes and dtypes of `xs` at a single time step."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, weak_type=is_weak(leaf)), xs)
+    return jax.tree.map(type_at_one_step, xs)
 
 
 def byte_count(tree: Any) -> int:
@@ -208,6 +212,16 @@ def _settle_dtypes(step: Callable[..., Any], params: Any, init: Any, xs: Any) ->
         return leaf.astype(to.dtype) if is_weak(leaf) and leaf.dtype != to.dtype and _keeps(leaf, to) else leaf
 
     return jax.tree.map(settled, init, result[0])
+
+
+def _settle_devices(step: Callable[..., Any], params: Any, init: Any, xs: Any) -> Any:
+    """Let `init` lie, and vary over devices, as what the step makes of it: zeros made for a carry don't by themselves."""
+    for _ in jax.tree.leaves(init):  # a leaf may be made of another one
+        new, _ = jax.eval_shape(lambda carry, x: step(params, carry, x), init, at_one_step(xs))
+        init, before = jax.tree.map(lie_like, init, new), init
+        if all(old is leaf for old, leaf in zip(*map(jax.tree.leaves, (before, init)), strict=True)):
+            return init
+    return init
 
 
 def _keeps(leaf: Any, to: Any) -> bool:

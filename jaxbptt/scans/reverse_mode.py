@@ -17,7 +17,9 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jaxbptt.scans.along_time import Zeros, filled
+from jaxbptt.scans.along_time import Zeros
+from jaxbptt.scans.array_types import as_type, type_at_one_step, zeros
+from jaxbptt.scans.devices import varying_alike
 from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, select
 from jaxbptt.scans.recurrence import differentiable, is_differentiable, same_keys
 
@@ -38,6 +40,8 @@ def reverse_mode(
     run: Callable[..., Any],
     forward: Callable[..., Any],
     backward: Callable[..., Any],
+    *,
+    by_hand: bool,
 ) -> Callable[..., Any]:
     """`run` with a derivative, as `jax.custom_vjp` makes it, and a `TypeError` that names `scan` for forward mode.
 
@@ -49,11 +53,13 @@ def reverse_mode(
         backward: `(adjoint, params, init, xs, saved, carry_bar, ys_bar) -> (params_bar, init_bar, xs_bar)`. The last
             carry's gradient is for the leaves that are perturbed; outputs without a derivative have `None` for a gradient,
             and ys that the loss does not use `Zeros`: a loss of the last state needs no array of zeros for the others.
+        by_hand: whether the adjoint was given, and not derived.
     """
 
     def with_derivative(params, init, xs):
         # In a list: told of zeros, JAX would put marks of its own into the containers of the user.
-        primals, treedef = jax.tree.flatten((params, init, xs))
+        primals = varying_alike((params, init, xs)) if by_hand else (params, init, xs)
+        primals, treedef = jax.tree.flatten(primals)
 
         @jax.custom_vjp
         def flat(*primals):
@@ -68,10 +74,10 @@ def reverse_mode(
         def flat_backward(kept, bars):
             adjoint = adjoint_for(Perturbed(*treedef.unflatten(kept.perturbed)))
             carry_bar, ys_bar = bars[0], differentiable(bars[1])
-            carry_bar = jax.tree.map(lambda bar: _zeros(bar, bar.shape), select(carry_bar, adjoint.perturbed.carry))
-            ys_bar = jax.tree.map(lambda bar: _zeros(bar, bar.shape[1:]), ys_bar)
+            carry_bar = jax.tree.map(partial(_or_else, zeros), select(carry_bar, adjoint.perturbed.carry))
+            ys_bar = jax.tree.map(partial(_or_else, _at_every_step), ys_bar)
             kept = same_keys(kept)
-            bars = backward(adjoint, *kept.primals, kept.saved, filled(carry_bar), ys_bar)
+            bars = backward(adjoint, *kept.primals, kept.saved, carry_bar, ys_bar)
             return tuple(treedef.flatten_up_to(bars))
 
         flat.defvjp(flat_forward, flat_backward, symbolic_zeros=True)
@@ -85,8 +91,13 @@ def reverse_mode(
     return with_derivative
 
 
-def _zeros(bar: Any, shape: tuple[int, ...]) -> Any:
-    return Zeros(shape, bar.dtype) if isinstance(bar, SymbolicZero) else bar
+def _or_else(make: Callable[[Any], Any], bar: Any) -> Any:
+    """A gradient, or what is made of its type where the loss does not use the output."""
+    return make(as_type(bar.aval)) if isinstance(bar, SymbolicZero) else bar
+
+
+def _at_every_step(bars: Any) -> Zeros:
+    return Zeros(type_at_one_step(bars))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))

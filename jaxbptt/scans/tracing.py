@@ -12,6 +12,7 @@ import jax
 from jax.core import eval_jaxpr
 from jax.extend.core import Literal
 
+from jaxbptt.scans.array_types import as_type
 from jaxbptt.scans.recurrence import Recurrence, at_one_step, is_array, is_ref, merge, split
 
 # Calls that only wrap a function: their inside can be evaluated in place.
@@ -97,7 +98,7 @@ def trace(recurrence: Recurrence) -> TracedStep:
         in_turn=not _ONE_AT_A_TIME.isdisjoint(primitives),
         refs=refs,
         params=params,
-        shapes=in_tree.unflatten([jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]),
+        shapes=in_tree.unflatten(map(as_type, avals)),
         out_tree=out_tree,
         like_params=lambda params: treedef.unflatten(params.leaves),
     )
@@ -118,7 +119,8 @@ def wrapped(eqn: Any) -> tuple[Any, list[Any]] | None:
 
 def bind(eqn: Any, values: list[Any]) -> list[Any]:
     """The results of one operation of a trace."""
-    results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    with eqn.ctx.manager:  # the mesh, or another setting, that the operation was traced under
+        results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return results if eqn.primitive.multiple_results else [results]
 
 

@@ -83,7 +83,7 @@ def truncated_scan(
     check_count("truncation_length", truncation_length, "counts time steps")
     r = prepare(step, params, init, xs, length)
     with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
-    step, params, adjoint_for, _, mutable, _ = with_adjoint
+    step, params, adjoint_for, _, by_hand, mutable, _ = with_adjoint
     steps = r.length
     check_known_length("truncated_scan", steps)
     chunk = max(min(int(truncation_length), steps), 1)
@@ -140,4 +140,4 @@ def truncated_scan(
         _, init_bar, sums, xs_bar = state
         return total.finish(sums), init_bar, xs_bar
 
-    return reverse_mode("truncated_scan", adjoint_for, unrolled, forward, backward)(params, r.init, xs)
+    return reverse_mode("truncated_scan", adjoint_for, unrolled, forward, backward, by_hand=by_hand)(params, r.init, xs)

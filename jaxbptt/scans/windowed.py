@@ -89,7 +89,7 @@ def windowed_scan(
     check_count("window", window, "counts time steps")
     r = prepare(step, params, init, xs, length)
     with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
-    step, params, adjoint_for, in_turn, *_ = with_adjoint
+    step, params, adjoint_for, in_turn, by_hand, *_ = with_adjoint
     length = r.length
     # More lags than time steps add zeros, and lax.scan takes no symbolic number of them.
     lags = int(window) if is_symbolic_dim(length) else min(int(window), length)
@@ -124,4 +124,4 @@ def windowed_scan(
             fit(xs_bar, xs, flags.x, "xs"),
         )
 
-    return reverse_mode("windowed_scan", adjoint_for, run, forward, backward)(params, r.init, xs)
+    return reverse_mode("windowed_scan", adjoint_for, run, forward, backward, by_hand=by_hand)(params, r.init, xs)
