@@ -94,7 +94,7 @@ def adjoint_scan(
     """
     r = prepare(step, params, init, xs, length)
     with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
-    step, params, adjoint_for, _, by_hand, _ = with_adjoint
+    step, params, adjoint_for, _, by_hand, *_ = with_adjoint
     length = r.length
     if clip_adjoint is not None:
         adjoint_for = _clipped(adjoint_for, clip_adjoint)

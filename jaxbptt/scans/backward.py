@@ -6,6 +6,7 @@ contraction over the stretch. `adjoint_scan` takes the whole sequence as one str
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -358,15 +359,15 @@ def _pulled(traced: TracedStep, perturbed: Perturbed) -> PerturbedAdjoint:
         return traced.step(params, carry, x), carry
 
     def backward(params, carry, x, carry_bar, y_bar):
-        step = lambda carry: traced.step(params, carry, x)
-        (previous_bar,) = pull(step, (carry,), (perturbed.carry,), (carry_bar, y_bar))
+        at_t = partial(traced.step, params, x=x)
+        (previous_bar,) = pull(at_t, (carry,), (perturbed.carry,), (carry_bar, y_bar))
         return previous_bar, carry_bar
 
-    over_time = map_over_time(traced.step, in_turn=traced.in_turn)
-
     def contract(params, carries, xs, ys_bar, carry_bars):
-        step = lambda params, xs: over_time(params, carries, xs)
-        return pull(step, (params, xs), (perturbed.params, perturbed.x), (carry_bars, ys_bar))
+        def over_time(params, xs):
+            return map_over_time(traced.step, in_turn=traced.in_turn)(params, carries, xs)
+
+        return pull(over_time, (params, xs), (perturbed.params, perturbed.x), (carry_bars, ys_bar))
 
     return PerturbedAdjoint(forward, backward, contract, perturbed)
 

@@ -49,7 +49,6 @@ def weight_gradient(
     With `in_place` entries are moved at every stretch: this takes more time, and no second array like the params. So they
     are where the adjoint moves them otherwise for one length than for another.
     """
-
     flags = adjoint.perturbed
     # What is kept until the sums are finished knows shapes alone: JAX would keep arrays alive with it.
     like = shapes(params)

@@ -17,8 +17,8 @@ from jax.export import is_symbolic_dim
 from jax.tree_util import keystr
 
 from jaxbptt.cells.cell import Cell, step_of
-from jaxbptt.words import counted
 from jaxbptt.scans.array_types import is_on_devices, lie_like, type_at_one_step
+from jaxbptt.words import counted
 
 
 class Recurrence(NamedTuple):
