@@ -30,6 +30,7 @@ from jaxbptt.network import NetworkParams, network
 from jaxbptt.tasks import NextStep
 from jaxbptt.textbook import bptt
 from jaxbptt.training import losses
+from jaxbptt.words import counted
 
 CELLS = {"elman": elman, "gru": gru, "lstm": lstm}
 # Dense Jacobians and one weight gradient for each step are what the third road needs: beyond this it is left out.
@@ -146,22 +147,22 @@ def reach_sentence(report: CellReport) -> str:
     norms = np.asarray(report.flow.norms, float)
     steps = len(norms)
     if not np.isfinite(norms).all():
-        return f"{report.name}: the gradient is not finite in {np.count_nonzero(~np.isfinite(norms))} of {steps} steps."
+        return f"{report.name}: the gradient is not finite in {np.count_nonzero(~np.isfinite(norms))} of {counted(steps, 'step')}."
     lag = reach(report.flow, 0.01)
     if lag is None:
         return f"{report.name}: no gradient reaches any state, the last step's loss does not depend on them."
     floor = reach(report.flow, float(np.finfo(report.flow.norms.dtype).eps)) or 0
     dtype = report.flow.norms.dtype.name
     if lag == steps - 1:
-        start = (
-            f"the gradient of the last step's loss reaches all {steps} steps back with at least 1 % of its largest size"
-        )
+        start = f"the gradient of the last step's loss reaches all {counted(steps, 'step')} back with at least 1 % of its largest size"
     else:
-        start = f"the gradient of the last step's loss falls under 1 % of its largest size {lag + 1} steps back"
+        start = (
+            f"the gradient of the last step's loss falls under 1 % of its largest size {counted(lag + 1, 'step')} back"
+        )
     if floor == steps - 1:
         end = f"at the first step it is {norms[0] / norms.max():.0e} of it"
     else:
-        end = f"{floor + 1} steps back it is so far under it that {dtype} loses it in any sum with what is near"
+        end = f"{counted(floor + 1, 'step')} back it is so far under it that {dtype} loses it in any sum with what is near"
     return f"{report.name}: {start}; {end}."
 
 
@@ -172,7 +173,7 @@ def horizon_sentence(report: CellReport) -> str | None:
     steps = len(report.lags.norms)
     if not np.isfinite(report.lags.norms).all() or not report.horizon:
         return f"{report.name}: no horizon, the gradient of the mean loss is 0 or not finite."
-    return f"{report.name}: all but 1 % of the gradient of the mean loss comes from the last {report.horizon} of {steps} steps."
+    return f"{report.name}: all but 1 % of the gradient of the mean loss comes from the last {report.horizon} of {counted(steps, 'step')}."
 
 
 def _dense_bytes(cell: Cell, task: NextStep) -> float:

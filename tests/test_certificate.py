@@ -35,12 +35,26 @@ def test_rows_of_a_cell():
         assert set(row.errors) == {"params.W_xh", "params.W_hh", "params.b", "init.h", "init.c", "xs"}
         assert row.largest_error == max(row.errors.values()) < 1e-12
         assert row.temporary_bytes > 0
+        assert row.flops > 0
         assert row.seconds > 0
         assert row.compile_seconds > 0
     assert certificate.rows[0].largest_error == 0
     lines = str(certificate).splitlines()
     assert len(lines) == 1 + len(certificate.rows)
     assert lines[0].split() == ["way", "largest", "relative", "error", "temporary", "bytes", "Mflop", "ms", "agrees"]
+
+
+def test_rows_with_flags():
+    """Every way is given the flags, nan in the padding or not; what they leave out shows in the value."""
+    cell = make_cell("elman")
+    params, init, xs = problem(cell, 4, (2,))
+    valid = jnp.array([[1, 1], [1, 0], [0, 1], [0, 0]], bool)
+    flags = {"valid": valid, "is_first": jnp.array([[0, 0], [1, 1], [0, 0], [0, 0]], bool), "reset_carry": init[:1]}
+    spoilt = jnp.where(valid[..., None], xs, jnp.nan)
+    certificate = bptt.certify(cell, params, init, spoilt, loss, repeats=1, **flags)
+    assert all(row.agrees for row in certificate.rows)
+    without = {"without": lambda *args, **flags: bptt.scan(*args)}
+    assert not bptt.certify(cell, params, init, xs, loss, scans=without, repeats=1, **flags).rows[1].agrees
 
 
 def test_a_wrong_gradient_does_not_agree():
@@ -113,6 +127,27 @@ def test_flops_count_loops_as_often_as_they_run():
     assert cost(1000).compiler_flops < 3 * cost(10).compiler_flops
 
 
+def test_flops_of_a_schedule_are_those_of_its_steps():
+    """However few states are kept, all that is added is the steps computed again: T products [64, 64] with a vector each."""
+    W, h = jnp.ones((64, 64)), jnp.ones(64)
+
+    def flops(**options):
+        step = options.pop("step", lambda W, h, x: (jnp.tanh(W @ h), None))
+        gradient = jax.grad(lambda W: jnp.sum(bptt.checkpointed_scan(step, W, h, length=60, **options)[0]))
+        return count_flops(jax.make_jaxpr(gradient)(W).jaxpr)
+
+    def extra_steps(checkpoints):  # beyond the way forward, and once more for each step that is taken back
+        schedule = bptt.checkpoint_schedule(60, checkpoints)
+        kept = schedule.moves[np.cumprod(schedule.moves[:, 2]) == 1, 1]
+        return schedule.forward_steps - 60 - max(kept, default=0)
+
+    every_state = flops(checkpoints=60)
+    for checkpoints in (1, 2):  # few enough for segments of a single step
+        assert flops(checkpoints=checkpoints) - every_state == pytest.approx(2 * 64**2 * extra_steps(checkpoints))
+    until = lambda h: jax.lax.while_loop(lambda h: h[0] < 9, lambda h: h + 1, jax.lax.stop_gradient(h))
+    assert math.isnan(flops(checkpoints=2, step=lambda W, h, x: (until(W @ h), None)))
+
+
 def test_flops_of_branches_calls_and_what_cannot_be_counted():
     def count(f, *args):
         return count_flops(jax.make_jaxpr(f)(*args).jaxpr)
@@ -121,6 +156,7 @@ def test_flops_of_branches_calls_and_what_cannot_be_counted():
     assert count(lambda A: jax.jit(lambda A: A @ A)(A), A) == 2 * 64
     assert count(lambda A: jax.lax.cond(A[0, 0] > 0, lambda: A @ A, lambda: A), A) == 2 * 64
     assert count(lambda A: (A @ A, jnp.sum(A))[1], A) == 16  # the product is not used
+    assert count(lambda A: jax.lax.fori_loop(0, 5, lambda i, A: A + A, A), A) == 5 * 16  # the counter is no float
     assert math.isnan(count(lambda A: jnp.linalg.qr(A)[0], A))
     assert math.isnan(count(lambda A: jax.lax.while_loop(lambda A: A[0, 0] < 9, lambda A: A + 1, A), A))
 

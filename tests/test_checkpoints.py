@@ -58,7 +58,7 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
 
 def test_the_newest_ones_stay(tmp_path):
     assert latest(tmp_path / "none") is None
-    for step in (1, 2, 10, 9):
+    for step in (1, 2, 9, 10):
         save(tmp_path, step, make(step), SETTINGS, keep=3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000009", "step_00000010"]
     assert latest(tmp_path) == 10
@@ -70,6 +70,63 @@ def test_nothing_is_written_over(tmp_path):
     with pytest.raises(CheckpointError, match=r"step_00000001 is there already: a checkpoint is never written over"):
         save(tmp_path, 1, make(2), SETTINGS)
     assert as_bytes(restore(tmp_path, make(), SETTINGS)) == as_bytes(make(1))
+
+
+def test_an_older_step_has_to_be_asked_for(tmp_path):
+    save(tmp_path, 9, {"w": jnp.ones(1)}, SETTINGS)
+    with pytest.raises(CheckpointError, match=r"of step 9 already, .* not from step 3\. .*pass older=True"):
+        save(tmp_path, 3, {"w": jnp.zeros(1)}, SETTINGS)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000009"]
+    path = save(tmp_path, 3, {"w": jnp.zeros(1)}, SETTINGS, keep=1, older=True)
+    assert path.is_dir()
+    assert restore(tmp_path, {"w": jnp.zeros(1)}, SETTINGS)["w"] == 1
+
+
+def donated():
+    leaf = jnp.ones(2)
+    leaf.delete()
+    return leaf
+
+
+@pytest.mark.parametrize(
+    ("leaf", "words"),
+    [
+        (jnp.tanh, r"\['bad'\] is of type PjitFunction, but arrays of numbers are expected: leave it out"),
+        (object(), r"\['bad'\] is of type object"),
+        ("lstm", r"\['bad'\] is of type str"),
+        (b"lstm", r"\['bad'\] is of type bytes"),
+        (2**100, r"\['bad'\] is of type int"),
+        (np.array(["lstm"]), r"\['bad'\] is an array of .U4"),
+        (np.array([None]), r"\['bad'\] is an array of object"),
+        (np.array("2026-01-01", "datetime64[D]"), r"\['bad'\] is an array of datetime64\[D\]"),
+        (np.zeros(1, jax.dtypes.float0), r"\['bad'\] is an array of \[\('float0', 'V'\)\]"),
+        (jax.ShapeDtypeStruct((2,), jnp.float32), r"\['bad'\] is of type ShapeDtypeStruct"),
+        (donated, r"\['bad'\] was donated or deleted: save what the update returned"),
+    ],
+)
+def test_what_is_no_number_is_refused_before_a_file_is_touched(tmp_path, capfd, leaf, words):
+    leaf = leaf() if leaf is donated else leaf
+    with pytest.raises(CheckpointError, match=r"The state can't be saved: leaf " + words) as error:
+        save(tmp_path / "run", 1, {"bad": leaf, "w": jnp.ones(2)}, SETTINGS)
+    assert one_line(error)
+    assert not (tmp_path / "run").exists()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_state_without_numbers_and_a_traced_one(tmp_path):
+    for state, words in (
+        ({"w": None}, r"leaf \['w'\] is None"),
+        ([None, jnp.zeros(0)], r"leaf \[0\] is None, leaf \[1\] is empty"),
+        (None, "it is None"),
+        ({}, "it has no leaves"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"The state has no numbers to save: {words}\.$"):
+            save(tmp_path / "run", 1, state, SETTINGS)
+    with pytest.raises(CheckpointError, match=r"it is traced: call save outside of jax\.jit"):
+        jax.jit(lambda w: save(tmp_path / "run", 1, w, SETTINGS))(jnp.ones(2))
+    assert not (tmp_path / "run").exists()
+    save(tmp_path / "run", 1, {"none": None, "w": 2.0}, SETTINGS)
+    assert restore(tmp_path / "run", {"none": None, "w": 0.0}, SETTINGS) == {"none": None, "w": 2.0}
 
 
 def test_what_a_killed_process_leaves_is_no_checkpoint(tmp_path):
@@ -160,7 +217,8 @@ def test_settings_and_leaves_that_json_and_jax_write_in_their_own_way(tmp_path):
     assert restore(tmp_path, {"n": 0, "w": np.zeros(2)}, settings)["n"] == 3
     with pytest.raises(CheckpointError, match=r"The settings can't be saved: .*Use what JSON knows"):
         save(tmp_path, 4, make(), {"size": np.int64(3)})
-    for options in ({"step": -1}, {"step": 4, "keep": 0}):
+    wrong = {"step": -1}, {"step": True}, {"step": 4.0}, {"step": "4"}
+    for options in (*wrong, *({"step": 4, "keep": keep} for keep in (0, True, 2.5, "3"))):
         with pytest.raises(ValueError, match="steps count from 0, and at least one checkpoint stays"):
             save(tmp_path, state=make(), settings=SETTINGS, **options)
 

@@ -260,3 +260,14 @@ def test_matrix_free_memory():
 def test_wrong_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         bptt.lyapunov_exponents(linear, jnp.eye(3), jnp.ones(3), **({"length": 5} | options))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_a_direction_that_one_step_loses_is_not_resolved(dtype):
+    """One step in 20,000 maps it to 0: its exponent is −∞, but rounding may make a number near the others of it."""
+    turn = np.array([[0.6, -0.8], [0.8, 0.6]])
+    dead = jnp.asarray(turn @ np.diag([1, 0]) @ turn.T, dtype)
+    step = lambda _, h, t: (jnp.where(t == 7, dead @ h, h / 2), None)
+    spectrum = bptt.lyapunov_exponents(step, None, jnp.ones(2, dtype), jnp.arange(20_000))
+    np.testing.assert_allclose(spectrum.exponents[0], -math.log(2), atol=0.01)
+    assert spectrum.resolved.tolist() == [True, False]

@@ -87,11 +87,20 @@ def test_report_on_a_file_as_a_process(tmp_path):
     assert "textbook loop" not in html
 
 
-@pytest.mark.parametrize("kind", ["npz", "text"])
-def test_what_is_read_is_what_is_reported(tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize(
+    ("kind", "features", "words"),
+    [
+        ("npz", 2, "40 steps of 2 columns"),
+        ("csv", 1, "40 steps of 1 column"),
+        ("text", 27, "43 steps of 27 characters"),
+    ],
+)
+def test_what_is_read_is_what_is_reported(tmp_path, monkeypatch, kind, features, words):
     path, seen = tmp_path / f"data.{kind}", []
     if kind == "npz":
         np.savez(path, xs=np.sin(np.arange(40)[:, None] * [0.3, 0.5]))
+    elif kind == "csv":
+        np.savetxt(path, np.sin(np.arange(40)))
     else:
         path.write_text("the quick brown fox jumps over the lazy dog")
     monkeypatch.setattr(report, "report_cell", lambda name, task, **_: seen.append((name, task)))
@@ -100,8 +109,8 @@ def test_what_is_read_is_what_is_reported(tmp_path, monkeypatch, kind):
         main(["report", f"--{kind}", str(path), *SMALL, "--cell", "gru", "--output", str(tmp_path / "r.html")])
     (name, task), *others = seen
     assert (name, others) == ("gru", [])
-    assert task.xs.shape == (12, 2, 2 if kind == "npz" else 27)
-    assert f"data.{kind}" in (tmp_path / "r.html").read_text()
+    assert task.xs.shape == (12, 2, features)
+    assert (tmp_path / "r.html").read_text() == f"data.{kind}, {words}"
 
 
 @pytest.mark.parametrize(
@@ -217,6 +226,8 @@ def test_reach_in_words():
     )
     assert "no gradient reaches any state" in sentence(np.zeros(4))
     assert "is not finite in 2 of 4 steps" in sentence([1, np.nan, np.inf, 1])
+    assert "falls under 1 % of its largest size 1 step back; 1 step back it is so far" in sentence([1e-30, 1.0])
+    assert "is not finite in 1 of 1 step." in sentence([np.nan])
 
 
 def test_what_does_not_fit_is_left_out_and_said(monkeypatch):

@@ -120,6 +120,21 @@ def test_what_rounding_has_drowned_is_said_to_be(name):
         np.testing.assert_allclose(values[0], 150 * math.log(10), rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_what_is_lost_in_one_step_stays_lost(dtype):
+    """Errors are added up as roots of sums, what is tolerated goes with the logarithm: over many steps it came to allow anything."""
+    rng = np.random.default_rng(0)
+    J = math.exp(-10) * np.stack([[orthogonal(rng, 2) for _ in range(2_000)]] * 4)
+    J[0] = 0
+    J[1, 1_500] = 0
+    J[2, 1_500] = math.exp(10) * J[2, 1_500] @ np.diag([1, 0])
+    J[3] *= np.finfo(dtype).tiny * math.exp(10)
+    values, resolved = jax.jit(jax.vmap(lambda J: bptt.singular_values(J, start=[0, 1_600])))(J.astype(dtype))
+    wanted = [[[0, 0], [0, 0]], [[0, 0], [1, 1]], [[1, 0], [1, 1]], [[0, 0], [0, 0]]]
+    np.testing.assert_array_equal(resolved, np.array(wanted, bool))
+    np.testing.assert_allclose(values[1:3, 1], -4_000, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["lstm"])
 def test_matrix_free_equals_dense(name):
     cell = make_cell(name)

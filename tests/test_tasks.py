@@ -24,6 +24,30 @@ def test_text(tmp_path):
     assert targets == ["ana", "a é"]
 
 
+def test_a_byte_order_mark_is_no_character(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffañ\ufeff".encode())
+    series, text = tasks.read_text(tmp_path / "a.txt"), tasks.map_text(tmp_path / "a.txt")
+    assert "".join(series.symbols[i] for i in series.values) == "añ\ufeff"
+    assert bytes(text.values).decode() == text.decode(text.encode(text.values)) == "añ\ufeff"
+    assert text.characters == 3
+    (tmp_path / "a.txt").write_bytes("\ufeff".encode())
+    with pytest.raises(tasks.InputError, match=r"a\.txt is empty\."):
+        tasks.map_text(tmp_path / "a.txt")
+
+
+def test_half_characters_at_the_ends_are_left_out(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(whole := "𝄞né€".encode())
+    text = tasks.map_text(path)
+    read = lambda raw: text.decode(text.encode(np.frombuffer(raw, np.uint8)))
+    for cut in (1, 2, 3):
+        assert read(whole[cut:]) == "né€"
+    for cut in (1, 2):
+        assert read(whole[:-cut]) == "𝄞né"
+    assert read(whole[:3]) == read(whole[1:4]) == ""
+    assert read(whole[:2] + whole[4:]) == "\ufffdné€"
+
+
 def test_rare_symbols_become_one(tmp_path):
     path = tmp_path / "many.txt"
     text = "".join(chr(0x4E00 + i) for i in range(400)) + "aaaa"
@@ -71,7 +95,7 @@ BAD = {
     "folder": (tasks.read_text, lambda path: path.mkdir(), r"file can't be read: Is a directory\."),
     "empty": (tasks.read_text, b"", r"file is empty\."),
     "not UTF-8": (tasks.read_text, b"ab\nc\xff", r"file is not UTF-8 text: byte 4 \(line 2\) is 0xff\."),
-    "csv not UTF-8": (tasks.read_csv, b"1,\xff", r"file is not UTF-8 text: byte 2\."),
+    "csv not UTF-8": (tasks.read_csv, b"1,\xff", r"file is not UTF-8 text: byte 2 \(line 1\) is 0xff\."),
     "csv with names only": (tasks.read_csv, b"a,b\n", r"file has no rows of numbers\."),
     "csv with text": (
         tasks.read_csv,
@@ -90,7 +114,11 @@ BAD = {
         b'1,"' + b"x" * 200_000,
         r"file is not a readable CSV file: field larger",
     ),
-    "ragged csv": (tasks.read_csv, b"1,2\n3\n", r"file, line 2: 1 cells, but 2 columns\."),
+    "csv of one column": (tasks.read_csv, b"1\n2,3\n", r"file, line 2: 2 cells, but 1 column\."),
+    "a mark only": (tasks.read_text, b"\xef\xbb\xbf", r"file is empty\."),
+    "a mark, not UTF-8": (tasks.read_text, b"\xef\xbb\xbfab\nc\xff", r"byte 7 \(line 2\) is 0xff\."),
+    "csv with a mark only": (tasks.read_csv, b"\xef\xbb\xbf", r"file is empty\."),
+    "ragged csv": (tasks.read_csv, b"1,2\n3\n", r"file, line 2: 1 cell, but 2 columns\."),
     "npz of bytes": (tasks.read_npz, b"PK\x03\x04 broken", r"file is not a readable \.npz file of plain arrays: "),
     "several arrays": (
         tasks.read_npz,

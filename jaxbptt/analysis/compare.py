@@ -9,7 +9,9 @@ import numpy as np
 
 from jaxbptt.analysis.credit import LagContributions
 from jaxbptt.analysis.jacobians import TemporalContributions
+from jaxbptt.arrays import check_concrete
 from jaxbptt.scans.recurrence import differentiable, name
+from jaxbptt.words import counted
 
 _UNKNOWN = "no single cause found"
 
@@ -80,6 +82,7 @@ def compare_gradients(
 
     Raises:
         ValueError: trees of different structure.
+        TypeError: traced arguments, contributions of something else.
 
     Example:
         >>> import jax.numpy as jnp
@@ -88,6 +91,11 @@ def compare_gradients(
         >>> print(bptt.compare_gradients({"W": reference["W"].T}, reference))
         gradient['W']  relative error 2.5e-01  cosine +0.9667  it is the transpose
     """
+    check_concrete("compare_gradients", mine=mine, reference=reference, temporal=temporal, lags=lags)
+    if temporal is not None and not isinstance(temporal, TemporalContributions):
+        raise TypeError(f"temporal is a {type(temporal).__name__}: pass what temporal_contributions(...) returned.")
+    if lags is not None and not isinstance(lags, LagContributions):
+        raise TypeError(f"lags are a {type(lags).__name__}: pass what lag_contributions(...) returned.")
     mine, reference = differentiable(mine), differentiable(reference)
     if jax.tree.structure(mine) != jax.tree.structure(reference):
         raise ValueError(
@@ -142,7 +150,9 @@ def _cause(mine: np.ndarray, reference: np.ndarray, ratio: float, bound: float, 
     if not np.isfinite(reference).all():
         return "the reference itself has nan or inf"
     if not np.isfinite(mine).all():
-        return f"it has nan or inf in {np.count_nonzero(~np.isfinite(mine))} of {mine.size} entries"
+        return (
+            f"it has nan or inf in {np.count_nonzero(~np.isfinite(mine)):,} of {counted(mine.size, 'entry', 'entries')}"
+        )
     if not mine.any():
         return "it is 0 everywhere: the path is cut, by a stop_gradient or an update whose result is dropped"
     if same(-reference):
@@ -155,7 +165,7 @@ def _cause(mine: np.ndarray, reference: np.ndarray, ratio: float, bound: float, 
         for cut, total in enumerate(np.cumsum(by_lag, axis=0)[:-1], start=1):
             if same(total):
                 short = "one lag short: " if cut == len(by_lag) - 1 else ""
-                return f"{short}it has the first {cut} of {len(by_lag)} lags, longer paths are cut"
+                return f"{short}it has the first {cut} of {counted(len(by_lag), 'lag')}, longer paths are cut"
     if by_step is not None:
         for t, term in enumerate(by_step):
             if same(reference - term):

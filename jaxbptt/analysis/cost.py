@@ -11,14 +11,16 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from jaxbptt.scans.schedule import runs_of
 from jaxbptt.scans.tracing import subjaxprs
 
 _ONE_PER_ELEMENT = {"add", "sub", "mul", "div", "neg", "max", "min", "add_any", "integer_pow", "square", "abs", "sign"}
 _ONE_PER_INPUT = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "cumsum", "cumprod", "cummax"}
-_NOT_COUNTED = {"while", "conv_general_dilated", "pallas_call", "ffi_call", "pure_callback", "io_callback"}
+_NOT_COUNTED = {"conv_general_dilated", "pallas_call", "ffi_call", "pure_callback", "io_callback"}
 _NOT_COUNTED |= {"qr", "svd", "eigh", "eig", "lu", "cholesky", "triangular_solve", "householder_product", "fft"}
 
 
@@ -73,7 +75,8 @@ def count_flops(jaxpr: Any) -> float:
     """Operations of a traced program: 2 for each multiply-add of a product, 1 for each element of arithmetic.
 
     As in the compiler's count, transcendental functions and data movement are free. Results nobody uses do not count. Of
-    a branch, the dearest side does.
+    a branch, the dearest side does. Loops that run until something holds can't be counted, but for those of
+    `checkpointed_scan`: how often they run is in its schedule.
     """
     jaxpr, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return float(sum(_flops(eqn) for eqn in jaxpr.eqns))
@@ -87,13 +90,15 @@ def _flops(eqn: Any) -> float:
         (contracted, _), _ = eqn.params["dimension_numbers"]
         shape = eqn.invars[0].aval.shape
         return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
-    if kind in _ONE_PER_ELEMENT:
-        return math.prod(eqn.outvars[0].aval.shape)
-    if kind in _ONE_PER_INPUT:
-        return math.prod(eqn.invars[0].aval.shape)
+    if kind in _ONE_PER_ELEMENT | _ONE_PER_INPUT:
+        counted = eqn.outvars[0].aval if kind in _ONE_PER_ELEMENT else eqn.invars[0].aval
+        return math.prod(counted.shape) if jnp.issubdtype(counted.dtype, jnp.inexact) else 0
     inside = [count_flops(jaxpr) for jaxpr, _ in subjaxprs(eqn)]
     if kind == "cond":
         return max(inside)
     if kind == "scan":
         return eqn.params["length"] * sum(inside)
+    if kind == "while":
+        runs = runs_of(eqn)
+        return math.nan if runs is None else float(runs * sum(inside))
     return sum(inside)

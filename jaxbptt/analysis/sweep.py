@@ -20,6 +20,9 @@ from jaxbptt.analysis.norms import norm
 
 # A rounding error of a logarithm beyond this, and the value counts as unresolved.
 RESOLUTION = 0.01
+# Beyond this in a single factorisation, and what stands there may be nothing but rounding: the direction is lost, and no
+# number of steps before or after, over which errors are summed or averaged, brings it back.
+LOST = 0.1
 _MAX_ROTATIONS = 30
 
 
@@ -46,7 +49,7 @@ class Sweep(NamedTuple):
         Q: orthogonal.
         d: logarithms of the norms of rows, as a sum with its rounding error, `[2, n]`.
         U: upper triangular, rows of norm 1.
-        variance: of each d, from the rounding of every factorisation.
+        variance: of each d, from the rounding of every factorisation; infinite where one has lost the direction.
     """
 
     Q: Array
@@ -80,11 +83,12 @@ def multiply(sweep: Sweep, matrix: Callable[[Array], Array], noise: Float[Array,
     M = R / diagonal[:, None] * jnp.exp(jnp.minimum(_differences(sweep.d).T, limit))
     U = jnp.triu(M) @ sweep.U
     size = jnp.maximum(norm(U, (1,)), info.tiny)
+    error = rounding_error(R, diagonal)
     return Sweep(
         Q=Q,
         d=_add(sweep.d, logs + jnp.log(size)),
         U=U / size[:, None],
-        variance=sweep.variance + rounding_error(R, diagonal) ** 2,
+        variance=sweep.variance + jnp.where(error < LOST, error**2, jnp.inf),
     )
 
 
@@ -97,7 +101,7 @@ def _add(total: Array, more: Array) -> Array:
 
 def _differences(total: Array) -> Array:
     """Entry [i, j]: total i less total j."""
-    return (total[0][:, None] - total[0]) - (total[1][:, None] - total[1])
+    return (total[0][:, None] - total[0][None]) - (total[1][:, None] - total[1][None])
 
 
 def decompose(sweep: Sweep) -> tuple[Array, Array]:
@@ -115,7 +119,7 @@ def decompose(sweep: Sweep) -> tuple[Array, Array]:
         # The tangent of the angle, over e^(dⱼ − dᵢ): it stays finite where the rows are far apart in size.
         slope = jnp.where(cosine == 0, 0, 2 * cosine / jnp.where(below == 0, 1, below))
         c = 1 / jnp.sqrt(1 + ratio * slope**2)
-        turned = jnp.stack([U[i] + (ratio * slope)[:, None] * U[j], U[j] - slope[:, None] * U[i]]) * c[:, None]
+        turned = jnp.stack([U[i] + (ratio * slope)[:, None] * U[j], U[j] - slope[:, None] * U[i]]) * c[None, :, None]
         size = jnp.maximum(norm(turned, (2,)), jnp.finfo(dtype).tiny)
         both = jnp.stack([i, j])
         off = jnp.maximum(off, jnp.max(jnp.abs(cosine), initial=0))

@@ -39,21 +39,21 @@ def check(path: Path) -> None:
             first = file.readline()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--metrics {path} can't be read: {error}.") from None
-    ours = _header() if path.suffix in _CSV else '{"update": '
-    if first and not first.startswith(ours.rstrip("\n")):
+    ours = (_header(True), _header(False)) if path.suffix in _CSV else ('{"update": ',)
+    if first and not first.startswith(ours):
         raise InputError(f"--metrics {path} is there already, and holds no metrics of jaxbptt: name another file.")
 
 
-def begin(path: Path, update: int) -> None:
+def begin(path: Path, update: int, *, text: bool) -> None:
     """Keep the lines up to an update, and nothing of those after it; a new file if there is none."""
     kept = [row for row in read(path) if row["update"] <= update] if update and path.exists() else []
-    write_whole(path, (_header() if path.suffix in _CSV else "") + _lines(path, kept))
+    write_whole(path, (_header(text) if path.suffix in _CSV else "") + _lines(path, kept, text))
 
 
-def append(path: Path, rows: Iterable[Row]) -> None:
+def append(path: Path, rows: Iterable[Row], *, text: bool) -> None:
     """Add lines at the end."""
     with path.open("a", encoding="utf-8", newline="") as file:
-        file.write(_lines(path, rows))
+        file.write(_lines(path, rows, text))
 
 
 def read(path: Path) -> list[dict[str, float]]:
@@ -80,15 +80,21 @@ def write_whole(path: Path, content: str | bytes) -> None:
         new.unlink(missing_ok=True)
 
 
-def _header() -> str:
-    return ",".join(COLUMNS) + "\n"
+def _columns(text: bool) -> tuple[str, ...]:
+    """Numbers have no characters."""
+    return COLUMNS if text else tuple(column for column in COLUMNS if "character" not in column)
 
 
-def _lines(path: Path, rows: Iterable[Row]) -> str:
+def _header(text: bool) -> str:
+    return ",".join(_columns(text)) + "\n"
+
+
+def _lines(path: Path, rows: Iterable[Row], text: bool) -> str:
+    columns = _columns(text)
     if path.suffix in _CSV:
-        return "".join(",".join(_number(row.get(column)) for column in COLUMNS) + "\n" for row in rows)
+        return "".join(",".join(_number(row.get(column)) for column in columns) + "\n" for row in rows)
     return "".join(
-        "{" + ", ".join(f'"{key}": {_number(row.get(key))}' for key in COLUMNS if row.get(key) is not None) + "}\n"
+        "{" + ", ".join(f'"{key}": {_number(row.get(key))}' for key in columns if row.get(key) is not None) + "}\n"
         for row in rows
     )
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxbptt import tasks
 from jaxbptt.commands import arguments
+from jaxbptt.words import counted
 
 
 def add_parser(commands: Any) -> None:
@@ -94,9 +95,9 @@ def _task(options: argparse.Namespace) -> tuple[tasks.NextStep, dict[str, str]]:
     else:
         series = tasks.read_standard_library()
     task = tasks.next_step(series, steps=options.steps, batch=options.batch)
-    kind = "characters" if series.symbols else "columns"
+    kind = "character" if series.symbols else "column"
     facts = {
-        "data": f"{series.name}, {len(series.values):,} steps of {series.features} {kind}",
+        "data": f"{series.name}, {counted(len(series.values), 'step')} of {counted(series.features, kind)}",
         "time steps": str(options.steps),
         "batch": str(options.batch),
         "hidden": str(options.hidden),

@@ -124,7 +124,7 @@ def _read(
             rows[-1]["validation_bits_per_character"] = source.measure(validation)
     if rows and limits.metrics is not None:
         try:
-            metrics.append(limits.metrics, rows)
+            metrics.append(limits.metrics, rows, text=source.text is not None)
         except OSError as error:
             raise InputError(f"--metrics {limits.metrics} can't be written: {error.strerror or error}.") from None
     return rows

@@ -13,6 +13,7 @@ from jaxbptt import tasks
 from jaxbptt.tasks.files import standard_library_file
 from jaxbptt.training import streams
 from jaxbptt.training.chunks import Stream
+from jaxbptt.words import counted
 
 # Validation looks at so many chunks at most, whatever the length of the file.
 MAX_VALIDATION_CHUNKS = 50
@@ -70,10 +71,10 @@ def open_source(options: argparse.Namespace) -> Source:
     if text is None:
         features = math.prod(values.shape[1:])
         encode = _standardiser(name, values, cut)
-        kind = f"rows of {features} numbers, standardised by the part to learn from"
+        kind = f"rows of {counted(features, 'number')}, standardised by the part to learn from"
     else:
         features, encode = text.features, text.encode
-        kind = f"bytes ({features} different, {text.characters:,} characters)"
+        kind = f"bytes ({features} different, {counted(text.characters, 'character')})"
     sizes = {"batch": options.batch, "chunk_length": options.steps, "encode": encode}
     return Source(
         name=name,
@@ -96,7 +97,7 @@ def _numbers(options: argparse.Namespace, path: str) -> np.ndarray:
 def _check_length(name: str, purpose: str, steps: int, batch: int) -> None:
     if steps <= batch:
         raise tasks.InputError(
-            f"{name} has {steps:,} time steps {purpose}, but --batch {batch} rows need {batch + 1:,}, one more to predict: "
+            f"{name} has {counted(steps, 'time step')} {purpose}, but --batch {batch} needs {batch + 1:,}, one more to predict: "
             "use a longer file or a smaller --batch."
         )
 

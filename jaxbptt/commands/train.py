@@ -118,7 +118,7 @@ def _train(options: argparse.Namespace) -> int:
     if place.first:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            metrics.begin(metrics_file, done)
+            metrics.begin(metrics_file, done, text=source.text is not None)
         except OSError as error:
             raise InputError(f"{error.filename} can't be written: {error.strerror or error}.") from None
     seconds = None if options.minutes is None else 60 * options.minutes

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from jaxbptt.plots.figure import COLOURS, FEW, finite, label_axes, legend_below, new_figure, step_ticks
+from jaxbptt.words import counted
 
 # The line through the noise has about so many points that do not share an update.
 _MEANS = 50
@@ -45,7 +46,7 @@ def plot_learning_curve(training: Any, validation: Any = None, *, measure: str =
     if window > 1:
         axes.plot(steps, losses, color=COLOURS[0], alpha=0.3, linewidth=0.8, label="training")
         losses = _running_mean(losses, window)
-        axes.plot(steps, losses, linewidth=1.8, label=f"training, mean of {window} updates", **style)
+        axes.plot(steps, losses, linewidth=1.8, label=f"training, mean of {counted(window, 'update')}", **style)
     else:
         axes.plot(steps, losses, linewidth=1.8, label="training", **style)
     curves.append(losses)

@@ -15,6 +15,7 @@ from matplotlib.font_manager import findfont, get_font
 from matplotlib.patches import Rectangle
 
 from jaxbptt.plots.figure import COLOURS, NEUTRAL, by_name, extremes, finite, new_figure
+from jaxbptt.words import counted
 
 _FONT = "DejaVu Sans Mono"  # comes with matplotlib
 _SYMBOLS = {"\n": "↵", "\t": "→", " ": "·"}
@@ -89,7 +90,7 @@ def _checked(text: str, name: str, values: Any) -> np.ndarray:
     which = f"saliency {name!r}" if name else "saliency"
     if np.shape(values) != (len(text),):
         raise ValueError(
-            f"{which} has shape {np.shape(values)}, but text has {len(text)} characters: pass one number for each, "
+            f"{which} has shape {np.shape(values)}, but text has {counted(len(text), 'character')}: pass one number for each, "
             f"[{len(text)}]. Of the result of input_saliency that is one row."
         )
     values = finite(values)

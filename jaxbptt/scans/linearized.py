@@ -6,6 +6,7 @@ the tangents of params and inputs alone go through is transposed afterwards, for
 gradients become single products. Nothing of the step is computed twice but cheap operations on values that are kept.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from jaxbptt.cells.cell import Adjoint
+from jaxbptt.scans.array_types import as_type
 from jaxbptt.scans.parts import evaluate, fixed_by, program
-from jaxbptt.scans.recurrence import differentiable, merge, split
+from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, part, select
+from jaxbptt.scans.recurrence import differentiable, known, merge
 from jaxbptt.scans.tracing import TracedStep, read, subjaxprs
 
 # Computed again on the way back from what is kept, in place of being kept.
@@ -27,23 +29,23 @@ _MOST = 3
 _CHEAP = _ARITHMETIC | _CHOICE | _SHAPE | {"convert_element_type", "stop_gradient", "copy"}
 
 
-def linearized(traced: TracedStep, carry: Any, x: Any) -> Adjoint | None:
-    """The `Adjoint` of a traced step, for a carry and an input at one time step of these shapes.
+def linearized(traced: TracedStep, perturbed: Perturbed) -> PerturbedAdjoint | None:
+    """The adjoint of a traced step for the leaves that are perturbed, those of the carry at any step included.
 
     `None` where the trace can't be sorted: where tangents go through loops, branches or a custom reverse-mode derivative.
     And where it would not pay: where the tangent of something as large as a table of params enters the recursion itself,
     and δₜ would be as large, for every time step.
     """
-    primals = traced.params, carry, x
-    moving = differentiable(jax.eval_shape(lambda *primals: primals, *primals))
+    primals = traced.shapes
+    moving = select(primals, tuple(perturbed))
     params_t, carry_t, _ = moving
 
     def both(primals, tangents):
-        moving, still = split(primals)
+        moving, still = part(primals, tuple(perturbed))
 
         def step(*moving):
-            outputs = traced.step(*merge(moving, still))
-            return differentiable(outputs), outputs
+            new_carry, y = traced.step(*merge(moving, still))
+            return (select(new_carry, perturbed.carry), differentiable(y)), (new_carry, y)
 
         _, tangents, outputs = jax.jvp(step, moving, tangents, has_aux=True)
         return outputs, tangents
@@ -94,26 +96,26 @@ def linearized(traced: TracedStep, carry: Any, x: Any) -> Adjoint | None:
             return read(evaluate(loop_eqns, inside), (var for _, var in leaving))
 
         bars = jax.tree.leaves((carry_bar, y_bar))
-        shapes = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in entries]
+        shapes = [as_type(var.aval) for var in entries]
         transposed = jax.linear_transpose(recursion, shapes, carry_t)
         deltas, previous_bar = transposed([bars[i] for i, _ in leaving])
         return previous_bar, deltas
 
     def contract(params, residuals, xs, ys_bar, deltas):
-        steps = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), differentiable(xs))
+        steps = jax.tree.map(lambda leaf: as_type(jax.typeof(leaf)), select(xs, perturbed.x))
         if not entries:
-            return jax.tree.map(jnp.zeros_like, (differentiable(params), differentiable(xs)))
+            return jax.tree.map(jnp.zeros_like, (select(params, perturbed.params), select(xs, perturbed.x)))
 
         def entering(params_tangent, xs_tangent):
             def at_t(residuals, x, x_tangent):
                 env = values(params, residuals, x) | _env((places[0], places[2]), (params_tangent, x_tangent))
                 return read(evaluate(outside_eqns, env), entries)
 
-            return jax.vmap(at_t, axis_size=len(deltas[0]))(residuals, xs, xs_tangent)
+            return jax.vmap(at_t, axis_size=deltas[0].shape[0])(residuals, xs, xs_tangent)
 
         return jax.linear_transpose(entering, params_t, steps)(deltas)
 
-    return Adjoint(forward, backward, contract)
+    return PerturbedAdjoint(forward, backward, contract, perturbed)
 
 
 def _kept(
@@ -155,7 +157,7 @@ def _is_opaque(eqn: Any) -> bool:
 
 
 def _numbers(variables: Iterable[Any]) -> int:
-    return sum(var.aval.size for var in variables)
+    return sum(math.prod(map(known, var.aval.shape)) for var in variables)
 
 
 def _all_in(variables: list[Any], known: set[Any]) -> bool:

@@ -5,12 +5,17 @@ writes down all decisions for one length.
 """
 
 import math
+import re
+from contextlib import AbstractContextManager
+from fractions import Fraction
 from math import comb
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxbptt.scans.recurrence import check_count
+from jaxbptt.words import counted
 
 
 class Schedule(NamedTuple):
@@ -124,12 +129,24 @@ def split(reach: Any, length: Any, checkpoints: Any) -> Any:
     return (most + least_left - abs(most - least_left)) // 2  # the smaller of the two
 
 
+def runs(average: Fraction | int) -> AbstractContextManager[Any]:
+    """Notes of the loop traced inside how often its body runs, on average: the schedule knows, but the trace doesn't show it."""
+    numerator, denominator = Fraction(average).as_integer_ratio()
+    return jax.named_scope(f"runs_{numerator}_in_{denominator}")
+
+
+def runs_of(eqn: Any) -> Fraction | None:
+    """What `runs` has noted of a traced loop."""
+    noted = re.search(r"runs_(\d+)_in_(\d+)$", str(eqn.source_info.name_stack))
+    return Fraction(int(noted[1]), int(noted[2])) if noted else None
+
+
 def check_checkpoints(checkpoints: Any, length: int) -> None:
     """Raise unless `checkpoints` is between 1 and `length`."""
     check_count("checkpoints", checkpoints, "counts the states that are kept")
     if checkpoints > length:
         raise ValueError(
-            f"checkpoints is {checkpoints}, more than the {length} time steps: keeping every state is "
+            f"checkpoints is {checkpoints}, more than the {counted(length, 'time step')}: keeping every state is "
             f"checkpoints={length}, and then adjoint_scan does the same with less ado."
         )
 

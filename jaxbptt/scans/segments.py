@@ -4,18 +4,19 @@ What `checkpointed_scan` runs. Every function takes the `Layout` that says how t
 """
 
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxbptt.cells.cell import Adjoint
 from jaxbptt.scans import schedule
 from jaxbptt.scans.along_time import at, filled, put, put_window, room, window
 from jaxbptt.scans.backward import back_over, stretches, without
 from jaxbptt.scans.contraction import fit, weight_gradient
-from jaxbptt.scans.recurrence import at_one_step, differentiable
+from jaxbptt.scans.perturbed import PerturbedAdjoint, select
+from jaxbptt.scans.recurrence import as_weak_as, at_one_step
 
 Step = Callable[..., Any]
 
@@ -55,6 +56,11 @@ class Layout(NamedTuple):
         again = schedule.forward_steps(self.units, self.slots) - self.kept[-1]
         return length + again * self.segment + self.left_over
 
+    @property
+    def steps_again(self) -> Fraction:
+        """Steps computed between kept states for one segment to be taken back, on average."""
+        return Fraction(self.forward_steps - 2 * (self.units * self.segment + self.left_over), self.units)
+
 
 def forward(step: Step, params: Any, init: Any, xs: Any, cut: Layout, unroll: int | bool) -> tuple[Any, Any]:
     """`lax.scan`, and the states that the way back starts with: in slots, and before what is left over."""
@@ -68,7 +74,7 @@ def forward(step: Step, params: Any, init: Any, xs: Any, cut: Layout, unroll: in
 
     def body(unit, state):
         carry, ys, states, slot = state
-        unit = unit.astype(jnp.int32)
+        unit = jnp.asarray(unit, jnp.int32)
         # Written at every segment: what stays is the last one written, the state before the segment wanted.
         slot = unit if upcoming is None else slot + (unit > upcoming[slot]).astype(jnp.int32)
         states = put(states, carry, slot)
@@ -81,14 +87,14 @@ def forward(step: Step, params: Any, init: Any, xs: Any, cut: Layout, unroll: in
     last = carry
     if cut.left_over:
         carry, ys = stretch(carry, ys, cut.units * cut.segment, cut.left_over)
-    return (carry, ys), (states, last)
+    return (carry, jax.tree.map(as_weak_as, ys, y)), (states, last)
 
 
 class Task(NamedTuple):
     """What stays the same on the way back; `ys_bar` is the gradient of the outputs."""
 
     step: Step
-    adjoint: Adjoint
+    adjoint: PerturbedAdjoint
     params: Any
     xs: Any
     ys_bar: Any
@@ -98,7 +104,7 @@ class Task(NamedTuple):
 def backward(task: Task, states: Any, carry_bar: Any, cut: Layout) -> tuple[Any, Any, Any]:
     """Gradients of params, init and xs, from that of the last carry and what `forward` kept."""
     states, last = states
-    xs_bar = room(at_one_step(differentiable(task.xs)), cut.units * cut.segment + cut.left_over)
+    xs_bar = room(at_one_step(select(task.xs, task.adjoint.perturbed.x)), cut.units * cut.segment + cut.left_over)
     total = weight_gradient(
         task.adjoint,
         task.params,
@@ -106,7 +112,7 @@ def backward(task: Task, states: Any, carry_bar: Any, cut: Layout) -> tuple[Any,
         task.xs,
         carry_bar,
         task.ys_bar,
-        {1} if cut.lean else stretches(carry_bar, cut.segment, cut.left_over),
+        {1} if cut.lean else stretches(last, cut.segment, cut.left_over),
         in_place=cut.lean,
     )
     take_back = partial(_take_back_lean if cut.lean else _take_back, task, total.add)
@@ -120,7 +126,7 @@ def backward(task: Task, states: Any, carry_bar: Any, cut: Layout) -> tuple[Any,
 
     def by_schedule(i, both):
         stack, back = both
-        unit = cut.units - 1 - i.astype(jnp.int32)
+        unit = cut.units - 1 - jnp.asarray(i, jnp.int32)
         stack, carry = _compute_again(task, stack, unit, cut)
         return stack, take_back(back, carry, unit * cut.segment, cut.segment)
 
@@ -145,7 +151,8 @@ def _compute_again(task: Task, stack: Any, unit: Any, cut: Layout) -> tuple[Any,
         def body(t, carry):
             return task.step(task.params, carry, at(task.xs, t))[0]
 
-        return jax.lax.fori_loop(start * cut.segment, stop * cut.segment, body, carry)
+        with schedule.runs(cut.steps_again):
+            return jax.lax.fori_loop(start * cut.segment, stop * cut.segment, body, carry)
 
     def on_the_way(state):
         _, (_, before) = state
@@ -164,7 +171,8 @@ def _compute_again(task: Task, stack: Any, unit: Any, cut: Layout) -> tuple[Any,
         return stack, (carry, stop)
 
     states, starts, top = stack
-    stack, (carry, _) = jax.lax.while_loop(on_the_way, go_on, (stack, (at(states, top), starts[top])))
+    with schedule.runs(1):  # what is computed inside has its own average, over all of them
+        stack, (carry, _) = jax.lax.while_loop(on_the_way, go_on, (stack, (at(states, top), starts[top])))
     states, starts, top = stack
     return (states, starts, top - (starts[top] == unit).astype(jnp.int32)), carry
 
@@ -198,7 +206,10 @@ def _take_back_lean(task: Task, add: Callable[..., Any], back: Any, carry: Any, 
         previous_bar, delta = adjoint.backward(params, residuals, x, carry_bar, y_bar)
         one = jax.tree.map(lambda leaf: leaf[None], (residuals, x, y_bar, delta))
         sums, some = add(params, sums, *one, length=1)
-        return (carry, (fit(previous_bar, carry, "init"), sums, put_window(xs_bar, some, t))), None
+        return (
+            carry,
+            (fit(previous_bar, carry, adjoint.perturbed.carry, "init"), sums, put_window(xs_bar, some, t)),
+        ), None
 
     steps = start + jnp.arange(length, dtype=jnp.int32)
     new_carry, kept = jax.lax.scan(forward, carry, steps, unroll=unroll)

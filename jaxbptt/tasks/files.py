@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from jaxbptt.words import counted
+
 MAX_SYMBOLS = 256
 
 
@@ -53,15 +55,8 @@ class NextStep(NamedTuple):
 
 
 def read_text(path: str | Path) -> Series:
-    """Characters of a UTF-8 text file. Beyond the 255 most frequent ones, all count as one more, `"\ufffd"`."""
-    raw = _read(path)
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{path} is not UTF-8 text: byte {error.start} (line {line}) is 0x{raw[error.start]:02x}. Save it as UTF-8."
-        ) from None
+    """Characters of a UTF-8 text file, but for a byte order mark. Beyond the 255 most frequent ones, all count as one more, `"\ufffd"`."""
+    text = _decoded(path)
     kept = [symbol for symbol, _ in Counter(text).most_common(MAX_SYMBOLS)]
     if len(set(text)) > MAX_SYMBOLS:
         kept = [*kept[: MAX_SYMBOLS - 1], "\ufffd"]
@@ -86,10 +81,7 @@ def standard_library_file() -> str:
 
 def read_csv(path: str | Path) -> Series:
     """Numeric columns of a comma-separated file, one row a time step, with or without a line of column names."""
-    try:
-        text = _read(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: byte {error.start}. Save it as UTF-8.") from None
+    text = _decoded(path)
     try:
         # Blank lines are no rows.
         rows = [(line, row) for line, row in enumerate(csv.reader(text.splitlines()), start=1) if row]
@@ -105,7 +97,7 @@ def read_csv(path: str | Path) -> Series:
     for i, (line, row) in enumerate(rows):
         if len(row) != width:
             raise InputError(
-                f"{path}, line {line}: {len(row)} cells, but {width} columns. Give every row the same number."
+                f"{path}, line {line}: {counted(len(row), 'cell')}, but {counted(width, 'column')}. Give every row the same number."
             )
         for column, cell in enumerate(row):
             where = f"{path}, line {line}, column {column + 1}" + (f" ({names[column].strip()})" if names else "")
@@ -143,7 +135,7 @@ def next_step(series: Series, *, steps: int, batch: int) -> NextStep:
     total = len(series.values)
     if total < steps + 1:
         raise InputError(
-            f"{series.name} has {total:,} time steps, but steps={steps:,} needs {steps + 1:,}, one more to predict. "
+            f"{series.name} has {counted(total, 'time step')}, but steps={steps:,} needs {steps + 1:,}, one more to predict. "
             f"Use a longer sequence, or at most --steps {max(total - 1, 0)}."
         )
     starts = np.linspace(0, total - steps - 1, batch).astype(int)
@@ -172,6 +164,20 @@ def _read(path: str | Path) -> bytes:
     if not raw:
         raise InputError(f"{path} is empty.")
     return raw
+
+
+def _decoded(path: str | Path) -> str:
+    raw = _read(path)
+    try:
+        text = raw.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{path} is not UTF-8 text: byte {error.start} (line {line}) is 0x{raw[error.start]:02x}. Save it as UTF-8."
+        ) from None
+    if not text:
+        raise InputError(f"{path} is empty.")
+    return text
 
 
 def _float_or_none(cell: str) -> float | None:

@@ -4,6 +4,7 @@ A text is its bytes, so that nothing needs to be decoded before it is used; what
 and measured in blocks.
 """
 
+import codecs
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from jaxbptt.tasks.files import InputError, check_numbers
 
 # Large enough that numpy's own cost doesn't count, small enough for any machine.
 BLOCK_BYTES = 2**22
+# The second and further bytes of a UTF-8 character.
+_LATER_BYTES = bytes(range(0x80, 0xC0))
 
 
 class MappedText(NamedTuple):
@@ -22,7 +25,7 @@ class MappedText(NamedTuple):
 
     Attributes:
         name: of the file.
-        values: its bytes, a memory map `[time]` of uint8.
+        values: its bytes, but for a byte order mark, a memory map `[time]` of uint8.
         symbols: the bytes that occur, in order; a symbol's number is its place here.
         characters: how many UTF-8 characters there are, at most one for each byte.
     """
@@ -49,8 +52,14 @@ class MappedText(NamedTuple):
         return table[np.asarray(raw)]
 
     def decode(self, numbers: np.ndarray) -> str:
-        r"""The text of symbol numbers; bytes that are no UTF-8 together become `"\ufffd"`."""
-        return bytes(np.array(self.symbols, np.uint8)[np.asarray(numbers)]).decode("utf-8", errors="replace")
+        r"""The text of symbol numbers; bytes that are no UTF-8 together become `"\ufffd"`.
+
+        A character of which one end cuts off a part is left out.
+        """
+        raw = bytes(np.array(self.symbols, np.uint8)[np.asarray(numbers)])
+        # Not told that this is the end, the decoder waits for the rest of the last character.
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return decoder.decode(raw[:3].lstrip(_LATER_BYTES) + raw[3:])
 
 
 class MappedArray(NamedTuple):
@@ -103,9 +112,11 @@ def map_text(path: str | Path) -> MappedText:
             # Opened for its own words where there is nothing, or a folder.
             path.open("rb").close()
             raise InputError(f"{path} is not a file.")
-        if not path.stat().st_size:
+        with path.open("rb") as file:
+            mark = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
+        if path.stat().st_size == mark:
             raise InputError(f"{path} is empty.")
-        values = np.memmap(path, np.uint8, mode="r")
+        values = np.memmap(path, np.uint8, mode="r", offset=mark)
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror or error}.") from None
     counts = np.zeros(256, np.int64)

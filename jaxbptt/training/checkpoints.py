@@ -6,6 +6,7 @@ as zeros.
 orbax is imported only where it is used (extra `train`).
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import ShapedArray, Tracer
 
 from jaxbptt.scans.recurrence import is_key
 
@@ -30,7 +32,9 @@ class CheckpointError(ValueError):
     """A checkpoint that can't be written, read or used here; the message says why in one line."""
 
 
-def save(folder: str | Path, step: int, state: Any, settings: Mapping[str, Any], *, keep: int = 3) -> Path:
+def save(
+    folder: str | Path, step: int, state: Any, settings: Mapping[str, Any], *, keep: int = 3, older: bool = False
+) -> Path:
     """Write `folder/step_…`, whole or not at all, then remove all but the newest ones.
 
     A process that is killed here leaves the earlier checkpoints as they were, and a temporary folder that the next `save`
@@ -42,12 +46,14 @@ def save(folder: str | Path, step: int, state: Any, settings: Mapping[str, Any],
         state: a pytree of arrays, typed keys of `jax.random` among them; sharded over devices and processes or not.
         settings: what the run was started with, as JSON knows it; `restore` asks for the same.
         keep: how many of the newest stay.
+        older: allow a step before the newest one that is there. It stays as well, but `restore` reads the newest.
 
     Returns:
         The checkpoint's own folder.
 
     Raises:
-        CheckpointError: what can't be written, or a step that is there already.
+        CheckpointError: what can't be written, such as a leaf that is no number or array; a step that is there already, or
+            is older than another. All but what only writing shows is found before a file is touched.
         ValueError: a step below 0, or `keep` below 1.
         ImportError: without orbax.
 
@@ -65,6 +71,13 @@ def save(folder: str | Path, step: int, state: Any, settings: Mapping[str, Any],
     path = folder / f"step_{step:08d}"
     if path.exists():
         raise CheckpointError(f"{path} is there already: a checkpoint is never written over. Use another folder.")
+    newest = latest(folder)
+    if newest is not None and step < newest and not older:
+        raise CheckpointError(
+            f"{folder} has a checkpoint of step {newest} already, and `restore` would go on from that, not from step {step}. "
+            "Use another folder, or pass older=True."
+        )
+    _check_leaves(state)
     named = _named_leaves(state)
     record = _record(step, named, settings)
     record["sha256"] = _digest(record, named)
@@ -80,7 +93,8 @@ def save(folder: str | Path, step: int, state: Any, settings: Mapping[str, Any],
             _write(saving / _RECORD, json.dumps(record | {"files": _files(saving / "state")}))
             os.rename(saving, path)
             for old in _steps(folder)[:-keep]:
-                _remove(folder / f"step_{old:08d}")
+                if old != step:
+                    _remove(folder / f"step_{old:08d}")
     except Exception as error:  # orbax passes on what file systems and its array store raise
         raise CheckpointError(f"{path} can't be written: {_one_line(error)}.") from None
     return path
@@ -134,8 +148,15 @@ def latest(folder: str | Path) -> int | None:
 
 
 def _checked(step: Any, keep: int) -> int:
-    if index(step) < 0 or keep < 1:
-        raise ValueError(f"step is {step} and keep is {keep}: steps count from 0, and at least one checkpoint stays.")
+    try:
+        whole = not isinstance(step, bool) and not isinstance(keep, bool) and index(step) >= 0 and index(keep) >= 1
+    except TypeError:
+        whole = False
+    if not whole:
+        raise ValueError(
+            f"step is {step!r} and keep is {keep!r}: both are whole numbers, steps count from 0, and at least one checkpoint "
+            "stays."
+        )
     return index(step)
 
 
@@ -173,6 +194,36 @@ def _remove(path: Path) -> None:
     removing = path.with_name(f"{path.name}.removing")
     os.rename(path, removing)
     shutil.rmtree(removing)
+
+
+def _check_leaves(state: Any) -> None:
+    """Refuse what is no array of numbers, while nothing is written yet."""
+    leaves = [
+        (f"leaf {jax.tree_util.keystr(path)}" if path else "it", leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda leaf: leaf is None)[0]
+    ]
+    for name, leaf in leaves:
+        if leaf is not None and (wrong := _wrong(leaf)):
+            raise CheckpointError(f"The state can't be saved: {name} {wrong}.")
+    if not any(np.size(leaf) for _, leaf in leaves if leaf is not None):
+        found = ", ".join(f"{name} is {'None' if leaf is None else 'empty'}" for name, leaf in leaves)
+        raise CheckpointError(f"The state has no numbers to save: {found or 'it has no leaves'}.")
+
+
+def _wrong(leaf: Any) -> str | None:
+    """Why a leaf can't be saved."""
+    if isinstance(leaf, Tracer):
+        return "is traced: call save outside of jax.jit"
+    if isinstance(leaf, jax.Array) and leaf.is_deleted():
+        return "was donated or deleted: save what the update returned"
+    kind: Any = None
+    if isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
+        with contextlib.suppress(TypeError):  # strings, dates, objects: dtypes that JAX does not have
+            kind = jax.typeof(leaf if hasattr(leaf, "dtype") else np.asarray(leaf))
+    if not isinstance(kind, ShapedArray) or kind.dtype == jax.dtypes.float0:
+        what = f"an array of {leaf.dtype}" if isinstance(leaf, np.ndarray) else f"of type {type(leaf).__name__}"
+        return f"is {what}, but arrays of numbers are expected: leave it out, and put it back after restore"
+    return None
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:

@@ -8,12 +8,14 @@ devices their results vary.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxbptt.scans.recurrence import is_array, is_key, name
 from jaxbptt.training.chunks import Chunk
 from jaxbptt.training.tbptt import TrainState
+from jaxbptt.words import counted
 
 
 def shard_state(state: TrainState, mesh: Mesh) -> TrainState:
@@ -28,6 +30,7 @@ def shard_state(state: TrainState, mesh: Mesh) -> TrainState:
 
     Raises:
         ValueError: a carry whose rows can't be shared out evenly.
+        TypeError: no `TrainState`, no mesh.
 
     Example:
         >>> import jax, optax
@@ -40,6 +43,7 @@ def shard_state(state: TrainState, mesh: Mesh) -> TrainState:
         >>> print(bptt.sharding.shard_state(state, mesh).carry.sharding.spec[0])
         batch
     """
+    _check(state, TrainState, mesh)
     carry = _place(state.carry, mesh, 0, "carry")
     rest = jax.tree.map(
         lambda leaf: _put(leaf, NamedSharding(_automatic(mesh), PartitionSpec())), state._replace(carry=None)
@@ -59,6 +63,7 @@ def shard_chunk(chunk: Chunk, mesh: Mesh) -> Chunk:
 
     Raises:
         ValueError: rows that can't be shared out evenly.
+        TypeError: no `Chunk`, no mesh.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -68,7 +73,14 @@ def shard_chunk(chunk: Chunk, mesh: Mesh) -> Chunk:
         >>> print(bptt.sharding.shard_chunk(bptt.streams.Chunk(jnp.ones((5, 4, 3))), mesh).xs.sharding.spec[1])
         batch
     """
+    _check(chunk, Chunk, mesh)
     return _place(chunk, mesh, 1, "chunk")
+
+
+def _check(value: Any, expected: type, mesh: Any) -> None:
+    for given, kind in ((value, expected), (mesh, Mesh)):
+        if not isinstance(given, kind):
+            raise TypeError(f"Got a {type(given).__name__} where a {kind.__name__} is expected.")
 
 
 def _automatic(mesh: Mesh) -> Mesh:
@@ -81,10 +93,10 @@ def _place(tree: Any, mesh: Mesh, axis: int, root: str) -> Any:
     sharding = NamedSharding(mesh, PartitionSpec(*(None,) * axis, rows))
 
     def leaf(path, leaf):
-        if leaf.ndim <= axis or leaf.shape[axis] % mesh.shape[rows]:
+        if jnp.ndim(leaf) <= axis or leaf.shape[axis] % mesh.shape[rows]:
             raise ValueError(
-                f"{name(root, path)} has shape {leaf.shape}, whose axis {axis} can't be shared out evenly over the "
-                f"{mesh.shape[rows]} devices of mesh axis {rows!r}: make the batch a multiple of their number."
+                f"{name(root, path)} has shape {jnp.shape(leaf)}, whose axis {axis} can't be shared out evenly over the "
+                f"{counted(mesh.shape[rows], 'device')} of mesh axis {rows!r}: make the batch a multiple of their number."
             )
         return _put(leaf, sharding)
 
