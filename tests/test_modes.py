@@ -126,13 +126,13 @@ def lags(*args):
 ANALYSIS = {
     "gradient_flow": lambda *args: bptt.gradient_flow(*args, mean_square),
     "state_jacobians": bptt.state_jacobians,
-    "jacobian_products": lambda *args: bptt.jacobian_products(bptt.state_jacobians(*args)),
-    "log_singular_values": lambda *args: bptt.log_singular_values(bptt.jacobian_products(bptt.state_jacobians(*args))),
+    "jacobian_products": lambda *args: bptt.jacobian_products(bptt.state_jacobians(*args)[1]),
+    "log_singular_values": lambda *args: bptt.log_singular_values(bptt.jacobian_products(bptt.state_jacobians(*args)[1])),
     "jacobian_operators": lambda *args: bptt.log_norms(bptt.jacobian_operators(*args)),
-    "singular_values": lambda *args: bptt.singular_values(bptt.state_jacobians(*args)),
-    "log_norms": lambda *args: bptt.log_norms(bptt.state_jacobians(*args)),
+    "singular_values": lambda *args: bptt.singular_values(bptt.state_jacobians(*args)[1]),
+    "log_norms": lambda *args: bptt.log_norms(bptt.state_jacobians(*args)[1]),
     "jacobian_eigenvalues": lambda *args: jnp.sort(
-        jnp.abs(jnp.asarray(bptt.jacobian_eigenvalues(bptt.state_jacobians(*args))))
+        jnp.abs(jnp.asarray(bptt.jacobian_eigenvalues(bptt.state_jacobians(*args)[1])))
     ),
     "lyapunov_exponents": lambda *args: bptt.lyapunov_exponents(*args, key=jax.random.key(0)),
     "temporal_contributions": lambda *args: bptt.temporal_contributions(*args, mean_square),
