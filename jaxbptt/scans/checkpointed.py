@@ -58,6 +58,9 @@ def checkpointed_scan(
     Size of the program and compile time do not grow with T, s or c. What is returned is not part of the saving: a step
     whose y is as large as its state still returns T of them. For a long sequence, let y be what the loss needs of a step.
 
+    What a step does on the side, such as `jax.debug.print` or a callback, it does again each time it is computed: in a
+    gradient twice with segments, and as often as the schedule says with `checkpoints`.
+
     Args:
         step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
         params: θ, any pytree. Arrays that `step` closes over get their gradient as well.
@@ -80,7 +83,8 @@ def checkpointed_scan(
 
     Raises:
         ValueError: both `segment_length` and `checkpoints`, `segment_length` below 1, `checkpoints` outside 1 … T; and as for `adjoint_scan`.
-        TypeError: as for `adjoint_scan`.
+        TypeError: a step that writes to a mutable array (`jax.new_ref`) from outside, in a gradient; and as for
+            `adjoint_scan`.
 
     Example:
         >>> import jax, jax.numpy as jnp
