@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbptt.arrays import as_array
 from jaxbptt.cells.elman import ElmanParams
 from jaxbptt.cells.gru import GRUParams
 from jaxbptt.cells.lstm import LSTMParams
@@ -17,8 +18,8 @@ from jaxbptt.cells.lstm import LSTMParams
 LayerParams = ElmanParams | GRUParams | LSTMParams
 
 
-def from_torch(state_dict: Mapping[str, Any]) -> tuple[LayerParams, ...]:
-    r"""Turn the `state_dict` of a torch `nn.RNN`, `nn.GRU` or `nn.LSTM` into params, one entry a layer.
+def from_torch(state_dict: Any) -> tuple[LayerParams, ...]:
+    r"""Turn a torch `nn.RNN`, `nn.GRU` or `nn.LSTM`, or its `state_dict`, into params, one entry a layer.
 
     W_xh = weight_ih,  W_hh = weight_hh,  b = bias_ih + bias_hh;  for a GRU, b_n = bias_in and b_hn = bias_hn apart
 
@@ -26,13 +27,16 @@ def from_torch(state_dict: Mapping[str, Any]) -> tuple[LayerParams, ...]:
     which its `state_dict` does not tell.
 
     Args:
-        state_dict: names to tensors or arrays, as `module.state_dict()` gives them.
+        state_dict: the module, or names to tensors or arrays, as `module.state_dict()` gives them.
 
     Returns:
-        A tuple of params from the lowest layer up, as `stack` takes them; for a single layer, `(params,) = ...`.
+        A tuple of params from the lowest layer up, as `stack` takes them, in the dtype of the tensors; for a single layer,
+        `(params,) = ...`.
 
     Raises:
-        ValueError: names missing or not of these modules, directions or projections, a shape that fits no cell.
+        ValueError: names missing or not of these modules, directions or projections, a shape that fits no cell, a module
+            with relu.
+        TypeError: neither a module nor a mapping, tensors that are not floating-point.
 
     Example:
         >>> import numpy as np
@@ -41,15 +45,24 @@ def from_torch(state_dict: Mapping[str, Any]) -> tuple[LayerParams, ...]:
         >>> params.W_xh.shape, params.b.shape  # no biases: zeros
         ((2, 3), (2,))
     """
-    arrays = {key: _array(value) for key, value in state_dict.items()}
+    if hasattr(state_dict, "state_dict"):
+        nonlinearity = getattr(state_dict, "nonlinearity", "tanh")
+        if nonlinearity != "tanh":
+            raise ValueError(f"The module's nonlinearity is {nonlinearity!r}, but the Elman cell's is tanh.")
+        state_dict = state_dict.state_dict()
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"from_torch takes a module or its state_dict(), but got a {type(state_dict).__name__}: pass names to tensors."
+        )
     names = re.compile(r"(weight|bias)_(ih|hh)_l(\d+)")
-    foreign = [key for key in arrays if not names.fullmatch(key)]
+    foreign = [key for key in state_dict if not isinstance(key, str) or not names.fullmatch(key)]
     if foreign:
         raise ValueError(
             f"{foreign[0]!r} is no weight of a one-directional nn.RNN, nn.GRU or nn.LSTM without projection: pass that "
             "module's own state_dict(), without a prefix, and only these names: weight_ih_l0, weight_hh_l0, bias_ih_l0, "
             "bias_hh_l0, and so on for further layers."
         )
+    arrays = {key: _array(key, value) for key, value in state_dict.items()}
     layers = sorted({int(key.rpartition("_l")[2]) for key in arrays})
     if layers != list(range(len(layers))) or not layers:
         raise ValueError(f"The layers are numbered {layers}, but 0, 1, … without a gap are expected.")
@@ -65,11 +78,12 @@ def to_torch(params: LayerParams | Sequence[LayerParams]) -> dict[str, np.ndarra
         params: of one cell, or a sequence of them from the lowest layer up.
 
     Returns:
-        Names to arrays; load with
+        Names to arrays, of bfloat16 params in float32, which numpy has; load with
         `module.load_state_dict({name: torch.as_tensor(array) for name, array in ...items()})`.
 
     Raises:
-        TypeError: params that are not those of `elman`, `gru` or `lstm`.
+        ValueError: biases that do not fit the weights.
+        TypeError: params that are not those of `elman`, `gru` or `lstm`, leaves that are no arrays of numbers.
 
     Example:
         >>> import jax
@@ -78,17 +92,27 @@ def to_torch(params: LayerParams | Sequence[LayerParams]) -> dict[str, np.ndarra
         ['bias_hh_l0', 'bias_ih_l0', 'weight_hh_l0', 'weight_ih_l0']
     """
     layers = [params] if isinstance(params, LayerParams) else params
+    if not isinstance(layers, Sequence) or isinstance(layers, str):
+        raise TypeError(
+            f"to_torch takes ElmanParams, GRUParams or LSTMParams, or a sequence of them, but got a {type(params).__name__}."
+        )
     state_dict = {}
     for layer, p in enumerate(layers):
         if not isinstance(p, LayerParams):
             raise TypeError(
                 f"Layer {layer} is a {type(p).__name__}, but ElmanParams, GRUParams or LSTMParams is expected."
             )
-        bias_hh = np.zeros_like(p.b)
+        arrays = {leaf: _for_torch(f"{leaf} of layer {layer}", value) for leaf, value in p._asdict().items()}
+        tensors = {"weight_ih": arrays["W_xh"], "weight_hh": arrays["W_hh"], "bias_ih": arrays["b"]}
+        tensors["bias_hh"] = np.zeros_like(arrays["b"])
         if isinstance(p, GRUParams):
-            bias_hh[-len(p.b_hn) :] = p.b_hn
-        tensors = {"weight_ih": p.W_xh, "weight_hh": p.W_hh, "bias_ih": p.b, "bias_hh": bias_hh}
-        state_dict |= {f"{key}_l{layer}": np.array(value) for key, value in tensors.items()}
+            b_hn = arrays["b_hn"]
+            if arrays["b"].shape != (3 * b_hn.size,):
+                raise ValueError(
+                    f"b of layer {layer} has shape {arrays['b'].shape}, and b_hn {b_hn.shape}: not a GRU's."
+                )
+            tensors["bias_hh"][2 * b_hn.size :] = b_hn
+        state_dict |= {f"{key}_l{layer}": value for key, value in tensors.items()}
     return state_dict
 
 
@@ -103,6 +127,8 @@ def _layer_from_torch(arrays: Mapping[str, np.ndarray], layer: int) -> LayerPara
             "number of rows are expected."
         )
     rows, hidden = W_hh.shape
+    if not W_hh.size or not W_xh.size:
+        raise ValueError(f"weight_ih_l{layer} has shape {W_xh.shape}, weight_hh_l{layer} {W_hh.shape}: they are empty.")
     zeros = np.zeros(rows, W_hh.dtype)
     b_ih, b_hh = arrays.get(f"bias_ih_l{layer}", zeros), arrays.get(f"bias_hh_l{layer}", zeros)
     if b_ih.shape != (rows,) or b_hh.shape != (rows,):
@@ -122,5 +148,17 @@ def _layer_from_torch(arrays: Mapping[str, np.ndarray], layer: int) -> LayerPara
     )
 
 
-def _array(value: Any) -> np.ndarray:
-    return np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
+def _array(key: str, value: Any) -> np.ndarray:
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        # torch hands no bfloat16 to numpy; through float32 it comes unchanged.
+        value = value.float().numpy().astype(jnp.bfloat16) if str(value.dtype) == "torch.bfloat16" else value.numpy()
+    array = np.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{key} is of dtype {array.dtype}, but floating-point numbers are expected.")
+    return array
+
+
+def _for_torch(leaf: str, value: Any) -> np.ndarray:
+    array = np.array(as_array(leaf, value, "a weight or a bias"))
+    return array.astype(np.float32) if array.dtype == jnp.bfloat16 else array

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float
 
+from jaxbptt.arrays import check_callable, check_key
 from jaxbptt.cells import dense
 from jaxbptt.cells.cell import Cell
 from jaxbptt.scans.exact import scan
@@ -52,6 +53,7 @@ def network(
 
     Raises:
         ValueError: an output size below 1, a `compute_dtype` that is not floating-point.
+        TypeError: no `Cell`, an `output_init` that is no function.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -63,10 +65,16 @@ def network(
         >>> ys.shape
         (10, 2)
     """
+    if not isinstance(cell, Cell):
+        raise TypeError(
+            f"cell is a {type(cell).__name__}, but a Cell is expected: pass elman(...), stack(...), or your own Cell."
+        )
     dense.check_sizes(output_size=output_size)
+    check_callable("output_init", output_init, "a jax initializer, (key, shape, dtype) -> array")
     products = dense.products(compute_dtype)
 
     def init(key: Array) -> NetworkParams:
+        check_key(key)
         key_cell, key_hy = jax.random.split(key)
         state = jax.tree.leaves(cell.initial_carry())[-1]
         W_hy = dense.gate_blocks(output_init, key_hy, 1, (output_size, state.shape[-1]), state.dtype)

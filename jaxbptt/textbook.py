@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from jaxbptt.arrays import as_array, at_least_float32
 from jaxbptt.cells.elman import ElmanParams
 from jaxbptt.network import NetworkParams
 
@@ -74,10 +75,11 @@ def bptt(
         targets: class numbers `[time]`, or distributions over classes `[time, output]`.
 
     Returns:
-        A `TextbookBPTT` with every piece named above; `.gradients` has the structure of `params`.
+        A `TextbookBPTT` with every piece named above, in float32 at least; `.gradients` has the structure of `params`.
 
     Raises:
         ValueError: shapes that do not fit together.
+        TypeError: params of something else, what is no array of numbers.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -96,8 +98,12 @@ def bptt(
         Rumelhart, Hinton and Williams, Learning internal representations by error propagation, 1986; Werbos 1990,
         doi:10.1109/5.58337.
     """
-    (W_xh, W_hh, b), W_hy = params
-    xs, h_0, targets = jnp.asarray(xs), jnp.asarray(h_0), jnp.asarray(targets)
+    if not isinstance(params, NetworkParams) or not isinstance(params.cell, ElmanParams):
+        raise TypeError(f"params are a {type(params).__name__}, but those of network(elman(...), ...) are expected.")
+    given = {**params.cell._asdict(), "W_hy": params.W_hy, "xs": xs, "h_0": h_0}
+    arrays = [as_array(name, leaf, "an array") for name, leaf in given.items()]
+    W_xh, W_hh, b, W_hy, xs, h_0 = (leaf.astype(at_least_float32(leaf.dtype)) for leaf in arrays)
+    targets = as_array("targets", targets, "class numbers [time]")
     _check(xs, h_0, targets, W_xh, W_hy)
     if targets.ndim == 1:
         targets = jax.nn.one_hot(targets, W_hy.shape[0], dtype=h_0.dtype)
@@ -131,6 +137,8 @@ def bptt(
 
 
 def _check(xs: Any, h_0: Any, targets: Any, W_xh: Any, W_hy: Any) -> None:
+    if W_xh.ndim != 2 or W_hy.ndim != 2:
+        raise ValueError(f"W_xh has shape {W_xh.shape} and W_hy {W_hy.shape}, but matrices are expected.")
     hidden, features = W_xh.shape
     wanted = {
         "xs": (xs.shape, [(*xs.shape[:1], features)]),

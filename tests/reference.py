@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import keystr
 
 import jaxbptt as bptt
 
@@ -62,19 +63,56 @@ def problem(cell, steps, batch=(), dtype=jnp.float64, seed=0):
     return random_like(params, seed, 0.5), random_like(init, seed + 1), random_like(xs, seed + 2)
 
 
+def gradient_of(function, args, wrt, **options):
+    """Value and gradients of `function(**args)` with respect to the leaves that stand under one of the names in `wrt`.
+
+    Options are those of `jax.value_and_grad`.
+    """
+    paths, treedef = jax.tree_util.tree_flatten_with_path(args)
+    leaves = [leaf for _, leaf in paths]
+    chosen = [i for i, (path, _) in enumerate(paths) if any(f"'{name}'" in keystr(path) for name in wrt)]
+
+    def of_chosen(moving):
+        return function(**treedef.unflatten([moving.get(i, leaf) for i, leaf in enumerate(leaves)]))
+
+    value, gradients = jax.value_and_grad(of_chosen, allow_int=True, **options)({i: leaves[i] for i in chosen})
+    return value, {keystr(paths[i][0]): gradient for i, gradient in gradients.items()}
+
+
 def assert_close(actual, expected, *, rtol=None):
     """Equal leaf by leaf, relative to the largest entry of each leaf: 1e-10 in float64, 1e-5 in float32.
 
     A leaf that has vanished under the resolution of the largest one, as the gradient of a first carry does, is held to
-    that resolution.
+    that resolution. What is not finite is the same in both, and so is what has no derivative.
     """
-    whole = max((np.max(np.abs(leaf), initial=0.0) for leaf in map(np.asarray, jax.tree.leaves(expected))), default=0.0)
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
-        a, b = np.asarray(a), np.asarray(b)
+    pairs = zip(jax.tree_util.tree_leaves_with_path(actual), map(_as_numpy, jax.tree.leaves(expected)), strict=True)
+    pairs = [(keystr(path), _as_numpy(leaf), other) for (path, leaf), other in pairs]
+    whole = max((_largest(b) for _, _, b in pairs), default=0.0)
+    for path, a, b in pairs:
         assert a.shape == b.shape, (path, a.shape, b.shape)
         assert a.dtype == b.dtype, (path, a.dtype, b.dtype)
-        tolerance = rtol or {"float64": 1e-10, "float32": 1e-5}[str(b.dtype)]
-        scale = max(np.max(np.abs(b), initial=0.0), np.finfo(b.dtype).eps * whole)
-        error = np.max(np.abs(a - b), initial=0.0)
-        assert error <= tolerance * scale, f"{jax.tree_util.keystr(path)}: {error:.2e} of {scale:.2e}"
+        if b.dtype == jax.dtypes.float0:
+            continue
+        if not np.issubdtype(b.dtype, np.inexact):
+            np.testing.assert_array_equal(a, b, path)
+            continue
+        finite = np.isfinite(b)
+        np.testing.assert_array_equal(a[~finite], b[~finite], f"{path}, where that of the reference is not finite")
+        assert np.isfinite(a[finite]).all(), f"{path}: not finite where the reference is, {a[finite]} for {b[finite]}"
+        tolerance = rtol or {8: 1e-10, 4: 1e-5}[b.real.dtype.itemsize]
+        scale = max(_largest(b), np.finfo(b.dtype).eps * whole)
+        error = np.max(np.abs(a[finite] - b[finite]), initial=0.0)
+        assert error <= tolerance * scale, f"{path}: {error:.2e} of {scale:.2e}"
+
+
+def _as_numpy(leaf):
+    leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+    return np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+
+
+def _largest(leaf):
+    """The largest finite magnitude."""
+    if not np.issubdtype(leaf.dtype, np.inexact):
+        return 0.0
+    return np.max(np.abs(leaf[np.isfinite(leaf)]), initial=0.0)

@@ -93,6 +93,16 @@ def test_dtype_and_shapes():
         assert all(leaf.shape[:2] == (2, 5) and not leaf.any() for leaf in jax.tree.leaves(carry))
 
 
+@pytest.mark.parametrize("name", CELLS)
+def test_a_first_carry_can_be_donated(name):
+    """No buffer twice in it, made eagerly or compiled; the lstm's h and c once were one."""
+    cell = make_cell(name)
+    halve = jax.jit(lambda carry: jax.tree.map(lambda leaf: leaf / 2, carry), donate_argnums=0)
+    for carry in (cell.initial_carry((2,)), jax.jit(lambda: cell.initial_carry((2,)))()):
+        halve(carry)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(carry))
+
+
 def test_network_reads_out_every_strategy():
     cell = make_cell("stack")
     net = bptt.network(cell, 6)

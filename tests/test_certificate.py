@@ -44,6 +44,19 @@ def test_rows_of_a_cell():
     assert lines[0].split() == ["way", "largest", "relative", "error", "temporary", "bytes", "Mflop", "ms", "agrees"]
 
 
+def test_rows_with_flags():
+    """Every way is given the flags, nan in the padding or not; what they leave out shows in the value."""
+    cell = make_cell("elman")
+    params, init, xs = problem(cell, 4, (2,))
+    valid = jnp.array([[1, 1], [1, 0], [0, 1], [0, 0]], bool)
+    flags = {"valid": valid, "is_first": jnp.array([[0, 0], [1, 1], [0, 0], [0, 0]], bool), "reset_carry": init[:1]}
+    spoilt = jnp.where(valid[..., None], xs, jnp.nan)
+    certificate = bptt.certify(cell, params, init, spoilt, loss, repeats=1, **flags)
+    assert all(row.agrees for row in certificate.rows)
+    without = {"without": lambda *args, **flags: bptt.scan(*args)}
+    assert not bptt.certify(cell, params, init, xs, loss, scans=without, repeats=1, **flags).rows[1].agrees
+
+
 def test_a_wrong_gradient_does_not_agree():
     cell = make_cell("elman")
     args = problem(cell, 8)

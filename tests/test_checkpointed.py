@@ -12,6 +12,7 @@ from reference import assert_close, make_cell, problem, python_loop, random_like
 import jaxbptt as bptt
 from jaxbptt.scans.backward import step_with_adjoint
 from jaxbptt.scans.checkpointed import layout
+from jaxbptt.scans.perturbed import everything
 from jaxbptt.scans.recurrence import prepare
 from jaxbptt.scans.schedule import forward_steps
 
@@ -50,7 +51,8 @@ def test_equals_scan_under_every_option(steps, own):
 
 def cut_of(cell, args, **options):
     r = prepare(cell, *args, None)
-    return layout(r, step_with_adjoint(cell, None, r), options.get("segment_length"), options.get("checkpoints"))
+    adjoint = step_with_adjoint(cell, None, r).adjoint(everything(*args))
+    return layout(r.length, adjoint, *args, options.get("segment_length"), options.get("checkpoints"))
 
 
 def test_both_kinds_of_segment_are_covered():

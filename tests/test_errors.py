@@ -47,7 +47,17 @@ def test_lengths(strategy, kwargs, message):
             r".*Start from a carry of bfloat16, or cast in the step with \.astype\('float32'\)",
         ),
         (lambda p, c, x: (c["h"], None), TypeError, r"carry changed its structure across a step: .*belong in y"),
-        (lambda p, c, x: c["h"], TypeError, r"returns a pair \(carry, y\), but this one returned .*Tracer"),
+        (
+            lambda p, c, x: c["h"],
+            TypeError,
+            r"returns a pair \(carry, y\), but this one returned one array of shape \(2,\)",
+        ),
+        (lambda p, c, x: None, TypeError, r"returns a pair \(carry, y\), but this one returned NoneType"),
+        (
+            lambda p, c, x: ({"h": c["h"][:-1]}, None),
+            ValueError,
+            r"went in as \(2,\) and came out as \(1,\).*keep its shape: return one of shape \(2,\) from the step, and what else",
+        ),
         (lambda p, c, x: (c, x, x), TypeError, r"returns a pair \(carry, y\), but this one returned a tuple of 3"),
     ],
 )
@@ -57,9 +67,17 @@ def test_carry_that_changes(strategy, step, error, message):
 
 
 @strategies
-def test_structure_is_named_for_python_numbers_too(strategy):
+def test_what_a_step_returns_is_named_for_python_numbers_too(strategy):
     with pytest.raises(TypeError, match="carry changed its structure"):
         strategy(lambda p, c, x: ((c, c), None), None, 0.0, length=2)
+    with pytest.raises(TypeError, match=r"returns a pair \(carry, y\)"):
+        strategy(lambda p, c, x: c, None, 0.0, length=2)
+
+
+@strategies
+def test_traced_length(strategy):
+    with pytest.raises(ValueError, match=r"length is .*: pass the number of time steps.*name it in static_argnames"):
+        jax.jit(lambda length: strategy(keep, None, 0.0, length=length))(3)
 
 
 @strategies
@@ -72,6 +90,16 @@ def test_input_that_does_not_fit_the_carry(strategy, name):
         strategy(cell, params, cell.initial_carry(), jnp.ones((7, 5, 3), jnp.float32))
     with pytest.raises(ValueError, match=rf"{name}: x has shape \(2,\) at one time step, but \(3,\) is expected"):
         strategy(cell, params, cell.initial_carry(), jnp.ones((7, 2), jnp.float32))
+
+
+@pytest.mark.parametrize("adjoint", ["auto", True, lambda *args: None, bptt.elman(2, 2)])
+@pytest.mark.parametrize("name", ["adjoint_scan", "checkpointed_scan", "truncated_scan", "windowed_scan"])
+def test_adjoint_that_is_none(name, adjoint):
+    options = {"truncated_scan": {"truncation_length": 2}, "windowed_scan": {"window": 2}}.get(name, {})
+    with pytest.raises(
+        TypeError, match=r"adjoint is .*: pass jaxbptt\.Adjoint\(forward, backward, contract\), a Cell as"
+    ):
+        getattr(bptt, name)(keep, None, jnp.zeros(2), jnp.ones((3, 2)), adjoint=adjoint, **options)
 
 
 @pytest.mark.parametrize("sizes", [(0, 4), (3, -1)])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from jax.experimental import io_callback
 from reference import EXACT, UNCUT, assert_close, make_cell, problem, random_like
 
 import jaxbptt as bptt
@@ -112,13 +113,17 @@ def test_a_rollout_is_replayed():
 
 def test_padding_where_the_step_is_not_defined():
     """Zeros are padding as well: 1/0 there would make the derivative nan though its result is dropped."""
-    step = lambda w, h, x: (jnp.tanh(w * h + 1 / x), h)
+    step = lambda w, h, x: (x * jnp.tanh(w * h + 1 / x), h)
     valid = jnp.array([[True, False], [False, True], [True, True], [False, False]])
-    xs = jnp.where(valid, 2.0, 0.0)
-    for scan in (bptt.scan, bptt.adjoint_scan, bptt.checkpointed_scan, partial(bptt.windowed_scan, window=9)):
-        loss = lambda w, xs, scan=scan: jnp.sum(scan(step, w, jnp.zeros(2), xs, valid=valid)[0])
-        gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))(0.5, xs)
-        assert all(np.isfinite(gradient).all() for gradient in gradients)
+
+    @jax.jit
+    def ways(xs):
+        loss = lambda w, xs, scan: jnp.sum(scan(step, w, jnp.full(2, 0.3), xs, valid=valid)[0])
+        return [jax.grad(loss, argnums=(0, 1))(0.5, xs, scan) for scan in STRATEGIES.values()]
+
+    expected, *others = ways(jnp.full((4, 2), 2.0))
+    for gradients in (*others, *ways(jnp.where(valid, 2.0, jnp.array([0.0, jnp.nan])))):
+        assert_close(gradients, expected)
         assert not gradients[1][~valid].any()
 
 
@@ -127,28 +132,34 @@ def test_padding_runs_on_a_pair_that_occurs():
 
     def step(rate, carry, time):
         h, last = carry
-        h = h * jnp.exp(-rate * jnp.sqrt(time - last)) + 1
+        h = h * jnp.exp(-jnp.sqrt(rate * (time - last))) + 1
         return (h, time), h
 
+    defined_at_0 = lambda rate, carry, time: ((carry[0] * rate + time, time), carry[0])
     times = jnp.array([[1.0, 50.0], [100.0, 60.0], [9.0, 0.0], [0.0, 0.0]])
     valid = jnp.array([[True, True], [True, True], [False, False], [False, False]])
-    init = jnp.zeros(2), jnp.zeros(2)
 
-    @partial(jax.jit, static_argnums=1)
-    def gradients(rate, scan):
-        loss = lambda rate, steps, **flags: jnp.sum(scan(step, rate, init, times[:steps], **flags)[1])
-        padded, short = jax.grad(loss)(rate, 4, valid=valid), jax.grad(loss)(rate, 2)
-        # A row with no step at all, and no step in any row.
-        gone = jax.grad(loss)(rate, 2, valid=valid[:2].at[:, 1].set(False))
-        alone = jax.grad(lambda rate: jnp.sum(scan(step, rate, (0.0, 0.0), times[:2, 0])[1]))(rate)
-        plain = lambda w: scan(lambda w, h, x: (w * h + x, h), w, jnp.zeros(2), times, valid=valid & False)[1]
-        return padded, short, gone, alone, jax.grad(lambda w: jnp.sum(plain(w)))(rate)
+    @jax.jit
+    def ways(times):
+        def of(scan, times, step=step, **flags):
+            init = jnp.zeros(times.shape[1:])
+            loss = lambda rate, times: jnp.sum(scan(step, rate, (init, init), times, **flags)[1])
+            return jax.grad(loss, argnums=(0, 1))(1.0, times)
 
-    for scan in STRATEGIES.values():
-        padded, short, gone, alone, nothing = gradients(1.0, scan)
-        assert_close(padded, short)
-        assert_close(gone, alone)
-        assert nothing == 0
+        return [
+            (
+                (of(scan, times, valid=valid), of(scan, times[:2])),
+                # A row with no step at all, and no step in any row, which then run on zeros.
+                (of(scan, times[:2], valid=valid[:2].at[:, 1].set(False)), of(scan, times[:2, :1])),
+                (of(scan, times[:2], defined_at_0, valid=valid[2:]), of(scan, times[:0], defined_at_0)),
+            )
+            for scan in STRATEGIES.values()
+        ]
+
+    for pairs in ways(times):
+        for (rate, padded), (expected, alone) in pairs:
+            assert_close(rate, expected)
+            assert_close(padded, jnp.zeros_like(padded).at[: alone.shape[0], : alone.shape[1]].set(alone))
 
 
 def test_a_number_as_output():
@@ -174,6 +185,135 @@ def test_whatever_has_no_batch_axis_or_no_derivative():
     assert_close(bptt.scan(step, 0.5, jnp.ones((2, 3)), no_steps, valid=valid[:0])[0], jnp.ones((2, 3)))
 
 
+@pytest.mark.parametrize("rows", [2, 0])
+def test_empty_arrays(rows):
+    """Leaves without entries, and batches without rows: values and gradients as without flags."""
+
+    def step(w, carry, x):
+        h = jnp.tanh(w * carry["h"] + x["x"] + x["shared"])
+        return {"h": h, "empty": carry["empty"]}, (h, x["empty"])
+
+    init = {"h": jnp.full((rows, 3), 0.3), "empty": jnp.zeros((rows, 0))}
+    xs = {
+        "x": jnp.ones((5, rows, 3)),
+        "shared": jnp.ones(5),
+        "empty": jnp.zeros((5, rows, 0)),
+        "none": jnp.zeros((5, 0)),
+    }
+    flags = {"valid": jnp.ones((5, rows), bool), "is_first": jnp.zeros((5, rows), bool)}
+
+    @jax.jit
+    def ways(init, xs):
+        def of(scan, **flags):
+            loss = lambda w, init, xs: jnp.sum(scan(step, w, init, xs, **flags)[1][0] ** 2)
+            return jax.value_and_grad(loss, argnums=(0, 1, 2))(0.5, init, xs)
+
+        return {name: (of(scan), of(scan, **flags)) for name, scan in STRATEGIES.items()}
+
+    for name, (plain, flagged) in ways(init, xs).items():
+        assert_close(flagged, plain), name
+
+
+@pytest.mark.parametrize(
+    "scan",
+    [bptt.scan, bptt.adjoint_scan, bptt.checkpointed_scan, partial(bptt.truncated_scan, truncation_length=100)],
+    ids=["scan", "adjoint", "checkpointed", "truncated"],
+)
+def test_bytes_are_those_without_flags(scan):
+    """Nothing keeps a filled copy of the inputs: temporary bytes within 5 % of those without flags."""
+    steps, rows = 4_000, 8
+    cell = bptt.gru(32, 8, dtype=jnp.float32)
+    shapes = jax.eval_shape(lambda key: (cell.init(key), cell.initial_carry((rows,))), jax.random.key(0))
+    xs, flags = jax.ShapeDtypeStruct((steps, rows, 32), "float32"), jax.ShapeDtypeStruct((steps, rows), bool)
+
+    def temporary_bytes(*names):
+        def last_state(params, init, xs, flags):
+            return jnp.sum(scan(cell, params, init, xs, **dict.fromkeys(names, flags))[0] ** 2)
+
+        compiled = jax.jit(jax.grad(last_state)).lower(*shapes, xs, flags).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes("valid", "is_first") < 1.05 * temporary_bytes()
+
+
+def test_padded_inputs_get_no_gradient():
+    """Not even where the first valid step, which padded ones repeat, has an infinite derivative."""
+    step = lambda w, h, x: (h + w * (jnp.sqrt(x["own"]) + jnp.sqrt(x["shared"])), h)
+    valid = jnp.array([[True, False], [False, True], [True, True], [False, False]])
+    xs = {"own": jnp.array([[0.0, 5.0], [5.0, 4.0], [1.0, 0.0], [5.0, 5.0]]), "shared": jnp.array([0.0, 1.0, 1.0, 5.0])}
+
+    @jax.jit
+    def ways(xs):
+        loss = lambda xs, scan: jnp.sum(scan(step, 1.0, jnp.zeros(2), xs, valid=valid)[0])
+        return [jax.grad(loss)(xs, scan) for scan in STRATEGIES.values()]
+
+    for gradient in ways(xs):
+        np.testing.assert_array_equal(gradient["own"], [[np.inf, 0], [0, 0.25], [0.5, np.inf], [0, 0]])
+        np.testing.assert_array_equal(gradient["shared"][1:], [0.5, 1, 0])
+
+
+def test_effects_are_those_of_the_step():
+    """What a step does beside computing, a differentiated `scan` with flags does as often as `lax.scan`."""
+    seen = []
+
+    def step(w, h, x):
+        io_callback(lambda x: None, None, x[0], ordered=True)
+        jax.debug.callback(lambda x: seen.append(int(x)), x[0])
+        return w * h + x, h
+
+    loss = lambda w: jnp.sum(bptt.scan(step, w, jnp.zeros(2), jnp.ones((3, 2)), valid=jnp.ones((3, 2), bool))[0])
+    gradient = jax.grad(loss)(0.5)
+    jax.effects_barrier()
+    assert seen == [1, 1, 1]
+    assert_close(gradient, jnp.array(4.0))  # of 1 + w + w², in two rows
+
+
+def test_keys_go_on():
+    """A key of all rows is no state of a row: held where no row has a step, never begun anew. A row's own is, if told to."""
+
+    def step(w, carry, x):
+        key, use = jax.random.split(carry["key"])
+        noise = jax.random.bits(use, (2,))
+        return {"h": w * carry["h"] + noise.astype(float) * x, "key": key}, noise
+
+    def step_of_rows(w, carry, x):
+        keys = jax.vmap(jax.random.split)(carry["key"])
+        noise = jax.vmap(jax.random.bits)(keys[:, 1])
+        return {"h": w * carry["h"] + noise.astype(float) * x, "key": keys[:, 0]}, noise
+
+    shared = {"h": jnp.zeros(2), "key": jax.random.key(0)}
+    own = shared | {"key": jax.random.split(shared["key"])}
+    holes = jnp.array([[True, True], [True, False], [False, False], [False, True]])
+    is_first = jnp.array([[False, False], [False, True], [True, False], [False, False]])
+
+    def noise(scan, step, init, **flags):
+        def last(w):
+            carry, ys = scan(step, w, init, jnp.ones((4, 2)), **flags)
+            return jnp.sum(carry["h"]), ys
+
+        return jax.grad(last, has_aux=True)(0.5)[1]
+
+    @jax.jit
+    def ways():
+        everything = noise(bptt.scan, step, shared), noise(bptt.scan, step_of_rows, own)
+        return everything, [
+            (
+                noise(scan, step, shared, valid=holes, is_first=holes),
+                noise(scan, step, shared, valid=holes, is_first=holes, reset_carry=shared),
+                noise(scan, step_of_rows, own, is_first=is_first),
+                noise(scan, step_of_rows, own, is_first=is_first, reset_carry=own),
+            )
+            for scan in (bptt.scan, bptt.adjoint_scan)
+        ]
+
+    (of_all, of_rows), flagged = ways()
+    held = jnp.where(holes, of_all[jnp.array([0, 1, 2, 2])], 0)
+    again = jnp.stack([of_rows[jnp.array([0, 1, 0, 1]), 0], of_rows[jnp.array([0, 0, 1, 2]), 1]], axis=1)
+    for way in flagged:
+        for actual, expected in zip(way, (held, held, of_rows, again), strict=True):
+            np.testing.assert_array_equal(actual, expected)
+
+
 @pytest.mark.parametrize("scan", [bptt.scan, bptt.adjoint_scan])
 def test_errors(scan):
     cell = make_cell("elman")
@@ -188,6 +328,12 @@ def test_errors(scan):
     ):
         with pytest.raises(error, match=message):
             scan(cell, *args, **options)
+    shared = lambda leaf: scan(lambda w, c, x: (c, c[0]), 0.5, (jnp.zeros((2, 3)), leaf), jnp.ones((5, 2)), valid=flags)
+    for leaf in (jnp.array(0), jnp.zeros(4, jnp.uint32)):
+        with pytest.raises(ValueError, match=r"init\[1\] has shape \(4?,?\).*let a counter be an input.*wrap_key_data"):
+            shared(leaf)
+    with pytest.raises(ValueError, match=r"init\[1\] has shape \(3,\): its first axes must be the same"):
+        shared(jnp.zeros(3))
     summed = lambda params, h, x: (cell.step(params, h, x)[0], jnp.sum(h))
     with pytest.raises(ValueError, match=r"y has shape \(\) at a time step, but valid has \(2,\) there"):
         scan(summed, *args, valid=flags)

@@ -42,6 +42,18 @@ def test_both_biases_of_torch_count():
     assert params.b_hn.tolist() == [3, 3]
 
 
+@pytest.mark.parametrize("name", ["elman", "gru", "lstm"])
+def test_bfloat16(name):
+    """numpy as torch knows it has no bfloat16: float32 arrays go there, and the same numbers come back."""
+    params, _, _ = problem(make_cell(name, jnp.bfloat16), 1, dtype=jnp.bfloat16)
+    state_dict = interop.to_torch(params)
+    assert {array.dtype for array in state_dict.values()} == {np.dtype("float32")}
+    (back,) = interop.from_torch({key: array.astype(jnp.bfloat16) for key, array in state_dict.items()})
+    for mine, theirs in zip(back, params, strict=True):
+        assert mine.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(mine, theirs)
+
+
 @pytest.mark.parametrize(
     ("state_dict", "message"),
     [
@@ -67,6 +79,35 @@ def test_both_biases_of_torch_count():
 def test_refused(state_dict, message):
     with pytest.raises(ValueError, match=message):
         interop.from_torch(state_dict)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: inspect.unwrap(interop.from_torch)(None),
+            TypeError,
+            "takes a module or its state_dict.*got a NoneType",
+        ),
+        (lambda: inspect.unwrap(interop.from_torch)("lstm"), TypeError, "takes a module or its state_dict.*got a str"),
+        (lambda: interop.from_torch({"weight_ih_l0": np.ones((2, 2), int)}), TypeError, "weight_ih_l0 is of dtype int"),
+        (lambda: interop.from_torch({"weight_ih_l0": None}), TypeError, "weight_ih_l0 is of dtype object"),
+        (
+            lambda: interop.from_torch({"weight_ih_l0": np.ones((0, 3)), "weight_hh_l0": np.ones((0, 0))}),
+            ValueError,
+            r"weight_ih_l0 has shape \(0, 3\), weight_hh_l0 \(0, 0\): they are empty",
+        ),
+        (lambda: inspect.unwrap(interop.to_torch)(None), TypeError, "takes ElmanParams.*but got a NoneType"),
+        (
+            lambda: interop.to_torch(inspect.unwrap(bptt.ElmanParams)(np.ones((2, 2)), "x", np.ones(2))),
+            TypeError,
+            "W_hh of layer 0 is a str",
+        ),
+    ],
+)
+def test_refused_in_words(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
 
 
 def test_params_of_something_else():

@@ -92,6 +92,67 @@ def test_unbatched_and_nothing_valid():
 
 
 @pytest.mark.parametrize(
+    ("dtype", "steps"), [(jnp.float16, 65_536), (jnp.bfloat16, 10_000)], ids=["float16", "bfloat16"]
+)
+@each_loss
+def test_half_precision_is_added_up_in_single(kind, dtype, steps):
+    """In float16 the sum overflows at 65,504 and the count with it; in bfloat16 no number above 256 is counted on."""
+    loss, _, _ = setup(kind)
+    rng = np.random.default_rng(0)
+    outputs = jnp.asarray(4 * rng.standard_normal((steps, 3)), dtype)
+    targets = rng.integers(0, 3, steps) if kind == "classes" else rng.dirichlet(np.ones(3), steps)
+    targets = jnp.asarray(targets, jnp.int32 if kind == "classes" else dtype)
+    wide = targets if kind == "classes" else targets.astype(jnp.float64)
+    expected, expected_gradient = jax.value_and_grad(loss)(outputs.astype(jnp.float64), wide)
+    value, gradient = jax.value_and_grad(loss)(outputs, targets)
+    assert value.dtype == gradient.dtype == dtype
+    np.testing.assert_allclose(float(value), expected, rtol=float(jnp.finfo(dtype).eps))
+    scale = float(jnp.abs(expected_gradient).max())
+    np.testing.assert_allclose(gradient.astype(float), expected_gradient, atol=0.01 * scale)
+
+
+def test_ones_against_zeros_in_half_precision():
+    ones, zeros = jnp.ones((65_536, 1), jnp.float16), jnp.zeros((65_536, 1), jnp.float16)
+    assert losses.mean_squared_error(ones, zeros) == 1
+    assert losses.final_step(losses.mean_squared_error)(ones, zeros) == 1
+
+
+@pytest.mark.parametrize("label", [-4, -1, 3])
+def test_a_label_that_is_no_class_gives_nan_and_never_another_class(label):
+    logits, labels = jax.random.normal(jax.random.key(0), (4, 2, 3)), jnp.zeros((4, 2), int).at[1, 0].set(label)
+    value, gradient = jax.jit(jax.value_and_grad(losses.cross_entropy))(logits, labels)
+    assert jnp.isnan(value)
+    assert jnp.isnan(gradient).sum() == jnp.isnan(gradient[1, 0]).sum() == 3
+    # Where it does not count, it is nothing.
+    mask = labels == 0
+    expected = losses.cross_entropy(logits, jnp.zeros((4, 2), int), mask=mask)
+    assert losses.cross_entropy(logits, labels, mask=mask) == expected
+    value, gradient = jax.value_and_grad(losses.cross_entropy)(logits, labels, ignore_label=label)
+    assert value == expected
+    assert not gradient[1, 0].any()
+    total = losses.cross_entropy(logits, labels, ignore_label=label, reduction="sum")
+    np.testing.assert_allclose(total, 7 * expected, rtol=1e-12)
+
+
+def test_ignored_labels_and_a_mask_together():
+    logits, labels = jax.random.normal(jax.random.key(0), (5, 3)), jnp.array([0, -100, 2, -100, 1])
+    mask = jnp.array([True, True, False, True, True])
+    value = losses.cross_entropy(logits, labels, mask=mask, ignore_label=-100)
+    np.testing.assert_allclose(value, losses.cross_entropy(logits[jnp.array([0, 4])], labels[jnp.array([0, 4])]))
+    assert losses.cross_entropy(logits, jnp.full(5, -100), ignore_label=-100) == 0
+    final = losses.final_step(losses.cross_entropy)
+    assert final(logits, labels, ignore_label=1) == 0
+    assert final(logits, labels, ignore_label=-100) == losses.cross_entropy(logits[4:], labels[4:])
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8])
+def test_labels_of_few_bits_and_more_classes_than_they_hold(dtype):
+    logits, labels = jax.random.normal(jax.random.key(0), (3, 300)), jnp.array([0, 100, 127])
+    expected = losses.cross_entropy(logits, labels)
+    assert losses.cross_entropy(logits, labels.astype(dtype)) == expected
+
+
+@pytest.mark.parametrize(
     ("call", "error", "message"),
     [
         (
@@ -128,7 +189,37 @@ def test_unbatched_and_nothing_valid():
         (
             lambda: losses.final_step(losses.mean_squared_error)(jnp.ones((0, 2)), jnp.ones((0, 2))),
             ValueError,
-            "final_step needs at least one time step",
+            r"outputs have shape \(0, 2\), but final_step needs at least one time step",
+        ),
+        (
+            lambda: inspect.unwrap(losses.cross_entropy)(jnp.ones(4), jnp.zeros((), int)),
+            ValueError,
+            r"logits have shape \(4,\), but \[time, \*batch, classes\] is expected.*one of length 1",
+        ),
+        (
+            lambda: losses.cross_entropy(jnp.ones((4, 0)), jnp.zeros(4, int)),
+            ValueError,
+            r"logits have shape \(4, 0\), .* at least one entry on the last axis",
+        ),
+        (
+            lambda: inspect.unwrap(losses.mean_squared_error)(jnp.ones(4), jnp.ones(4)),
+            ValueError,
+            r"outputs have shape \(4,\), but \[time, \*batch, features\] is expected",
+        ),
+        (
+            lambda: inspect.unwrap(losses.cross_entropy)(jnp.ones((4, 2)), jnp.zeros(4, int), ignore_label=-1.0),
+            TypeError,
+            r"ignore_label is -1.0, but it is a class number",
+        ),
+        (
+            lambda: losses.cross_entropy(jnp.ones((4, 2)), jnp.zeros(4, jnp.uint8), ignore_label=-1),
+            ValueError,
+            r"ignore_label is -1, but labels of uint8 hold no such number",
+        ),
+        (
+            lambda: losses.cross_entropy(jnp.ones((4, 2)), jnp.ones((4, 2)), ignore_label=-1),
+            ValueError,
+            r"ignore_label is -1, but labels of float64 hold no such number",
         ),
     ],
 )

@@ -1,12 +1,14 @@
 """Cells of Flax and Equinox, wrapped as a step, work in every strategy and in the analysis."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from flax.nnx.transforms import iteration
 from reference import EXACT, assert_close
 
 import jaxbptt as bptt
@@ -65,6 +67,25 @@ def test_step_of_another_library(make, strategy):
     grad = eqx.filter_value_and_grad
     mine = grad(partial(loss, lambda params: strategy(step, params, init, xs)))(params)
     assert_close(mine, grad(partial(loss, plain))(params))
+
+
+@strategies
+def test_flax_scan_runs_on_a_strategy(monkeypatch, strategy):
+    """`nnx.RNN`, and any `nnx.scan`, pass a carry of queues that the step empties and fills again."""
+    rnn = nnx.RNN(nnx.SimpleCell(3, 2, rngs=nnx.Rngs(0), param_dtype=jnp.float64, dtype=jnp.float64))
+    x = jax.random.normal(jax.random.key(1), (2, 5, 3))
+    value_and_gradient = nnx.value_and_grad(lambda rnn: jnp.sum(rnn(x) ** 2))
+    expected = value_and_gradient(rnn)
+    calls = []
+
+    def scan(f, init, xs, *, reverse, _split_transpose, **options):
+        calls.append(f)
+        return strategy(lambda _, carry, x: f(carry, x), None, init, xs, **options)
+
+    lax = SimpleNamespace(**vars(jax.lax) | {"scan": scan})
+    monkeypatch.setattr(iteration, "jax", SimpleNamespace(**vars(jax) | {"lax": lax}))
+    assert_close(value_and_gradient(rnn), expected)
+    assert len(calls) == 1
 
 
 def test_analysis_of_another_library():

@@ -14,7 +14,8 @@ from jaxbptt.scans.along_time import at
 from jaxbptt.scans.backward import segment_length, unroll_forward
 from jaxbptt.scans.linearized import linearized
 from jaxbptt.scans.parts import before_moves, in_loop, program
-from jaxbptt.scans.recurrence import at_one_step, prepare
+from jaxbptt.scans.perturbed import everything
+from jaxbptt.scans.recurrence import prepare
 from jaxbptt.scans.tracing import subjaxprs, trace
 
 CELLS = ("elman", "gru", "lstm")
@@ -22,7 +23,11 @@ CELLS = ("elman", "gru", "lstm")
 
 def derive(step, params, init, xs):
     r = prepare(step, params, init, xs, None)
-    return linearized(trace(r), r.init, at_one_step(r.xs))
+    return linearize(trace(r))
+
+
+def linearize(traced):
+    return linearized(traced, everything(*traced.shapes))
 
 
 def gradients(scan, step, args, seed=3):
@@ -117,7 +122,7 @@ def test_what_is_kept():
         traced = trace(r)
         for adjoint, params_, count in (
             (cell.adjoint, params, own),
-            (linearized(traced, r.init, at_one_step(xs)), traced.params, derived),
+            (linearize(traced), traced.params, derived),
         ):
             (_, ys), residuals = unroll_forward(adjoint, params_, init, xs, length=6, unroll=1)
             assert len(residuals.kept) == count, name

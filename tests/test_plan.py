@@ -85,6 +85,25 @@ def test_nothing_exact_fits():
     assert "Truncation does not help: with truncation_length=1 it needs" in nothing.reason
 
 
+def test_flags_are_part_of_the_plan():
+    """Resets and padding are compiled with the step, and the bytes are those of the recurrence that has them."""
+    cell, rows = bptt.elman(4, 16), 4
+    params, _, _ = shapes(cell)
+    init = jax.eval_shape(lambda: cell.initial_carry((rows,)))
+    args = params, init, jax.ShapeDtypeStruct((STEPS, rows, 4), jnp.float32)
+    flags = dict.fromkeys(("is_first", "valid"), jax.ShapeDtypeStruct((STEPS, rows), bool))
+    plenty = bptt.plan(cell, *args, memory_bytes=2**30, loss=last_state, **flags)
+    assert (plenty.name, plenty.fits) == ("adjoint_scan", True)
+    fn = lambda args, flags: last_state(*plenty.scan(cell, *args, **flags))
+    compiled = jax.jit(lambda args, flags: jax.grad(lambda some: fn((*some, args[2]), flags))(args[:2]))
+    memory = compiled.lower(args, flags).compile().memory_analysis()
+    assert memory.temp_size_in_bytes == pytest.approx(plenty.predicted_bytes, rel=0.05)
+    less = bptt.plan(cell, *args, memory_bytes=plenty.predicted_bytes / 8, loss=last_state, **flags)
+    assert (less.name, less.fits, less.forward_steps) == ("checkpointed_scan", True, 2 * STEPS)
+    with pytest.raises(ValueError, match=r"valid has shape \(2000, 3\).*init has shape \(4, 16\)"):
+        bptt.plan(cell, *args, memory_bytes=1, valid=jax.ShapeDtypeStruct((STEPS, 3), bool))
+
+
 def test_plan_on_arrays_with_leaves_of_all_kinds():
     """Values in place of shapes, params that are functions, integers in the carry, no xs."""
 

@@ -365,6 +365,11 @@ def test_errors():
         update(start(init), chunk.xs)
     with pytest.raises(ValueError, match="time is their first axis, and they must agree"):
         update(start(init), chunk._replace(targets=chunk.targets[1:]))
+    wider = streams.rows(values(21), batch=2 * BATCH, chunk_length=6).at(0)
+    with pytest.raises(
+        ValueError, match=r"The chunk has 4 rows, but carry has shape \(2, 3\): .*initial_carry\(\(4,\)\)"
+    ):
+        update(start(init), wider)
     for returned, error, message in (
         (lambda carry: (carry,), TypeError, r"a carry of structure PyTreeDef\(\(\*,\)\), but it was given one of"),
         (lambda carry: carry[:1], ValueError, r"carry as float64\[1, 3\], but it was given float64\[2, 3\]"),

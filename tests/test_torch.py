@@ -82,3 +82,19 @@ def test_cross_entropy_is_torchs():
         torch.as_tensor(logits).reshape(-1, 5), torch.as_tensor(labels).reshape(-1)
     )
     np.testing.assert_allclose(bptt.losses.cross_entropy(logits, labels), theirs.item(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_bfloat16_modules(name):
+    module = getattr(torch.nn, MODULES[name])(INPUT, HIDDEN).to(torch.bfloat16)
+    (params,) = interop.from_torch(module)
+    assert {leaf.dtype for leaf in params} == {jnp.dtype(jnp.bfloat16)}
+    np.testing.assert_array_equal(params.W_hh.astype(jnp.float32), module.weight_hh_l0.detach().float().numpy())
+    tensors = {key: torch.as_tensor(array) for key, array in interop.to_torch(params).items()}
+    module.load_state_dict(tensors)
+    np.testing.assert_array_equal(interop.from_torch(module)[0].b.astype(float), params.b.astype(float))
+
+
+def test_a_module_with_relu_is_refused():
+    with pytest.raises(ValueError, match="nonlinearity is 'relu', but the Elman cell's is tanh"):
+        interop.from_torch(torch.nn.RNN(INPUT, HIDDEN, nonlinearity="relu"))

@@ -207,8 +207,15 @@ def test_keys_and_counters_are_reset_too():
     carry, ys = scan(0.7, init, reset_carry=init)
     assert carry["n"] == 2
     np.testing.assert_allclose(ys[2:], ys[:2])
-    with pytest.raises(ValueError, match=r"init\['key'\] is a random key, which has no zero: pass reset_carry"):
-        scan(0.7, init)
+    # Without one, a key goes on: the noise of the second sequence is another.
+    carry, ys = scan(0.7, init)
+    assert carry["n"] == 2
+    plain = bptt.scan(step, 0.7, init, length=4)[0]
+    assert jax.random.key_data(carry["key"]).tolist() == jax.random.key_data(plain["key"]).tolist()
+    raw = init | {"key": jax.random.PRNGKey(0)}
+    with pytest.raises(ValueError, match=r"init\['key'\] has dtype uint32.*wrap_key_data.*or reset_carry"):
+        scan(0.7, raw)
+    assert scan(0.7, raw, reset_carry=raw)[0]["n"] == 2
 
 
 def test_illegal_options():

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxbptt.analysis.compare import relative_error, tolerance
 from jaxbptt.analysis.cost import compile_and_cost, median_seconds
+from jaxbptt.arrays import check_callable, check_concrete, is_whole, scalar_loss
 from jaxbptt.cells.cell import Cell
 from jaxbptt.scans.adjoint import adjoint_scan
 from jaxbptt.scans.checkpointed import checkpointed_scan
@@ -76,6 +77,9 @@ def certify(
     scans: Scans | None = None,
     gradients: Mapping[str, Callable[..., Any]] | None = None,
     length: int | None = None,
+    is_first: Any = None,
+    valid: Any = None,
+    reset_carry: Any = None,
     repeats: int = 5,
     progress: Callable[[str], None] | None = None,
 ) -> Certificate:
@@ -96,6 +100,9 @@ def certify(
             adjoint derived, and with the `Cell`'s own where there is one, and `checkpointed_scan`.
         gradients: further ways that are not a scan, by name: `(params, init, xs) -> ∂L/∂params`.
         length: T, needed where `xs` is `None`.
+        is_first: booleans `[time, *batch]`, as for `scan`; handed to every strategy, as are the next two where they are given.
+        valid: booleans `[time, *batch]`, as for `scan`.
+        reset_carry: what `is_first` resets to, as for `scan`.
         repeats: rounds of timing.
         progress: called with the name of each way before it is compiled.
 
@@ -104,6 +111,7 @@ def certify(
 
     Raises:
         ValueError: no repeats, two ways of one name, a gradient of another structure or shape. What the strategies raise comes through.
+        TypeError: traced arguments, what is no function.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -120,25 +128,37 @@ def certify(
         checkpointed_scan True
         checkpointed_scan (schedule) True
     """
-    if repeats < 1:
-        raise ValueError(f"repeats is {repeats}, but at least one round of timing is needed.")
+    check_concrete("certify", params=params, init=init, xs=xs)
+    loss = scalar_loss(loss)
+    if not is_whole(repeats, 1):
+        raise ValueError(f"repeats is {repeats!r}, but at least one round of timing is needed.")
     # What is no float (counters, keys, functions among the params) is the same for every way and stays outside.
     moving, still = split((params, init, xs))
+    options = {"is_first": is_first, "valid": valid, "reset_carry": reset_carry}
+    options = {word: option for word, option in options.items() if option is not None}
 
     def value_and_gradient(strategy):
         def unrolled_loss(moving):
             params, init, xs = merge(moving, still)
-            return loss(*strategy(step, params, init, xs, length=length))
+            return loss(*strategy(step, params, init, xs, length=length, **options))
 
         return jax.value_and_grad(unrolled_loss)
 
     def gradient_only(way):
         return lambda moving: (math.nan, (differentiable(way(*merge(moving, still))), None, None))
 
+    if scans is not None and not isinstance(scans, Mapping | Sequence):
+        raise TypeError(f"scans is a {type(scans).__name__}: pass the strategies by name, or a sequence of them.")
+    if gradients is not None and not isinstance(gradients, Mapping):
+        raise TypeError(
+            f"gradients is a {type(gradients).__name__}: pass functions (params, init, xs) -> gradient by name."
+        )
     strategies = _exact_strategies(step) if scans is None else _named(scans)
     ways = [("scan", value_and_gradient(scan))]
     ways += [(label, value_and_gradient(strategy)) for label, strategy in strategies if strategy is not scan]
     ways += [(label, gradient_only(way)) for label, way in (gradients or {}).items()]
+    for label, way in [*strategies, *(gradients or {}).items()]:
+        check_callable(f"The way {label!r}", way, "a strategy, or (params, init, xs) -> gradient")
     labels = [label for label, _ in ways]
     repeated = [label for label in dict.fromkeys(labels) if labels.count(label) > 1]
     if repeated:
@@ -199,9 +219,10 @@ def _exact_strategies(step: Callable[..., Any] | Cell) -> list[tuple[str, Callab
     return strategies
 
 
-def _scheduled(step: Any, params: Any, init: Any, xs: Any, *, length: int | None) -> tuple[Any, Any]:
+def _scheduled(step: Any, params: Any, init: Any, xs: Any, *, length: int | None, **options: Any) -> tuple[Any, Any]:
     steps = prepare(step, params, init, xs, length).length
-    return checkpointed_scan(step, params, init, xs, length=length, checkpoints=max(math.isqrt(steps), 1))
+    checkpoints = max(math.isqrt(steps), 1)
+    return checkpointed_scan(step, params, init, xs, length=length, checkpoints=checkpoints, **options)
 
 
 def _named(scans: Scans) -> list[tuple[str, Callable[..., Any]]]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxbptt.analysis.credit import LagContributions
 from jaxbptt.analysis.jacobians import TemporalContributions
+from jaxbptt.arrays import check_concrete
 from jaxbptt.scans.recurrence import differentiable, name
 from jaxbptt.words import counted
 
@@ -81,6 +82,7 @@ def compare_gradients(
 
     Raises:
         ValueError: trees of different structure.
+        TypeError: traced arguments, contributions of something else.
 
     Example:
         >>> import jax.numpy as jnp
@@ -89,6 +91,11 @@ def compare_gradients(
         >>> print(bptt.compare_gradients({"W": reference["W"].T}, reference))
         gradient['W']  relative error 2.5e-01  cosine +0.9667  it is the transpose
     """
+    check_concrete("compare_gradients", mine=mine, reference=reference, temporal=temporal, lags=lags)
+    if temporal is not None and not isinstance(temporal, TemporalContributions):
+        raise TypeError(f"temporal is a {type(temporal).__name__}: pass what temporal_contributions(...) returned.")
+    if lags is not None and not isinstance(lags, LagContributions):
+        raise TypeError(f"lags are a {type(lags).__name__}: pass what lag_contributions(...) returned.")
     mine, reference = differentiable(mine), differentiable(reference)
     if jax.tree.structure(mine) != jax.tree.structure(reference):
         raise ValueError(

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxbptt.analysis.backward_passes import gradients, map_over_lags, unroll
 from jaxbptt.analysis.norms import cosine, norm_over_time, tree_norm
+from jaxbptt.arrays import as_numpy, check_callable, check_concrete, is_whole
 from jaxbptt.cells.cell import Cell
 from jaxbptt.scans.recurrence import differentiable, merge
 from jaxbptt.words import counted
@@ -108,18 +109,19 @@ def lag_contributions(
         Williams and Peng, An efficient gradient-based algorithm for on-line training of recurrent network trajectories,
         1990, doi:10.1162/neco.1990.2.4.490.
     """
+    check_callable("loss", loss, "loss(carry, ys) -> scalar")
     u = unroll(step, params, init, xs, loss, length)
-    lags = u.length if max_lag is None else max_lag + 1
-    if not hasattr(lags, "__index__") or isinstance(max_lag, bool) or not 1 <= lags <= u.length:
+    longest = u.length - 1 if max_lag is None else max_lag
+    if not is_whole(longest, 0, u.length - 1):
         raise ValueError(
-            f"max_lag is {max_lag}, but a sequence of {counted(u.length, 'time step')} has lags 0 to {u.length - 1}."
+            f"max_lag is {max_lag!r}, but a sequence of {counted(u.length, 'time step')} has lags 0 to {u.length - 1}."
         )
     gradient = gradients(u, u.length)[0]
 
     def measure(more, together):
         return (more, tree_norm(more), *_distance(together, gradient))
 
-    contributions, *measures = map_over_lags(u, lags, measure)
+    contributions, *measures = map_over_lags(u, longest + 1, measure)
     return LagContributions(contributions, gradient, *measures)
 
 
@@ -169,9 +171,17 @@ def truncation_bias(
         Williams and Peng, An efficient gradient-based algorithm for on-line training of recurrent network trajectories,
         1990, doi:10.1162/neco.1990.2.4.490.
     """
+    check_callable("loss", loss, "loss(carry, ys) -> scalar")
     u = unroll(step, params, init, xs, loss, length)
-    chosen = np.arange(1, u.length + 1) if lengths is None else np.atleast_1d(np.asarray(lengths))
-    if not np.issubdtype(chosen.dtype, np.integer) or not chosen.size or chosen.min() < 1 or chosen.max() > u.length:
+    check_concrete("truncation_bias", lengths=lengths)
+    chosen = np.arange(1, u.length + 1) if lengths is None else np.atleast_1d(as_numpy(lengths))
+    if (
+        not np.issubdtype(chosen.dtype, np.integer)
+        or chosen.ndim > 1
+        or not chosen.size
+        or chosen.min() < 1
+        or chosen.max() > u.length
+    ):
         raise ValueError(
             f"lengths is {lengths!r}, but {counted(u.length, 'time step')} can be cut every 1 to {u.length} of them."
         )
@@ -232,12 +242,16 @@ def input_saliency(
             "xs has no leaf with a derivative, so no gradient reaches it: pass one-hot vectors or embeddings as inputs in "
             "place of integers."
         )
+    check_callable("losses", losses, "losses(carry, ys) -> [time]")
     u = unroll(step, params, init, xs, None, None)
     value, pull = jax.vjp(lambda outputs: losses(*merge(outputs, u.still)), u.outputs)
-    if value.ndim != 1:
-        raise ValueError(f"losses returned an array of shape {value.shape}: return one loss for each step, [time].")
-    chosen = np.arange(len(value)) if steps is None else np.atleast_1d(np.asarray(steps))
-    if not np.issubdtype(chosen.dtype, np.integer) or ((chosen < 0) | (chosen >= len(value))).any():
+    if jnp.ndim(value) != 1:
+        raise ValueError(
+            f"losses returned an array of shape {jnp.shape(value)}: return one loss for each step, [time]."
+        )
+    check_concrete("input_saliency", steps=steps)
+    chosen = np.arange(len(value)) if steps is None else np.atleast_1d(as_numpy(steps))
+    if chosen.ndim > 1 or not np.issubdtype(chosen.dtype, np.integer) or ((chosen < 0) | (chosen >= len(value))).any():
         raise ValueError(f"steps is {steps!r}, but there are losses 0 to {len(value) - 1}.")
 
     def saliency(t):

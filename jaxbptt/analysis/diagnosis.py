@@ -30,6 +30,7 @@ from jaxbptt.analysis.operators import (
     unroll,
 )
 from jaxbptt.analysis.sweep import random_frame
+from jaxbptt.arrays import check_callable, check_concrete, is_whole
 from jaxbptt.cells.cell import Cell, step_of
 from jaxbptt.scans.recurrence import Recurrence, is_array, merge, split
 from jaxbptt.scans.tracing import trace
@@ -121,7 +122,8 @@ def diagnose_gradient(
         A `GradientDiagnosis` of numbers; those that don't exist for a gradient that is 0 or not finite are nan.
 
     Raises:
-        ValueError, TypeError: as for `jacobian_operators`; a sequence without time steps.
+        ValueError: as for `jacobian_operators`; a sequence without time steps, `num_exponents` below 1.
+        TypeError: as for `jacobian_operators`; traced arguments, a loss that is no function.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -138,6 +140,10 @@ def diagnose_gradient(
     References:
         Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, 2013, arXiv:1211.5063.
     """
+    check_concrete("diagnose_gradient", params=params, init=init, xs=xs)
+    check_callable("loss", loss, "loss(carry, ys) -> scalar")
+    if not is_whole(num_exponents, 1):
+        raise ValueError(f"num_exponents is {num_exponents!r}: pass a whole number of at least 1.")
     r = prepare_state(step, params, init, xs, length)
     if r.length == 0:
         raise ValueError("A sequence without time steps has no gradient through time: pass at least one step.")
@@ -156,7 +162,7 @@ def diagnose_gradient(
     cut_at = _cut_at(numbers)
     cause = _cause(numbers, rates, forward, backward, cut_at)
     in_order = sorted(numbers.slopes.items(), key=lambda item: int(item[0].split()[1]))
-    slopes = {kind: float(np.mean(values)) for kind, values in in_order}
+    slopes = {kind: float(np.mean(values, dtype=float)) for kind, values in in_order}
     diagnosis = GradientDiagnosis(
         sentence="",
         cause=cause,
@@ -208,7 +214,7 @@ def _numbers(
     at_steepest = jacobian_operators(*without_saturation[:4], **arguments)
     _, new_carries, ys = unroll(r)
     flow = gradient_flow(r.step, r.params, r.init, r.xs, loss, **arguments)
-    d = jax.vmap(lambda adjoint: ravel_pytree(adjoint)[0])(flow.adjoints)
+    d = jax.vmap(lambda adjoint: ravel_pytree(adjoint)[0])(flow.adjoints).astype(jacobians.dtype)
     passed_on = jax.lax.map(lambda at: jacobians.pull(at[0], at[1][:, None])[:, 0], (jacobians.at, d))
     leading, direction = _leading(r)
     leading_opened, _ = _leading(without_saturation)
@@ -280,9 +286,8 @@ def _rates(numbers: _Numbers) -> tuple[GradientRates, float]:
 
 def _cut_at(numbers: _Numbers) -> int | None:
     """The last step which takes the gradient to exactly 0, and not for want of range."""
-    d = np.asarray(numbers.flow.norms)
-    in_range = d > np.finfo(d.dtype).tiny ** 0.5
-    cuts = np.flatnonzero(in_range & (numbers.passed_on == 0))
+    tiny = max(float(jnp.finfo(leaf.dtype).tiny) for leaf in jax.tree.leaves(numbers.flow.adjoints))
+    cuts = np.flatnonzero((numbers.flow.norms > tiny**0.5) & (numbers.passed_on == 0))
     return int(cuts[-1]) if cuts.size else None
 
 

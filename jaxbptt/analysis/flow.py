@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxbptt.analysis.norms import norm, norm_over_time
 from jaxbptt.analysis.readout import readout
+from jaxbptt.arrays import scalar_loss
 from jaxbptt.cells.cell import Cell
 from jaxbptt.scans.recurrence import differentiable, merge, prepare, pull, split
 from jaxbptt.scans.tracing import trace
@@ -83,7 +84,10 @@ def gradient_flow(
     References:
         Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, 2013, arXiv:1211.5063.
     """
+    loss = scalar_loss(loss)
     r = prepare(step, params, init, xs, length)
+    if not jax.tree.leaves(differentiable(r.init)):
+        raise ValueError("init has no leaf with a derivative: there is no state that a gradient could reach.")
     traced = trace(r)
     read = readout(traced)
     # Two zeros are added to the state after each step, one that only the output sees and one that only the next step

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxbptt.analysis.credit import LagContributions
 from jaxbptt.analysis.norms import norm, tree_norm
+from jaxbptt.arrays import at_least_float32, check_concrete, is_number, is_whole
 from jaxbptt.words import counted
 
 
@@ -54,18 +55,20 @@ def effective_horizon(lags: LagContributions, eps: float | None = None) -> Any:
         >>> print(bptt.effective_horizon(lags, 0.01)["in"], bptt.effective_horizon(lags)["in"])
         7 23
     """
-    if eps is not None and not 0 < eps < 1:
+    _check_lags(lags)
+    if eps is not None and not is_number(eps, 0, 1):
         raise ValueError(f"eps is {eps!r}, but it is a fraction of the gradient: pass a number between 0 and 1.")
 
     def horizon(contributions, gradient):
+        own_eps = float(jnp.finfo(gradient.dtype).eps)
+        contributions, gradient = _wide(contributions), _wide(gradient)
         # Added up from the far end, where the small ones are: the difference of two large sums would be rounding.
         beyond = gradient - contributions.sum(axis=0)
-        noise = 8 * jnp.finfo(gradient.dtype).eps * (norm(gradient) + norm(contributions))
+        noise = 8 * own_eps * (norm(gradient) + norm(contributions))
         beyond = jnp.where(norm(beyond) > noise, beyond, jnp.zeros_like(beyond))
-        rest = beyond + jax.lax.cumsum(contributions, reverse=True)
+        rest = beyond[None] + jax.lax.cumsum(contributions, reverse=True)
         sizes = jax.lax.map(norm, jnp.concatenate([rest, beyond[None]]))
-        fraction = jnp.finfo(gradient.dtype).eps if eps is None else eps
-        large = sizes >= fraction * norm(gradient)
+        large = sizes >= (own_eps if eps is None else eps) * norm(gradient)
         # The first lag after which none is large: tails need not fall evenly.
         last = len(large) - jnp.argmax(large[::-1])
         return jnp.where(jnp.any(large) & (norm(gradient) > 0), last, 0)
@@ -112,14 +115,16 @@ def adaptive_truncation_length(
         Aicher, Foti and Fox, Adaptively truncating backpropagation through time to control gradient bias, UAI 2019,
         arXiv:1905.07473.
     """
-    if not relative_bias > 0:
+    _check_lags(lags)
+    check_concrete("adaptive_truncation_length", lags=lags)
+    if not is_number(relative_bias, 0):
         raise ValueError(f"relative_bias is {relative_bias!r}, but it bounds a relative error: pass a number above 0.")
     norms = np.asarray(lags.norms, float)
     count = len(norms)
     tau = count // 2 if fit_from is None else fit_from
-    if not 0 <= tau <= count - 2:
+    if not is_whole(tau, 0, count - 2):
         raise ValueError(
-            f"fit_from is {tau}, but of {counted(count, 'lag')} at least two are needed to fit a decay: pass at most {count - 2}, or "
+            f"fit_from is {tau!r}, but of {counted(count, 'lag')} at least two are needed to fit a decay: pass at most {count - 2}, or "
             "compute more lags."
         )
     if not np.isfinite(norms).all():
@@ -137,7 +142,7 @@ def adaptive_truncation_length(
 
     beyond = scale * beta**count / (1 - beta)
     rest = np.append(np.cumsum(norms[::-1])[::-1], 0.0) + beyond  # B(0) … B(L)
-    partial_sums = jax.tree.map(lambda leaf: jnp.cumsum(leaf, axis=0), lags.contributions)
+    partial_sums = jax.tree.map(lambda leaf: jnp.cumsum(_wide(leaf), axis=0), lags.contributions)
     reached = np.append(0.0, np.asarray(jax.lax.map(tree_norm, partial_sums), float))
     at_least = float(np.max(reached - rest))  # ‖g‖ is not smaller than that
     if not at_least > 0:
@@ -153,6 +158,16 @@ def adaptive_truncation_length(
     where = "" if enough.size else f", beyond the {counted(count, 'lag')} that were computed"
     reason = f"A window of {counted(K, 'step')}{where} has a relative bias of at most {bound:.2g}, if the decay by {beta:.4g} a lag goes on."
     return AdaptiveTruncation(K, beta, bound, reason)
+
+
+def _check_lags(lags: Any) -> None:
+    if not isinstance(lags, LagContributions):
+        raise TypeError(f"lags are a {type(lags).__name__}: pass what lag_contributions(...) returned.")
+
+
+def _wide(leaf: Any) -> Any:
+    """What is added up over lags."""
+    return leaf.astype(at_least_float32(leaf.dtype))
 
 
 def _decay(norms: np.ndarray, tau: int) -> tuple[float, float]:

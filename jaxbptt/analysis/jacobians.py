@@ -13,7 +13,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from jaxbptt.analysis.norms import norm
-from jaxbptt.analysis.operators import check_square, state_vector, unroll
+from jaxbptt.analysis.operators import dense_jacobians, state_vector, unroll
+from jaxbptt.arrays import at_least_float32, scalar_loss
 from jaxbptt.cells.cell import Cell
 from jaxbptt.scans.recurrence import Recurrence, differentiable, merge, prepare, pull, split
 
@@ -104,7 +105,7 @@ def jacobian_products(J: Float[ArrayLike, "time n n"]) -> ScaledProducts:
         J: Jacobians Jₜ = ∂hₜ/∂hₜ₋₁ in order of time, `[time, n, n]`.
 
     Returns:
-        `ScaledProducts(matrices [time, n, n], log_scales [time])`, finite wherever J is.
+        `ScaledProducts(matrices [time, n, n], log_scales [time])`, finite wherever J is; in float32 at least.
 
     Raises:
         ValueError: J not of shape `[time, n, n]`.
@@ -116,8 +117,7 @@ def jacobian_products(J: Float[ArrayLike, "time n n"]) -> ScaledProducts:
         >>> print((products.log_scales[0] / jnp.log(10)).round())  # 0.1 to the power 9,999 is far below float range
         -9999.0
     """
-    J = jnp.asarray(J)
-    check_square(J)
+    J = dense_jacobians(J)
     n = J.shape[1]
 
     def body(matrix, jacobian):
@@ -157,7 +157,10 @@ def log_singular_values(products: ScaledProducts) -> LogSingularValues:
         >>> bptt.log_singular_values(bptt.jacobian_products(J)).resolved[:, 1].tolist()
         [False, False, False, False, False, True, True, True, True]
     """
-    sigma = jnp.linalg.svd(products.matrices, compute_uv=False)
+    if not isinstance(products, ScaledProducts):
+        raise TypeError(f"products are a {type(products).__name__}: pass what jacobian_products(J) returned.")
+    matrices = products.matrices
+    sigma = jnp.linalg.svd(matrices.astype(at_least_float32(matrices.dtype)), compute_uv=False)
     steps, n = sigma.shape
     factors = jnp.arange(steps, 0, -1, dtype=sigma.dtype)  # each leaves its rounding error behind
     floor = n * jnp.finfo(sigma.dtype).eps * factors[:, None] * sigma[:, :1]
@@ -208,6 +211,7 @@ def temporal_contributions(
     References:
         Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, 2013, arXiv:1211.5063, eq. 5.
     """
+    loss = scalar_loss(loss)
     r = prepare(step, params, init, xs, length)
     carries, new_carries, ys = unroll(r)
     last = jax.tree.map(lambda start, after: after[-1] if r.length else start, r.init, new_carries)

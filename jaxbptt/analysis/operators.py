@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float
 
+from jaxbptt.arrays import as_array, at_least_float32
 from jaxbptt.cells.cell import Cell
 from jaxbptt.scans.recurrence import Recurrence, differentiable, merge, name, prepare, split
 
@@ -92,22 +93,22 @@ def as_operators(J: JacobianOperators | Float[ArrayLike, "time n n"]) -> Jacobia
     """Dense Jacobians as linear maps; what is one already stays as it is."""
     if isinstance(J, JacobianOperators):
         return J
-    J = jnp.asarray(J)
-    check_square(J)
+    J = dense_jacobians(J)
+    return JacobianOperators(lambda J, V: J @ V, lambda J, U: J.T @ U, J, len(J), J.shape[1], J.dtype)
+
+
+def dense_jacobians(J: Any) -> Array:
+    """J `[time, n, n]`, real, in float32 at least: QR factorisations have no half precision."""
+    J = as_array("J", J, "[time, n, n]")
+    if J.ndim != 3 or J.shape[1] != J.shape[2] or not J.shape[1]:
+        raise ValueError(
+            f"J has shape {J.shape}, but [time, n, n] is expected: one square Jacobian for each time step."
+        )
     if jnp.iscomplexobj(J):
         raise TypeError(
             f"J has dtype {J.dtype}: pass real Jacobians, with real and imaginary parts as states of their own."
         )
-    J = J.astype(_at_least_float32(J.dtype))
-    return JacobianOperators(lambda J, V: J @ V, lambda J, U: J.T @ U, J, len(J), J.shape[1], J.dtype)
-
-
-def check_square(J: Array) -> None:
-    """Raise unless J is `[time, n, n]`."""
-    if J.ndim != 3 or J.shape[1] != J.shape[2]:
-        raise ValueError(
-            f"J has shape {J.shape}, but [time, n, n] is expected: one square Jacobian for each time step."
-        )
+    return J.astype(at_least_float32(J.dtype))
 
 
 def prepare_state(step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, length: int | None) -> Recurrence:
@@ -136,14 +137,7 @@ def prepare_state(step: Callable[..., Any] | Cell, params: Any, init: Any, xs: A
 def state_size(carry: Any) -> tuple[int, Any]:
     """Numbers in the state vector, and the dtype to multiply Jacobians in."""
     flat, _ = state_vector(carry)
-    return flat.size, _at_least_float32(flat.dtype)
-
-
-def _at_least_float32(dtype: Any) -> Any:
-    """QR factorisations have no half precision, and integers no Jacobians."""
-    if not jnp.issubdtype(dtype, jnp.floating):
-        return jnp.result_type(float)
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+    return flat.size, at_least_float32(flat.dtype)
 
 
 def unroll(r: Recurrence) -> tuple[Any, Any, Any]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from jaxbptt.arrays import check_callable
 from jaxbptt.scans.recurrence import check_count
 
 
@@ -41,6 +42,7 @@ def surviving_paths(strategy: Callable[..., Any], length: int, **options: Any) -
          [0 1 1 0]
          [0 0 1 1]]
     """
+    check_callable("strategy", strategy, "truncated_scan, or another")
     check_count("length", length, "counts time steps")
 
     def step(_, h, x):

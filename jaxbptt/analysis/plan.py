@@ -9,12 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt.analysis.cost import compile_and_cost
+from jaxbptt.arrays import check_concrete, is_number, scalar_loss
 from jaxbptt.cells.cell import Cell
 from jaxbptt.scans.adjoint import adjoint_scan
 from jaxbptt.scans.backward import step_with_adjoint
 from jaxbptt.scans.checkpointed import checkpointed_scan, layout
 from jaxbptt.scans.exact import scan
-from jaxbptt.scans.recurrence import differentiable, is_array, merge, prepare, split
+from jaxbptt.scans.perturbed import everything
+from jaxbptt.scans.recurrence import Recurrence, differentiable, is_array, merge, prepare, split
+from jaxbptt.scans.resets import with_flags
+from jaxbptt.scans.segments import Layout
 from jaxbptt.scans.truncated import truncated_scan
 from jaxbptt.words import counted
 
@@ -50,6 +54,9 @@ def plan(
     memory_bytes: float,
     loss: Callable[..., Any] | None = None,
     length: int | None = None,
+    is_first: Any = None,
+    valid: Any = None,
+    reset_carry: Any = None,
 ) -> Plan:
     r"""The exact strategy with the fewest forward steps that fits a memory budget.
 
@@ -66,9 +73,12 @@ def plan(
         loss: `loss(carry, ys) -> scalar`. By default the sum of squares of both, which needs all outputs at once; a loss of
             the last carry alone needs much less.
         length: T, needed where `xs` is `None`.
+        is_first: booleans `[time, *batch]` as for `scan`, or their shape.
+        valid: booleans `[time, *batch]` as for `scan`, or their shape.
+        reset_carry: what `is_first` resets to, as for `scan`.
 
     Returns:
-        A `Plan`; use `plan.scan(step, params, init, xs)`.
+        A `Plan`; use `plan.scan(step, params, init, xs)`, with the flags where there are any.
 
     Raises:
         ValueError: a budget that is not positive; and as for `scan`.
@@ -84,9 +94,12 @@ def plan(
         >>> best.name, best.forward_steps, best.predicted_bytes < 2**20
         ('checkpointed_scan', 20000, True)
     """
-    if not memory_bytes > 0:
-        raise ValueError(f"memory_bytes is {memory_bytes}, but a gradient needs some: pass the bytes there are.")
-    case = _Case(step, *split((params, init, xs), by=is_array), _sum_of_squares if loss is None else loss, length)
+    check_concrete("plan", params=params, init=init, xs=xs)
+    if not is_number(memory_bytes, 0):
+        raise ValueError(f"memory_bytes is {memory_bytes!r}, but a gradient needs some: pass the bytes there are.")
+    flags = {"is_first": is_first, "valid": valid, "reset_carry": reset_carry}
+    arrays, others = split((params, init, xs, flags), by=is_array)
+    case = _Case(step, arrays, others, _sum_of_squares if loss is None else scalar_loss(loss), length)
     steps = _look(case, lambda r, _: r.length)
     tried = []
 
@@ -102,7 +115,7 @@ def plan(
             return _explained(best, memory_bytes)
     best = attempt(scan, steps, "every step is computed once")
     if not best.fits and steps:
-        segment = _look(case, lambda r, by: layout(r, by, None, None).segment)
+        segment = _cut(case, None).segment
         best = attempt(
             checkpointed_scan,
             2 * steps,
@@ -118,7 +131,7 @@ def plan(
 
 
 class _Case(NamedTuple):
-    """What is to be differentiated; `arrays` may be shapes, `others` is what is no array."""
+    """What is to be differentiated: params, init, xs and flags. `arrays` may be shapes, `others` is what is no array."""
 
     step: Any
     arrays: Any
@@ -131,7 +144,7 @@ def _most_checkpoints(case: _Case, attempt: Callable[..., Plan], steps: int, mem
     """As many checkpoints as fit, or nearly: bracketed by doubling, then narrowed to a tenth."""
 
     def with_checkpoints(number):
-        cut = _look(case, lambda r, by: layout(r, by, None, number))
+        cut = _cut(case, number)
         why = f"the states kept are as many as fit, and steps are computed {cut.forward_steps / steps:.1f} times on average"
         return attempt(checkpointed_scan, cut.forward_steps, why, checkpoints=number)
 
@@ -194,26 +207,44 @@ def _temporary_bytes(case: _Case, scan: Callable[..., Any]) -> int:
     """Of the gradient with respect to params and init, compiled."""
 
     def value_and_gradient(arrays):
-        params, init, xs = merge(arrays, case.others)
+        params, init, xs, flags = merge(arrays, case.others)
         moving, still = split((params, init))
 
         def unrolled_loss(moving):
             params, init = merge(moving, still)
-            return case.loss(*scan(case.step, params, init, xs, length=case.length))
+            return case.loss(*scan(case.step, params, init, xs, length=case.length, **flags))
 
         return jax.value_and_grad(unrolled_loss)(moving)
 
     return compile_and_cost(value_and_gradient, case.arrays)[1].temporary_bytes
 
 
-def _look(case: _Case, at: Callable[..., Any]) -> Any:
-    """`at(recurrence, its step with an adjoint)`, where only shapes are known."""
+def _cut(case: _Case, checkpoints: int | None) -> Layout:
+    """How `checkpointed_scan` cuts time."""
+
+    def cut(r, flags):
+        step, xs = with_flags(step_with_adjoint(case.step, None, r), r, **flags)
+        perturbed = everything(step.params, r.init, xs)._replace(x=_nothing(xs))  # the inputs get no gradient
+        if xs is not r.xs:
+            # Nor does what flags add to the params.
+            params, *others = perturbed.params
+            perturbed = perturbed._replace(params=(params, *map(_nothing, others)))
+        return layout(r.length, step.adjoint(perturbed), step.params, r.init, xs, None, checkpoints)
+
+    return _look(case, cut)
+
+
+def _nothing(tree: Any) -> Any:
+    return jax.tree.map(lambda _: False, tree)
+
+
+def _look(case: _Case, at: Callable[[Recurrence, dict[str, Any]], Any]) -> Any:
+    """`at(recurrence, flags)`, where only shapes are known."""
     seen = []
 
     def look(arrays):
-        params, init, xs = merge(arrays, case.others)
-        r = prepare(case.step, params, init, xs, case.length)
-        seen.append(at(r, step_with_adjoint(case.step, None, r)))
+        params, init, xs, flags = merge(arrays, case.others)
+        seen.append(at(prepare(case.step, params, init, xs, case.length), flags))
 
     jax.eval_shape(look, case.arrays)
     return seen[-1]
@@ -221,4 +252,4 @@ def _look(case: _Case, at: Callable[..., Any]) -> Any:
 
 def _sum_of_squares(carry: Any, ys: Any) -> Any:
     leaves = jax.tree.leaves(differentiable((carry, ys)))
-    return sum(jnp.vdot(leaf, leaf).real for leaf in leaves)
+    return sum(jnp.vdot(leaf, leaf).real.astype(jnp.float32) for leaf in leaves)

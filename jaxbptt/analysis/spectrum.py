@@ -14,6 +14,7 @@ from jaxbptt.analysis.jacobians import LogSingularValues
 from jaxbptt.analysis.norms import norm
 from jaxbptt.analysis.operators import JacobianOperators, as_operators
 from jaxbptt.analysis.sweep import RESOLUTION, Sweep, decompose, multiply, random_frame
+from jaxbptt.arrays import as_numpy, check_concrete, check_key, is_whole
 from jaxbptt.words import counted
 
 # Size of the noise that shows what rounding does, in eps: larger than rounding, so that the two sweeps rarely agree by chance.
@@ -63,7 +64,8 @@ def singular_values(
         Demmel and Veselić, Jacobi's method is more accurate than QR, 1992, doi:10.1137/0613074.
     """
     J = as_operators(J)
-    starts = np.atleast_1d(np.asarray(start))
+    check_concrete("singular_values", start=start)
+    starts = np.atleast_1d(as_numpy(start))
     if (
         not np.issubdtype(starts.dtype, np.integer)
         or starts.ndim > 1
@@ -136,9 +138,9 @@ def log_norms(
     J = as_operators(J)
     if key is not None and probes is None:
         raise ValueError("key draws the random probes: pass probes as well, or leave it out.")
-    if isinstance(probes, bool) or (
-        probes is not None and not (hasattr(probes, "__index__") and 1 <= probes <= J.size)
-    ):
+    if key is not None:
+        check_key(key)
+    if probes is not None and not is_whole(probes, 1, J.size):
         raise ValueError(
             f"probes is {probes!r}, but there are 1 to {J.size} directions to probe: leave it out for all of them."
         )
@@ -152,7 +154,7 @@ def log_norms(
         at_t, t = inputs
         V = J.push(at_t, V.reshape(J.size, -1)).reshape(V.shape)
         size = norm(V, (0, 2))
-        V, logs = V / jnp.where(size > 0, size, 1)[:, None], logs + jnp.log(size)
+        V, logs = V / jnp.where(size > 0, size, 1)[None, :, None], logs + jnp.log(size)
         size = norm(basis)
         V, logs = V.at[:, t].set(basis / size), logs.at[t].set(jnp.log(size))
         return (V, logs), logs

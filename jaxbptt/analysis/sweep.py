@@ -101,7 +101,7 @@ def _add(total: Array, more: Array) -> Array:
 
 def _differences(total: Array) -> Array:
     """Entry [i, j]: total i less total j."""
-    return (total[0][:, None] - total[0]) - (total[1][:, None] - total[1])
+    return (total[0][:, None] - total[0][None]) - (total[1][:, None] - total[1][None])
 
 
 def decompose(sweep: Sweep) -> tuple[Array, Array]:
@@ -119,7 +119,7 @@ def decompose(sweep: Sweep) -> tuple[Array, Array]:
         # The tangent of the angle, over e^(dⱼ − dᵢ): it stays finite where the rows are far apart in size.
         slope = jnp.where(cosine == 0, 0, 2 * cosine / jnp.where(below == 0, 1, below))
         c = 1 / jnp.sqrt(1 + ratio * slope**2)
-        turned = jnp.stack([U[i] + (ratio * slope)[:, None] * U[j], U[j] - slope[:, None] * U[i]]) * c[:, None]
+        turned = jnp.stack([U[i] + (ratio * slope)[:, None] * U[j], U[j] - slope[:, None] * U[i]]) * c[None, :, None]
         size = jnp.maximum(norm(turned, (2,)), jnp.finfo(dtype).tiny)
         both = jnp.stack([i, j])
         off = jnp.maximum(off, jnp.max(jnp.abs(cosine), initial=0))

@@ -49,4 +49,8 @@ class Cell(NamedTuple):
 
 def step_of(step: Callable[..., Any] | Cell) -> Callable[..., Any]:
     """The step function of a `Cell`, or the function itself."""
+    if not callable(step) and not isinstance(step, Cell):
+        raise TypeError(
+            f"step is a {type(step).__name__}, but a Cell or a function is expected: pass step(params, carry, x) -> (carry, y)."
+        )
     return step.step if isinstance(step, Cell) else step

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from jaxbptt.arrays import as_array, check_callable, is_floating, is_whole
+
 Initializer = Callable[..., Any]
 
 # Normal with variance 1 / input_size: features are on the last axis, unlike the [in, out] layout jax assumes.
@@ -25,6 +27,9 @@ def gate_blocks(initializer: Initializer, key: Array, gates: int, shape: tuple[i
     """
     drawn = dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
     blocks = [initializer(k, shape, drawn) for k in jax.random.split(key, gates)]
+    for block in blocks:
+        if jnp.shape(block) != shape:
+            raise ValueError(f"An initializer returned shape {jnp.shape(block)}, but it was asked for {shape}.")
     return jnp.concatenate(blocks).astype(dtype)
 
 
@@ -49,7 +54,7 @@ def products(compute_dtype: Any) -> Products:
     """
     if compute_dtype is None:
         return Products(linear, lambda deltas, W: deltas @ W, weight_gradient)
-    if not jnp.issubdtype(compute_dtype, jnp.floating):
+    if not is_floating(compute_dtype):
         raise ValueError(
             f"compute_dtype is {compute_dtype!r}: pass a floating-point dtype, such as jnp.bfloat16, or None."
         )
@@ -98,6 +103,11 @@ def weight_gradient(
     return jnp.matmul(*factors, preferred_element_type=preferred_element_type).T
 
 
+def add_bias(a: Float[Array, "*batch out"], b: Float[Array, " out"]) -> Float[Array, "*batch out"]:
+    """A + b for any number of batch axes, also where JAX is told not to add axes by itself."""
+    return a + jnp.expand_dims(b, range(a.ndim - 1))
+
+
 def sum_rows(deltas: Float[Array, "*rows out"]) -> Float[Array, " out"]:
     """Σ δ over time and batch: the gradient of a bias."""
     return deltas.sum(axis=range(deltas.ndim - 1))
@@ -106,16 +116,66 @@ def sum_rows(deltas: Float[Array, "*rows out"]) -> Float[Array, " out"]:
 def check_sizes(**sizes: int) -> None:
     """Raise unless every size is a positive whole number."""
     for name, size in sizes.items():
-        if not hasattr(size, "__index__") or isinstance(size, bool) or size < 1:
+        if not is_whole(size, 1):
             raise ValueError(f"{name} is {size!r}, but it counts features: pass a whole number of at least 1.")
 
 
-def check_input(kind: str, x: Any, h: Any, input_size: int) -> None:
-    """Raise unless `x` is `[*batch, input_size]` with the batch axes of the state `h`."""
-    expected = (*h.shape[:-1], input_size)
-    if jnp.shape(x) != expected:
+def with_sizes(step: Callable[..., Any], input_size: int, output_size: int) -> Callable[..., Any]:
+    """The step with the features of x and y noted on it, for `stack`. On the step, so that another one does not have them."""
+    step.__dict__["sizes"] = input_size, output_size
+    return step
+
+
+def check_options(dtype: Any, **initializers: Any) -> None:
+    """Raise unless the dtype has a derivative, and the initializers are functions."""
+    if not is_floating(dtype, jnp.inexact):
         raise ValueError(
-            f"{kind}: x has shape {jnp.shape(x)} at one time step, but {expected} is expected: the batch axes of the carry, "
-            f"{h.shape[:-1]}, then input_size={input_size}. Make the carry with cell.initial_carry(batch_shape), and keep "
+            f"dtype is {dtype!r}, but params and carry are floating-point numbers: pass jnp.float32, or another."
+        )
+    for name, initializer in initializers.items():
+        check_callable(name, initializer, "a jax initializer, (key, shape, dtype) -> array")
+
+
+def zeros(batch_shape: Any, size: int, dtype: Any) -> Array:
+    """A state of zeros, `[*batch, size]`; raises unless the axes of the batch are whole numbers."""
+    axes: Any = batch_shape if isinstance(batch_shape, tuple | list) else [None]
+    if not all(is_whole(axis) or jax.export.is_symbolic_dim(axis) for axis in axes):
+        raise ValueError(
+            f"batch_shape is {batch_shape!r}, but it is a tuple of the sizes of the batch axes: pass (rows,), or () for no batch."
+        )
+    return jnp.zeros((*axes, size), dtype)
+
+
+def check_step(kind: str, params: Any, shapes: dict[str, tuple[int, ...]], x: Any, **carry: Any) -> Array:
+    """`x` as an array, where it is `[*batch, input]`, the carry `[*batch, hidden]`, and params have their shapes."""
+    for name, shape in shapes.items():
+        if not hasattr(params, name):
+            raise TypeError(
+                f"{kind}: params are a {type(params).__name__} without {name}: pass what cell.init(key) made."
+            )
+        found = getattr(getattr(params, name), "shape", None)
+        if found != shape:
+            raise ValueError(
+                f"{kind}: {name} has shape {found}, but {shape} is expected: pass the params that this cell's init(key) made."
+            )
+    input_size, hidden_size = shapes["W_xh"][1], shapes["W_hh"][1]
+    states = {
+        name: as_array(f"{kind}: {name}", state, f"[*batch, {hidden_size}]").shape for name, state in carry.items()
+    }
+    batch = next(iter(states.values()))[:-1]
+    for name, shape in states.items():
+        if shape != (*batch, hidden_size):
+            expected = f"[*batch, {hidden_size}]" if len(states) == 1 or not shape else f"{(*batch, hidden_size)}"
+            raise ValueError(
+                f"{kind}: {name} has shape {shape} at one time step, but {expected} is expected: the batch axes, then "
+                f"hidden_size={hidden_size}. Make the carry with cell.initial_carry(batch_shape)."
+            )
+    x = as_array(f"{kind}: x", x, f"[*batch, {input_size}]")
+    expected = (*batch, input_size)
+    if x.shape != expected:
+        raise ValueError(
+            f"{kind}: x has shape {x.shape} at one time step, but {expected} is expected: the batch axes of the carry, "
+            f"{batch}, then input_size={input_size}. Make the carry with cell.initial_carry(batch_shape), and keep "
             "time as the first axis of xs."
         )
+    return x

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
+from jaxbptt.arrays import as_array, check_key
 from jaxbptt.cells import dense
 from jaxbptt.cells.cell import Adjoint, Cell
 
@@ -49,7 +50,8 @@ def elman(
         A `Cell` with `ElmanParams`; its carry is the array h `[*batch, hidden]`.
 
     Raises:
-        ValueError: a size below 1, a `compute_dtype` that is not floating-point; at a step, an x that does not fit the carry's batch axes or `input_size`.
+        ValueError: a size below 1, a dtype that is not floating-point; at a step, params, a carry or an x that do not fit the
+            sizes or each other.
 
     Example:
         >>> import jax
@@ -64,9 +66,12 @@ def elman(
         Elman, Finding structure in time, 1990, doi:10.1207/s15516709cog1402_1.
     """
     dense.check_sizes(input_size=input_size, hidden_size=hidden_size)
+    dense.check_options(dtype, recurrent_init=recurrent_init, input_init=input_init)
+    shapes = {"W_xh": (hidden_size, input_size), "W_hh": (hidden_size, hidden_size), "b": (hidden_size,)}
     products = dense.products(compute_dtype)
 
     def init(key: Array) -> ElmanParams:
+        check_key(key)
         key_xh, key_hh = jax.random.split(key)
         return ElmanParams(
             W_xh=dense.gate_blocks(input_init, key_xh, 1, (hidden_size, input_size), dtype),
@@ -75,16 +80,16 @@ def elman(
         )
 
     def initial_carry(batch_shape: tuple[int, ...] = ()) -> Array:
-        return jnp.zeros((*batch_shape, hidden_size), dtype)
+        return dense.zeros(batch_shape, hidden_size, dtype)
 
     def step(params, h, x):
-        dense.check_input("elman", x, h, input_size)
-        h = jnp.tanh(products.linear(params.W_hh, h) + products.linear(params.W_xh, x) + params.b)
+        x = dense.check_step("elman", params, shapes, x, h=h)
+        h = jnp.tanh(dense.add_bias(products.linear(params.W_hh, h) + products.linear(params.W_xh, x), params.b))
         return h, h
 
     def forward(params, h_prev, x):
-        dense.check_input("elman", x, h_prev, input_size)
-        h = jnp.tanh(dense.merged(products, params.W_hh, params.W_xh, h_prev, x) + params.b)
+        x = dense.check_step("elman", params, shapes, x, h=h_prev)
+        h = jnp.tanh(dense.add_bias(dense.merged(products, params.W_hh, params.W_xh, h_prev, x), params.b))
         return (h, h), (h_prev, h)
 
     def backward(params, residuals, x, h_bar, y_bar):
@@ -102,6 +107,7 @@ def elman(
         )
         return params_bar, products.back(deltas, params.W_xh)
 
+    step = dense.with_sizes(step, input_size, hidden_size)
     return Cell(init, initial_carry, step, Adjoint(forward, backward, contract))
 
 
@@ -128,5 +134,11 @@ def elman_state_jacobians(
         >>> print(bptt.elman_state_jacobians(params, jnp.array([0.0])))
         [[0.5]]
     """
-    hs = jnp.asarray(hs)
-    return ((1 - hs) * (1 + hs))[..., :, None] * params.W_hh
+    hs = as_array("hs", hs, "[*time, hidden]")
+    hidden = hs.shape[-1:] * 2
+    if not isinstance(params, ElmanParams) or jnp.shape(params.W_hh) != hidden or not hidden:
+        raise ValueError(
+            f"hs have shape {hs.shape}, which asks for ElmanParams with a W_hh of shape {hidden}: pass the params of the cell that "
+            "made the states, and hs [*time, hidden]."
+        )
+    return ((1 - hs) * (1 + hs))[..., :, None] * jnp.expand_dims(params.W_hh, range(hs.ndim - 1))

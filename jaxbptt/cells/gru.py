@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxbptt.arrays import check_key
 from jaxbptt.cells import dense, initializers
 from jaxbptt.cells.cell import Adjoint, Cell
 
@@ -55,7 +56,8 @@ def gru(
         A `Cell` with `GRUParams`; its carry is the array h `[*batch, hidden]`.
 
     Raises:
-        ValueError: a size below 1, a `compute_dtype` that is not floating-point, a `chrono_length` of 2 or less; at a step, an x that does not fit the carry's batch axes or `input_size`.
+        ValueError: a size below 1, a dtype that is not floating-point, a `chrono_length` of 2 or less; at a step, params, a
+            carry or an x that do not fit the sizes or each other.
 
     Example:
         >>> import jax
@@ -71,10 +73,14 @@ def gru(
         neural networks warp time?, 2018, arXiv:1804.11188.
     """
     dense.check_sizes(input_size=input_size, hidden_size=hidden_size)
+    dense.check_options(dtype, recurrent_init=recurrent_init, input_init=input_init)
+    gates = 3 * hidden_size
+    shapes = {"W_xh": (gates, input_size), "W_hh": (gates, hidden_size), "b": (gates,), "b_hn": (hidden_size,)}
     products = dense.products(compute_dtype)
     chrono = None if chrono_length is None else initializers.chrono(chrono_length)
 
     def init(key: Array) -> GRUParams:
+        check_key(key)
         key_xh, key_hh = jax.random.split(key)
         b = jnp.zeros(3 * hidden_size, dtype)
         if chrono is not None:
@@ -88,24 +94,24 @@ def gru(
         )
 
     def initial_carry(batch_shape: tuple[int, ...] = ()) -> Array:
-        return jnp.zeros((*batch_shape, hidden_size), dtype)
+        return dense.zeros(batch_shape, hidden_size, dtype)
 
-    def gates(params, h, x):
-        dense.check_input("gru", x, h, input_size)
-        x_r, x_z, x_n = jnp.split(products.linear(params.W_xh, x) + params.b, 3, axis=-1)
+    def activations(params, h, x):
+        x = dense.check_step("gru", params, shapes, x, h=h)
+        x_r, x_z, x_n = jnp.split(dense.add_bias(products.linear(params.W_xh, x), params.b), 3, axis=-1)
         h_r, h_z, h_n = jnp.split(products.linear(params.W_hh, h), 3, axis=-1)
         r = jax.nn.sigmoid(h_r + x_r)
         z = jax.nn.sigmoid(h_z + x_z)
-        m = h_n + params.b_hn
+        m = dense.add_bias(h_n, params.b_hn)
         return r, z, jnp.tanh(x_n + r * m), m
 
     def step(params, h, x):
-        _, z, n, _ = gates(params, h, x)
+        _, z, n, _ = activations(params, h, x)
         h = (1 - z) * n + z * h
         return h, h
 
     def forward(params, h_prev, x):
-        r, z, n, m = gates(params, h_prev, x)
+        r, z, n, m = activations(params, h_prev, x)
         h = (1 - z) * n + z * h_prev
         return (h, h), (h_prev, r, z, n, m)
 
@@ -132,4 +138,5 @@ def gru(
         from_r, from_z, from_n = map(products.back, deltas, jnp.split(params.W_xh, 3))
         return params_bar, from_r + from_z + from_n
 
+    step = dense.with_sizes(step, input_size, hidden_size)
     return Cell(init, initial_carry, step, Adjoint(forward, backward, contract))

@@ -3,12 +3,16 @@ r"""Initialisations that keep a gradient alive at the start: what a cell's `recu
 jax's own initialisers fit `recurrent_init` and `input_init` as well; here is what it lacks or lays out the other way round.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array
+
+from jaxbptt.arrays import is_number
 
 
 def orthogonal(scale: float = 1.0) -> Callable[..., Array]:
@@ -33,6 +37,7 @@ def orthogonal(scale: float = 1.0) -> Callable[..., Array]:
         Saxe, McClelland and Ganguli, Exact solutions to the nonlinear dynamics of learning in deep linear networks, 2013,
         arXiv:1312.6120.
     """
+    _check_scale(scale)
     return jax.nn.initializers.orthogonal(scale)
 
 
@@ -58,6 +63,7 @@ def identity(scale: float = 1.0) -> Callable[..., Array]:
         Le, Jaitly and Hinton, A simple way to initialize recurrent networks of rectified linear units, 2015,
         arXiv:1504.00941.
     """
+    _check_scale(scale)
 
     def init(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
         return jnp.asarray(scale, dtype) * jnp.eye(*shape, dtype=dtype)
@@ -92,7 +98,7 @@ def chrono(length: float) -> Callable[..., Array]:
     References:
         Tallec and Ollivier, Can recurrent neural networks warp time?, 2018, arXiv:1804.11188.
     """
-    if not length > 2:
+    if not is_number(length, 2):
         raise ValueError(
             f"chrono_length is {length!r}, but the longest dependency has to be above 2 time steps: leave it out otherwise."
         )
@@ -102,3 +108,8 @@ def chrono(length: float) -> Callable[..., Array]:
         return jnp.log(jax.random.uniform(key, shape, drawn, 1.0, length - 1.0)).astype(dtype)
 
     return init
+
+
+def _check_scale(scale: Any) -> None:
+    if not isinstance(scale, Tracer) and not is_number(scale, -math.inf):
+        raise ValueError(f"scale is {scale!r}, but it is a factor of the matrix: pass a finite number.")

@@ -1,11 +1,13 @@
 r"""Long short-term memory, and its backward by hand."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxbptt.arrays import check_key, is_number
 from jaxbptt.cells import dense, initializers
 from jaxbptt.cells.cell import Adjoint, Cell
 
@@ -62,7 +64,8 @@ def lstm(
         A `Cell` with `LSTMParams`; its carry is an `LSTMState(h, c)`.
 
     Raises:
-        ValueError: a size below 1, a `compute_dtype` that is not floating-point, a `chrono_length` of 2 or less; at a step, an x that does not fit the carry's batch axes or `input_size`.
+        ValueError: a size below 1, a dtype that is not floating-point, a `chrono_length` of 2 or less; at a step, params, a
+            carry or an x that do not fit the sizes or each other.
 
     Example:
         >>> import jax
@@ -79,10 +82,16 @@ def lstm(
         Tallec and Ollivier, Can recurrent neural networks warp time?, 2018, arXiv:1804.11188.
     """
     dense.check_sizes(input_size=input_size, hidden_size=hidden_size)
+    dense.check_options(dtype, recurrent_init=recurrent_init, input_init=input_init)
+    if not is_number(forget_bias, -math.inf):
+        raise ValueError(f"forget_bias is {forget_bias!r}, but it is a bias to start with: pass a finite number.")
+    rows = 4 * hidden_size
+    shapes = {"W_xh": (rows, input_size), "W_hh": (rows, hidden_size), "b": (rows,)}
     products = dense.products(compute_dtype)
     chrono = None if chrono_length is None else initializers.chrono(chrono_length)
 
     def init(key: Array) -> LSTMParams:
+        check_key(key)
         key_xh, key_hh = jax.random.split(key)
         b_i, b_f = jnp.zeros(hidden_size, dtype), jnp.full(hidden_size, forget_bias, dtype)
         if chrono is not None:
@@ -95,26 +104,35 @@ def lstm(
         )
 
     def initial_carry(batch_shape: tuple[int, ...] = ()) -> LSTMState:
-        zeros = jnp.zeros((*batch_shape, hidden_size), dtype)
-        return LSTMState(h=zeros, c=zeros)
+        # Two arrays: a carry that is donated can't have one buffer twice.
+        h, c = (dense.zeros(batch_shape, hidden_size, dtype) for _ in range(2))
+        return LSTMState(h, c)
+
+    def checked(params, state, x):
+        if not (hasattr(state, "h") and hasattr(state, "c")):
+            raise TypeError(
+                f"lstm: the carry is {f'an array {state.shape}' if hasattr(state, 'shape') else type(state).__name__}, but an LSTMState(h, c) is expected: make it with "
+                "cell.initial_carry(batch_shape)."
+            )
+        return dense.check_step("lstm", params, shapes, x, **{"carry.h": state.h, "carry.c": state.c})
 
     def gates(params, h, x):
-        dense.check_input("lstm", x, h, input_size)
-        return squashed(products.linear(params.W_hh, h) + products.linear(params.W_xh, x) + params.b)
+        return squashed(dense.add_bias(products.linear(params.W_hh, h) + products.linear(params.W_xh, x), params.b))
 
     def squashed(a):
         a_i, a_f, a_g, a_o = jnp.split(a, 4, axis=-1)
         return jax.nn.sigmoid(a_i), jax.nn.sigmoid(a_f), jnp.tanh(a_g), jax.nn.sigmoid(a_o)
 
     def step(params, state, x):
+        x = checked(params, state, x)
         i, f, g, o = gates(params, state.h, x)
         c = f * state.c + i * g
         h = o * jnp.tanh(c)
         return LSTMState(h, c), h
 
     def forward(params, state, x):
-        dense.check_input("lstm", x, state.h, input_size)
-        i, f, g, o = squashed(dense.merged(products, params.W_hh, params.W_xh, state.h, x) + params.b)
+        x = checked(params, state, x)
+        i, f, g, o = squashed(dense.add_bias(dense.merged(products, params.W_hh, params.W_xh, state.h, x), params.b))
         c = f * state.c + i * g
         h = o * jnp.tanh(c)
         # The gates stay four arrays: saved as one and split again in the loop, they cost what the rest gains.
@@ -145,4 +163,5 @@ def lstm(
         )
         return params_bar, products.back(deltas, params.W_xh)
 
+    step = dense.with_sizes(step, input_size, hidden_size)
     return Cell(init, initial_carry, step, Adjoint(forward, backward, contract))

@@ -1,9 +1,13 @@
 r"""Layers in one step: a cell made of cells, and a backward made of their backwards."""
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
+from jaxbptt.arrays import check_key
+from jaxbptt.cells import dense
 from jaxbptt.cells.cell import Adjoint, Cell
 
 
@@ -23,7 +27,8 @@ def stack(*cells: Cell) -> Cell:
         A `Cell` whose params and carry are tuples with one entry a layer. Its `adjoint` is `None` if a layer has none.
 
     Raises:
-        ValueError: no cells given.
+        ValueError: no cells given; neighbours whose sizes do not fit, where they are built-in cells.
+        TypeError: a layer that is no `Cell`.
 
     Example:
         >>> import jax
@@ -38,14 +43,34 @@ def stack(*cells: Cell) -> Cell:
     """
     if not cells:
         raise ValueError("stack() got no cells: pass at least one, the lowest layer first.")
+    for layer, cell in enumerate(cells):
+        if not isinstance(cell, Cell):
+            raise TypeError(f"Layer {layer} of the stack is a {type(cell).__name__}, but a Cell is expected.")
+    sizes = [getattr(cell.step, "sizes", None) for cell in cells]
+    for layer, (below, above) in enumerate(itertools.pairwise(sizes), start=1):
+        if below and above and below[1] != above[0]:
+            raise ValueError(
+                f"Layer {layer} of the stack reads {above[0]} features, but layer {layer - 1} below it gives {below[1]}: its "
+                f"input_size must be the hidden_size of the layer below, {below[1]}."
+            )
 
     def init(key: Any) -> tuple[Any, ...]:
+        check_key(key)
         return tuple(cell.init(k) for cell, k in zip(cells, jax.random.split(key, len(cells)), strict=True))
 
     def initial_carry(batch_shape: tuple[int, ...] = ()) -> tuple[Any, ...]:
         return tuple(cell.initial_carry(batch_shape) for cell in cells)
 
+    def check(params, carry):
+        for name, given in (("params", params), ("the carry", carry)):
+            if not isinstance(given, tuple | list) or len(given) != len(cells):
+                raise TypeError(
+                    f"stack: {name} is a {type(given).__name__}, but a tuple with one entry for each of the {len(cells)} layers is "
+                    "expected: make params with cell.init(key) and the carry with cell.initial_carry(batch_shape)."
+                )
+
     def step(params, carry, x):
+        check(params, carry)
         new_carry = []
         for cell, p, c in zip(cells, params, carry, strict=True):
             c, x = cell.step(p, c, x)
@@ -53,14 +78,17 @@ def stack(*cells: Cell) -> Cell:
         return tuple(new_carry), x
 
     adjoints = [cell.adjoint for cell in cells if cell.adjoint is not None]
-    adjoint = _stacked_adjoint(adjoints) if len(adjoints) == len(cells) else None
+    adjoint = _stacked_adjoint(adjoints, check) if len(adjoints) == len(cells) else None
+    if sizes[0] and sizes[-1]:
+        step = dense.with_sizes(step, sizes[0][0], sizes[-1][1])
     return Cell(init, initial_carry, step, adjoint)
 
 
-def _stacked_adjoint(adjoints: list[Adjoint]) -> Adjoint:
+def _stacked_adjoint(adjoints: list[Adjoint], check: Callable[..., None]) -> Adjoint:
     layers = range(len(adjoints))
 
     def forward(params, carry, x):
+        check(params, carry)
         new_carry, residuals, inputs = [], [], []
         for layer in layers:
             inputs.append(x)

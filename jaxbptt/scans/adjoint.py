@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.backward import step_with_adjoint, unroll_backward, unroll_forward
-from jaxbptt.scans.recurrence import prepare
+from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, of_outputs
+from jaxbptt.scans.recurrence import length_for_scan, prepare
 from jaxbptt.scans.resets import with_flags
 from jaxbptt.scans.reverse_mode import reverse_mode
 
@@ -62,7 +63,8 @@ def adjoint_scan(
             reset, and no gradient passes.
         valid: booleans `[time, *batch]`, False where a step is padding: it is not taken, the carry is held, yₜ is 0, and
             what stands in xₜ changes nothing. Leaves of xs that don't begin with [time, *batch] are shared by all rows.
-        reset_carry: what `is_first` resets to, like `init` or one row of it; zeros by default. It gets its gradient.
+        reset_carry: what `is_first` resets to, like `init` or one row of it; it gets its gradient. By default zeros, and
+            typed random keys go on as they are. A key that all rows share always does.
         adjoint: the backward of one step. By default the `Cell`'s own, or else derived from `step`.
         clip_adjoint: the largest magnitude that an entry of c̄ may have as it passes from step to step, or a function of c̄
             that returns it clipped. `None` for the exact gradient.
@@ -92,26 +94,29 @@ def adjoint_scan(
     """
     r = prepare(step, params, init, xs, length)
     with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
-    step, params, adjoint, *_ = with_adjoint
+    step, params, adjoint_for, _, by_hand, *_ = with_adjoint
+    length = r.length
     if clip_adjoint is not None:
-        adjoint = _clipped(adjoint, clip_adjoint)
+        adjoint_for = _clipped(adjoint_for, clip_adjoint)
 
     def run(params, init, xs):
-        return jax.lax.scan(partial(step, params), init, xs, length=r.length, unroll=unroll)
+        return jax.lax.scan(partial(step, params), init, xs, length=length_for_scan(length), unroll=unroll)
 
-    def forward(params, init, xs):
-        return unroll_forward(adjoint, params, init, xs, length=r.length, unroll=unroll)
+    def forward(adjoint, params, init, xs):
+        return unroll_forward(adjoint, params, init, xs, length=length, unroll=unroll)
 
-    def backward(params, init, xs, residuals, carry_bar, ys_bar):
+    def backward(adjoint, params, init, xs, residuals, carry_bar, ys_bar):
         # Else the compiler moves what is constant, such as the gradient of a sum, into the loop over segments of time, and
         # makes all of it anew in each.
-        xs, ys_bar = jax.lax.optimization_barrier((xs, ys_bar))
-        return unroll_backward(adjoint, params, init, residuals, xs, carry_bar, ys_bar, length=r.length, unroll=unroll)
+        xs, ys_bar = jax.tree.map(jax.lax.optimization_barrier, (xs, ys_bar))
+        return unroll_backward(adjoint, params, init, residuals, xs, carry_bar, ys_bar, length=length, unroll=unroll)
 
-    return reverse_mode("adjoint_scan", run, forward, backward)(params, r.init, xs)
+    return reverse_mode("adjoint_scan", adjoint_for, run, forward, backward, by_hand=by_hand)(params, r.init, xs)
 
 
-def _clipped(adjoint: Adjoint, clip: float | Callable[[Any], Any]) -> Adjoint:
+def _clipped(
+    adjoint_for: Callable[[Perturbed], PerturbedAdjoint], clip: float | Callable[[Any], Any]
+) -> Callable[[Perturbed], PerturbedAdjoint]:
     """The same backward, whose carry adjoints are clipped as they leave each step."""
     if callable(clip):
         function = clip
@@ -120,8 +125,11 @@ def _clipped(adjoint: Adjoint, clip: float | Callable[[Any], Any]) -> Adjoint:
     else:
         function = partial(jax.tree.map, lambda leaf: jnp.clip(leaf, -clip, clip))
 
-    def backward(params, residuals, x, carry_bar, y_bar):
-        carry_bar, delta = adjoint.backward(params, residuals, x, carry_bar, y_bar)
-        return function(carry_bar), delta
+    def clipped(adjoint):
+        def backward(params, residuals, x, carry_bar, y_bar):
+            carry_bar, delta = adjoint.backward(params, residuals, x, carry_bar, y_bar)
+            return function(carry_bar), delta
 
-    return adjoint._replace(backward=backward)
+        return of_outputs(adjoint._replace(backward=backward), adjoint, clipped)
+
+    return lambda perturbed: clipped(adjoint_for(perturbed))

@@ -8,39 +8,40 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+
+from jaxbptt.scans.array_types import type_over_time, zeros
+from jaxbptt.scans.recurrence import same_keys
 
 _index = partial(jax.lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
 _slice = partial(jax.lax.dynamic_slice_in_dim, allow_negative_indices=False)
 _update = partial(jax.lax.dynamic_update_slice_in_dim, axis=0, allow_negative_indices=False)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("shape", "dtype"))
+@partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("type",))
 @dataclass(frozen=True)
 class Zeros:
-    """Zeros at every time step, in the place of an array of them: no leaf of a pytree, so no loop carries it."""
+    """Zeros of a type at every time step, in the place of an array of them: no leaf of a pytree, so no loop carries it."""
 
-    shape: tuple[int, ...]
-    dtype: Any
+    type: Any
 
 
 def filled(tree: Any, *lengths: int) -> Any:
     """`tree` with arrays for its `Zeros`: of one step, or of so many."""
 
     def fill(leaf):
-        return jnp.zeros((*lengths, *leaf.shape), leaf.dtype) if isinstance(leaf, Zeros) else leaf
+        return zeros(type_over_time(leaf.type, *lengths)) if isinstance(leaf, Zeros) else leaf
 
     return jax.tree.map(fill, tree, is_leaf=lambda leaf: isinstance(leaf, Zeros))
 
 
 def at(tree: Any, t: Any) -> Any:
     """The entry at t."""
-    return jax.tree.map(lambda leaf: _index(leaf, t), tree)
+    return jax.tree.map(lambda leaf: _index(leaf, t), same_keys(tree))
 
 
 def window(tree: Any, start: Any, length: int) -> Any:
     """`length` entries from `start` on."""
-    return jax.tree.map(lambda leaf: _slice(leaf, start, length), tree)
+    return jax.tree.map(lambda leaf: _slice(leaf, start, length), same_keys(tree))
 
 
 def put(tree: Any, entry: Any, t: Any) -> Any:
@@ -50,9 +51,9 @@ def put(tree: Any, entry: Any, t: Any) -> Any:
 
 def put_window(tree: Any, entries: Any, start: Any) -> Any:
     """`tree` with its entries from `start` on replaced."""
-    return jax.tree.map(lambda leaf, new: _update(leaf, new, start), tree, entries)
+    return jax.tree.map(lambda leaf, new: _update(leaf, new, start), tree, same_keys(entries))
 
 
 def room(tree: Any, length: int) -> Any:
     """Arrays (or random keys) to write `length` entries like `tree` into."""
-    return jax.tree.map(lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype), tree)
+    return jax.tree.map(lambda leaf: zeros(type_over_time(leaf, length)), tree)

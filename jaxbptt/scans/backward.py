@@ -6,17 +6,31 @@ contraction over the stretch. `adjoint_scan` takes the whole sequence as one str
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.export import is_symbolic_dim
 
 from jaxbptt.cells.cell import Adjoint, Cell
-from jaxbptt.scans.along_time import at, filled, window
+from jaxbptt.scans.along_time import at, filled, room, window
 from jaxbptt.scans.contraction import fit, weight_gradient
+from jaxbptt.scans.devices import on_any_mesh
 from jaxbptt.scans.linearized import linearized
 from jaxbptt.scans.parts import arrays_of, in_loop
-from jaxbptt.scans.recurrence import Recurrence, at_one_step, pull
+from jaxbptt.scans.perturbed import (
+    Perturbed,
+    PerturbedAdjoint,
+    every_leaf,
+    everything,
+    leading_to,
+    part,
+    select,
+    spread,
+)
+from jaxbptt.scans.recurrence import Recurrence, at_one_step, differentiable, known, length_for_scan, merge, name
 from jaxbptt.scans.residuals import Residuals, places
 from jaxbptt.scans.schedule import divisor_near
 from jaxbptt.scans.tracing import TracedStep, map_over_time, trace
@@ -28,15 +42,20 @@ class StepWithAdjoint(NamedTuple):
     Attributes:
         step: `(params, carry, x) -> (carry, y)`.
         params: to call both with.
-        adjoint: the `Adjoint` given, or the `Cell`'s own, or else one derived from the step.
-        branches: whether the step has a `lax.cond`, which must not be mapped over time.
+        adjoint: `(perturbed)`, the `Adjoint` given, or the `Cell`'s own, or else one derived from the step, for the leaves
+            of (params, init, xs) that are flagged. Nothing is differentiated before it is called.
+        in_turn: whether the step must not be mapped over time: it branches (`lax.cond`), or writes to a mutable array.
+        by_hand: whether the adjoint was given, and not derived.
+        mutable: name of a mutable array that it reads or writes, or "".
         like_params: puts a gradient of `params` into the structure of the user's.
     """
 
     step: Callable[..., Any]
     params: Any
-    adjoint: Adjoint
-    branches: bool
+    adjoint: Callable[[Perturbed], PerturbedAdjoint]
+    in_turn: bool
+    by_hand: bool = False
+    mutable: str = ""
     like_params: Callable[[Any], Any] = lambda params: params
 
 
@@ -44,15 +63,41 @@ def step_with_adjoint(step: Callable[..., Any] | Cell, adjoint: Adjoint | None, 
     """Settle which backward a step gets; `r` is the same step, prepared."""
     if adjoint is None and isinstance(step, Cell):
         adjoint = step.adjoint
-    if adjoint is not None:
-        return StepWithAdjoint(r.step, r.params, adjoint, branches=False)
-    traced = trace(r)
-    adjoint = linearized(traced, r.init, at_one_step(r.xs)) or _derived(traced)
-    return StepWithAdjoint(traced.step, traced.params, adjoint, traced.branches, traced.like_params)
+    if adjoint is None:
+        traced = trace(r)
+        derive = _derivation(traced._replace(params=None))  # JAX keeps it, and would keep the arrays with it
+        mutable = next((_name_of(ref, r.params) for ref in traced.refs.values()), "")
+        return StepWithAdjoint(traced.step, traced.params, derive, traced.in_turn, False, mutable, traced.like_params)
+    if not isinstance(adjoint, Adjoint):
+        raise TypeError(
+            f"adjoint is {type(adjoint).__name__}, but it holds the backward of one step: pass "
+            "jaxbptt.Adjoint(forward, backward, contract), a Cell as the step, or leave it out to have it derived."
+        )
+    carry = every_leaf(r.init)
+
+    def for_leaves(perturbed):
+        perturbed = perturbed._replace(carry=carry)
+        return on_any_mesh(PerturbedAdjoint(*adjoint, perturbed))
+
+    return StepWithAdjoint(r.step, r.params, for_leaves, in_turn=False, by_hand=True)
+
+
+def _name_of(ref: Any, params: Any) -> str:
+    named = {id(leaf): name("params", path) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    return named.get(id(ref), "an array that the step closes over")
+
+
+def check_recomputed(strategy: str, mutable: str) -> None:
+    """Raise where a strategy that computes steps again in its backward pass would write to a mutable array once more."""
+    if mutable:
+        raise TypeError(
+            f"{mutable} is mutable (a Ref), and {strategy} computes each step again in its backward pass, so that it would be "
+            "written to twice: take the gradient with adjoint_scan or jaxbptt.scan, which run each step once."
+        )
 
 
 def unroll_forward(
-    adjoint: Adjoint, params: Any, init: Any, xs: Any, *, length: int, unroll: int | bool
+    adjoint: PerturbedAdjoint, params: Any, init: Any, xs: Any, *, length: int, unroll: int | bool
 ) -> tuple[tuple[Any, Any], Residuals]:
     """`lax.scan` that keeps residuals: ((c_T, ys), residuals)."""
     forward = in_loop(adjoint.forward, params, init, at_one_step(xs))
@@ -65,14 +110,14 @@ def unroll_forward(
         leaves = jax.tree.leaves(residuals)
         return carry, (y, [leaves[i] for i in kept])
 
-    carry, (ys, stacked) = jax.lax.scan(body, init, xs, length=length, unroll=unroll)
+    carry, (ys, stacked) = jax.lax.scan(body, init, xs, length=length_for_scan(length), unroll=unroll)
     outputs, first = jax.tree.leaves(ys), jax.tree.leaves(init)
     shared = [outputs[i] for i in read[0]], [first[i] for i in read[1]]
     return (carry, ys), Residuals(stacked, *shared, where, jax.tree.structure(residuals))
 
 
 def unroll_backward(
-    adjoint: Adjoint,
+    adjoint: PerturbedAdjoint,
     params: Any,
     init: Any,
     residuals: Residuals,
@@ -84,15 +129,25 @@ def unroll_backward(
     unroll: int | bool,
 ) -> tuple[Any, Any, Any]:
     """Gradients of params, init and xs, from those of c_T and ys, which may have `Zeros` for leaves."""
-    total = weight_gradient(adjoint, params, init, xs, carry_bar, ys_bar, stretches(carry_bar, length))
+    total = weight_gradient(adjoint, params, init, xs, carry_bar, ys_bar, stretches(init, length))
     sums, carry_bar, xs_bar = _back(
-        adjoint, total.add, params, total.zeros, residuals, xs, carry_bar, ys_bar, length=length, unroll=unroll
+        adjoint,
+        total.add,
+        params,
+        total.zeros,
+        residuals,
+        xs,
+        carry_bar,
+        ys_bar,
+        length=length,
+        segment=segment_length(init, length),
+        unroll=unroll,
     )
-    return total.finish(sums), fit(carry_bar, init, "init"), xs_bar
+    return total.finish(sums), fit(carry_bar, init, adjoint.perturbed.carry, "init"), xs_bar
 
 
 def back_over(
-    adjoint: Adjoint,
+    adjoint: PerturbedAdjoint,
     add: Callable[..., tuple[Any, Any]],
     params: Any,
     sums: Any,
@@ -122,13 +177,14 @@ def back_over(
         carry_bar,
         window(ys_bar, start, length),
         length=length,
+        segment=segment_length(carry, length),
         unroll=unroll,
     )
-    return after, (sums, fit(carry_bar, carry, "init"), xs_bar)
+    return after, (sums, fit(carry_bar, carry, adjoint.perturbed.carry, "init"), xs_bar)
 
 
 def _back(
-    adjoint: Adjoint,
+    adjoint: PerturbedAdjoint,
     add: Callable[..., tuple[Any, Any]],
     params: Any,
     sums: Any,
@@ -138,10 +194,10 @@ def _back(
     ys_bar: Any,
     *,
     length: int,
+    segment: int,
     unroll: int | bool,
 ) -> tuple[Any, Any, Any]:
     """The recursion over a stretch of time: `sums` with it added, and the gradients of its first carry and of xs."""
-    segment = segment_length(carry_bar, length)
 
     def loop(params, residuals, xs, carry_bar, ys_bar):
         """The recursion over one step, and how to put the deltas together from the distinct ones, which it returns."""
@@ -169,7 +225,7 @@ def _back(
         body, restore = loop(params, residuals, xs, carry_bar, ys_bar)
         residuals = residuals.stacked()
         carry_bar, deltas = jax.lax.scan(
-            body, carry_bar, (residuals, xs, ys_bar), length=length, reverse=True, unroll=unroll
+            body, carry_bar, (residuals, xs, ys_bar), length=length_for_scan(length), reverse=True, unroll=unroll
         )
         sums, xs_bar = add(params, sums, residuals, xs, ys_bar, restore(deltas), length=length)
         return sums, carry_bar, xs_bar
@@ -207,46 +263,63 @@ def _back(
         return sums, carry_bar, xs_bar
 
     # Derivatives of reads at computed positions would be written to as many arrays: those of the plain loop are not.
-    run = at_once if segment >= length else differentiated_as(at_once, in_segments)
+    run = at_once if segment >= length or adjoint.mutates else differentiated_as(at_once, in_segments)
     return run(params, sums, residuals, xs, carry_bar, ys_bar)
 
 
-def stretches(carry_bar: Any, *lengths: int) -> set[int]:
+def stretches(carry: Any, *lengths: int) -> set[int]:
     """The lengths, in time steps, that weight gradients are added up over on the way back over these lengths."""
     found = set()
     for length in lengths:
-        segment = segment_length(carry_bar, length)
+        segment = segment_length(carry, length)
         found |= {segment, length % segment} if segment < length else {length}
     return found - {0} or {1}
 
 
-def segment_length(carry_bar: Any, length: int) -> int:
+def segment_length(carry: Any, length: Any) -> Any:
     """Time steps after which the weight gradient is added to, so that what a product reads is still in the cache.
 
     On CPU about as many as have 1,024 rows, but at least 8, half of the steps at most, and rather a divisor of them.
     Measured against one product for all time steps, with 32 and 64 rows a step: 0.71 to 0.97 of the time for gru and
     lstm, 0.81 to 1.2 for elman, and 0.67 of the bytes; 512 and 2,048 rows take up to 1.1 and 1.2 times as long. Not
-    measured on other backends, where few large products are the rule: all steps.
+    measured on other backends, where few large products are the rule: all steps. So it is for a symbolic number of them.
     """
+    if is_symbolic_dim(length):
+        return length
     if jax.default_backend() != "cpu":
         return max(length, 1)
-    rows = max((math.prod(leaf.shape[:-1]) for leaf in jax.tree.leaves(carry_bar)), default=1)
+    leaves = jax.tree.leaves(differentiable(carry))
+    rows = max((math.prod(map(known, leaf.shape[:-1])) for leaf in leaves), default=1)
     return divisor_near(length, max(min(1024 / max(rows, 1), length / 2), 8), within=4) if length else 1
 
 
 def differentiated_as(plain: Callable[..., Any], fast: Callable[..., Any]) -> Callable[..., Any]:
     """`fast`, with the derivative of `plain`, which is the same function."""
-    both = jax.custom_jvp(fast)
 
-    @both.defjvp
-    def jvp(primals, tangents):
-        return jax.jvp(plain, primals, tangents)
+    def run(*args):
+        leaves, treedef = jax.tree.flatten(args)
 
-    return both
+        @jax.custom_jvp
+        def both(*leaves):
+            return fast(*treedef.unflatten(leaves))
+
+        def jvp(primals, tangents):
+            perturbed = [not isinstance(tangent, SymbolicZero) for tangent in tangents]
+            moving, still = part(list(primals), perturbed)
+
+            def of_moving(moving):
+                return plain(*treedef.unflatten(merge(moving, still)))
+
+            return jax.jvp(of_moving, (moving,), (select(list(tangents), perturbed),))
+
+        both.defjvp(jvp, symbolic_zeros=True)
+        return both(*leaves)
+
+    return run
 
 
 def back_one_lag(
-    adjoint: Adjoint, params: Any, residuals: Any, xs: Any, bars: Any, ys_bar: Any, *, in_turn: bool
+    adjoint: PerturbedAdjoint, params: Any, residuals: Any, xs: Any, bars: Any, ys_bar: Any, *, in_turn: bool
 ) -> tuple[Any, Any, Any]:
     """All time steps one step back at once: the gradients of the carries after each step, moved to those before it.
 
@@ -259,25 +332,79 @@ def back_one_lag(
 
 def at_last_step(bar: Any, length: int) -> Any:
     """The gradient of the last carry as one of the carries after every step."""
-    return jax.tree.map(lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype).at[-1].set(leaf), bar)
+    before = room(bar, length - 1)
+    return jax.tree.map(lambda zeros, leaf: jnp.concatenate([zeros, leaf[None]]), before, bar)
 
 
-def _derived(traced: TracedStep) -> Adjoint:
-    """For a step that can't be linearised: the three parts by `jax.vjp`, which compute it again, from the carries."""
+def _derivation(traced: TracedStep) -> Callable[[Perturbed], PerturbedAdjoint]:
+    """The adjoint of a traced step for given leaves, derived once."""
+    known: dict[Any, PerturbedAdjoint] = {}
+
+    def derive(perturbed):
+        key = tuple(jax.tree.leaves(perturbed))
+        if key not in known and "symbolic_zeros" in traced.primitives:
+            # What such a derivative keeps may differ by what is perturbed, as it does of a strategy inside the step, and JAX
+            # remembers the structure of one of them alone: so all traces are for the same leaves, all there are.
+            known[key] = _pulled(traced, everything(*traced.shapes), together=True)._replace(for_outputs=None)
+        if key not in known:
+            perturbed = spread(traced.step, perturbed, traced.shapes)
+            known[key] = found(linearized(traced, perturbed) or _pulled(traced, perturbed))
+        return known[key]
+
+    def found(adjoint):
+        def for_outputs(carry_used, ys_used):
+            leading = leading_to(traced.step, adjoint.perturbed, traced.shapes, carry_used, ys_used)
+            return found(adjoint.for_outputs(leading, ys_used))
+
+        return adjoint._replace(mutates="new_ref" in traced.primitives, for_outputs=for_outputs)
+
+    return derive
+
+
+def _pulled(traced: TracedStep, perturbed: Perturbed, *, together: bool = False) -> PerturbedAdjoint:
+    """For a step that can't be linearised: the three parts by `jax.vjp`, which compute it again, from the carries.
+
+    With `together` each part differentiates with respect to all that is perturbed, and takes of it what it needs.
+    """
 
     def forward(params, carry, x):
         return traced.step(params, carry, x), carry
 
-    def backward(params, carry, x, carry_bar, y_bar):
-        (previous_bar,) = pull(lambda carry: traced.step(params, carry, x), (carry,), (carry_bar, y_bar))
-        return previous_bar, carry_bar
+    def for_outputs(carry_used, ys_used):
+        flags = perturbed._replace(carry=carry_used)
 
-    over_time = map_over_time(traced.step, in_turn=traced.branches)
+        def pull(step, primals, of_primals, bars):
+            moving, still = part(primals, of_primals)
 
-    def contract(params, carries, xs, ys_bar, carry_bars):
-        return pull(lambda params, xs: over_time(params, carries, xs), (params, xs), (carry_bars, ys_bar))
+            def outputs(*moving):
+                new_carry, y = step(*merge(moving, still))
+                return select(new_carry, carry_used), select(y, ys_used)
 
-    return Adjoint(forward, backward, contract)
+            _, vjp = jax.vjp(outputs, *moving)
+            return vjp(bars)
+
+        def backward(params, carry, x, carry_bar, y_bar):
+            at_t = partial(traced.step, params, x=x)
+            if together:
+                _, previous_bar, _ = pull(traced.step, (params, carry, x), tuple(flags), (carry_bar, y_bar))
+            else:
+                (previous_bar,) = pull(at_t, (carry,), (carry_used,), (carry_bar, y_bar))
+            return previous_bar, carry_bar
+
+        def contract(params, carries, xs, ys_bar, carry_bars):
+            def over_time(params, xs):
+                return map_over_time(traced.step, in_turn=traced.in_turn)(params, carries, xs)
+
+            if together:
+                steps = map_over_time(traced.step, in_turn=traced.in_turn)
+                params_bar, _, xs_bar = pull(steps, (params, carries, xs), tuple(flags), (carry_bars, ys_bar))
+                return params_bar, xs_bar
+            return pull(over_time, (params, xs), (flags.params, flags.x), (carry_bars, ys_bar))
+
+        return PerturbedAdjoint(forward, backward, contract, flags, for_outputs=for_outputs)
+
+    _, y = traced.out_tree.unflatten([var.aval for var in traced.jaxpr.outvars])
+    return for_outputs(perturbed.carry, every_leaf(y))
 
 
 def without(residuals: Any, outputs: Any) -> tuple[list[Any], Callable[..., Any]]:

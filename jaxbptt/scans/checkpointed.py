@@ -15,8 +15,17 @@ import jax
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans import schedule, segments
 from jaxbptt.scans.along_time import filled
-from jaxbptt.scans.backward import StepWithAdjoint, differentiated_as, step_with_adjoint, without
-from jaxbptt.scans.recurrence import Recurrence, at_one_step, byte_count, check_count, differentiable, prepare, pull
+from jaxbptt.scans.backward import check_recomputed, differentiated_as, step_with_adjoint, without
+from jaxbptt.scans.perturbed import PerturbedAdjoint, part, select
+from jaxbptt.scans.recurrence import (
+    at_one_step,
+    byte_count,
+    check_count,
+    check_known_length,
+    differentiable,
+    merge,
+    prepare,
+)
 from jaxbptt.scans.resets import with_flags
 from jaxbptt.scans.reverse_mode import reverse_mode
 
@@ -49,6 +58,9 @@ def checkpointed_scan(
     Size of the program and compile time do not grow with T, s or c. What is returned is not part of the saving: a step
     whose y is as large as its state still returns T of them. For a long sequence, let y be what the loss needs of a step.
 
+    What a step does on the side, such as `jax.debug.print` or a callback, it does again each time it is computed: in a
+    gradient twice with segments, and as often as the schedule says with `checkpoints`.
+
     Args:
         step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
         params: θ, any pytree. Arrays that `step` closes over get their gradient as well.
@@ -61,7 +73,8 @@ def checkpointed_scan(
             reset, and no gradient passes.
         valid: booleans `[time, *batch]`, False where a step is padding: it is not taken, the carry is held, yₜ is 0, and
             what stands in xₜ changes nothing. Leaves of xs that don't begin with [time, *batch] are shared by all rows.
-        reset_carry: what `is_first` resets to, like `init` or one row of it; zeros by default. It gets its gradient.
+        reset_carry: what `is_first` resets to, like `init` or one row of it; it gets its gradient. By default zeros, and
+            typed random keys go on as they are. A key that all rows share always does.
         adjoint: the backward of one step. By default the `Cell`'s own, or else derived from `step`.
         unroll: time steps in one iteration of the compiled loops, as for `lax.scan`.
 
@@ -70,7 +83,8 @@ def checkpointed_scan(
 
     Raises:
         ValueError: both `segment_length` and `checkpoints`, `segment_length` below 1, `checkpoints` outside 1 … T; and as for `adjoint_scan`.
-        TypeError: as for `adjoint_scan`.
+        TypeError: a step that writes to a mutable array (`jax.new_ref`) from outside, in a gradient; and as for
+            `adjoint_scan`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -90,75 +104,111 @@ def checkpointed_scan(
     r = prepare(step, params, init, xs, length)
     with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
     r = r._replace(xs=xs)
-    step, params, adjoint, *_ = with_adjoint
-    cut = layout(r, with_adjoint, segment_length, checkpoints)
-    if r.length == 0:
+    step, params, adjoint_for, _, by_hand, mutable, _ = with_adjoint
+    length = r.length
+    check_known_length("checkpointed_scan", length)
+    check_options(length, segment_length, checkpoints)
+    if length == 0:
         return jax.lax.scan(partial(step, params), r.init, r.xs, length=0)
 
     def unrolled(params, init, xs):
-        return jax.lax.scan(partial(step, params), init, xs, length=r.length, unroll=unroll)
+        return jax.lax.scan(partial(step, params), init, xs, length=length, unroll=unroll)
 
     def run(params, init, xs):
         # Not `unrolled`: under a vmap inside a scan, JAX takes it that both forwards put the mapped axis in one place.
-        return segments.forward(step, params, init, xs, cut, unroll)[0]
+        return segments.forward(step, params, init, xs, _nothing_kept(length), unroll)[0]
 
-    def forward(params, init, xs):
-        return segments.forward(step, params, init, xs, cut, unroll)
+    def forward(adjoint, params, init, xs):
+        check_recomputed("checkpointed_scan", mutable)
+        cut = layout(length, adjoint, params, init, xs, segment_length, checkpoints)
+        outputs, states = segments.forward(step, params, init, xs, cut, unroll)
+        return outputs, (cut, states)
 
-    def backward(params, init, xs, states, carry_bar, ys_bar):
+    def backward(adjoint, params, init, xs, saved, carry_bar, ys_bar):
+        flags, (cut, states) = tuple(adjoint.perturbed), saved
+
         def gradients(params, init, xs, carry_bar, ys_bar, states):
             task = segments.Task(step, adjoint, params, xs, ys_bar, unroll)
             return segments.backward(task, states, carry_bar, cut)
 
         def by_scan(params, init, xs, carry_bar, ys_bar, states):
-            return pull(unrolled, (params, init, xs), (carry_bar, filled(ys_bar, r.length)))
+            moving, still = part((params, init, xs), flags)
 
-        if not cut.all_kept:
+            def outputs(*moving):
+                carry, ys = unrolled(*merge(moving, still))
+                # `None` where no gradient comes back
+                ys = jax.tree.map(lambda leaf, bar: None if bar is None else leaf, ys, ys_bar)
+                return select(carry, adjoint.perturbed.carry), ys
+
+            _, vjp = jax.vjp(outputs, *moving)
+            return vjp((carry_bar, filled(ys_bar, length)))
+
+        if not cut.all_kept and not adjoint.mutates:
             # Loops of a length known only when they run have no reverse mode: a second derivative takes the way of `scan`.
             gradients = differentiated_as(by_scan, gradients)
         return gradients(params, init, xs, carry_bar, ys_bar, states)
 
-    return reverse_mode("checkpointed_scan", run, forward, backward)(params, r.init, r.xs)
+    return reverse_mode("checkpointed_scan", adjoint_for, run, forward, backward, by_hand=by_hand)(params, r.init, r.xs)
 
 
-def layout(r: Recurrence, step: StepWithAdjoint, segment_length: Any, checkpoints: Any) -> segments.Layout:
-    """Cut the time of a prepared recurrence as the options say; raises where they make no sense."""
+def check_options(length: int, segment_length: Any, checkpoints: Any) -> None:
+    """Raise where the options make no sense."""
     if segment_length is not None and checkpoints is not None:
         raise ValueError(
             f"Both segment_length={segment_length} and checkpoints={checkpoints} were given: pass the first to keep one state "
             "in so many steps, the second to keep so many states, or neither."
         )
-    length = max(r.length, 1)
-    carry_bytes = max(byte_count(r.init), 1)
-    step_bytes, lean_bytes = _bytes_of_a_step(r, step)
-    lean = False
     if checkpoints is not None:
-        schedule.check_checkpoints(checkpoints, r.length or checkpoints)
-        longest = -(-length // checkpoints)
-        share = 0.4 * checkpoints * carry_bytes
-        lean = checkpoints * carry_bytes < byte_count(step.params)
-        segment = max(1, min(int(share / (lean_bytes if lean else step_bytes)), longest))
-    elif segment_length is not None:
+        schedule.check_checkpoints(checkpoints, length or checkpoints)
+    if segment_length is not None:
         check_count("segment_length", segment_length, "counts time steps")
-        segment = min(int(segment_length), length)
+
+
+def layout(
+    length: int,
+    adjoint: PerturbedAdjoint,
+    params: Any,
+    init: Any,
+    xs: Any,
+    segment_length: int | None,
+    checkpoints: int | None,
+) -> segments.Layout:
+    """Cut `length` time steps as the options say."""
+    longest = max(length, 1)
+    carry_bytes = max(byte_count(init), 1)
+    lean = False
+    if segment_length is not None:
+        segment = min(int(segment_length), longest)
     else:
-        segment = schedule.divisor_near(length, math.sqrt(length * carry_bytes / step_bytes))
-    units, left_over = divmod(r.length, segment)
+        step_bytes, lean_bytes = _bytes_of_a_step(adjoint, params, init, at_one_step(xs))
+        if checkpoints is None:
+            segment = schedule.divisor_near(longest, math.sqrt(longest * carry_bytes / step_bytes))
+        else:
+            share = 0.4 * checkpoints * carry_bytes
+            lean = checkpoints * carry_bytes < byte_count(params)
+            most = -(-longest // checkpoints)
+            segment = max(1, min(int(share / (lean_bytes if lean else step_bytes)), most))
+    units, left_over = divmod(length, segment)
     slots = units if checkpoints is None else min(int(checkpoints), units)
-    kept = list(range(units)) if slots == units else schedule.first_sweep(units, slots)
-    return segments.Layout(segment, units, left_over, slots, kept, lean)
+    kept = range(units) if slots == units else schedule.first_sweep(units, slots)
+    return segments.Layout(segment, units, left_over, slots, tuple(kept), lean)
 
 
-def _bytes_of_a_step(r: Recurrence, step: StepWithAdjoint) -> tuple[int, int]:
+def _nothing_kept(length: int) -> segments.Layout:
+    """For values without a gradient."""
+    segment = schedule.divisor_near(length, math.sqrt(length))
+    return segments.Layout(segment, *divmod(length, segment), slots=0, kept=(), lean=False)
+
+
+def _bytes_of_a_step(adjoint: PerturbedAdjoint, params: Any, init: Any, x: Any) -> tuple[int, int]:
     """What a segment keeps of each of its steps, with one contraction for all of it and with one at every step."""
 
-    def one_step(params, carry, x, y_bar, carry_bar):
-        (new_carry, _), residuals = step.adjoint.forward(params, carry, x)
+    def one_step(params, carry, x):
+        (new_carry, y), residuals = adjoint.forward(params, carry, x)
         others, _ = without(residuals, (carry, new_carry))
-        _, delta = step.adjoint.backward(params, residuals, x, carry_bar, y_bar)
+        bars = select(new_carry, adjoint.perturbed.carry), differentiable(y)
+        _, delta = adjoint.backward(params, residuals, x, *bars)
         return (residuals, delta), (carry, others)
 
-    args = step.params, r.init, at_one_step(r.xs)
-    carry, y = jax.eval_shape(step.step, *args)
-    at_once, lean = jax.eval_shape(one_step, *args, differentiable(y), differentiable(carry))
+    at_once, lean = jax.eval_shape(one_step, params, init, x)
     return max(byte_count(at_once), 1), max(byte_count(lean), 1)

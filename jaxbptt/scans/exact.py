@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from jaxbptt.cells.cell import Cell
-from jaxbptt.scans.recurrence import prepare
+from jaxbptt.cells.cell import Cell, step_of
+from jaxbptt.scans.recurrence import is_ref, length_for_scan, prepare
 from jaxbptt.scans.resets import without_adjoint
 
 
@@ -40,7 +40,8 @@ def scan(
             reset, and no gradient passes.
         valid: booleans `[time, *batch]`, False where a step is padding: it is not taken, the carry is held, yₜ is 0, and
             what stands in xₜ changes nothing. Leaves of xs that don't begin with [time, *batch] are shared by all rows.
-        reset_carry: what `is_first` resets to, like `init` or one row of it; zeros by default. It gets its gradient.
+        reset_carry: what `is_first` resets to, like `init` or one row of it; it gets its gradient. By default zeros, and
+            typed random keys go on as they are. A key that all rows share always does.
         unroll: time steps in one iteration of the compiled loop, as for `lax.scan`.
 
     Returns:
@@ -64,5 +65,8 @@ def scan(
     References:
         Werbos, Backpropagation through time: what it does and how to do it, 1990, doi:10.1109/5.58337.
     """
+    if any(map(is_ref, jax.tree.leaves(xs))) and is_first is valid is reset_carry is None:
+        # The step gets references to the entries, which only lax.scan can hand out.
+        return jax.lax.scan(partial(step_of(step), params), init, xs, length=length, unroll=unroll)
     r = without_adjoint(prepare(step, params, init, xs, length), is_first, valid, reset_carry)
-    return jax.lax.scan(partial(r.step, r.params), r.init, r.xs, length=r.length, unroll=unroll)
+    return jax.lax.scan(partial(r.step, r.params), r.init, r.xs, length=length_for_scan(r.length), unroll=unroll)

@@ -6,6 +6,7 @@ the tangents of params and inputs alone go through is transposed afterwards, for
 gradients become single products. Nothing of the step is computed twice but cheap operations on values that are kept.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from jaxbptt.cells.cell import Adjoint
-from jaxbptt.scans.parts import evaluate, fixed_by, program
-from jaxbptt.scans.recurrence import differentiable, merge, split
+from jaxbptt.scans.array_types import as_type
+from jaxbptt.scans.parts import evaluate, fixed_by, program, used
+from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, every_leaf, part, select
+from jaxbptt.scans.recurrence import differentiable, known, merge
 from jaxbptt.scans.tracing import TracedStep, read, subjaxprs
 
 # Computed again on the way back from what is kept, in place of being kept.
@@ -27,23 +29,23 @@ _MOST = 3
 _CHEAP = _ARITHMETIC | _CHOICE | _SHAPE | {"convert_element_type", "stop_gradient", "copy"}
 
 
-def linearized(traced: TracedStep, carry: Any, x: Any) -> Adjoint | None:
-    """The `Adjoint` of a traced step, for a carry and an input at one time step of these shapes.
+def linearized(traced: TracedStep, perturbed: Perturbed) -> PerturbedAdjoint | None:
+    """The adjoint of a traced step for the leaves that are perturbed, those of the carry at any step included.
 
     `None` where the trace can't be sorted: where tangents go through loops, branches or a custom reverse-mode derivative.
     And where it would not pay: where the tangent of something as large as a table of params enters the recursion itself,
     and δₜ would be as large, for every time step.
     """
-    primals = traced.params, carry, x
-    moving = differentiable(jax.eval_shape(lambda *primals: primals, *primals))
+    primals = traced.shapes
+    moving = select(primals, tuple(perturbed))
     params_t, carry_t, _ = moving
 
     def both(primals, tangents):
-        moving, still = split(primals)
+        moving, still = part(primals, tuple(perturbed))
 
         def step(*moving):
-            outputs = traced.step(*merge(moving, still))
-            return differentiable(outputs), outputs
+            new_carry, y = traced.step(*merge(moving, still))
+            return (select(new_carry, perturbed.carry), differentiable(y)), (new_carry, y)
 
         _, tangents, outputs = jax.jvp(step, moving, tangents, has_aux=True)
         return outputs, tangents
@@ -63,13 +65,14 @@ def linearized(traced: TracedStep, carry: Any, x: Any) -> Adjoint | None:
     outside_eqns, loop_eqns, outside = fixed_by(tangent_eqns, {*settled, *beside})
     outside -= settled
     # Where tangents of params and inputs flow into the recursion, in order and each once.
-    used = [var for eqn in loop_eqns for var in eqn.invars] + tangents
-    entries = list(dict.fromkeys(var for var in used if not isinstance(var, Literal) and var in outside))
+    flow = [var for eqn in loop_eqns for var in eqn.invars] + tangents
+    entries = list(dict.fromkeys(var for var in flow if not isinstance(var, Literal) and var in outside))
     leaving = [(i, var) for i, var in enumerate(tangents) if not _all_in([var], settled)]
 
     wanted = [var for eqn in tangent_eqns for var in eqn.invars if not isinstance(var, Literal) and var in settled]
     fixed = [*whole.consts, *jax.tree.leaves(inputs[0])]
     _, y = whole.out_tree.children()[0].unflatten(outputs)
+    differentiable_ys = every_leaf(jax.tree.map(lambda var: var.aval, y))
     kept, again = _kept(forward_eqns, fixed, jax.tree.leaves(inputs[2]), jax.tree.leaves(y), dict.fromkeys(wanted))
 
     _, _, constant = fixed_by(forward_eqns, fixed)
@@ -86,34 +89,53 @@ def linearized(traced: TracedStep, carry: Any, x: Any) -> Adjoint | None:
         new_carry, y = whole.out_tree.children()[0].unflatten(read(env, outputs))
         return (new_carry, y), read(env, kept)
 
-    def backward(params, residuals, x, carry_bar, y_bar):
-        env = values(params, residuals, x)
+    def for_outputs(carry_used, ys_used):
+        """The adjoint of the leaves of the carry and of the outputs that are flagged."""
+        flags = perturbed._replace(carry=carry_used)
+        carry_tangents, carry_types = select(places[1], carry_used), select(carry_t, carry_used)
+        flagged = _flat(carry_used, perturbed.carry) + _flat(ys_used, differentiable_ys)
+        bar_of = {i: number for number, i in enumerate(i for i, flag in enumerate(flagged) if flag)}
+        ends = [(bar_of[i], var) for i, var in leaving if flagged[i]]
+        eqns = used(loop_eqns, [var for _, var in ends])
+        read_here = {var for eqn in eqns for var in eqn.invars if not isinstance(var, Literal)}
+        read_here.update(var for _, var in ends)
+        entering = [var for var in entries if var in read_here]
 
-        def recursion(entering, carry_tangent):
-            inside = env | dict(zip(entries, entering, strict=True)) | _env(places[1], carry_tangent)
-            return read(evaluate(loop_eqns, inside), (var for _, var in leaving))
+        def backward(params, residuals, x, carry_bar, y_bar):
+            env = values(params, residuals, x)
 
-        bars = jax.tree.leaves((carry_bar, y_bar))
-        shapes = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in entries]
-        transposed = jax.linear_transpose(recursion, shapes, carry_t)
-        deltas, previous_bar = transposed([bars[i] for i, _ in leaving])
-        return previous_bar, deltas
+            def recursion(tangents, carry_tangent):
+                inside = env | dict(zip(entering, tangents, strict=True)) | _env(carry_tangents, carry_tangent)
+                return read(evaluate(eqns, inside), (var for _, var in ends))
 
-    def contract(params, residuals, xs, ys_bar, deltas):
-        steps = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), differentiable(xs))
-        if not entries:
-            return jax.tree.map(jnp.zeros_like, (differentiable(params), differentiable(xs)))
+            bars = jax.tree.leaves((carry_bar, y_bar))
+            transposed = jax.linear_transpose(recursion, [as_type(var.aval) for var in entering], carry_types)
+            deltas, previous_bar = transposed([bars[i] for i, _ in ends])
+            return previous_bar, deltas
 
-        def entering(params_tangent, xs_tangent):
-            def at_t(residuals, x, x_tangent):
-                env = values(params, residuals, x) | _env((places[0], places[2]), (params_tangent, x_tangent))
-                return read(evaluate(outside_eqns, env), entries)
+        def contract(params, residuals, xs, ys_bar, deltas):
+            steps = jax.tree.map(lambda leaf: as_type(jax.typeof(leaf)), select(xs, flags.x))
+            if not entering:
+                return jax.tree.map(jnp.zeros_like, (select(params, flags.params), select(xs, flags.x)))
 
-            return jax.vmap(at_t, axis_size=len(deltas[0]))(residuals, xs, xs_tangent)
+            def tangents(params_tangent, xs_tangent):
+                def at_t(residuals, x, x_tangent):
+                    env = values(params, residuals, x) | _env((places[0], places[2]), (params_tangent, x_tangent))
+                    return read(evaluate(outside_eqns, env), entering)
 
-        return jax.linear_transpose(entering, params_t, steps)(deltas)
+                return jax.vmap(at_t, axis_size=deltas[0].shape[0])(residuals, xs, xs_tangent)
 
-    return Adjoint(forward, backward, contract)
+            return jax.linear_transpose(tangents, params_t, steps)(deltas)
+
+        return PerturbedAdjoint(forward, backward, contract, flags, for_outputs=for_outputs)
+
+    return for_outputs(perturbed.carry, differentiable_ys)
+
+
+def _flat(flags: Any, among: Any) -> list[bool]:
+    """Flags of the leaves that are flagged in `among`, in order."""
+    both = zip(jax.tree.leaves(flags), jax.tree.leaves(among), strict=True)
+    return [flag for flag, counts in both if counts]
 
 
 def _kept(
@@ -155,7 +177,7 @@ def _is_opaque(eqn: Any) -> bool:
 
 
 def _numbers(variables: Iterable[Any]) -> int:
-    return sum(var.aval.size for var in variables)
+    return sum(math.prod(map(known, var.aval.shape)) for var in variables)
 
 
 def _all_in(variables: list[Any], known: set[Any]) -> bool:

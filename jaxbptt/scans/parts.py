@@ -5,6 +5,7 @@ and is then paid for at every step; a sum over segments of transposed products i
 function is traced, and its operations are sorted.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,13 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from jaxbptt.scans.recurrence import is_array, merge, split
+from jaxbptt.scans.recurrence import is_array, known, merge, split
 from jaxbptt.scans.tracing import bind, evaluate_inlined, read
 
 # A constant that these make is larger than what they make it of: cheaper made again at each step than read.
 _ENLARGE = {"broadcast_in_dim", "iota"}
-# These move entries about, so a sum may be taken before them.
-_MOVE = {"transpose", "concatenate", "reshape"}
+# These move entries about, or add them up over devices, so a sum may be taken before them.
+_MOVE = {"transpose", "concatenate", "reshape", "psum_invariant"}
 
 
 class Program(NamedTuple):
@@ -39,7 +40,7 @@ def program(fn: Callable[..., Any], *args: Any) -> Program:
     flat = jax.make_jaxpr(partial(evaluate_inlined, closed.jaxpr, closed.consts))(jax.tree.leaves(arrays))
     consts = dict(zip(flat.jaxpr.constvars, flat.consts, strict=True))
     results = flat.jaxpr.outvars
-    return Program(_used(flat.jaxpr.eqns, results), consts, flat.jaxpr.invars, results, jax.tree.structure(shapes))
+    return Program(used(flat.jaxpr.eqns, results), consts, flat.jaxpr.invars, results, jax.tree.structure(shapes))
 
 
 def arrays_of(tree: Any) -> list[Any]:
@@ -47,15 +48,20 @@ def arrays_of(tree: Any) -> list[Any]:
     return [leaf for leaf in jax.tree.leaves(tree) if is_array(leaf)]
 
 
-def _used(eqns: list[Any], results: list[Any]) -> list[Any]:
+def used(eqns: list[Any], results: list[Any]) -> list[Any]:
     """The operations that results depend on, and those with effects."""
     needed = {var for var in results if not isinstance(var, Literal)}
-    used = []
+    found = []
     for eqn in reversed(eqns):
-        if eqn.effects or needed.intersection(eqn.outvars):
-            used.append(eqn)
+        if has_effects(eqn) or needed.intersection(eqn.outvars):
+            found.append(eqn)
             needed.update(var for var in eqn.invars if not isinstance(var, Literal))
-    return used[::-1]
+    return found[::-1]
+
+
+def has_effects(eqn: Any) -> bool:
+    """Whether an operation does more than give its results; that one of several devices names their axis is no more."""
+    return any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
 
 
 def evaluate(eqns: Iterable[Any], env: dict[Any, Any]) -> dict[Any, Any]:
@@ -75,7 +81,7 @@ def fixed_by(
     """
     fixed, first, others = set(variables), [], []
     for eqn in eqns:
-        if (eqn.effects and not with_effects) or not all(
+        if (has_effects(eqn) and not with_effects) or not all(
             isinstance(var, Literal) or var in fixed for var in eqn.invars
         ):
             others.append(eqn)
@@ -142,7 +148,8 @@ def _reads_across(eqn: Any, fixed: set[Any]) -> bool:
         return False
     (left, right), (batch, _) = eqn.params["dimension_numbers"]
     # A single row is multiplied as fast either way.
-    rows = eqn.invars[0].aval.size // max(1, eqn.invars[0].aval.shape[left[0]] if left else 1)
+    sizes = list(map(known, eqn.invars[0].aval.shape))
+    rows = math.prod(sizes) // max(1, sizes[left[0]] if left else 1)
     return right == (1,) and not batch and eqn.invars[1].aval.ndim == 2 and rows > 1
 
 
@@ -179,8 +186,8 @@ class Moves(NamedTuple):
 def before_moves(traced: Program, count: int) -> Moves:
     """What the first `count` results are put together of by moving entries, and how."""
     wanted = traced.results[:count]
-    moves = _used([eqn for eqn in traced.eqns if eqn.primitive.name in _MOVE], wanted)
-    moves = [eqn for eqn in moves if not eqn.effects]
+    moves = used([eqn for eqn in traced.eqns if eqn.primitive.name in _MOVE], wanted)
+    moves = [eqn for eqn in moves if not has_effects(eqn)]
     made = {var for eqn in moves for var in eqn.outvars}
     read_by_moves = [var for eqn in moves for var in eqn.invars]
     parts = dict.fromkeys(var for var in (*read_by_moves, *wanted) if not isinstance(var, Literal) and var not in made)

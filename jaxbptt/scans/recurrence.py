@@ -5,15 +5,19 @@ step is traced, that the carry keeps its structure, shapes and dtypes. Both name
 out. `split` separates what has a derivative from what has none.
 """
 
+import math
 from collections.abc import Callable
 from operator import index
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+from jax.export import is_symbolic_dim
 from jax.tree_util import keystr
 
 from jaxbptt.cells.cell import Cell, step_of
+from jaxbptt.scans.array_types import is_on_devices, lie_like, type_at_one_step
 from jaxbptt.words import counted
 
 
@@ -28,45 +32,99 @@ class Recurrence(NamedTuple):
 
 
 def prepare(step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, length: Any) -> Recurrence:
-    """Check the arguments of a strategy, without calling `step` unless `init` holds Python numbers."""
+    """Check the arguments of a strategy, without calling `step` unless `init` holds Python numbers, or arrays lie on devices."""
     length = _time_steps(xs, length)
-    xs = jax.tree.map(jnp.asarray, xs)
-    step = step_of(step)
-    init = jax.tree.map(jnp.asarray, init)
+    xs = as_arrays("xs", xs)
+    step = _in_own_containers(step_of(step))
+    init = as_arrays("init", init)
     if any(map(is_weak, jax.tree.leaves(init))):
         init = _settle_dtypes(step, params, init, xs)
-    return Recurrence(_checked(step), params, init, xs, length)
+    step = _checked(step)
+    if any(is_on_devices(leaf) for leaf in jax.tree.leaves((params, init, xs)) if is_array(leaf) and not is_ref(leaf)):
+        init = _settle_devices(step, params, init, xs)
+    return Recurrence(step, params, init, xs, length)
+
+
+def as_arrays(root: str, tree: Any) -> Any:
+    """Arrays for all leaves; raises for a mutable one, which `jnp.asarray` would read entry by entry, without an end."""
+
+    def array(path, leaf):
+        if is_ref(leaf):
+            leaf_name = name(root, path)
+            raise TypeError(
+                f"{leaf_name} is a mutable array (a Ref) of shape {leaf.shape}: pass its values, {leaf_name}[...]. In xs, "
+                "jaxbptt.scan takes it as it is, without flags."
+            )
+        return jnp.asarray(leaf)
+
+    return jax.tree_util.tree_map_with_path(array, tree)
+
+
+def is_ref(leaf: Any) -> bool:
+    """Whether a leaf is a mutable array, as `jax.new_ref` makes it."""
+    return isinstance(leaf, jax.Ref)
 
 
 def check_count(name: str, value: Any, what: str) -> None:
     """Raise unless `value` is a whole number of at least 1."""
-    try:
-        counts = not isinstance(value, bool) and index(value) >= 1
-    except TypeError:
-        counts = False  # no whole number, or not known before the program runs
-    if not counts:
+    if not _is_count(value, 1):
         raise ValueError(f"{name} is {value!r}, but it {what}: pass a whole number of at least 1.")
+
+
+def _is_count(value: Any, least: int) -> bool:
+    try:
+        return not isinstance(value, bool) and index(value) >= least
+    except TypeError:
+        return False  # no whole number, or not known before the program runs
+
+
+def _is_traced(value: Any) -> bool:
+    return isinstance(value, Tracer)
 
 
 def at_one_step(xs: Any) -> Any:
     """The shapes and dtypes of `xs` at a single time step."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), xs)
+    return jax.tree.map(type_at_one_step, xs)
 
 
 def byte_count(tree: Any) -> int:
     """Bytes of all arrays."""
     avals = [jax.typeof(leaf) for leaf in jax.tree.leaves(tree)]
-    return sum(aval.size * aval.dtype.itemsize for aval in avals)
+    return sum(math.prod(map(known, aval.shape)) * aval.dtype.itemsize for aval in avals)
+
+
+def known(size: Any) -> int:
+    """A size, for a choice that depends on it: one that `jax.export` leaves open counts as 32."""
+    return 32 if is_symbolic_dim(size) else size
+
+
+def length_for_scan(length: Any) -> Any:
+    """`length=` for `lax.scan`: one that `jax.export` leaves open it takes from its inputs alone."""
+    return None if is_symbolic_dim(length) else length
+
+
+def check_known_length(strategy: str, length: Any) -> None:
+    """Raise for a number of time steps that `jax.export` leaves open."""
+    if is_symbolic_dim(length):
+        raise ValueError(
+            f"{strategy} cuts time into segments, but the number of time steps is symbolic, {length}: export it with a "
+            "fixed number (the batch may be symbolic), or use scan, adjoint_scan or windowed_scan."
+        )
 
 
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is an array or a real number, and not a function, a flag or a size that a model keeps among its params."""
-    return hasattr(leaf, "dtype") or isinstance(leaf, float | complex)
+    return (hasattr(leaf, "dtype") and not is_ref(leaf)) or isinstance(leaf, float | complex)
 
 
 def is_key(leaf: Any) -> bool:
     """Whether a leaf is a typed random key, which has no zero."""
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def same_keys(tree: Any) -> Any:
+    """The same random keys once more, where a step is computed again: no reuse in the eyes of `jax.debug_key_reuse`."""
+    return jax.tree.map(lambda leaf: jax.random.clone(leaf) if is_key(leaf) else leaf, tree)
 
 
 def is_differentiable(leaf: Any) -> bool:
@@ -111,9 +169,18 @@ def _time_steps(xs: Any, length: Any) -> int:
     leaves = jax.tree_util.tree_leaves_with_path(xs)
     if not leaves and length is None:
         raise ValueError("Neither xs nor length was given: pass xs with time as its first axis, or length=T.")
-    if length is not None and (not hasattr(length, "__index__") or isinstance(length, bool) or length < 0):
-        raise ValueError(f"length is {length!r}: pass the number of time steps, a whole number of at least 0.")
-    length = None if length is None else int(length)
+    if is_symbolic_dim(length):
+        if not leaves:
+            raise ValueError(f"length is symbolic, {length}, and there are no xs to take it from: pass a whole number.")
+    elif length is not None:
+        if not _is_count(length, 0):
+            hint = (
+                " It is traced: where the function is jitted, name it in static_argnames." if _is_traced(length) else ""
+            )
+            raise ValueError(
+                f"length is {length!r}: pass the number of time steps, a whole number of at least 0.{hint}"
+            )
+        length = index(length)
     sizes = []
     for path, leaf in leaves:
         shape = jnp.shape(leaf)
@@ -136,13 +203,25 @@ def _time_steps(xs: Any, length: Any) -> int:
 
 
 def _settle_dtypes(step: Callable[..., Any], params: Any, init: Any, xs: Any) -> Any:
-    """Give Python numbers in `init` the dtype that the step makes of them, as `lax.scan` does."""
-    new, _ = jax.eval_shape(lambda carry, x: step(params, carry, x), init, at_one_step(xs))
-    if jax.tree.structure(new) != jax.tree.structure(init):
+    """Give Python numbers in `init` the dtype that the step makes of them, as `lax.scan` does; those it keeps stay weak."""
+    result = jax.eval_shape(lambda carry, x: step(params, carry, x), init, at_one_step(xs))
+    if not _is_pair(result) or jax.tree.structure(result[0]) != jax.tree.structure(init):
         return init  # `checked` says it better, when the step is traced.
-    return jax.tree.map(
-        lambda leaf, to: leaf.astype(to.dtype) if is_weak(leaf) and _keeps(leaf, to) else leaf, init, new
-    )
+
+    def settled(leaf, to):
+        return leaf.astype(to.dtype) if is_weak(leaf) and leaf.dtype != to.dtype and _keeps(leaf, to) else leaf
+
+    return jax.tree.map(settled, init, result[0])
+
+
+def _settle_devices(step: Callable[..., Any], params: Any, init: Any, xs: Any) -> Any:
+    """Let `init` lie, and vary over devices, as what the step makes of it: zeros made for a carry don't by themselves."""
+    for _ in jax.tree.leaves(init):  # a leaf may be made of another one
+        new, _ = jax.eval_shape(lambda carry, x: step(params, carry, x), init, at_one_step(xs))
+        init, before = jax.tree.map(lie_like, init, new), init
+        if all(old is leaf for old, leaf in zip(*map(jax.tree.leaves, (before, init)), strict=True)):
+            return init
+    return init
 
 
 def _keeps(leaf: Any, to: Any) -> bool:
@@ -154,16 +233,30 @@ def _keeps(leaf: Any, to: Any) -> bool:
 
 def is_weak(leaf: Any) -> bool:
     """Whether a leaf has the dtype of a Python number, which gives way to any other."""
-    return getattr(jax.typeof(leaf), "weak_type", False)
+    return getattr(leaf, "weak_type", False)
+
+
+def _in_own_containers(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step may take entries out of the containers it is given; they are read after it, and it is traced again."""
+    return lambda *args: step(*jax.tree.map(lambda leaf: leaf, args))
+
+
+def as_weak_as(array: Any, like: Any) -> Any:
+    """An array with the weak type of `like`, which writing into it has taken away."""
+    if not is_weak(like) or is_weak(array):
+        return array
+    # Every function of jax.lax that converts makes a strong type.
+    return jax.lax.convert_element_type_p.bind(array, new_dtype=array.dtype, weak_type=True, sharding=None)
 
 
 def _checked(step: Callable[..., Any]) -> Callable[..., Any]:
     def checked_step(params, carry, x):
         result = step(params, carry, x)
-        if not (isinstance(result, tuple) and len(result) == 2):
+        if not _is_pair(result):
             raise TypeError(f"A step returns a pair (carry, y), but this one returned {_describe(result)}.")
-        _check_carry(carry, result[0])
-        return result
+        new_carry, y = result
+        _check_carry(carry, new_carry)
+        return new_carry, y
 
     return checked_step
 
@@ -178,9 +271,12 @@ def _check_carry(before: Any, after: Any) -> None:
     for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True):
         leaf, old, new = name("carry", path), jax.typeof(old), jax.typeof(new)
         if new.shape != old.shape:
+            way_out = f"return one of shape {old.shape} from the step, and what else is wanted of it in y."
+            if _is_broadcast(old.shape, new.shape):
+                way_out = f"if xs has batch axes, start from a carry that has them too, {new.shape}."
             raise ValueError(
                 f"{leaf} changed its shape across a step: it went in as {old.shape} and came out as {new.shape}. "
-                f"The carry must keep its shape: if xs has batch axes, start from a carry that has them too, {new.shape}."
+                f"The carry must keep its shape: {way_out}"
             )
         if new.dtype != old.dtype:
             raise TypeError(
@@ -189,7 +285,19 @@ def _check_carry(before: Any, after: Any) -> None:
             )
 
 
+def _is_broadcast(small: tuple[int, ...], large: tuple[int, ...]) -> bool:
+    """Whether an array of the first shape would be repeated to make the second."""
+    along = zip(reversed(small), reversed(large), strict=False)
+    return len(small) <= len(large) and 0 not in large and all(size in (1, other) for size, other in along)
+
+
+def _is_pair(result: Any) -> bool:
+    return isinstance(result, tuple | list) and len(result) == 2
+
+
 def _describe(result: Any) -> str:
     if isinstance(result, tuple):
         return f"a tuple of {len(result)}"
+    if hasattr(result, "shape"):
+        return f"one array of shape {result.shape}"
     return f"{type(result).__name__}"

@@ -8,11 +8,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
 
 from jaxbptt.cells.cell import Adjoint
 from jaxbptt.scans.backward import StepWithAdjoint, fit
-from jaxbptt.scans.recurrence import Recurrence, differentiable, is_key, name
+from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, of_outputs, select
+from jaxbptt.scans.recurrence import (
+    Recurrence,
+    as_arrays,
+    differentiable,
+    is_array,
+    is_differentiable,
+    is_key,
+    merge,
+    name,
+    split,
+)
 from jaxbptt.words import counted
+
+_LARGER_FLAGS = {"broadcast_in_dim", "reshape", "convert_element_type"}
 
 
 def with_flags(
@@ -26,8 +40,21 @@ def with_flags(
     if not _flagged(is_first, valid, reset_carry):
         return step, r.xs
     xs, *carries = _check(r, is_first, valid, reset_carry)
-    params = step.params, *carries
-    return step._replace(step=_flagged_step(step.step), params=params, adjoint=_flagged_adjoint(step.adjoint)), xs
+    params, adjoint_of = (step.params, *carries), step.adjoint
+
+    def adjoint_for(perturbed):
+        (of_params, reset, *rest), init, (of_x, *flags) = perturbed
+        # A carry that is reset to what is perturbed is perturbed.
+        carry = init if reset is None else jax.tree.map(lambda a, b: a or bool(b), init, reset)
+
+        def flagged(inner):
+            perturbed = Perturbed((inner.perturbed.params, reset, *rest), inner.perturbed.carry, (of_x, *flags))
+            adjoint = PerturbedAdjoint(*_flagged_adjoint(inner, reset), perturbed, inner.mutates)
+            return of_outputs(adjoint, inner, flagged)
+
+        return flagged(adjoint_of(Perturbed(of_params, carry, of_x)))
+
+    return step._replace(step=_flagged_step(step.step), params=params, adjoint=adjoint_for), xs
 
 
 def without_adjoint(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> Recurrence:
@@ -35,7 +62,7 @@ def without_adjoint(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) 
     if not _flagged(is_first, valid, reset_carry):
         return r
     xs, *carries = _check(r, is_first, valid, reset_carry)
-    return r._replace(step=_flagged_step(r.step), params=(r.params, *carries), xs=xs)
+    return r._replace(step=_selecting_again(_flagged_step(r.step)), params=(r.params, *carries), xs=xs)
 
 
 def _flagged(is_first: Any, valid: Any, reset_carry: Any) -> bool:
@@ -45,79 +72,124 @@ def _flagged(is_first: Any, valid: Any, reset_carry: Any) -> bool:
 
 
 def _check(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> tuple[Any, Any, Any]:
-    """The inputs with their flags, the carry to reset to, and the one that padded steps run on."""
+    """The inputs with their flags, the carry to reset to, and the pair of carry and input that padded steps run on."""
     if valid is not None:
         valid = _check_flags("valid", valid, r)
     if is_first is not None:
         is_first = _check_flags("is_first", is_first, r)
-        reset_carry = _check_reset_carry(reset_carry, r.init)
-        if valid is not None:
-            if is_first.shape != valid.shape:
-                raise ValueError(
-                    f"is_first has shape {is_first.shape}, but valid has {valid.shape}: both are [time, *batch], the same."
-                )
-            is_first &= valid  # a step that is not taken begins nothing
-    xs, padding_carry = r.xs, r.init
-    if valid is not None and r.length:
-        xs, padding_carry = _defined_everywhere(r, is_first, valid, reset_carry)
-    return (xs, is_first, valid), reset_carry, padding_carry
+        reset_carry = _check_reset_carry(reset_carry, r.init, is_first.shape[1:])
+        if valid is not None and is_first.shape != valid.shape:
+            raise ValueError(
+                f"is_first has shape {is_first.shape}, but valid has {valid.shape}: both are [time, *batch], the same."
+            )
+    if any(flags is not None and 0 in flags.shape for flags in (is_first, valid)):
+        return (r.xs, None, None), None, None  # no step, or no row, that could be flagged
+    padding = None if valid is None else _padding(r, is_first, valid, reset_carry)
+    return (r.xs, is_first, valid), reset_carry, padding
 
 
 def _flagged_step(step: Any) -> Any:
     def flagged_step(params, carry, x_and_flags):
         x, first, valid = x_and_flags
-        params, carry, runs_on = _start(params, carry, first, valid)
-        new_carry, y = step(params, runs_on, x)
+        params, carry, runs_on = _start(params, carry, x, first, valid)
+        new_carry, y = step(params, *runs_on)
         return _taken(valid, new_carry, carry), _present(valid, y)
 
     return flagged_step
 
 
-def _flagged_adjoint(adjoint: Adjoint) -> Adjoint:
+def _selecting_again(step: Any) -> Any:
+    """The same step, of which JAX does not keep what `_select` made for the way back: it would be a copy of all inputs."""
+
+    def selecting_step(params, carry, x):
+        arrays, others = split((params, carry, x), is_array)
+        closed, shapes = jax.make_jaxpr(lambda arrays: step(*merge(arrays, others)), return_shape=True)(arrays)
+        run = jaxpr_as_fun(closed)
+        if not closed.effects:  # else they would be had again as well
+            run = jax.checkpoint(run, prevent_cse=False, policy=_is_kept)
+        return jax.tree.unflatten(jax.tree.structure(shapes), run(*jax.tree.leaves(arrays)))
+
+    return selecting_step
+
+
+def _is_kept(primitive: Any, *operands: Any, **_: Any) -> bool:
+    """Whether JAX keeps what an operation made: not the arrays that `_select` makes, nor larger copies of flags."""
+    if primitive is jax.lax.select_n_p:
+        return operands[0].dtype == jnp.bool_
+    return not operands or operands[0].dtype != jnp.bool_ or primitive.name not in _LARGER_FLAGS
+
+
+def _flagged_adjoint(adjoint: PerturbedAdjoint, reset: Any) -> Adjoint:
+    """The same of the flagged step; `reset` flags the leaves of the reset carry that get a gradient."""
+
     def forward(params, carry, x_and_flags):
         x, first, valid = x_and_flags
-        params, carry, runs_on = _start(params, carry, first, valid)
-        (new_carry, y), residuals = adjoint.forward(params, runs_on, x)
+        params, carry, runs_on = _start(params, carry, x, first, valid)
+        (new_carry, y), residuals = adjoint.forward(params, *runs_on)
         return (_taken(valid, new_carry, carry), _present(valid, y)), residuals
 
     def backward(params, residuals, x_and_flags, carry_bar, y_bar):
+        params, _, padding = params
         x, first, valid = x_and_flags
         bars = _present(valid, carry_bar), _present(valid, y_bar)
-        previous_bar, delta = adjoint.backward(params[0], residuals, x, *bars)
+        previous_bar, delta = adjoint.backward(params, residuals, _inputs(valid, x, padding), *bars)
+        previous_bar = fit(previous_bar, carry_bar, adjoint.perturbed.carry, "init")
         carry_bar = _taken(valid, previous_bar, carry_bar)
         if first is None:
             return carry_bar, (delta, None)
         zeros = jax.tree.map(jnp.zeros_like, carry_bar)
-        return _select(first, zeros, carry_bar), (delta, _select(first, carry_bar, zeros))
+        first = _begins(first, valid)
+        return _select(first, zeros, carry_bar), (delta, select(_select(first, carry_bar, zeros), reset))
 
     def contract(params, residuals, xs_and_flags, ys_bar, deltas):
-        params, _, padding_carry = params
+        params, _, padding = params
         xs, _, valid = xs_and_flags
         deltas, reset_bars = deltas
-        params_bar, xs_bar = adjoint.contract(params, residuals, xs, _present(valid, ys_bar), deltas)
-        params_bar, xs_bar = fit(params_bar, params, "params"), fit(xs_bar, xs, "xs")
+        ran_on = _inputs(valid, xs, padding)
+        params_bar, xs_bar = adjoint.contract(params, residuals, ran_on, _present(valid, ys_bar), deltas)
+        params_bar = fit(params_bar, params, adjoint.perturbed.params, "params")
+        xs_bar = fit(xs_bar, xs, adjoint.perturbed.x, "xs")
+        xs_bar = _taken(valid, xs_bar, jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), xs_bar))
         reset_bar = jax.tree.map(lambda leaf: leaf.sum(axis=0), reset_bars)
         # Nothing is computed from what padded steps compute.
-        no_bar = jax.tree.map(jnp.zeros_like, differentiable(padding_carry))
+        no_bar = jax.tree.map(jnp.zeros_like, differentiable(padding))
         return (params_bar, reset_bar, no_bar), (xs_bar, None, None)
 
     return Adjoint(forward, backward, contract)
 
 
-def _start(params: Any, carry: Any, first: Any, valid: Any) -> tuple[Any, Any, Any]:
-    """The params, the carry as it stands before a step, and the one that the step runs on: another one in padded rows."""
-    params, reset_carry, padding_carry = params
-    carry = carry if first is None else _select(first, reset_carry, carry)
-    return params, carry, carry if valid is None else _select(valid, carry, padding_carry)
+def _start(params: Any, carry: Any, x: Any, first: Any, valid: Any) -> tuple[Any, Any, tuple[Any, Any]]:
+    """The params, the carry as it stands before a step, and the carry and input that the step runs on."""
+    params, reset_carry, padding = params
+    carry = carry if first is None else _select(_begins(first, valid), reset_carry, carry)
+    return params, carry, (carry, x) if valid is None else _select(valid, (carry, x), padding)
+
+
+def _inputs(valid: Any, xs: Any, padding: Any) -> Any:
+    """The input that a step ran on, or those of a stretch of steps."""
+    return xs if valid is None else _select(valid, xs, padding[1])
+
+
+def _begins(first: Any, valid: Any) -> Any:
+    return first if valid is None else first & valid  # a step that is not taken begins nothing
 
 
 def _select(flag: Any, yes: Any, no: Any) -> Any:
-    """`yes` in the rows whose flag is set, `no` in the others."""
+    """`yes` in the rows whose flag is set, `no` in the others; of what all rows share, `yes` where any flag is set.
+
+    `no` may be one for all rows, or that of one step for a stretch of them. Where either is `None`, the other one.
+    """
 
     def leaf(yes, no):
-        return jnp.where(flag.reshape(flag.shape + (1,) * (no.ndim - flag.ndim)), yes, no)
+        if yes is None or no is None:
+            return no if yes is None else yes
+        here = flag if _of_rows(yes, flag.shape) else flag.any(axis=range(yes.ndim - no.ndim, flag.ndim))
+        here = here.reshape(here.shape + (1,) * (yes.ndim - here.ndim))
+        here, yes, no = jnp.broadcast_arrays(here, yes, no.reshape((1,) * (yes.ndim - no.ndim) + no.shape))
+        # No booleans: by this `_is_kept` knows it from what the user selects.
+        return jax.lax.select_n(here.astype(jnp.int32), no, yes)
 
-    return jax.tree.map(leaf, yes, no)
+    return jax.tree.map(leaf, yes, no, is_leaf=lambda leaf: leaf is None)
 
 
 def _taken(valid: Any, new: Any, old: Any) -> Any:
@@ -130,21 +202,21 @@ def _present(valid: Any, tree: Any) -> Any:
         return tree
 
     def leaf(path, leaf):
+        if is_key(leaf):
+            return leaf
         leaf = jnp.asarray(leaf)
-        if leaf.shape[: valid.ndim] != valid.shape:
+        if not _of_rows(leaf, valid.shape):
             raise ValueError(
                 f"{name('y', path)} has shape {leaf.shape} at a time step, but valid has {valid.shape} there: let every leaf "
                 "of y begin with the batch axes, or pass valid as [time]."
             )
-        if is_key(leaf):
-            return leaf
         return _select(valid, leaf, jnp.zeros_like(leaf))
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
-def _defined_everywhere(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> tuple[Any, Any]:
-    """The inputs, and a carry, with which padded steps do what some valid step does.
+def _padding(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> tuple[Any, Any]:
+    """A carry and an input with which padded steps do what some valid step does; `None` for keys, which do for any step.
 
     The step runs on padding too, and its results are dropped; but where it is not defined there, at a pair of carry and
     input that never meet, its derivative is nan, and nan times the 0 that comes back is nan. So a padded row runs its own
@@ -152,35 +224,35 @@ def _defined_everywhere(r: Recurrence, is_first: Any, valid: Any, reset_carry: A
     """
     rows = valid.any(axis=0)
     first_step = jnp.argmax(valid, axis=0)
-    first_row = jnp.argmax(rows.reshape(-1))
+    number = jnp.where(rows, jnp.arange(rows.size).reshape(rows.shape), rows.size)
+    first_row = rows & (number == number.min())
 
     def at_first_step(leaf):
         index = first_step.reshape((1, *rows.shape) + (1,) * (leaf.ndim - valid.ndim))
         return jnp.take_along_axis(leaf, index, axis=0)[0]
 
-    def or_zeros(leaf):
-        if is_key(leaf):
-            return leaf
-        return jnp.where(rows.any(), leaf, jnp.zeros_like(leaf))
-
     def in_every_row(leaf):
-        other = or_zeros(leaf.reshape(-1, *leaf.shape[rows.ndim :])[first_row])
-        return _select(rows, leaf, jnp.broadcast_to(other, leaf.shape))
+        if is_key(leaf):
+            return None
+        # Not by its index: the rows may be on several devices.
+        other = _select(first_row, leaf, jnp.zeros_like(leaf)).sum(axis=range(rows.ndim), dtype=leaf.dtype)
+        return _select(rows, leaf, other)
 
-    def filled(x):
-        if x.shape[: valid.ndim] != valid.shape:  # shared by all rows
-            some = valid.any(axis=range(1, valid.ndim))
-            other = or_zeros(x[first_step.reshape(-1)[first_row]])
-            return _select(some, x, jnp.broadcast_to(other, x.shape))
-        return _select(valid, x, jnp.broadcast_to(in_every_row(at_first_step(x)), x.shape))
+    def of_a_step(xs):
+        if is_key(xs):
+            return None
+        if not _of_rows(xs, valid.shape):  # shared by all rows
+            x = xs[jnp.where(first_row, first_step, 0).sum()]
+            return jnp.where(rows.any(), x, jnp.zeros_like(x))
+        return in_every_row(at_first_step(xs))
 
     carry = r.init if is_first is None else _select(at_first_step(is_first), reset_carry, r.init)
-    return jax.tree.map(filled, r.xs), jax.lax.stop_gradient(jax.tree.map(in_every_row, carry))
+    return jax.lax.stop_gradient((jax.tree.map(in_every_row, carry), jax.tree.map(of_a_step, r.xs)))
 
 
 def _check_flags(flags_name: str, flags: Any, r: Recurrence) -> Any:
     """`is_first` or `valid` as an array of flags `[time, *batch]`, or an error that says what it should be."""
-    flags = jnp.asarray(flags)
+    flags = as_arrays(flags_name, flags)
     if flags.dtype != jnp.bool_:
         hint = (
             ", or episode_number[1:] != episode_number[:-1] with True put in front" if flags_name == "is_first" else ""
@@ -195,24 +267,30 @@ def _check_flags(flags_name: str, flags: Any, r: Recurrence) -> Any:
         )
     batch = flags.shape[1:]
     for path, leaf in jax.tree_util.tree_leaves_with_path(r.init):
-        if leaf.shape[: len(batch)] != batch:
-            raise ValueError(
-                f"{flags_name} has shape {flags.shape}, that is [time, *batch] with batch {batch}, but {name('init', path)} has "
-                f"shape {leaf.shape}: its first axes must be the same, one flag for each row and time step. Where rows are mapped with "
-                "jax.vmap, map the step and not the scan."
+        if _of_rows(leaf, batch) or is_key(leaf):
+            continue
+        way_out = "Where rows are mapped with jax.vmap, map the step and not the scan."
+        if not is_differentiable(leaf):
+            way_out = (
+                "What all rows share can't begin anew, or stand still, for one of them: let a counter be an input, one "
+                "number for each time step, and a raw random key a typed one, jax.random.wrap_key_data(key)."
             )
+        raise ValueError(
+            f"{flags_name} has shape {flags.shape}, that is [time, *batch] with batch {batch}, but {name('init', path)} has "
+            f"shape {leaf.shape}: its first axes must be the same, one flag for each row and time step. {way_out}"
+        )
     return flags
 
 
-def _check_reset_carry(reset_carry: Any, init: Any) -> Any:
-    """The carry to reset to, in the shapes of `init`: zeros by default."""
+def _of_rows(leaf: Any, axes: tuple[int, ...]) -> bool:
+    """Whether each row has its own."""
+    return leaf.shape[: len(axes)] == axes
+
+
+def _check_reset_carry(reset_carry: Any, init: Any, batch: tuple[int, ...]) -> Any:
+    """The carry to reset to, in the shapes of `init`: zeros by default; `None` for keys that go on as they are."""
     if reset_carry is None:
-        for path, leaf in jax.tree_util.tree_leaves_with_path(init):
-            if is_key(leaf):
-                raise ValueError(
-                    f"{name('init', path)} is a random key, which has no zero: pass reset_carry, the carry to start again from."
-                )
-        return jax.tree.map(jnp.zeros_like, init)
+        return jax.tree_util.tree_map_with_path(_zeros, init)
     if jax.tree.structure(reset_carry) != jax.tree.structure(init):
         raise TypeError(
             f"reset_carry has structure {jax.tree.structure(reset_carry)}, but init has {jax.tree.structure(init)}: pass a "
@@ -220,6 +298,8 @@ def _check_reset_carry(reset_carry: Any, init: Any) -> Any:
         )
 
     def like(path, leaf, target):
+        if is_key(target) and not _of_rows(target, batch):
+            return None
         # A Python number has no dtype of its own.
         leaf = jnp.asarray(leaf) if hasattr(leaf, "dtype") else jnp.asarray(leaf, target.dtype)
         if leaf.dtype != target.dtype:
@@ -227,11 +307,26 @@ def _check_reset_carry(reset_carry: Any, init: Any) -> Any:
                 f"{name('reset_carry', path)} has dtype {leaf.dtype}, but that of init is {target.dtype}: cast it."
             )
         try:
-            return jnp.broadcast_to(leaf, target.shape)
+            whole, _ = jnp.broadcast_arrays(leaf, target)
         except ValueError:
+            whole = leaf
+        if whole.shape != target.shape:
             raise ValueError(
                 f"{name('reset_carry', path)} has shape {leaf.shape}, which does not fit that of init, {target.shape}: pass a "
                 "carry like init, or one row of it."
-            ) from None
+            )
+        return whole
 
     return jax.tree_util.tree_map_with_path(like, reset_carry, init)
+
+
+def _zeros(path: Any, leaf: Any) -> Any:
+    if is_key(leaf):
+        return None
+    if leaf.dtype == jnp.uint32 and leaf.shape[-1:] in ((2,), (4,)):
+        raise ValueError(
+            f"{name('init', path)} has dtype uint32 and shape {leaf.shape}, as a raw random key has, which has no zero: pass a "
+            "typed key, jax.random.wrap_key_data(key), which goes on where rows begin anew; or reset_carry, the carry to "
+            "start again from."
+        )
+    return jnp.zeros_like(leaf)

@@ -53,7 +53,7 @@ class Residuals:
 
     def stacked(self) -> Any:
         """Those of all steps."""
-        return self._gather(lambda leaf: leaf, lambda y, init: jnp.concatenate([init[None], y])[: len(y)])
+        return self._gather(lambda leaf: leaf, lambda y, init: jnp.concatenate([init[None], y])[: y.shape[0]])
 
     def _gather(self, get: Callable[..., Any], before: Callable[..., Any]) -> Any:
         def leaf(kind, *index):

@@ -8,6 +8,7 @@ that was jitted before, whose tangents are mapped after this code has run.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,43 +17,72 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jaxbptt.scans.along_time import Zeros, filled
-from jaxbptt.scans.recurrence import differentiable, is_differentiable
+from jaxbptt.scans.along_time import Zeros
+from jaxbptt.scans.array_types import as_type, type_at_one_step, zeros
+from jaxbptt.scans.devices import varying_alike
+from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, select
+from jaxbptt.scans.recurrence import differentiable, is_differentiable, same_keys
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("primals", "saved"), meta_fields=("perturbed",))
+@dataclass(frozen=True)
+class _Kept:
+    """What goes from the forward to the backward pass, and a flag for each primal, in order."""
+
+    primals: Any
+    saved: Any
+    perturbed: tuple[bool, ...]
 
 
 def reverse_mode(
-    strategy: str, run: Callable[..., Any], forward: Callable[..., Any], backward: Callable[..., Any]
+    strategy: str,
+    adjoint_for: Callable[[Perturbed], PerturbedAdjoint],
+    run: Callable[..., Any],
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    *,
+    by_hand: bool,
 ) -> Callable[..., Any]:
     """`run` with a derivative, as `jax.custom_vjp` makes it, and a `TypeError` that names `scan` for forward mode.
 
     Args:
         strategy: name of what the user called.
+        adjoint_for: `(perturbed)`, the adjoint of a step for the leaves that a derivative is taken with respect to.
         run: `(params, init, xs) -> (carry, ys)`.
-        forward: `(params, init, xs) -> ((carry, ys), saved)`.
-        backward: `(params, init, xs, saved, carry_bar, ys_bar) -> (params_bar, init_bar, xs_bar)`. Outputs without a
-            derivative have `None` for a gradient, and ys that the loss does not use `Zeros`: a loss of the last state
-            needs no array of zeros for the others.
+        forward: `(adjoint, params, init, xs) -> ((carry, ys), saved)`.
+        backward: `(adjoint, params, init, xs, saved, carry_bar, ys_bar) -> (params_bar, init_bar, xs_bar)`. The last
+            carry's gradient is for the leaves that are perturbed; outputs without a derivative have `None` for a gradient,
+            and so have ys that the loss does not use. An adjoint by hand takes all of them: it gets `Zeros`, in the place of
+            an array of zeros for all time steps.
+        by_hand: whether the adjoint was given, and not derived.
     """
 
     def with_derivative(params, init, xs):
         # In a list: told of zeros, JAX would put marks of its own into the containers of the user.
-        primals, treedef = jax.tree.flatten((params, init, xs))
+        primals = varying_alike((params, init, xs)) if by_hand else (params, init, xs)
+        primals, treedef = jax.tree.flatten(primals)
 
         @jax.custom_vjp
         def flat(*primals):
             return run(*treedef.unflatten(primals))
 
         def flat_forward(*primals):
+            perturbed = tuple(primal.perturbed for primal in primals)
             primals = treedef.unflatten([primal.value for primal in primals])
-            outputs, saved = forward(*primals)
-            return outputs, (primals, saved)
+            outputs, saved = forward(adjoint_for(Perturbed(*treedef.unflatten(perturbed))), *primals)
+            return outputs, _Kept(primals, saved, perturbed)
 
         def flat_backward(kept, bars):
-            primals, saved = kept
-            carry_bar, ys_bar = differentiable(bars)
-            carry_bar = filled(jax.tree.map(lambda bar: _zeros(bar, bar.shape), carry_bar))
-            ys_bar = jax.tree.map(lambda bar: _zeros(bar, bar.shape[1:]), ys_bar)
-            return tuple(treedef.flatten_up_to(backward(*primals, saved, carry_bar, ys_bar)))
+            adjoint = adjoint_for(Perturbed(*treedef.unflatten(kept.perturbed)))
+            if adjoint.for_outputs is not None:
+                adjoint = adjoint.for_outputs(*jax.tree.map(_is_used, bars))
+                bars = bars[0], select(bars[1], jax.tree.map(_is_used, bars[1]))
+            carry_bar, ys_bar = bars[0], differentiable(bars[1])
+            carry_bar = jax.tree.map(partial(_or_else, zeros), select(carry_bar, adjoint.perturbed.carry))
+            ys_bar = jax.tree.map(partial(_or_else, _at_every_step), ys_bar)
+            kept = same_keys(kept)
+            bars = backward(adjoint, *kept.primals, kept.saved, carry_bar, ys_bar)
+            return tuple(treedef.flatten_up_to(bars))
 
         flat.defvjp(flat_forward, flat_backward, symbolic_zeros=True)
         try:
@@ -65,8 +95,17 @@ def reverse_mode(
     return with_derivative
 
 
-def _zeros(bar: Any, shape: tuple[int, ...]) -> Any:
-    return Zeros(shape, bar.dtype) if isinstance(bar, SymbolicZero) else bar
+def _is_used(bar: Any) -> bool:
+    return is_differentiable(bar) and not isinstance(bar, SymbolicZero)
+
+
+def _or_else(make: Callable[[Any], Any], bar: Any) -> Any:
+    """A gradient, or what is made of its type where the loss does not use the output."""
+    return make(as_type(bar.aval)) if isinstance(bar, SymbolicZero) else bar
+
+
+def _at_every_step(bars: Any) -> Zeros:
+    return Zeros(type_at_one_step(bars))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))

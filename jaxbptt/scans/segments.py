@@ -4,6 +4,7 @@ What `checkpointed_scan` runs. Every function takes the `Layout` that says how t
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,17 +12,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxbptt.cells.cell import Adjoint
 from jaxbptt.scans import schedule
 from jaxbptt.scans.along_time import at, filled, put, put_window, room, window
 from jaxbptt.scans.backward import back_over, stretches, without
 from jaxbptt.scans.contraction import fit, weight_gradient
-from jaxbptt.scans.recurrence import at_one_step, differentiable
+from jaxbptt.scans.perturbed import PerturbedAdjoint, select
+from jaxbptt.scans.recurrence import as_weak_as, at_one_step
 
 Step = Callable[..., Any]
 
 
-class Layout(NamedTuple):
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Layout:
     """How time is cut, and what is kept.
 
     Attributes:
@@ -38,7 +41,7 @@ class Layout(NamedTuple):
     units: int
     left_over: int
     slots: int
-    kept: list[int]
+    kept: tuple[int, ...]
     lean: bool
 
     @property
@@ -74,7 +77,7 @@ def forward(step: Step, params: Any, init: Any, xs: Any, cut: Layout, unroll: in
 
     def body(unit, state):
         carry, ys, states, slot = state
-        unit = unit.astype(jnp.int32)
+        unit = jnp.asarray(unit, jnp.int32)
         # Written at every segment: what stays is the last one written, the state before the segment wanted.
         slot = unit if upcoming is None else slot + (unit > upcoming[slot]).astype(jnp.int32)
         states = put(states, carry, slot)
@@ -87,14 +90,14 @@ def forward(step: Step, params: Any, init: Any, xs: Any, cut: Layout, unroll: in
     last = carry
     if cut.left_over:
         carry, ys = stretch(carry, ys, cut.units * cut.segment, cut.left_over)
-    return (carry, ys), (states, last)
+    return (carry, jax.tree.map(as_weak_as, ys, y)), (states, last)
 
 
 class Task(NamedTuple):
     """What stays the same on the way back; `ys_bar` is the gradient of the outputs."""
 
     step: Step
-    adjoint: Adjoint
+    adjoint: PerturbedAdjoint
     params: Any
     xs: Any
     ys_bar: Any
@@ -104,7 +107,7 @@ class Task(NamedTuple):
 def backward(task: Task, states: Any, carry_bar: Any, cut: Layout) -> tuple[Any, Any, Any]:
     """Gradients of params, init and xs, from that of the last carry and what `forward` kept."""
     states, last = states
-    xs_bar = room(at_one_step(differentiable(task.xs)), cut.units * cut.segment + cut.left_over)
+    xs_bar = room(at_one_step(select(task.xs, task.adjoint.perturbed.x)), cut.units * cut.segment + cut.left_over)
     total = weight_gradient(
         task.adjoint,
         task.params,
@@ -112,7 +115,7 @@ def backward(task: Task, states: Any, carry_bar: Any, cut: Layout) -> tuple[Any,
         task.xs,
         carry_bar,
         task.ys_bar,
-        {1} if cut.lean else stretches(carry_bar, cut.segment, cut.left_over),
+        {1} if cut.lean else stretches(last, cut.segment, cut.left_over),
         in_place=cut.lean,
     )
     take_back = partial(_take_back_lean if cut.lean else _take_back, task, total.add)
@@ -126,7 +129,7 @@ def backward(task: Task, states: Any, carry_bar: Any, cut: Layout) -> tuple[Any,
 
     def by_schedule(i, both):
         stack, back = both
-        unit = cut.units - 1 - i.astype(jnp.int32)
+        unit = cut.units - 1 - jnp.asarray(i, jnp.int32)
         stack, carry = _compute_again(task, stack, unit, cut)
         return stack, take_back(back, carry, unit * cut.segment, cut.segment)
 
@@ -206,7 +209,10 @@ def _take_back_lean(task: Task, add: Callable[..., Any], back: Any, carry: Any, 
         previous_bar, delta = adjoint.backward(params, residuals, x, carry_bar, y_bar)
         one = jax.tree.map(lambda leaf: leaf[None], (residuals, x, y_bar, delta))
         sums, some = add(params, sums, *one, length=1)
-        return (carry, (fit(previous_bar, carry, "init"), sums, put_window(xs_bar, some, t))), None
+        return (
+            carry,
+            (fit(previous_bar, carry, adjoint.perturbed.carry, "init"), sums, put_window(xs_bar, some, t)),
+        ), None
 
     steps = start + jnp.arange(length, dtype=jnp.int32)
     new_carry, kept = jax.lax.scan(forward, carry, steps, unroll=unroll)

@@ -12,10 +12,13 @@ import jax
 from jax.core import eval_jaxpr
 from jax.extend.core import Literal
 
-from jaxbptt.scans.recurrence import Recurrence, at_one_step, is_array, merge, split
+from jaxbptt.scans.array_types import as_type
+from jaxbptt.scans.recurrence import Recurrence, at_one_step, is_array, is_ref, merge, split
 
 # Calls that only wrap a function: their inside can be evaluated in place.
 _WRAPPERS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2"}
+# Under a map, branches become selects, and there is no writing to one mutable array from many places.
+_ONE_AT_A_TIME = {"cond", "get", "swap", "addupdate", "new_ref"}
 
 
 class ClosedParams(NamedTuple):
@@ -31,17 +34,25 @@ class TracedStep(NamedTuple):
     Attributes:
         jaxpr: the trace; its constants are `params.closed_over`, its inputs the leaves of (params.leaves, carry, x).
         step: `(params, carry, x) -> (carry, y)`, which evaluates the trace and closes over nothing.
-        branches: whether the step has a `lax.cond` somewhere.
+        primitives: names of all operations in it.
+        in_turn: whether it has to run one step at a time, and not mapped over time: where it branches (`lax.cond`) or
+            writes to a mutable array.
+        refs: the mutable arrays that it had closed over or found among the params, by the number of their constant in
+            the trace. They can't be passed through a custom derivative, so `step` closes over them.
         params: the `ClosedParams` to call it with. Leaves of the user's params that are not arrays (activation
             functions, flags, sizes, strings) stay in the trace.
+        shapes: those of (params, carry, x) at one time step.
         out_tree: structure of (carry, y).
         like_params: puts a `ClosedParams` back into the structure of the user's params, `None` where a leaf is no array.
     """
 
     jaxpr: Any
     step: Callable[..., Any]
-    branches: bool
+    primitives: set[str]
+    in_turn: bool
+    refs: dict[int, Any]
     params: ClosedParams
+    shapes: Any
     out_tree: Any
     like_params: Callable[[ClosedParams], Any]
 
@@ -67,16 +78,27 @@ def trace(recurrence: Recurrence) -> TracedStep:
 
     closed, shapes = jax.make_jaxpr(from_arrays, return_shape=True)(leaves, recurrence.init, at_one_step(recurrence.xs))
     out_tree = jax.tree.structure(shapes)
+    jaxpr, refs = closed.jaxpr, {i: const for i, const in enumerate(closed.consts) if is_ref(const)}
+    params = ClosedParams(leaves, [const for i, const in enumerate(closed.consts) if i not in refs])
+    arrays = [var for i, var in enumerate(jaxpr.constvars) if i not in refs]
+    avals = [var.aval for var in (*jaxpr.invars[: len(leaves)], *arrays)]
+    avals += [var.aval for var in jaxpr.invars[len(leaves) :]]
+    in_tree = jax.tree.structure((params, recurrence.init, recurrence.xs))
+    primitives = set(_primitives(jaxpr))
 
     def step(params, carry, x):
-        flat = jax.tree.leaves((params.leaves, carry, x))
-        return out_tree.unflatten(eval_jaxpr(closed.jaxpr, params.closed_over, *flat))
+        flat, arrays = jax.tree.leaves((params.leaves, carry, x)), iter(params.closed_over)
+        consts = [refs[i] if i in refs else next(arrays) for i in range(len(jaxpr.constvars))]
+        return out_tree.unflatten(eval_jaxpr(jaxpr, consts, *flat))
 
     return TracedStep(
-        jaxpr=closed.jaxpr,
+        jaxpr=jaxpr,
         step=step,
-        branches="cond" in _primitives(closed.jaxpr),
-        params=ClosedParams(leaves, list(closed.consts)),
+        primitives=primitives,
+        in_turn=not _ONE_AT_A_TIME.isdisjoint(primitives),
+        refs=refs,
+        params=params,
+        shapes=in_tree.unflatten(map(as_type, avals)),
         out_tree=out_tree,
         like_params=lambda params: treedef.unflatten(params.leaves),
     )
@@ -97,7 +119,8 @@ def wrapped(eqn: Any) -> tuple[Any, list[Any]] | None:
 
 def bind(eqn: Any, values: list[Any]) -> list[Any]:
     """The results of one operation of a trace."""
-    results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    with eqn.ctx.manager:  # the mesh, or another setting, that the operation was traced under
+        results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return results if eqn.primitive.multiple_results else [results]
 
 
@@ -119,8 +142,13 @@ def evaluate_inlined(
 
 
 def _primitives(jaxpr: Any) -> Iterator[str]:
-    """Names of all operations in a traced function, those inside loops, branches and calls included."""
+    """Names of all operations in a traced function, those inside loops, branches and calls included.
+
+    And "symbolic_zeros" where there is a `jax.custom_vjp` that is told which of its inputs are perturbed.
+    """
     for eqn in jaxpr.eqns:
         yield eqn.primitive.name
+        if eqn.params.get("symbolic_zeros"):
+            yield "symbolic_zeros"
         for inner, _ in subjaxprs(eqn):
             yield from _primitives(inner)

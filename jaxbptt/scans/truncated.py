@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.along_time import put_window, room
-from jaxbptt.scans.backward import back_over, step_with_adjoint, stretches
+from jaxbptt.scans.backward import back_over, check_recomputed, step_with_adjoint, stretches
 from jaxbptt.scans.contraction import weight_gradient
-from jaxbptt.scans.recurrence import at_one_step, byte_count, check_count, differentiable, merge, prepare, split
+from jaxbptt.scans.perturbed import select
+from jaxbptt.scans.recurrence import at_one_step, byte_count, check_count, check_known_length, merge, prepare, split
 from jaxbptt.scans.resets import with_flags
 from jaxbptt.scans.reverse_mode import reverse_mode
 
@@ -44,6 +45,9 @@ def truncated_scan(
     step that `adjoint_scan` can't sort: twice more); memory beyond xs, ys and their gradients is that of K steps, however
     long the sequence.
 
+    What a step does on the side, such as `jax.debug.print` or a callback, it does twice in a gradient, since it is computed
+    twice.
+
     Args:
         step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
         params: θ, any pytree. Arrays that `step` closes over get their gradient as well.
@@ -55,7 +59,8 @@ def truncated_scan(
             reset, and no gradient passes.
         valid: booleans `[time, *batch]`, False where a step is padding: it is not taken, the carry is held, yₜ is 0, and
             what stands in xₜ changes nothing. Leaves of xs that don't begin with [time, *batch] are shared by all rows.
-        reset_carry: what `is_first` resets to, like `init` or one row of it; zeros by default. It gets its gradient.
+        reset_carry: what `is_first` resets to, like `init` or one row of it; it gets its gradient. By default zeros, and
+            typed random keys go on as they are. A key that all rows share always does.
         adjoint: the backward of one step. By default the `Cell`'s own, or else derived from `step`.
         unroll: time steps in one iteration of the compiled loops, as for `lax.scan`.
 
@@ -64,7 +69,8 @@ def truncated_scan(
 
     Raises:
         ValueError: `truncation_length` below 1; and as for `adjoint_scan`.
-        TypeError: as for `adjoint_scan`.
+        TypeError: a step that writes to a mutable array (`jax.new_ref`) from outside, in a gradient; and as for
+            `adjoint_scan`.
 
     Example:
         >>> import jax
@@ -81,9 +87,11 @@ def truncated_scan(
     check_count("truncation_length", truncation_length, "counts time steps")
     r = prepare(step, params, init, xs, length)
     with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
-    step, params, adjoint, *_ = with_adjoint
-    chunk = max(min(int(truncation_length), r.length), 1)
-    chunks, left_over = divmod(r.length, chunk)
+    step, params, adjoint_for, _, by_hand, mutable, _ = with_adjoint
+    steps = r.length
+    check_known_length("truncated_scan", steps)
+    chunk = max(min(int(truncation_length), steps), 1)
+    chunks, left_over = divmod(steps, chunk)
 
     def unrolled(params, init, xs):
         # Cut as well, and by a select: what is differentiated here is the gradient, for a second derivative.
@@ -94,21 +102,22 @@ def truncated_scan(
             moving = jax.tree.map(lambda leaf: jnp.where(cut, jax.lax.stop_gradient(leaf), leaf), moving)
             return step(params, merge(moving, still), x)
 
-        return jax.lax.scan(body, init, (jnp.arange(r.length), xs), length=r.length, unroll=unroll)
+        return jax.lax.scan(body, init, (jnp.arange(steps), xs), length=steps, unroll=unroll)
 
-    def forward(params, init, xs):
+    def forward(adjoint, params, init, xs):
+        check_recomputed("truncated_scan", mutable)
         return unrolled(params, init, xs), None
 
-    def backward(params, init, xs, _, last_bar, ys_bar):
+    def backward(adjoint, params, init, xs, _, last_bar, ys_bar):
         nothing = jax.tree.map(jnp.zeros_like, last_bar)
         # Where the params are larger than what is kept, a second array like them would be most of the memory.
         in_place = chunk * byte_count(init) < byte_count(params)
-        lengths = stretches(last_bar, chunk, left_over)
+        lengths = stretches(init, chunk, left_over)
         total = weight_gradient(adjoint, params, init, xs, last_bar, ys_bar, lengths, in_place=in_place)
 
         def over_chunk(state, start, length):
             carry, init_bar, sums, xs_bar = state
-            carry_bar = jax.tree.map(partial(jnp.where, start + length == r.length), last_bar, nothing)
+            carry_bar = jax.tree.map(partial(jnp.where, start + length == steps), last_bar, nothing)
             next_carry, (sums, carry_bar, some) = back_over(
                 adjoint,
                 total.add,
@@ -126,8 +135,8 @@ def truncated_scan(
             # Nothing passes to the next chunk, in derivatives of this derivative neither.
             return jax.lax.stop_gradient(next_carry), init_bar, sums, put_window(xs_bar, some, start)
 
-        init_bar = nothing if r.length else last_bar
-        state = init, init_bar, total.zeros, room(at_one_step(differentiable(xs)), r.length)
+        init_bar = nothing if steps else last_bar
+        state = init, init_bar, total.zeros, room(at_one_step(select(xs, adjoint.perturbed.x)), steps)
         if chunks:
             state = jax.lax.fori_loop(0, chunks, lambda i, state: over_chunk(state, i * chunk, chunk), state)
         if left_over:
@@ -135,4 +144,4 @@ def truncated_scan(
         _, init_bar, sums, xs_bar = state
         return total.finish(sums), init_bar, xs_bar
 
-    return reverse_mode("truncated_scan", unrolled, forward, backward)(params, r.init, xs)
+    return reverse_mode("truncated_scan", adjoint_for, unrolled, forward, backward, by_hand=by_hand)(params, r.init, xs)

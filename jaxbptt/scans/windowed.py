@@ -10,12 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.along_time import filled
 from jaxbptt.scans.backward import at_last_step, back_one_lag, step_with_adjoint, unroll_forward
 from jaxbptt.scans.contraction import fit
-from jaxbptt.scans.recurrence import check_count, differentiable, prepare
+from jaxbptt.scans.perturbed import select
+from jaxbptt.scans.recurrence import check_count, length_for_scan, prepare
 from jaxbptt.scans.resets import with_flags
 from jaxbptt.scans.reverse_mode import reverse_mode
 
@@ -43,7 +45,12 @@ def windowed_scan(
     `init` where t ≤ W. Time O(W T) steps, but of the backward only W run in sequence; memory O(T n), a few times
     that of `adjoint_scan`.
 
+    A `jax.export` with a symbolic T runs all W lags, however short the sequence turns out to be.
+
     Only first derivatives have the window: outputs are differentiated in full where a gradient is differentiated again.
+
+    The sum over lags takes it that a backward pass is linear in what comes back. A `jax.custom_vjp` in the step whose bwd is
+    not, such as one that clips or takes a sign, gets another gradient here than from `scan`, also for W ≥ T.
 
     A step that branches (`lax.cond`) is not mapped over time, and then all W T steps run in sequence.
 
@@ -58,7 +65,8 @@ def windowed_scan(
             reset, and no gradient passes.
         valid: booleans `[time, *batch]`, False where a step is padding: it is not taken, the carry is held, yₜ is 0, and
             what stands in xₜ changes nothing. Leaves of xs that don't begin with [time, *batch] are shared by all rows.
-        reset_carry: what `is_first` resets to, like `init` or one row of it; zeros by default. It gets its gradient.
+        reset_carry: what `is_first` resets to, like `init` or one row of it; it gets its gradient. By default zeros, and
+            typed random keys go on as they are. A key that all rows share always does.
         adjoint: the backward of one step, which must allow `jax.vmap`. By default the `Cell`'s own, or else derived.
         unroll: time steps in one iteration of the compiled forward loop, as for `lax.scan`.
 
@@ -84,32 +92,39 @@ def windowed_scan(
     check_count("window", window, "counts time steps")
     r = prepare(step, params, init, xs, length)
     with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
-    step, params, adjoint, branches, _ = with_adjoint
-    lags = min(int(window), r.length)
+    step, params, adjoint_for, in_turn, by_hand, *_ = with_adjoint
+    length = r.length
+    # More lags than time steps add zeros, and lax.scan takes no symbolic number of them.
+    lags = int(window) if is_symbolic_dim(length) else min(int(window), length)
 
     def run(params, init, xs):
-        return jax.lax.scan(partial(step, params), init, xs, length=r.length, unroll=unroll)
+        return jax.lax.scan(partial(step, params), init, xs, length=length_for_scan(length), unroll=unroll)
 
-    def forward(params, init, xs):
-        return unroll_forward(adjoint, params, init, xs, length=r.length, unroll=unroll)
+    def forward(adjoint, params, init, xs):
+        return unroll_forward(adjoint, params, init, xs, length=length, unroll=unroll)
 
-    def backward(params, init, xs, residuals, last_bar, ys_bar):
-        residuals, ys_bar = residuals.stacked(), filled(ys_bar, r.length)
+    def backward(adjoint, params, init, xs, residuals, last_bar, ys_bar):
+        flags = adjoint.perturbed
+        residuals, ys_bar = residuals.stacked(), filled(ys_bar, length)
         if lags == 0:
-            params_bar, xs_bar = jax.tree.map(jnp.zeros_like, differentiable((params, xs)))
+            params_bar, xs_bar = jax.tree.map(jnp.zeros_like, select((params, xs), (flags.params, flags.x)))
             return params_bar, last_bar, xs_bar
 
         def back(bars, ys_bar):
-            return back_one_lag(adjoint, params, residuals, xs, bars, ys_bar, in_turn=branches)
+            return back_one_lag(adjoint, params, residuals, xs, bars, ys_bar, in_turn=in_turn)
 
         def one_lag_more(state, _):
             bars, *sums = state
             bars, *more = back(bars, jax.tree.map(jnp.zeros_like, ys_bar))
             return (bars, *jax.tree.map(jnp.add, sums, more)), None
 
-        state = back(at_last_step(last_bar, r.length), ys_bar)
+        state = back(at_last_step(last_bar, length), ys_bar)
         (_, init_bar, deltas), _ = jax.lax.scan(one_lag_more, state, None, length=lags - 1)
         params_bar, xs_bar = adjoint.contract(params, residuals, xs, ys_bar, deltas)
-        return fit(params_bar, params, "params"), fit(init_bar, init, "init"), fit(xs_bar, xs, "xs")
+        return (
+            fit(params_bar, params, flags.params, "params"),
+            fit(init_bar, init, flags.carry, "init"),
+            fit(xs_bar, xs, flags.x, "xs"),
+        )
 
-    return reverse_mode("windowed_scan", run, forward, backward)(params, r.init, xs)
+    return reverse_mode("windowed_scan", adjoint_for, run, forward, backward, by_hand=by_hand)(params, r.init, xs)

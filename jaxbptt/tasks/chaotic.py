@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxbptt.tasks.task import Sequences, Task, check_size
+from jaxbptt.arrays import as_array, is_number
+from jaxbptt.tasks.task import Sequences, Task, check_size, checked
 
 LORENZ_STEP = 0.01
 MACKEY_GLASS_STEPS = 10  # to a unit of time
@@ -50,11 +51,11 @@ def lorenz_series(length: int, *, dt: float = 0.01, initial: Any = None, transie
         Lorenz, Deterministic nonperiodic flow, 1963, doi:10.1175/1520-0469(1963)020<0130:DNF>2.0.CO;2.
     """
     check_size("length", length, 1, "a series has a first state")
+    if not is_number(dt, 0):
+        raise ValueError(f"dt={dt!r}, but it is the time from one state to the next: pass a positive number.")
     dt = float(dt)  # numpy's would settle the dtype of the computation
-    if not 0 < dt < math.inf:
-        raise ValueError(f"dt={dt}, but it is the time from one state to the next: pass a positive number.")
-    if not 0 <= transient < math.inf:
-        raise ValueError(f"transient={transient}, but it is a time that is left out: pass 0 or more.")
+    if not is_number(transient, -math.ulp(0)):
+        raise ValueError(f"transient={transient!r}, but it is a time that is left out: pass 0 or more.")
     state = jnp.ones(3, jnp.float32) if initial is None else _as_float(initial)
     if state.shape[-1:] != (3,):
         raise ValueError(f"initial has shape {state.shape}, but x, y and z are needed: pass [*batch, 3].")
@@ -194,7 +195,7 @@ def mackey_glass(*, steps: int, tau: int = 17) -> Task:
 
 def _draw_lorenz(key, batch, length, dt):
     # States near one of the two unstable fixed points take long to leave them: exp(0.094 t).
-    near = jnp.array([0, 0, 25], jnp.float32) + 8 * jax.random.normal(key, (batch, 3), jnp.float32)
+    near = jnp.array([[0, 0, 25]], jnp.float32) + 8 * jax.random.normal(key, (batch, 3), jnp.float32)
     return lorenz_series(length, dt=dt, initial=near, transient=50.0)
 
 
@@ -204,7 +205,7 @@ def _draw_mackey_glass(key, batch, length, tau):
     history = jax.random.uniform(history_key, (batch,), jnp.float32, 0.2, 1.4)
     starts = jax.random.randint(start_key, (batch,), 0, 500, jnp.int32)
     series = mackey_glass_series(length + 500, tau=tau, initial=history, transient=500)
-    return series[starts + jnp.arange(length, dtype=jnp.int32)[:, None], jnp.arange(batch, dtype=jnp.int32)]
+    return series[starts[None] + jnp.arange(length, dtype=jnp.int32)[:, None], jnp.arange(batch, dtype=jnp.int32)[None]]
 
 
 def _next_step_task(draw: Callable[..., Array], steps: int, option: Any, length: int) -> Task:
@@ -212,10 +213,10 @@ def _next_step_task(draw: Callable[..., Array], steps: int, option: Any, length:
     mean, deviation, baseline = _statistics(draw, option, length)
 
     def sample(key, batch):
-        series = (draw(key, batch, steps + 1, option) - mean) / deviation
+        series = (draw(key, batch, steps + 1, option) - mean[None, None]) / deviation[None, None]
         return Sequences(series[:-1], series[1:], jnp.ones((steps, batch), bool))
 
-    return Task(sample, "mean_squared_error", baseline, len(mean), len(mean))
+    return Task(checked(sample), "mean_squared_error", baseline, len(mean), len(mean))
 
 
 @functools.cache
@@ -243,5 +244,7 @@ def _runge_kutta(rate, state, step):
 
 
 def _as_float(initial: Any) -> Array:
-    array = jnp.array(initial)
+    array = as_array("initial", initial, "a first state")
+    if jnp.iscomplexobj(array):
+        raise TypeError(f"initial has dtype {array.dtype}, but the states are real numbers.")
     return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.float32)

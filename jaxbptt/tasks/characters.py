@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbptt.tasks.files import InputError, Series, read_standard_library
-from jaxbptt.tasks.task import Sequences, Task, check_size
+from jaxbptt.tasks.task import Sequences, Task, check_size, checked
 from jaxbptt.words import counted
 
 
@@ -44,6 +44,8 @@ def characters(series: Series | None = None, *, steps: int) -> Task:
     """
     series = read_standard_library() if series is None else series
     check_size("steps", steps, 1, "there must be a step to predict")
+    if not isinstance(series, Series):
+        raise TypeError(f"series is a {type(series).__name__}, but a text is expected: read it with tasks.read_text.")
     if not series.symbols:
         raise InputError(f"{series.name} holds numbers, but characters needs a text: read it with read_text.")
     text = np.asarray(series.values, np.int32)
@@ -59,8 +61,8 @@ def characters(series: Series | None = None, *, steps: int) -> Task:
     def sample(key, batch):
         starts = jax.random.randint(key, (batch,), 0, len(text) - steps, jnp.int32)
         time = jnp.arange(steps + 1, dtype=jnp.int32)[:, None]
-        stretch = jnp.asarray(text)[starts + time]
+        stretch = jnp.asarray(text)[starts[None] + time]
         xs = jax.nn.one_hot(stretch[:-1], classes, dtype=jnp.float32)
         return Sequences(xs, stretch[1:], jnp.ones((steps, batch), bool))
 
-    return Task(sample, "cross_entropy", float(-np.sum(frequencies * np.log(frequencies))), classes, classes)
+    return Task(checked(sample), "cross_entropy", float(-np.sum(frequencies * np.log(frequencies))), classes, classes)

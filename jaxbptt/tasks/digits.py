@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbptt.arrays import is_whole
 from jaxbptt.tasks.files import InputError
-from jaxbptt.tasks.task import Sequences, Task, last_step
+from jaxbptt.tasks.task import Sequences, Task, checked, last_step
 
 
 class Digits(NamedTuple):
@@ -43,7 +44,7 @@ def digits(*, by: Literal["rows", "pixels"] = "rows", seed: int = 0) -> Digits:
         `train`, a task with cross-entropy, 8 or 1 inputs and 10 classes; `test`, the other images.
 
     Raises:
-        ValueError: `by` of another name.
+        ValueError: `by` of another name, a seed that is no whole number.
         InputError: scikit-learn is not installed.
 
     Example:
@@ -59,6 +60,8 @@ def digits(*, by: Literal["rows", "pixels"] = "rows", seed: int = 0) -> Digits:
     """
     if by not in ("rows", "pixels"):
         raise ValueError(f"by is {by!r}, but an image is read by 'rows' or by 'pixels'.")
+    if not is_whole(seed):
+        raise ValueError(f"seed is {seed!r}, but it orders the images: pass a whole number of at least 0.")
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -75,6 +78,6 @@ def digits(*, by: Literal["rows", "pixels"] = "rows", seed: int = 0) -> Digits:
         index = jax.random.randint(key, (batch,), held_out, len(images), jnp.int32)
         return Sequences(jnp.asarray(xs)[:, index], jnp.asarray(ys)[:, index], last_step(len(xs), batch))
 
-    train = Task(sample, "cross_entropy", math.log(10), features, 10)
+    train = Task(checked(sample), "cross_entropy", math.log(10), features, 10)
     test = Sequences(jnp.asarray(xs[:, :held_out]), jnp.asarray(ys[:, :held_out]), last_step(len(xs), held_out))
     return Digits(train, test)

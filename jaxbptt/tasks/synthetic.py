@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxbptt.tasks.task import Sequences, Task, check_size, last_step
+from jaxbptt.tasks.task import Sequences, Task, check_size, checked, last_step
 
 
 def adding_problem(*, steps: int = 100) -> Task:
@@ -52,12 +52,12 @@ def adding_problem(*, steps: int = 100) -> Task:
         first = jax.random.randint(first_key, (batch,), 0, steps // 2, jnp.int32)
         second = jax.random.randint(second_key, (batch,), steps // 2, steps, jnp.int32)
         time = jnp.arange(steps, dtype=jnp.int32)[:, None]
-        markers = ((time == first) | (time == second)).astype(jnp.float32)
+        markers = ((time == first[None]) | (time == second[None])).astype(jnp.float32)
         answer = jnp.sum(markers * values, axis=0)
         ys = jnp.broadcast_to(answer[None, :, None], (steps, batch, 1))
         return Sequences(jnp.stack([values, markers], axis=-1), ys, last_step(steps, batch))
 
-    return Task(sample, "mean_squared_error", 1 / 6, 2, 1)
+    return Task(checked(sample), "mean_squared_error", 1 / 6, 2, 1)
 
 
 def copy_memory(*, delay: int, symbols: int = 8, length: int = 10) -> Task:
@@ -106,7 +106,7 @@ def copy_memory(*, delay: int, symbols: int = 8, length: int = 10) -> Task:
         ys = jnp.full((steps, batch), blank, jnp.int32).at[-length:].set(drawn)
         return Sequences(jax.nn.one_hot(xs, symbols + 2, dtype=jnp.float32), ys, jnp.ones((steps, batch), bool))
 
-    return Task(sample, "cross_entropy", length * math.log(symbols) / steps, symbols + 2, symbols + 1)
+    return Task(checked(sample), "cross_entropy", length * math.log(symbols) / steps, symbols + 2, symbols + 1)
 
 
 def temporal_order(*, steps: int = 100) -> Task:
@@ -154,7 +154,7 @@ def temporal_order(*, steps: int = 100) -> Task:
         ys = jnp.broadcast_to(2 * symbols[0] + symbols[1], (steps, batch))
         return Sequences(jax.nn.one_hot(xs, 8, dtype=jnp.float32), ys, last_step(steps, batch))
 
-    return Task(sample, "cross_entropy", math.log(4), 8, 4)
+    return Task(checked(sample), "cross_entropy", math.log(4), 8, 4)
 
 
 def delayed_xor(*, delay: int, steps: int | None = None) -> Task:
@@ -200,4 +200,4 @@ def delayed_xor(*, delay: int, steps: int | None = None) -> Task:
         mask = jnp.zeros((steps, batch), bool).at[delay + 1 :].set(True)
         return Sequences(bits[..., None].astype(jnp.float32), ys, mask)
 
-    return Task(sample, "cross_entropy", math.log(2), 1, 2)
+    return Task(checked(sample), "cross_entropy", math.log(2), 1, 2)

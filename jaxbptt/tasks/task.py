@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
+from jaxbptt.arrays import check_key
+
 
 class Sequences(NamedTuple):
     """A batch of sequences with what is to be said about them.
@@ -49,6 +51,17 @@ def check_size(name: str, value: int, least: int, reason: str) -> None:
         raise TypeError(f"{name} is {value!r}, but a Python integer is expected.")
     if value < least:
         raise ValueError(f"{name}={value}, but {reason}: pass {name}={least} or more.")
+
+
+def checked(sample: Callable[..., Sequences]) -> Callable[..., Sequences]:
+    """`sample(key, batch)` that refuses what is no key and no number of rows."""
+
+    def checked_sample(key, batch):
+        check_key(key)
+        check_size("batch", batch, 1, "a batch has at least one row")
+        return sample(key, batch)
+
+    return checked_sample
 
 
 def last_step(steps: int, batch: int) -> Bool[Array, "time batch"]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool
 
+from jaxbptt.arrays import as_array, is_whole
 from jaxbptt.scans.recurrence import is_key
 from jaxbptt.words import counted
 
@@ -107,10 +108,17 @@ def is_first_from_done(done: Bool[ArrayLike, " time *batch"], *, first: Any = Tr
         >>> print(streams.is_first_from_done(jnp.array([False, True, False])))
         [ True False  True]
     """
-    done = jnp.asarray(done)
+    done = as_array("done", done, "[time, *batch] of booleans")
     if done.dtype != jnp.bool_:
         raise TypeError(f"done has dtype {done.dtype}, but True and False are expected: pass done.astype(bool).")
-    before = jnp.broadcast_to(jnp.asarray(first, bool), done.shape[1:])[None]
+    if not done.ndim:
+        raise ValueError("done has shape (), but time is its first axis: pass booleans [time, *batch].")
+    first = as_array("first", first, f"{done.shape[1:]} of booleans")
+    if first.dtype != jnp.bool_ or first.shape not in ((), done.shape[1:]):
+        raise ValueError(
+            f"first is {first.dtype}{list(first.shape)}, but booleans of shape {done.shape[1:]} are expected, or True or False."
+        )
+    before = jnp.broadcast_to(first, done.shape[1:])[None]
     return jnp.concatenate([before, done])[: len(done)]
 
 
@@ -126,6 +134,7 @@ def pad(chunk: Chunk, length: int) -> Chunk:
 
     Raises:
         ValueError: `length` is shorter than the chunk, or a leaf has no batch axis.
+        TypeError: no `Chunk`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -134,10 +143,12 @@ def pad(chunk: Chunk, length: int) -> Chunk:
         >>> print(chunk.xs.T, chunk.valid.T, chunk.is_first.T)
         [[1. 1. 0.]] [[ True  True False]] [[False False False]]
     """
+    if not isinstance(chunk, Chunk):
+        raise TypeError(f"pad takes a Chunk(xs, targets, ...), but got a {type(chunk).__name__}.")
     steps, batch = _time_and_batch(chunk)
-    if length < steps:
+    if not is_whole(length, steps):
         raise ValueError(
-            f"length is {length}, but the chunk has {counted(steps, 'time step')}: cut it, or pad to more."
+            f"length is {length!r}, but the chunk has {counted(steps, 'time step')}: cut it, or pad to more."
         )
 
     def longer(leaf):

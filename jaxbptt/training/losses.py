@@ -1,15 +1,19 @@
 r"""Losses over time, on optax's: per step or at the last step only, with masks for sequences that end early.
 
 A masked step is taken out before the loss is computed, not multiplied by zero after, so whatever stands in the padding,
-nan included, changes neither value nor gradient.
+nan included, changes neither value nor gradient. Outputs in half precision are raised to float32 first, and the loss is
+rounded to their dtype at the end: sums and counts over thousands of steps have no place in float16, nor digits in bfloat16.
 """
 
 from collections.abc import Callable
+from operator import index
 from typing import Any, Literal
 
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Float
+
+from jaxbptt.arrays import as_array, at_least_float32, check_callable
 
 Reduction = Literal["mean", "sum"]
 
@@ -19,6 +23,7 @@ def cross_entropy(
     labels: Any,
     *,
     mask: Any = None,
+    ignore_label: int | None = None,
     reduction: Reduction = "mean",
 ) -> Float[Array, ""]:
     r"""Softmax cross-entropy at each step, over the valid steps.
@@ -27,16 +32,19 @@ def cross_entropy(
 
     Args:
         logits: yₜ, `[time, *batch, classes]`.
-        labels: class numbers `[time, *batch]`, or distributions ŷₜ over classes with the shape of `logits`.
+        labels: class numbers `[time, *batch]` from 0 on, or distributions ŷₜ over classes with the shape of `logits`.
         mask: boolean `[time, *batch]`, True where a step counts; all of them by default.
+        ignore_label: the class number of steps that do not count, such as −1 or −100 in data made for other libraries.
         reduction: `"mean"` over valid steps, or `"sum"`, the Σₜ of the textbook.
 
     Returns:
-        The loss in nats; 0 where no step is valid.
+        The loss in nats, in the dtype of `logits`; 0 where no step is valid. A label that is negative or no class of
+        `logits`, at a step that counts, makes it nan, and the gradient of that step too.
 
     Raises:
-        ValueError: shapes that do not fit, a reduction of another name.
-        TypeError: a mask that is not boolean.
+        ValueError: shapes that do not fit, logits without classes, an `ignore_label` that the labels can't hold, a
+            reduction of another name.
+        TypeError: a mask that is not boolean, an `ignore_label` that is no whole number; what is no array of real numbers.
 
     Example:
         >>> import jax.numpy as jnp
@@ -49,22 +57,33 @@ def cross_entropy(
         Bridle, Probabilistic interpretation of feedforward classification network outputs, 1990,
         doi:10.1007/978-3-642-76153-9_28.
     """
-    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
-    classes = jnp.issubdtype(labels.dtype, jnp.integer)
-    expected = logits.shape[:-1] if classes else logits.shape
+    _check_reduction(reduction)
+    logits = _outputs("logits", logits, "[time, *batch, classes]")
+    labels = _real("labels", labels, "[time, *batch] of class numbers")
+    by_number = jnp.issubdtype(labels.dtype, jnp.integer)
+    expected = logits.shape[:-1] if by_number else logits.shape
     if labels.shape != expected:
         raise ValueError(
             f"labels have shape {labels.shape}, but logits have {logits.shape}: pass class numbers (integers) of shape "
             f"{logits.shape[:-1]}, or distributions (floats) of shape {logits.shape}."
         )
     mask = _check_mask(mask, logits.shape[:-1])
-    logits = jnp.where(mask[..., None], logits, 0)
-    if classes:
-        per_step = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(mask, labels, 0))
+    if ignore_label is not None:
+        mask = mask & (labels != _check_ignored(ignore_label, labels.dtype))
+    classes = logits.shape[-1]
+    dtype = logits.dtype
+    logits = jnp.where(mask[..., None], logits.astype(at_least_float32(dtype)), 0)
+    if by_number:
+        labels = jnp.where(mask, labels, 0)
+        # No number beyond its own range is compared with the labels: it would come back as another one.
+        known = (labels >= 0) & (labels <= min(classes - 1, jnp.iinfo(labels.dtype).max))
+        per_step = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(known, labels, 0))
+        # A product, so that the gradient is nan as well.
+        per_step = per_step * jnp.where(known, 1, jnp.nan).astype(per_step.dtype)
     else:
-        labels = labels.astype(logits.dtype)
-        per_step = optax.softmax_cross_entropy(logits, jnp.where(mask[..., None], labels, 1 / logits.shape[-1]))
-    return _reduce(per_step, mask, reduction)
+        labels = jnp.where(mask[..., None], labels.astype(logits.dtype), 1 / classes)
+        per_step = optax.softmax_cross_entropy(logits, labels)
+    return _reduce(per_step, mask, reduction).astype(dtype)
 
 
 def mean_squared_error(
@@ -85,11 +104,11 @@ def mean_squared_error(
         reduction: `"mean"` over valid steps, or `"sum"`, the Σₜ of the textbook.
 
     Returns:
-        The loss, in squared units of the targets; 0 where no step is valid.
+        The loss, in squared units of the targets and the dtype of `outputs`; 0 where no step is valid.
 
     Raises:
-        ValueError: shapes that do not fit, a reduction of another name.
-        TypeError: a mask that is not boolean.
+        ValueError: shapes that do not fit, outputs without features, a reduction of another name.
+        TypeError: a mask that is not boolean; what is no array of real numbers.
 
     Example:
         >>> import jax.numpy as jnp
@@ -97,14 +116,17 @@ def mean_squared_error(
         >>> print(losses.mean_squared_error(jnp.array([[1.0], [3.0]]), jnp.array([[0.0], [1.0]])))
         2.5
     """
-    outputs, targets = jnp.asarray(outputs), jnp.asarray(targets)
+    _check_reduction(reduction)
+    outputs = _outputs("outputs", outputs, "[time, *batch, features]")
+    targets = _real("targets", targets, "[time, *batch, features]")
     if targets.shape != outputs.shape:
         raise ValueError(
             f"targets have shape {targets.shape}, but outputs have {outputs.shape}: they must be the same."
         )
     mask = _check_mask(mask, outputs.shape[:-1])
-    difference = jnp.where(mask[..., None], outputs - targets.astype(outputs.dtype), 0)
-    return _reduce(optax.squared_error(difference).mean(axis=-1), mask, reduction)
+    wide = at_least_float32(outputs.dtype)
+    difference = jnp.where(mask[..., None], outputs.astype(wide) - targets.astype(wide), 0)
+    return _reduce(optax.squared_error(difference).mean(axis=-1), mask, reduction).astype(outputs.dtype)
 
 
 def final_step(loss: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,6 +143,7 @@ def final_step(loss: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises:
         ValueError: from the returned function, shapes that do not fit.
+        TypeError: a loss that is no function.
 
     Example:
         >>> import jax.numpy as jnp
@@ -129,11 +152,15 @@ def final_step(loss: Callable[..., Any]) -> Callable[..., Any]:
         >>> print(last(jnp.array([[5.0], [3.0]]), jnp.array([1.0])))
         4.0
     """
+    check_callable("loss", loss, "losses.cross_entropy, or another of that signature")
 
     def final_loss(outputs, targets, *, mask=None, **options):
-        outputs, targets = jnp.asarray(outputs), jnp.asarray(targets)
-        if outputs.shape[0] == 0:
-            raise ValueError("final_step needs at least one time step, but outputs have none.")
+        outputs = as_array("outputs", outputs, "[time, *batch, features]")
+        targets = as_array("targets", targets, "[time, ...]")
+        if not outputs.shape or outputs.shape[0] == 0:
+            raise ValueError(
+                f"outputs have shape {outputs.shape}, but final_step needs at least one time step, on the first axis."
+            )
         timeless = targets.shape in (outputs.shape[1:], outputs.shape[1:-1]) and not _is_per_step(targets, outputs)
         if not timeless and targets.shape[:1] != outputs.shape[:1]:
             raise ValueError(
@@ -163,10 +190,51 @@ def _is_per_step(targets: Array, outputs: Array) -> bool:
     return targets.shape == outputs.shape[:-1] and bool(jnp.issubdtype(targets.dtype, jnp.integer))
 
 
+def _outputs(name: str, outputs: Any, expected: str) -> Array:
+    outputs = _real(name, outputs, expected)
+    if not jnp.issubdtype(outputs.dtype, jnp.floating):
+        raise TypeError(f"{name} have dtype {outputs.dtype}, but floating-point numbers are expected: convert them.")
+    if outputs.ndim < 2 or outputs.shape[-1] == 0:
+        raise ValueError(
+            f"{name} have shape {outputs.shape}, but {expected} is expected: time first, and at least one entry on the last "
+            "axis. Give a single step, or outputs without a last axis, one of length 1."
+        )
+    return outputs
+
+
+def _real(name: str, array: Any, expected: str) -> Array:
+    array = as_array(name, array, expected)
+    if jnp.iscomplexobj(array):
+        raise TypeError(
+            f"{name} have dtype {array.dtype}, but real numbers are expected: pass real and imaginary parts."
+        )
+    return array
+
+
+def _check_ignored(ignore_label: Any, dtype: Any) -> int:
+    try:
+        number = None if isinstance(ignore_label, bool) else index(ignore_label)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"ignore_label is {ignore_label!r}, but it is a class number: pass a whole number, such as -1.")
+    if not jnp.issubdtype(dtype, jnp.integer) or not jnp.iinfo(dtype).min <= number <= jnp.iinfo(dtype).max:
+        raise ValueError(
+            f"ignore_label is {number}, but labels of {dtype} hold no such number: pass class numbers as signed integers, "
+            "or a mask."
+        )
+    return number
+
+
+def _check_reduction(reduction: Any) -> None:
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction is {reduction!r}, but only 'mean' and 'sum' are known.")
+
+
 def _check_mask(mask: Any, shape: tuple[int, ...]) -> Array:
     if mask is None:
         return jnp.ones(shape, bool)
-    mask = jnp.asarray(mask)
+    mask = as_array("mask", mask, "[time, *batch] of booleans")
     if mask.dtype != bool:
         raise TypeError(f"mask has dtype {mask.dtype}, but True and False are expected: pass mask.astype(bool).")
     if mask.shape != shape:
@@ -179,8 +247,4 @@ def _check_mask(mask: Any, shape: tuple[int, ...]) -> Array:
 
 def _reduce(per_step: Array, mask: Array, reduction: str) -> Array:
     total = jnp.sum(per_step, where=mask)
-    if reduction == "sum":
-        return total
-    if reduction == "mean":
-        return total / jnp.maximum(jnp.sum(mask), 1).astype(total.dtype)
-    raise ValueError(f"reduction is {reduction!r}, but only 'mean' and 'sum' are known.")
+    return total if reduction == "sum" else total / jnp.maximum(jnp.sum(mask), 1).astype(total.dtype)

@@ -41,7 +41,7 @@ def pascanu(
         length: T, needed where `xs` is `None`.
 
     Returns:
-        Ω, to be added to the loss with a weight of its own.
+        Ω, to be added to the loss with a weight of its own, in its dtype.
 
     Raises:
         ValueError, TypeError: as for `scan`.
@@ -57,17 +57,17 @@ def pascanu(
     """
     r = prepare(step, params, init, xs, length)
     traced = trace(r)
-    adjoints = gradient_flow(step, params, init, xs, loss, length=length).adjoints
+    flow = gradient_flow(step, params, init, xs, loss, length=length)
     carries, _, _ = unroll(r)
 
     def to_state(params, carry, x):
         return traced.step(params, carry, x)[0]
 
-    over_time = map_over_time(to_state, in_turn=traced.branches)
-    (passed_on,) = pull(lambda carries: over_time(traced.params, carries, r.xs), (carries,), adjoints)
-    before, after = norm_over_time(passed_on), norm_over_time(adjoints)
+    over_time = map_over_time(to_state, in_turn=traced.in_turn)
+    (passed_on,) = pull(lambda carries: over_time(traced.params, carries, r.xs), (carries,), flow.adjoints)
+    before, after = norm_over_time(passed_on), norm_over_time(flow.adjoints)
     ratio = jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1)
-    return jnp.sum((ratio - 1) ** 2)
+    return jnp.sum((ratio - 1) ** 2).astype(flow.loss.dtype)
 
 
 def gradient_flossing(

@@ -1,13 +1,13 @@
 r"""Where a run's arrays lie on many devices: rows of a batch apart, everything else everywhere.
 
 JAX does the rest: an `update` compiled for arrays that lie so runs each row where it is, and adds the gradients up. Who
-writes the exchange out with `jax.shard_map` passes `check_vma=False`: hand-written derivatives don't say over which
-devices their results vary.
+writes the exchange out with `jax.shard_map`, or lays arrays out on an Explicit mesh, calls the strategies as on one device.
 """
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -29,6 +29,7 @@ def shard_state(state: TrainState, mesh: Mesh) -> TrainState:
 
     Raises:
         ValueError: a carry whose rows can't be shared out evenly.
+        TypeError: no `TrainState`, no mesh.
 
     Example:
         >>> import jax, optax
@@ -41,6 +42,7 @@ def shard_state(state: TrainState, mesh: Mesh) -> TrainState:
         >>> print(bptt.sharding.shard_state(state, mesh).carry.sharding.spec[0])
         batch
     """
+    _check(state, TrainState, mesh)
     carry = _place(state.carry, mesh, 0, "carry")
     rest = jax.tree.map(
         lambda leaf: _put(leaf, NamedSharding(_automatic(mesh), PartitionSpec())), state._replace(carry=None)
@@ -60,6 +62,7 @@ def shard_chunk(chunk: Chunk, mesh: Mesh) -> Chunk:
 
     Raises:
         ValueError: rows that can't be shared out evenly.
+        TypeError: no `Chunk`, no mesh.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -69,7 +72,14 @@ def shard_chunk(chunk: Chunk, mesh: Mesh) -> Chunk:
         >>> print(bptt.sharding.shard_chunk(bptt.streams.Chunk(jnp.ones((5, 4, 3))), mesh).xs.sharding.spec[1])
         batch
     """
+    _check(chunk, Chunk, mesh)
     return _place(chunk, mesh, 1, "chunk")
+
+
+def _check(value: Any, expected: type, mesh: Any) -> None:
+    for given, kind in ((value, expected), (mesh, Mesh)):
+        if not isinstance(given, kind):
+            raise TypeError(f"Got a {type(given).__name__} where a {kind.__name__} is expected.")
 
 
 def _automatic(mesh: Mesh) -> Mesh:
@@ -82,9 +92,9 @@ def _place(tree: Any, mesh: Mesh, axis: int, root: str) -> Any:
     sharding = NamedSharding(mesh, PartitionSpec(*(None,) * axis, rows))
 
     def leaf(path, leaf):
-        if leaf.ndim <= axis or leaf.shape[axis] % mesh.shape[rows]:
+        if jnp.ndim(leaf) <= axis or leaf.shape[axis] % mesh.shape[rows]:
             raise ValueError(
-                f"{name(root, path)} has shape {leaf.shape}, whose axis {axis} can't be shared out evenly over the "
+                f"{name(root, path)} has shape {jnp.shape(leaf)}, whose axis {axis} can't be shared out evenly over the "
                 f"{counted(mesh.shape[rows], 'device')} of mesh axis {rows!r}: make the batch a multiple of their number."
             )
         return _put(leaf, sharding)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbptt.arrays import as_numpy, check_callable, is_whole
 from jaxbptt.tasks.files import InputError
 from jaxbptt.training.chunks import Chunk as Chunk
 from jaxbptt.training.chunks import Stream as Stream
@@ -62,8 +63,10 @@ def rows(
         [[3, 0, 0], [7, 0, 0]] [[4, 0, 0], [8, 0, 0]] [[True, False, False], [True, False, False]]
     """
     _check_counts(batch=batch, chunk_length=chunk_length)
-    if overlap < 0:
-        raise ValueError(f"overlap is {overlap}, but it counts time steps: pass 0 or more.")
+    if not is_whole(overlap):
+        raise ValueError(f"overlap is {overlap!r}, but it counts time steps: pass 0 or more.")
+    if encode is not None:
+        check_callable("encode", encode, "encode(values) -> what the network reads")
     values = _numbers("values", values)
     steps = len(values) - 1
     if targets is not None:
@@ -233,7 +236,7 @@ def _put_together(pieces: list[_Piece], steps: int, batch: int, like: Any = None
 
 def _numbers(what: str, values: Any) -> Any:
     """An array to read stretches of; not `np.asarray`, which would forget the mask of a masked array."""
-    values = values if isinstance(values, np.ndarray) else np.asarray(values)
+    values = values if isinstance(values, np.ndarray) else as_numpy(values)
     half = jnp.issubdtype(values.dtype, jnp.floating)  # bfloat16 is of another kind for numpy
     if (values.dtype.kind not in "biuf" and not half) or values.dtype.itemsize > 8:
         raise ValueError(
@@ -270,8 +273,10 @@ def _stretch(what: str, sequence: tuple[Any, Any], low: int, high: int) -> tuple
 
 def _lengths(sequences: Sequence[tuple[Any, Any]]) -> tuple[list[int], Any]:
     """Time steps of each, and what all of them look like: the shapes must agree, dtypes become the common one."""
-    if not len(sequences):
-        raise ValueError("There are no sequences: pass at least one (xs, targets).")
+    if not isinstance(sequences, Sequence) or not sequences:
+        raise ValueError(
+            f"There are no sequences in this {type(sequences).__name__}: pass a list of at least one pair (xs, targets)."
+        )
     lengths, empties = [], []
     for number, sequence in enumerate(sequences):
         what = f"sequences[{number}]"
@@ -302,5 +307,5 @@ def _native(block: np.ndarray) -> np.ndarray:
 
 def _check_counts(**counts: int) -> None:
     for count, value in counts.items():
-        if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+        if not is_whole(value, 1):
             raise ValueError(f"{count} is {value!r}: pass a whole number of at least 1.")

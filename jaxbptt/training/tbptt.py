@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from jaxbptt.arrays import at_least_float32, check_callable, check_key, is_whole
 from jaxbptt.scans.adjoint import adjoint_scan
 from jaxbptt.scans.exact import scan as exact_scan
 from jaxbptt.scans.recurrence import check_count, differentiable, is_array, is_weak, merge, name, split
@@ -114,7 +115,8 @@ def tbptt(
     Raises:
         ValueError: lengths below 1, a `truncation_length` that cuts a `scan` of the user's, a `burn_in` where chunks
             overlap; from `update`, a chunk of another length than they say.
-        TypeError: from `update`, a chunk that is no `Chunk`, a loss that returns no pair.
+        TypeError: what is no function or no transformation of optax; from `init`, a key that is none; from `update`, a state or
+            chunk of another type, a loss that returns no pair.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -139,6 +141,12 @@ def tbptt(
         1990, doi:10.1162/neco.1990.2.4.490: BPTT(h; h′) with h = k₂ and h′ = k₁. Kapturowski et al., Recurrent experience
         replay in distributed reinforcement learning, ICLR 2019.
     """
+    check_callable("loss", loss, "loss(params, carry, chunk, *, scan, key) -> (loss, carry)")
+    for option, given in (("optimizer", optimizer), ("clip", optax.identity() if clip is None else clip)):
+        if not hasattr(given, "update"):
+            raise TypeError(f"{option} is a {type(given).__name__}, but a transformation of optax's is expected.")
+    if scan is not None:
+        check_callable("scan", scan, "adjoint_scan, or another strategy")
     overlap = _overlap(truncation_length, update_every, burn_in, scan)
     if scan is not None:
         strategy = scan
@@ -150,6 +158,7 @@ def tbptt(
     uncounted = max(overlap, burn_in)
 
     def init(params: Any, carry: Any, key: Any) -> TrainState:
+        check_key(key)
         # Copies, since `update` may be given leave to reuse the memory of the state; some optimisers keep params in theirs.
         params, carry, key = jax.tree.map(_copied, (params, carry, key))
         trained = differentiable(params)
@@ -160,12 +169,16 @@ def tbptt(
         flags = {word: flag for word in ("valid", "is_first") if (flag := getattr(chunk, word)) is not None}
         bound = partial(_with_burn_in, strategy, burn_in) if burn_in else strategy
         counted = chunk._replace(mask=_counted(chunk, uncounted))
-        result = loss(params, carry, counted, scan=partial(bound, **flags), key=key)
+        result = loss(params, carry, counted, scan=partial(_on_chunk, bound, flags), key=key)
         if not (isinstance(result, tuple) and len(result) == 2):
             raise TypeError(f"The loss returns a pair (loss, carry), but this one returned {type(result).__name__}.")
         return result
 
     def update(state: TrainState, chunk: Chunk) -> tuple[TrainState, Metrics]:
+        if not isinstance(state, TrainState):
+            raise TypeError(
+                f"update takes a TrainState, but got a {type(state).__name__}: pass what init(...) returned."
+            )
         steps = _check_chunk(chunk, truncation_length, update_every, burn_in)
         key, key_now = jax.random.split(state.key)
         trained, fixed = split(state.params)
@@ -210,8 +223,8 @@ def _overlap(truncation_length: Any, update_every: Any, burn_in: Any, scan: Any)
         check_count("truncation_length", truncation_length, "counts time steps")
     if update_every is not None:
         check_count("update_every", update_every, "counts time steps")
-    if burn_in:
-        check_count("burn_in", burn_in, "counts time steps")
+    if not is_whole(burn_in):
+        raise ValueError(f"burn_in is {burn_in!r}, but it counts time steps: pass a whole number of at least 0.")
     overlap = max(truncation_length - update_every, 0) if truncation_length and update_every else 0
     if overlap and burn_in:
         raise ValueError(
@@ -281,6 +294,21 @@ def _counted(chunk: Chunk, uncounted: int) -> Any:
     return reduce(jnp.logical_and, masks) if masks else None
 
 
+def _on_chunk(
+    scan: Callable[..., Any], flags: Any, step: Any, params: Any, init: Any, *args: Any, **options: Any
+) -> Any:
+    """`scan` with the flags of a chunk, where the call has none of its own."""
+    flags = {word: flag for word, flag in flags.items() if word not in options}
+    rows: Any = next((jnp.shape(flag)[1:2] for flag in flags.values()), ())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(differentiable(init)):
+        if jnp.shape(leaf)[: len(rows)] != rows:
+            raise ValueError(
+                f"The chunk has {rows[0]} rows, but {name('carry', path)} has shape {jnp.shape(leaf)}: rows are its first axis. "
+                f"Begin with a carry of as many, such as cell.initial_carry(({rows[0]},)), or cut the stream into as many."
+            )
+    return scan(step, params, init, *args, **flags, **options)
+
+
 def _with_burn_in(
     scan: Callable[..., Any],
     burn_in: int,
@@ -307,11 +335,8 @@ def _with_burn_in(
 
 def _norm(tree: Any) -> Array:
     """Of all leaves together. As optax's clipping computes it, so that the compiler finds one where there are two."""
-    squares = [
-        jnp.sum(jnp.real(leaf.conj() * leaf).astype(jnp.promote_types(leaf.real.dtype, jnp.float32)))
-        for leaf in jax.tree.leaves(tree)
-    ]
-    return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
+    wide = [leaf.astype(at_least_float32(leaf.dtype)) for leaf in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum((jnp.sum(jnp.real(leaf.conj() * leaf)) for leaf in wide), 0.0))
 
 
 def _fraction_changed(before: Any, after: Any) -> Array:

@@ -1,0 +1,132 @@
+r"""Which leaves a derivative is taken with respect to, as JAX's automatic differentiation decides it.
+
+`lax.scan` differentiates what carries a tangent, and nothing else of a step needs to have a derivative: a loop of unknown
+length over x, a callback, an eigenvector. The strategies ask the same question here before they derive anything.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxbptt.scans.recurrence import is_differentiable, merge
+
+
+class Perturbed(NamedTuple):
+    """A flag for each leaf of what a step reads: whether a derivative is taken with respect to it."""
+
+    params: Any
+    carry: Any
+    x: Any
+
+
+class PerturbedAdjoint(NamedTuple):
+    """An `Adjoint`, and the leaves that it has gradients for.
+
+    Its results may have more gradients than that. The flags of the carry are those of what goes in and comes out of
+    `backward`: of an `Adjoint` by hand all leaves that can have a derivative. `mutates` says that a step makes mutable
+    arrays of its own, for which JAX has no program inside of a `jax.custom_jvp`.
+
+    `for_outputs`, which an `Adjoint` by hand has not, gives from flags of the carry and the outputs that a loss uses the
+    adjoint of those alone. What leads to none of them is not computed, and no infinite derivative of it is multiplied by 0.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    contract: Callable[..., Any]
+    perturbed: Perturbed
+    mutates: bool = False
+    for_outputs: Callable[[Any, Any], Any] | None = None
+
+
+def of_outputs(
+    adjoint: PerturbedAdjoint, inner: PerturbedAdjoint, wrap: Callable[[PerturbedAdjoint], PerturbedAdjoint]
+) -> PerturbedAdjoint:
+    """`adjoint = wrap(inner)`, which is wrapped for fewer outputs as well, where `inner` knows how."""
+    if inner.for_outputs is None:
+        return adjoint
+    fewer = inner.for_outputs
+    return adjoint._replace(for_outputs=lambda carry, ys: wrap(fewer(carry, ys)))
+
+
+def every_leaf(tree: Any) -> Any:
+    """Flags for all leaves that can have a derivative."""
+    return jax.tree.map(is_differentiable, tree)
+
+
+def everything(params: Any, carry: Any, x: Any) -> Perturbed:
+    """Flags for all leaves that can have a derivative, of all that a step reads."""
+    return Perturbed(every_leaf(params), every_leaf(carry), every_leaf(x))
+
+
+def select(tree: Any, flags: Any) -> Any:
+    """The leaves that are flagged, and `None` in the place of the others."""
+    return jax.tree.map(lambda flag, leaf: leaf if flag else None, flags, tree)
+
+
+def part(tree: Any, flags: Any) -> tuple[Any, Any]:
+    """The leaves that are flagged and those that are not, each with `None` in the other's place."""
+    return select(tree, flags), jax.tree.map(lambda flag, leaf: None if flag else leaf, flags, tree)
+
+
+def spread(step: Callable[..., Any], perturbed: Perturbed, primals: Any) -> Perturbed:
+    """The same, with the leaves of the carry that tangents reach at some step, first perturbed or not.
+
+    `primals` are the shapes of (params, carry, x) at one step.
+    """
+    found = perturbed.carry
+    while True:
+        perturbed = perturbed._replace(carry=found)
+        reached = _reached(step, perturbed, primals)
+        leaves, treedef = jax.tree.flatten(perturbed.carry)
+        found = treedef.unflatten([flag or i in reached for i, flag in enumerate(leaves)])
+        if found == perturbed.carry:
+            return perturbed
+
+
+def leading_to(step: Callable[..., Any], perturbed: Perturbed, primals: Any, carry_used: Any, ys_used: Any) -> Any:
+    """Flags for the leaves of the carry whose tangents reach what a loss uses: the last carry, or outputs of any step."""
+    candidates, treedef = jax.tree.flatten(perturbed.carry)
+    count = len(candidates)
+    used = [a and b for a, b in zip(candidates, jax.tree.leaves(carry_used), strict=True)]
+    ends = {count + i for i, flag in enumerate(jax.tree.leaves(ys_used)) if flag}
+    nothing = jax.tree.map(lambda _: False, perturbed)
+    reached = {
+        i: _reached(step, nothing._replace(carry=treedef.unflatten([i == k for k in range(count)])), primals)
+        for i in range(count)
+        if candidates[i] and not used[i]
+    }
+    while True:
+        ends.update(i for i in range(count) if used[i])
+        found = [used[i] or bool(ends.intersection(reached.get(i, ()))) for i in range(count)]
+        if found == used:
+            return treedef.unflatten(used)
+        used = found
+
+
+def _reached(step: Callable[..., Any], perturbed: Perturbed, primals: Any) -> set[int]:
+    """The leaves of (carry, y) that have a tangent after a step, by number."""
+    moving, still = part(primals, tuple(perturbed))
+    reached = set()
+
+    def watched(i, leaf):
+        @jax.custom_jvp
+        def identity(leaf):
+            return leaf
+
+        @identity.defjvp
+        def jvp(primals, tangents):
+            reached.add(i)  # JAX asks for this derivative only where the tangent is not known to be 0
+            return primals[0], tangents[0]
+
+        return identity(leaf)
+
+    def tangents(moving, still, tangents):
+        def outputs(moving):
+            leaves = jax.tree.leaves(step(*merge(moving, still)))
+            return [watched(i, leaf) for i, leaf in enumerate(leaves) if is_differentiable(leaf)]
+
+        return jax.jvp(outputs, (moving,), (tangents,))[1]
+
+    jax.eval_shape(tangents, moving, still, moving)
+    return reached

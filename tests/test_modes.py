@@ -1,0 +1,197 @@
+"""Every strategy with every option, and the analysis, under each of JAX's modes: the same numbers, and no error."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from reference import assert_close, make_cell, random_like
+
+import jaxbptt as bptt
+
+STEPS = 5
+
+MODES = {
+    "disable_jit": jax.disable_jit,
+    "debug_nans": partial(jax.debug_nans, True),
+    "debug_infs": partial(jax.debug_infs, True),
+    "checking_leaks": jax.checking_leaks,
+    "strict dtype promotion": partial(jax.numpy_dtype_promotion, "strict"),
+    "strict rank promotion": partial(jax.numpy_rank_promotion, "raise"),
+    "float32": partial(jax.enable_x64, False),
+    "float64": partial(jax.enable_x64, True),
+}
+modes = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+
+STRATEGIES = {
+    "scan": bptt.scan,
+    "scan, unrolled": partial(bptt.scan, unroll=2),
+    "adjoint_scan": bptt.adjoint_scan,
+    "adjoint_scan, unrolled": partial(bptt.adjoint_scan, unroll=2),
+    "adjoint_scan, clipped": partial(bptt.adjoint_scan, clip_adjoint=1e3),
+    "checkpointed_scan": bptt.checkpointed_scan,
+    "checkpointed_scan, segment_length": partial(bptt.checkpointed_scan, segment_length=2),
+    "checkpointed_scan, 1 checkpoint": partial(bptt.checkpointed_scan, checkpoints=1),
+    "checkpointed_scan, 2 checkpoints": partial(bptt.checkpointed_scan, checkpoints=2, unroll=2),
+    "checkpointed_scan, all": partial(bptt.checkpointed_scan, checkpoints=STEPS),
+    "truncated_scan": partial(bptt.truncated_scan, truncation_length=9),
+    "windowed_scan": partial(bptt.windowed_scan, window=9),
+}
+# Where they cut, all that can be asked is that they run, and give what they give outside the mode.
+CUT = {
+    "truncated_scan, cut": partial(bptt.truncated_scan, truncation_length=2),
+    "windowed_scan, cut": partial(bptt.windowed_scan, window=2),
+}
+
+
+def branching(params, carry, x):
+    """A counter, a key, a branch and a gather; nothing in it is promoted."""
+    key, subkey = jax.random.split(carry["key"])
+    h = params["w"] * carry["h"] + params["table"][x["i"]] + 0.1 * jax.random.normal(subkey, (3,), x["x"].dtype)
+    h = jax.lax.cond(x["i"] > 0, jnp.tanh, jnp.sin, h + x["x"])
+    return {"h": h, "key": key, "n": carry["n"] + 1}, {"h": h, "n": carry["n"]}
+
+
+def gradients(scan, step, args, *, flags):
+    def loss(moving, still):
+        args = jax.tree.map(lambda a, b: b if a is None else a, moving, still, is_leaf=lambda leaf: leaf is None)
+        carry, ys = scan(step, *args, **flags)
+        return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves((carry, ys)) if jnp.issubdtype(leaf.dtype, jnp.inexact))
+
+    floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact)
+    moving = jax.tree.map(lambda leaf: leaf if floating(leaf) else None, args)
+    still = jax.tree.map(lambda leaf: None if floating(leaf) else leaf, args)
+    return jax.value_and_grad(loss)(moving, still)
+
+
+def problems(dtype):
+    """A step without batch, and a stack of cells with one; without flags and with them."""
+    cell = make_cell("stack", dtype)
+    params, init = jax.eval_shape(cell.init, jax.random.key(0)), jax.eval_shape(lambda: cell.initial_carry((2,)))
+    args = random_like(params, 0, 0.5), random_like(init, 1), random_like(jax.ShapeDtypeStruct((STEPS, 2, 3), dtype), 2)
+    step_args = (
+        {"w": jnp.asarray(0.5, dtype), "table": random_like(jax.ShapeDtypeStruct((2, 3), dtype), 3)},
+        {"h": random_like(jax.ShapeDtypeStruct((3,), dtype), 4), "key": jax.random.key(0), "n": jnp.int32(0)},
+        {"x": random_like(jax.ShapeDtypeStruct((STEPS, 3), dtype), 5), "i": jnp.arange(STEPS, dtype=jnp.int32) % 2},
+    )
+    is_first = np.arange(STEPS) == 2
+    flags = {"is_first": is_first[:, None] & np.array([True, False]), "valid": np.ones((STEPS, 2), bool)}
+    flags["valid"][-2:, 1] = False
+    yield cell, args, {}
+    yield cell, args, flags
+    yield branching, step_args, {}
+    yield branching, step_args, {"is_first": is_first, "valid": ~is_first, "reset_carry": step_args[1]}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Outside any mode, by `scan`, and by the strategies that cut, in both precisions."""
+    found = {}
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            dtype = jnp.float64 if x64 else jnp.float32
+            for name in ("scan", *CUT):
+                scan = (STRATEGIES | CUT)[name]
+                found[x64, name] = [
+                    jax.jit(partial(gradients, scan, step, flags=flags))(args) for step, args, flags in problems(dtype)
+                ]
+    return found
+
+
+@pytest.mark.slow
+@modes
+@pytest.mark.parametrize("name", STRATEGIES | CUT)
+def test_strategies(name, mode, expected):
+    scan = (STRATEGIES | CUT)[name]
+    with mode():
+        x64 = jax.config.jax_enable_x64
+        results = [
+            jax.jit(partial(gradients, scan, step, flags=flags))(args)
+            for step, args, flags in problems(jnp.float64 if x64 else jnp.float32)
+        ]
+    for result, right in zip(results, expected[x64, name if name in CUT else "scan"], strict=True):
+        assert_close(result, right)
+
+
+def mean_square(carry, ys):
+    return jnp.mean(ys**2) + jnp.mean(carry**2)
+
+
+def lags(*args):
+    return bptt.lag_contributions(*args, mean_square)
+
+
+ANALYSIS = {
+    "gradient_flow": lambda *args: bptt.gradient_flow(*args, mean_square),
+    "state_jacobians": bptt.state_jacobians,
+    "jacobian_products": lambda *args: bptt.jacobian_products(bptt.state_jacobians(*args)[1]),
+    "log_singular_values": lambda *args: bptt.log_singular_values(
+        bptt.jacobian_products(bptt.state_jacobians(*args)[1])
+    ),
+    "jacobian_operators": lambda *args: bptt.log_norms(bptt.jacobian_operators(*args)),
+    "singular_values": lambda *args: bptt.singular_values(bptt.state_jacobians(*args)[1]),
+    "log_norms": lambda *args: bptt.log_norms(bptt.state_jacobians(*args)[1]),
+    "jacobian_eigenvalues": lambda *args: jnp.sort(
+        jnp.abs(jnp.asarray(bptt.jacobian_eigenvalues(bptt.state_jacobians(*args)[1])))
+    ),
+    "lyapunov_exponents": lambda *args: bptt.lyapunov_exponents(*args, key=jax.random.key(0)),
+    "temporal_contributions": lambda *args: bptt.temporal_contributions(*args, mean_square),
+    "lag_contributions": lags,
+    "effective_horizon": lambda *args: bptt.effective_horizon(lags(*args)),
+    "adaptive_truncation_length": lambda *args: bptt.adaptive_truncation_length(lags(*args))[:3],
+    "truncation_bias": lambda *args: bptt.truncation_bias(*args, mean_square),
+    "input_saliency": lambda *args: bptt.input_saliency(*args, lambda carry, ys: jnp.sum(ys**2, axis=-1)),
+    "diagnose_gradient": lambda *args: bptt.diagnose_gradient(*args, mean_square),
+    "plan": lambda *args: bptt.plan(*args, memory_bytes=2**20)[1:4],
+    "certify": lambda *args: [row.agrees for row in bptt.certify(*args, mean_square, repeats=1).rows],
+    "surviving_paths": lambda *args: bptt.surviving_paths(bptt.truncated_scan, 5, truncation_length=2),
+    "pascanu": lambda *args: bptt.regularizers.pascanu(*args, mean_square),
+    "gradient_flossing": lambda *args: bptt.regularizers.gradient_flossing(*args, num_exponents=2),
+}
+
+
+def numbers(tree):
+    return [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype") or isinstance(leaf, float | int)]
+
+
+@pytest.mark.slow
+@modes
+@pytest.mark.parametrize("name", ANALYSIS)
+def test_analysis(name, mode):
+    def of(dtype):
+        cell = make_cell("elman", dtype)
+        params = random_like(jax.eval_shape(cell.init, jax.random.key(0)), 0, 0.5)
+        return ANALYSIS[name](
+            cell, params, jnp.full(4, 0.1, dtype), random_like(jax.ShapeDtypeStruct((STEPS, 3), dtype), 1)
+        )
+
+    with mode():
+        x64 = jax.config.jax_enable_x64
+        mine = numbers(of(jnp.float64 if x64 else jnp.float32))
+    with jax.enable_x64(x64), jax.numpy_dtype_promotion("standard"):
+        assert_close(mine, numbers(of(jnp.float64 if x64 else jnp.float32)), rtol=1e-9 if x64 else 1e-3)
+
+
+@modes
+def test_training(mode):
+    """Losses, a network, and an update of truncated BPTT of each kind."""
+    with mode():
+        dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+        cell = bptt.gru(3, 4, dtype=dtype)
+        net = bptt.network(cell, 2)
+
+        def loss(params, carry, chunk, *, scan, key):
+            carry, outputs = net.apply(params, carry, chunk.xs, scan=scan)
+            labels = jnp.argmax(chunk.targets[..., :2], axis=-1)
+            error = bptt.losses.mean_squared_error(outputs, chunk.targets[..., :2], mask=chunk.mask)
+            return error + bptt.losses.cross_entropy(outputs, labels, mask=chunk.mask), carry
+
+        series = np.sin(np.arange(60.0)).reshape(20, 3).astype(dtype)
+        for options, overlap in (({}, 0), ({"truncation_length": 2, "update_every": 4}, 0)):
+            init, update = bptt.tbptt(loss, optax.adam(1e-2), **options)
+            state = init(net.init(jax.random.key(0)), cell.initial_carry((2,)), jax.random.key(1))
+            for chunk in bptt.streams.rows(series, batch=2, chunk_length=4, overlap=overlap):
+                state, metrics = update(state, chunk)
+            assert np.isfinite(metrics.loss)
