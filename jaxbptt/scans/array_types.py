@@ -72,7 +72,7 @@ def lie_like(leaf: Any, like: Any) -> Any:
 def lie_by_rows(leaf: Any, flags: Any) -> Any:
     """An array whose rows vary, and on an Explicit mesh lie, like those of flags `[time, *rows]`."""
     leaf, sharding = varying_over(leaf, varying(flags)), jax.typeof(flags).sharding
-    if leaf.shape[: flags.ndim - 1] != flags.shape[1:]:
+    if not is_explicit(sharding.mesh) or leaf.shape[: flags.ndim - 1] != flags.shape[1:]:
         return leaf
     rest = (None,) * (leaf.ndim - flags.ndim + 1)
     return _laid(leaf, sharding.update(spec=_first(jax.typeof(leaf).sharding.spec, (*sharding.spec[1:], *rest))))
