@@ -32,7 +32,7 @@ def compare(kind, size, repeats):
         def part(*args):
             return jax.lax.psum(gradient(scan, *args), "batch")
 
-        # Strategies with a derivative of their own do not track what varies over devices.
+        # Unchecked, gradients are added up here, once: else JAX adds those of `lax.scan` up at every step of the loop.
         return jax.shard_map(part, mesh=mesh, in_specs=(P(), rows, rows), out_specs=P(), check_vma=False)
 
     def place(spec):

@@ -50,7 +50,7 @@ from jax.sharding import PartitionSpec as P
 xs = series[:144].reshape(9, 16, 3)
 row_loss = lambda params, xs: (bptt.adjoint_scan(cell, params, cell.initial_carry((xs.shape[1],)), xs)[1] ** 2).mean()
 average = lambda params, xs: jax.lax.pmean(row_loss(params, xs), "batch")
-mapped = jax.shard_map(average, mesh=meshes[0], in_specs=(P(), P(None, "batch")), out_specs=P(), check_vma=False)
+mapped = jax.shard_map(average, mesh=meshes[0], in_specs=(P(), P(None, "batch")), out_specs=P())
 gradients = (jax.jit(jax.grad(way))(alone.params.cell, xs) for way in (row_loss, mapped))
 jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), *gradients)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.backward import step_with_adjoint, unroll_backward, unroll_forward
-from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint
+from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, of_outputs
 from jaxbptt.scans.recurrence import length_for_scan, prepare
 from jaxbptt.scans.resets import with_flags
 from jaxbptt.scans.reverse_mode import reverse_mode
@@ -125,13 +125,11 @@ def _clipped(
     else:
         function = partial(jax.tree.map, lambda leaf: jnp.clip(leaf, -clip, clip))
 
-    def clipped(perturbed):
-        adjoint = adjoint_for(perturbed)
-
+    def clipped(adjoint):
         def backward(params, residuals, x, carry_bar, y_bar):
             carry_bar, delta = adjoint.backward(params, residuals, x, carry_bar, y_bar)
             return function(carry_bar), delta
 
-        return adjoint._replace(backward=backward)
+        return of_outputs(adjoint._replace(backward=backward), adjoint, clipped)
 
-    return clipped
+    return lambda perturbed: clipped(adjoint_for(perturbed))

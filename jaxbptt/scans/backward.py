@@ -20,7 +20,7 @@ from jaxbptt.scans.contraction import fit, weight_gradient
 from jaxbptt.scans.devices import on_any_mesh
 from jaxbptt.scans.linearized import linearized
 from jaxbptt.scans.parts import arrays_of, in_loop
-from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, every_leaf, part, select, spread
+from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, every_leaf, leading_to, part, select, spread
 from jaxbptt.scans.recurrence import Recurrence, at_one_step, differentiable, known, length_for_scan, merge, name
 from jaxbptt.scans.residuals import Residuals, places
 from jaxbptt.scans.schedule import divisor_near
@@ -335,9 +335,15 @@ def _derivation(traced: TracedStep) -> Callable[[Perturbed], PerturbedAdjoint]:
         key = tuple(jax.tree.leaves(perturbed))
         if key not in known:
             perturbed = spread(traced.step, perturbed, traced.shapes)
-            adjoint = linearized(traced, perturbed) or _pulled(traced, perturbed)
-            known[key] = adjoint._replace(mutates="new_ref" in traced.primitives)
+            known[key] = found(linearized(traced, perturbed) or _pulled(traced, perturbed))
         return known[key]
+
+    def found(adjoint):
+        def for_outputs(carry_used, ys_used):
+            leading = leading_to(traced.step, adjoint.perturbed, traced.shapes, carry_used, ys_used)
+            return found(adjoint.for_outputs(leading, ys_used))
+
+        return adjoint._replace(mutates="new_ref" in traced.primitives, for_outputs=for_outputs)
 
     return derive
 
@@ -345,31 +351,37 @@ def _derivation(traced: TracedStep) -> Callable[[Perturbed], PerturbedAdjoint]:
 def _pulled(traced: TracedStep, perturbed: Perturbed) -> PerturbedAdjoint:
     """For a step that can't be linearised: the three parts by `jax.vjp`, which compute it again, from the carries."""
 
-    def pull(step, primals, flags, bars):
-        moving, still = part(primals, flags)
-
-        def outputs(*moving):
-            new_carry, y = step(*merge(moving, still))
-            return select(new_carry, perturbed.carry), differentiable(y)
-
-        _, vjp = jax.vjp(outputs, *moving)
-        return vjp(bars)
-
     def forward(params, carry, x):
         return traced.step(params, carry, x), carry
 
-    def backward(params, carry, x, carry_bar, y_bar):
-        at_t = partial(traced.step, params, x=x)
-        (previous_bar,) = pull(at_t, (carry,), (perturbed.carry,), (carry_bar, y_bar))
-        return previous_bar, carry_bar
+    def for_outputs(carry_used, ys_used):
+        flags = perturbed._replace(carry=carry_used)
 
-    def contract(params, carries, xs, ys_bar, carry_bars):
-        def over_time(params, xs):
-            return map_over_time(traced.step, in_turn=traced.in_turn)(params, carries, xs)
+        def pull(step, primals, of_primals, bars):
+            moving, still = part(primals, of_primals)
 
-        return pull(over_time, (params, xs), (perturbed.params, perturbed.x), (carry_bars, ys_bar))
+            def outputs(*moving):
+                new_carry, y = step(*merge(moving, still))
+                return select(new_carry, carry_used), select(y, ys_used)
 
-    return PerturbedAdjoint(forward, backward, contract, perturbed)
+            _, vjp = jax.vjp(outputs, *moving)
+            return vjp(bars)
+
+        def backward(params, carry, x, carry_bar, y_bar):
+            at_t = partial(traced.step, params, x=x)
+            (previous_bar,) = pull(at_t, (carry,), (carry_used,), (carry_bar, y_bar))
+            return previous_bar, carry_bar
+
+        def contract(params, carries, xs, ys_bar, carry_bars):
+            def over_time(params, xs):
+                return map_over_time(traced.step, in_turn=traced.in_turn)(params, carries, xs)
+
+            return pull(over_time, (params, xs), (flags.params, flags.x), (carry_bars, ys_bar))
+
+        return PerturbedAdjoint(forward, backward, contract, flags, for_outputs=for_outputs)
+
+    _, y = traced.out_tree.unflatten([var.aval for var in traced.jaxpr.outvars])
+    return for_outputs(perturbed.carry, every_leaf(y))
 
 
 def without(residuals: Any, outputs: Any) -> tuple[list[Any], Callable[..., Any]]:

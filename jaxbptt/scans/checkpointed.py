@@ -58,6 +58,9 @@ def checkpointed_scan(
     Size of the program and compile time do not grow with T, s or c. What is returned is not part of the saving: a step
     whose y is as large as its state still returns T of them. For a long sequence, let y be what the loss needs of a step.
 
+    What a step does on the side, such as `jax.debug.print` or a callback, it does again each time it is computed: in a
+    gradient twice with segments, and as often as the schedule says with `checkpoints`.
+
     Args:
         step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
         params: θ, any pytree. Arrays that `step` closes over get their gradient as well.
@@ -80,7 +83,8 @@ def checkpointed_scan(
 
     Raises:
         ValueError: both `segment_length` and `checkpoints`, `segment_length` below 1, `checkpoints` outside 1 … T; and as for `adjoint_scan`.
-        TypeError: as for `adjoint_scan`.
+        TypeError: a step that writes to a mutable array (`jax.new_ref`) from outside, in a gradient; and as for
+            `adjoint_scan`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -114,31 +118,32 @@ def checkpointed_scan(
         # Not `unrolled`: under a vmap inside a scan, JAX takes it that both forwards put the mapped axis in one place.
         return segments.forward(step, params, init, xs, _nothing_kept(length), unroll)[0]
 
-    def cut(adjoint, params, init, xs):
-        return layout(length, adjoint, params, init, xs, segment_length, checkpoints)
-
     def forward(adjoint, params, init, xs):
         check_recomputed("checkpointed_scan", mutable)
-        return segments.forward(step, params, init, xs, cut(adjoint, params, init, xs), unroll)
+        cut = layout(length, adjoint, params, init, xs, segment_length, checkpoints)
+        outputs, states = segments.forward(step, params, init, xs, cut, unroll)
+        return outputs, (cut, states)
 
-    def backward(adjoint, params, init, xs, states, carry_bar, ys_bar):
-        flags, where = tuple(adjoint.perturbed), cut(adjoint, params, init, xs)
+    def backward(adjoint, params, init, xs, saved, carry_bar, ys_bar):
+        flags, (cut, states) = tuple(adjoint.perturbed), saved
 
         def gradients(params, init, xs, carry_bar, ys_bar, states):
             task = segments.Task(step, adjoint, params, xs, ys_bar, unroll)
-            return segments.backward(task, states, carry_bar, where)
+            return segments.backward(task, states, carry_bar, cut)
 
         def by_scan(params, init, xs, carry_bar, ys_bar, states):
             moving, still = part((params, init, xs), flags)
 
             def outputs(*moving):
                 carry, ys = unrolled(*merge(moving, still))
-                return select(carry, adjoint.perturbed.carry), differentiable(ys)
+                # `None` where no gradient comes back
+                ys = jax.tree.map(lambda leaf, bar: None if bar is None else leaf, ys, ys_bar)
+                return select(carry, adjoint.perturbed.carry), ys
 
             _, vjp = jax.vjp(outputs, *moving)
             return vjp((carry_bar, filled(ys_bar, length)))
 
-        if not where.all_kept and not adjoint.mutates:
+        if not cut.all_kept and not adjoint.mutates:
             # Loops of a length known only when they run have no reverse mode: a second derivative takes the way of `scan`.
             gradients = differentiated_as(by_scan, gradients)
         return gradients(params, init, xs, carry_bar, ys_bar, states)
@@ -185,14 +190,14 @@ def layout(
             segment = max(1, min(int(share / (lean_bytes if lean else step_bytes)), most))
     units, left_over = divmod(length, segment)
     slots = units if checkpoints is None else min(int(checkpoints), units)
-    kept = list(range(units)) if slots == units else schedule.first_sweep(units, slots)
-    return segments.Layout(segment, units, left_over, slots, kept, lean)
+    kept = range(units) if slots == units else schedule.first_sweep(units, slots)
+    return segments.Layout(segment, units, left_over, slots, tuple(kept), lean)
 
 
 def _nothing_kept(length: int) -> segments.Layout:
     """For values without a gradient."""
     segment = schedule.divisor_near(length, math.sqrt(length))
-    return segments.Layout(segment, *divmod(length, segment), slots=0, kept=[], lean=False)
+    return segments.Layout(segment, *divmod(length, segment), slots=0, kept=(), lean=False)
 
 
 def _bytes_of_a_step(adjoint: PerturbedAdjoint, params: Any, init: Any, x: Any) -> tuple[int, int]:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from jaxbptt.scans.array_types import as_type
-from jaxbptt.scans.parts import evaluate, fixed_by, program
-from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, part, select
+from jaxbptt.scans.parts import evaluate, fixed_by, program, used
+from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, every_leaf, part, select
 from jaxbptt.scans.recurrence import differentiable, known, merge
 from jaxbptt.scans.tracing import TracedStep, read, subjaxprs
 
@@ -65,13 +65,14 @@ def linearized(traced: TracedStep, perturbed: Perturbed) -> PerturbedAdjoint | N
     outside_eqns, loop_eqns, outside = fixed_by(tangent_eqns, {*settled, *beside})
     outside -= settled
     # Where tangents of params and inputs flow into the recursion, in order and each once.
-    used = [var for eqn in loop_eqns for var in eqn.invars] + tangents
-    entries = list(dict.fromkeys(var for var in used if not isinstance(var, Literal) and var in outside))
+    flow = [var for eqn in loop_eqns for var in eqn.invars] + tangents
+    entries = list(dict.fromkeys(var for var in flow if not isinstance(var, Literal) and var in outside))
     leaving = [(i, var) for i, var in enumerate(tangents) if not _all_in([var], settled)]
 
     wanted = [var for eqn in tangent_eqns for var in eqn.invars if not isinstance(var, Literal) and var in settled]
     fixed = [*whole.consts, *jax.tree.leaves(inputs[0])]
     _, y = whole.out_tree.children()[0].unflatten(outputs)
+    differentiable_ys = every_leaf(jax.tree.map(lambda var: var.aval, y))
     kept, again = _kept(forward_eqns, fixed, jax.tree.leaves(inputs[2]), jax.tree.leaves(y), dict.fromkeys(wanted))
 
     _, _, constant = fixed_by(forward_eqns, fixed)
@@ -88,34 +89,53 @@ def linearized(traced: TracedStep, perturbed: Perturbed) -> PerturbedAdjoint | N
         new_carry, y = whole.out_tree.children()[0].unflatten(read(env, outputs))
         return (new_carry, y), read(env, kept)
 
-    def backward(params, residuals, x, carry_bar, y_bar):
-        env = values(params, residuals, x)
+    def for_outputs(carry_used, ys_used):
+        """The adjoint of the leaves of the carry and of the outputs that are flagged."""
+        flags = perturbed._replace(carry=carry_used)
+        carry_tangents, carry_types = select(places[1], carry_used), select(carry_t, carry_used)
+        flagged = _flat(carry_used, perturbed.carry) + _flat(ys_used, differentiable_ys)
+        bar_of = {i: number for number, i in enumerate(i for i, flag in enumerate(flagged) if flag)}
+        ends = [(bar_of[i], var) for i, var in leaving if flagged[i]]
+        eqns = used(loop_eqns, [var for _, var in ends])
+        read_here = {var for eqn in eqns for var in eqn.invars if not isinstance(var, Literal)}
+        read_here.update(var for _, var in ends)
+        entering = [var for var in entries if var in read_here]
 
-        def recursion(entering, carry_tangent):
-            inside = env | dict(zip(entries, entering, strict=True)) | _env(places[1], carry_tangent)
-            return read(evaluate(loop_eqns, inside), (var for _, var in leaving))
+        def backward(params, residuals, x, carry_bar, y_bar):
+            env = values(params, residuals, x)
 
-        bars = jax.tree.leaves((carry_bar, y_bar))
-        shapes = [as_type(var.aval) for var in entries]
-        transposed = jax.linear_transpose(recursion, shapes, carry_t)
-        deltas, previous_bar = transposed([bars[i] for i, _ in leaving])
-        return previous_bar, deltas
+            def recursion(tangents, carry_tangent):
+                inside = env | dict(zip(entering, tangents, strict=True)) | _env(carry_tangents, carry_tangent)
+                return read(evaluate(eqns, inside), (var for _, var in ends))
 
-    def contract(params, residuals, xs, ys_bar, deltas):
-        steps = jax.tree.map(lambda leaf: as_type(jax.typeof(leaf)), select(xs, perturbed.x))
-        if not entries:
-            return jax.tree.map(jnp.zeros_like, (select(params, perturbed.params), select(xs, perturbed.x)))
+            bars = jax.tree.leaves((carry_bar, y_bar))
+            transposed = jax.linear_transpose(recursion, [as_type(var.aval) for var in entering], carry_types)
+            deltas, previous_bar = transposed([bars[i] for i, _ in ends])
+            return previous_bar, deltas
 
-        def entering(params_tangent, xs_tangent):
-            def at_t(residuals, x, x_tangent):
-                env = values(params, residuals, x) | _env((places[0], places[2]), (params_tangent, x_tangent))
-                return read(evaluate(outside_eqns, env), entries)
+        def contract(params, residuals, xs, ys_bar, deltas):
+            steps = jax.tree.map(lambda leaf: as_type(jax.typeof(leaf)), select(xs, flags.x))
+            if not entering:
+                return jax.tree.map(jnp.zeros_like, (select(params, flags.params), select(xs, flags.x)))
 
-            return jax.vmap(at_t, axis_size=deltas[0].shape[0])(residuals, xs, xs_tangent)
+            def tangents(params_tangent, xs_tangent):
+                def at_t(residuals, x, x_tangent):
+                    env = values(params, residuals, x) | _env((places[0], places[2]), (params_tangent, x_tangent))
+                    return read(evaluate(outside_eqns, env), entering)
 
-        return jax.linear_transpose(entering, params_t, steps)(deltas)
+                return jax.vmap(at_t, axis_size=deltas[0].shape[0])(residuals, xs, xs_tangent)
 
-    return PerturbedAdjoint(forward, backward, contract, perturbed)
+            return jax.linear_transpose(tangents, params_t, steps)(deltas)
+
+        return PerturbedAdjoint(forward, backward, contract, flags, for_outputs=for_outputs)
+
+    return for_outputs(perturbed.carry, differentiable_ys)
+
+
+def _flat(flags: Any, among: Any) -> list[bool]:
+    """Flags of the leaves that are flagged in `among`, in order."""
+    both = zip(jax.tree.leaves(flags), jax.tree.leaves(among), strict=True)
+    return [flag for flag, counts in both if counts]
 
 
 def _kept(

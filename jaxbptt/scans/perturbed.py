@@ -26,6 +26,9 @@ class PerturbedAdjoint(NamedTuple):
     Its results may have more gradients than that. The flags of the carry are those of what goes in and comes out of
     `backward`: of an `Adjoint` by hand all leaves that can have a derivative. `mutates` says that a step makes mutable
     arrays of its own, for which JAX has no program inside of a `jax.custom_jvp`.
+
+    `for_outputs`, which an `Adjoint` by hand has not, gives from flags of the carry and the outputs that a loss uses the
+    adjoint of those alone. What leads to none of them is not computed, and no infinite derivative of it is multiplied by 0.
     """
 
     forward: Callable[..., Any]
@@ -33,6 +36,17 @@ class PerturbedAdjoint(NamedTuple):
     contract: Callable[..., Any]
     perturbed: Perturbed
     mutates: bool = False
+    for_outputs: Callable[[Any, Any], Any] | None = None
+
+
+def of_outputs(
+    adjoint: PerturbedAdjoint, inner: PerturbedAdjoint, wrap: Callable[[PerturbedAdjoint], PerturbedAdjoint]
+) -> PerturbedAdjoint:
+    """`adjoint = wrap(inner)`, which is wrapped for fewer outputs as well, where `inner` knows how."""
+    if inner.for_outputs is None:
+        return adjoint
+    fewer = inner.for_outputs
+    return adjoint._replace(for_outputs=lambda carry, ys: wrap(fewer(carry, ys)))
 
 
 def every_leaf(tree: Any) -> Any:
@@ -64,13 +78,34 @@ def spread(step: Callable[..., Any], perturbed: Perturbed, primals: Any) -> Pert
     while True:
         perturbed = perturbed._replace(carry=found)
         reached = _reached(step, perturbed, primals)
-        found = jax.tree.map(lambda before, after: before or after, perturbed.carry, reached)
+        leaves, treedef = jax.tree.flatten(perturbed.carry)
+        found = treedef.unflatten([flag or i in reached for i, flag in enumerate(leaves)])
         if found == perturbed.carry:
             return perturbed
 
 
-def _reached(step: Callable[..., Any], perturbed: Perturbed, primals: Any) -> Any:
-    """The leaves of the carry that have a tangent after a step."""
+def leading_to(step: Callable[..., Any], perturbed: Perturbed, primals: Any, carry_used: Any, ys_used: Any) -> Any:
+    """Flags for the leaves of the carry whose tangents reach what a loss uses: the last carry, or outputs of any step."""
+    candidates, treedef = jax.tree.flatten(perturbed.carry)
+    count = len(candidates)
+    used = [a and b for a, b in zip(candidates, jax.tree.leaves(carry_used), strict=True)]
+    ends = {count + i for i, flag in enumerate(jax.tree.leaves(ys_used)) if flag}
+    nothing = jax.tree.map(lambda _: False, perturbed)
+    reached = {
+        i: _reached(step, nothing._replace(carry=treedef.unflatten([i == k for k in range(count)])), primals)
+        for i in range(count)
+        if candidates[i] and not used[i]
+    }
+    while True:
+        ends.update(i for i in range(count) if used[i])
+        found = [used[i] or bool(ends.intersection(reached.get(i, ()))) for i in range(count)]
+        if found == used:
+            return treedef.unflatten(used)
+        used = found
+
+
+def _reached(step: Callable[..., Any], perturbed: Perturbed, primals: Any) -> set[int]:
+    """The leaves of (carry, y) that have a tangent after a step, by number."""
     moving, still = part(primals, tuple(perturbed))
     reached = set()
 
@@ -87,12 +122,11 @@ def _reached(step: Callable[..., Any], perturbed: Perturbed, primals: Any) -> An
         return identity(leaf)
 
     def tangents(moving, still, tangents):
-        def leaves(moving):
-            carry, _ = step(*merge(moving, still))
-            return [watched(i, leaf) for i, leaf in enumerate(jax.tree.leaves(carry)) if is_differentiable(leaf)]
+        def outputs(moving):
+            leaves = jax.tree.leaves(step(*merge(moving, still)))
+            return [watched(i, leaf) for i, leaf in enumerate(leaves) if is_differentiable(leaf)]
 
-        return jax.jvp(leaves, (moving,), (tangents,))[1]
+        return jax.jvp(outputs, (moving,), (tangents,))[1]
 
     jax.eval_shape(tangents, moving, still, moving)
-    treedef = jax.tree.structure(perturbed.carry)
-    return treedef.unflatten([i in reached for i in range(treedef.num_leaves)])
+    return reached

@@ -32,7 +32,7 @@ class Recurrence(NamedTuple):
 
 
 def prepare(step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, length: Any) -> Recurrence:
-    """Check the arguments of a strategy, without calling `step` unless `init` holds Python numbers."""
+    """Check the arguments of a strategy, without calling `step` unless `init` holds Python numbers, or arrays lie on devices."""
     length = _time_steps(xs, length)
     xs = as_arrays("xs", xs)
     step = _in_own_containers(step_of(step))

@@ -12,7 +12,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from jaxbptt.cells.cell import Adjoint
 from jaxbptt.scans.backward import StepWithAdjoint, fit
-from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, select
+from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, of_outputs, select
 from jaxbptt.scans.recurrence import (
     Recurrence,
     as_arrays,
@@ -46,10 +46,13 @@ def with_flags(
         (of_params, reset, *rest), init, (of_x, *flags) = perturbed
         # A carry that is reset to what is perturbed is perturbed.
         carry = init if reset is None else jax.tree.map(lambda a, b: a or bool(b), init, reset)
-        adjoint = adjoint_of(Perturbed(of_params, carry, of_x))
-        inner = adjoint.perturbed
-        perturbed = Perturbed((inner.params, reset, *rest), inner.carry, (inner.x, *flags))
-        return PerturbedAdjoint(*_flagged_adjoint(adjoint, reset), perturbed, adjoint.mutates)
+
+        def flagged(inner):
+            perturbed = Perturbed((inner.perturbed.params, reset, *rest), inner.perturbed.carry, (of_x, *flags))
+            adjoint = PerturbedAdjoint(*_flagged_adjoint(inner, reset), perturbed, inner.mutates)
+            return of_outputs(adjoint, inner, flagged)
+
+        return flagged(adjoint_of(Perturbed(of_params, carry, of_x)))
 
     return step._replace(step=_flagged_step(step.step), params=params, adjoint=adjoint_for), xs
 

@@ -52,7 +52,8 @@ def reverse_mode(
         forward: `(adjoint, params, init, xs) -> ((carry, ys), saved)`.
         backward: `(adjoint, params, init, xs, saved, carry_bar, ys_bar) -> (params_bar, init_bar, xs_bar)`. The last
             carry's gradient is for the leaves that are perturbed; outputs without a derivative have `None` for a gradient,
-            and ys that the loss does not use `Zeros`: a loss of the last state needs no array of zeros for the others.
+            and so have ys that the loss does not use. An adjoint by hand takes all of them: it gets `Zeros`, in the place of
+            an array of zeros for all time steps.
         by_hand: whether the adjoint was given, and not derived.
     """
 
@@ -73,6 +74,9 @@ def reverse_mode(
 
         def flat_backward(kept, bars):
             adjoint = adjoint_for(Perturbed(*treedef.unflatten(kept.perturbed)))
+            if adjoint.for_outputs is not None:
+                adjoint = adjoint.for_outputs(*jax.tree.map(_is_used, bars))
+                bars = bars[0], select(bars[1], jax.tree.map(_is_used, bars[1]))
             carry_bar, ys_bar = bars[0], differentiable(bars[1])
             carry_bar = jax.tree.map(partial(_or_else, zeros), select(carry_bar, adjoint.perturbed.carry))
             ys_bar = jax.tree.map(partial(_or_else, _at_every_step), ys_bar)
@@ -89,6 +93,10 @@ def reverse_mode(
             raise
 
     return with_derivative
+
+
+def _is_used(bar: Any) -> bool:
+    return is_differentiable(bar) and not isinstance(bar, SymbolicZero)
 
 
 def _or_else(make: Callable[[Any], Any], bar: Any) -> Any:

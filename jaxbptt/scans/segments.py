@@ -4,6 +4,7 @@ What `checkpointed_scan` runs. Every function takes the `Layout` that says how t
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,7 +22,9 @@ from jaxbptt.scans.recurrence import as_weak_as, at_one_step
 Step = Callable[..., Any]
 
 
-class Layout(NamedTuple):
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Layout:
     """How time is cut, and what is kept.
 
     Attributes:
@@ -38,7 +41,7 @@ class Layout(NamedTuple):
     units: int
     left_over: int
     slots: int
-    kept: list[int]
+    kept: tuple[int, ...]
     lean: bool
 
     @property

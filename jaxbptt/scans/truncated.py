@@ -45,6 +45,9 @@ def truncated_scan(
     step that `adjoint_scan` can't sort: twice more); memory beyond xs, ys and their gradients is that of K steps, however
     long the sequence.
 
+    What a step does on the side, such as `jax.debug.print` or a callback, it does twice in a gradient, since it is computed
+    twice.
+
     Args:
         step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
         params: θ, any pytree. Arrays that `step` closes over get their gradient as well.
@@ -66,7 +69,8 @@ def truncated_scan(
 
     Raises:
         ValueError: `truncation_length` below 1; and as for `adjoint_scan`.
-        TypeError: as for `adjoint_scan`.
+        TypeError: a step that writes to a mutable array (`jax.new_ref`) from outside, in a gradient; and as for
+            `adjoint_scan`.
 
     Example:
         >>> import jax

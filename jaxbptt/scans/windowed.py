@@ -49,6 +49,9 @@ def windowed_scan(
 
     Only first derivatives have the window: outputs are differentiated in full where a gradient is differentiated again.
 
+    The sum over lags takes it that a backward pass is linear in what comes back. A `jax.custom_vjp` in the step whose bwd is
+    not, such as one that clips or takes a sign, gets another gradient here than from `scan`, also for W ≥ T.
+
     A step that branches (`lax.cond`) is not mapped over time, and then all W T steps run in sequence.
 
     Args:

@@ -1,8 +1,7 @@
 r"""Where a run's arrays lie on many devices: rows of a batch apart, everything else everywhere.
 
 JAX does the rest: an `update` compiled for arrays that lie so runs each row where it is, and adds the gradients up. Who
-writes the exchange out with `jax.shard_map` passes `check_vma=False`: hand-written derivatives don't say over which
-devices their results vary.
+writes the exchange out with `jax.shard_map`, or lays arrays out on an Explicit mesh, calls the strategies as on one device.
 """
 
 from typing import Any
