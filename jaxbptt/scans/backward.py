@@ -20,7 +20,16 @@ from jaxbptt.scans.contraction import fit, weight_gradient
 from jaxbptt.scans.devices import on_any_mesh
 from jaxbptt.scans.linearized import linearized
 from jaxbptt.scans.parts import arrays_of, in_loop
-from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, every_leaf, leading_to, part, select, spread
+from jaxbptt.scans.perturbed import (
+    Perturbed,
+    PerturbedAdjoint,
+    every_leaf,
+    everything,
+    leading_to,
+    part,
+    select,
+    spread,
+)
 from jaxbptt.scans.recurrence import Recurrence, at_one_step, differentiable, known, length_for_scan, merge, name
 from jaxbptt.scans.residuals import Residuals, places
 from jaxbptt.scans.schedule import divisor_near
@@ -333,6 +342,10 @@ def _derivation(traced: TracedStep) -> Callable[[Perturbed], PerturbedAdjoint]:
 
     def derive(perturbed):
         key = tuple(jax.tree.leaves(perturbed))
+        if key not in known and "symbolic_zeros" in traced.primitives:
+            # What such a derivative keeps may differ by what is perturbed, as it does of a strategy inside the step, and JAX
+            # remembers the structure of one of them alone: so all traces are for the same leaves, all there are.
+            known[key] = _pulled(traced, everything(*traced.shapes), together=True)._replace(for_outputs=None)
         if key not in known:
             perturbed = spread(traced.step, perturbed, traced.shapes)
             known[key] = found(linearized(traced, perturbed) or _pulled(traced, perturbed))
@@ -348,8 +361,11 @@ def _derivation(traced: TracedStep) -> Callable[[Perturbed], PerturbedAdjoint]:
     return derive
 
 
-def _pulled(traced: TracedStep, perturbed: Perturbed) -> PerturbedAdjoint:
-    """For a step that can't be linearised: the three parts by `jax.vjp`, which compute it again, from the carries."""
+def _pulled(traced: TracedStep, perturbed: Perturbed, *, together: bool = False) -> PerturbedAdjoint:
+    """For a step that can't be linearised: the three parts by `jax.vjp`, which compute it again, from the carries.
+
+    With `together` each part differentiates with respect to all that is perturbed, and takes of it what it needs.
+    """
 
     def forward(params, carry, x):
         return traced.step(params, carry, x), carry
@@ -369,13 +385,20 @@ def _pulled(traced: TracedStep, perturbed: Perturbed) -> PerturbedAdjoint:
 
         def backward(params, carry, x, carry_bar, y_bar):
             at_t = partial(traced.step, params, x=x)
-            (previous_bar,) = pull(at_t, (carry,), (carry_used,), (carry_bar, y_bar))
+            if together:
+                _, previous_bar, _ = pull(traced.step, (params, carry, x), tuple(flags), (carry_bar, y_bar))
+            else:
+                (previous_bar,) = pull(at_t, (carry,), (carry_used,), (carry_bar, y_bar))
             return previous_bar, carry_bar
 
         def contract(params, carries, xs, ys_bar, carry_bars):
             def over_time(params, xs):
                 return map_over_time(traced.step, in_turn=traced.in_turn)(params, carries, xs)
 
+            if together:
+                steps = map_over_time(traced.step, in_turn=traced.in_turn)
+                params_bar, _, xs_bar = pull(steps, (params, carries, xs), tuple(flags), (carry_bars, ys_bar))
+                return params_bar, xs_bar
             return pull(over_time, (params, xs), (flags.params, flags.x), (carry_bars, ys_bar))
 
         return PerturbedAdjoint(forward, backward, contract, flags, for_outputs=for_outputs)

@@ -142,8 +142,13 @@ def evaluate_inlined(
 
 
 def _primitives(jaxpr: Any) -> Iterator[str]:
-    """Names of all operations in a traced function, those inside loops, branches and calls included."""
+    """Names of all operations in a traced function, those inside loops, branches and calls included.
+
+    And "symbolic_zeros" where there is a `jax.custom_vjp` that is told which of its inputs are perturbed.
+    """
     for eqn in jaxpr.eqns:
         yield eqn.primitive.name
+        if eqn.params.get("symbolic_zeros"):
+            yield "symbolic_zeros"
         for inner, _ in subjaxprs(eqn):
             yield from _primitives(inner)
