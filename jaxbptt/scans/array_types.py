@@ -24,23 +24,28 @@ def as_type(aval: Any) -> Any:
 
 def type_at_one_step(leaf: Any) -> Any:
     """The type of an array, or of what has one, at one time step."""
-    aval = jax.typeof(leaf)
+    aval = _type(leaf)
     return as_type(aval.update(shape=aval.shape[1:], sharding=aval.sharding.update(spec=aval.sharding.spec[1:])))
 
 
 def type_over_time(leaf: Any, *lengths: int) -> Any:
     """The type of so many arrays like this one, stacked."""
-    aval = jax.typeof(leaf)
+    aval = _type(leaf)
     spec = jax.P(*(None,) * len(lengths), *aval.sharding.spec)
     return as_type(aval.update(shape=(*lengths, *aval.shape), sharding=aval.sharding.update(spec=spec)))
 
 
 def zeros(leaf: Any) -> Any:
     """Zeros (or a random key) of the type of an array."""
-    aval = jax.typeof(leaf)
-    with jax.enable_x64(True):  # else a step that turns it on for itself would get half of the bits
+    aval = _type(leaf)
+    with jax.enable_x64(True):
         array = jnp.zeros(aval.shape, aval.dtype)
     return varying_over(_laid(array, aval.sharding), varying(leaf))
+
+
+def _type(leaf: Any) -> Any:
+    with jax.enable_x64(True):  # else a step that turns it on for itself would get half of the bits
+        return jax.typeof(leaf)
 
 
 def varying(*leaves: Any) -> tuple[str, ...]:
