@@ -7,6 +7,10 @@ import jax
 import pytest
 
 
+# A program for eight devices, not a module with examples.
+collect_ignore = ["sharded_scans.py"]
+
+
 def pytest_configure():
     """One core for each worker and what it starts: threads of several that wait for each other cost more than they bring."""
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")

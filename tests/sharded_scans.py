@@ -46,6 +46,13 @@ def plain(params, h, x):
     return h, h
 
 
+def reset(params, carry, x):
+    """Rows begin anew from a carry of their own, and count their steps."""
+    h, count = carry
+    h, _ = plain(params, h, x)
+    return (h, count + 1), (h, count)
+
+
 def closing(params):
     return lambda decay, h, x: plain(params, decay * h, x)
 
@@ -84,14 +91,17 @@ problems = {
     "closing": (closing, (weights, jnp.asarray(0.9)), h_0),
     "looping": (looping, weights, h_0),
     "branching": (branching, weights, h_0),
+    "reset": (reset, weights | {"to": normal(UNITS)}, (h_0, None)),
     "counting": (counting, weights | {"decay": jnp.asarray(0.9)}, (h_0, jnp.asarray(0), jnp.asarray(1.0))),
     "wide": (wide, weights, h_0),
 }
-some = ("gru", "closing", "looping", "counting")
 cases = [
-    *itertools.product(("manual", "explicit"), strategies, some, ("plain",)),
-    *itertools.product(("manual", "explicit"), strategies, ("gru", "linearised"), ("flags",)),
-    *itertools.product(("manual", "explicit"), ("adjoint",), ("lstm", "branching", "from_zeros"), ("plain",)),
+    *itertools.product(("manual", "explicit"), strategies, ("gru", "closing", "counting"), ("plain",)),
+    *itertools.product(("manual", "explicit"), strategies, ("gru",), ("flags",)),
+    *itertools.product(
+        ("manual", "explicit"), ("adjoint",), ("lstm", "looping", "branching", "from_zeros"), ("plain",)
+    ),
+    *itertools.product(("manual", "explicit"), ("adjoint",), ("linearised", "reset"), ("flags",)),
     *itertools.product(("explicit",), ("adjoint", "segments"), ("wide",), ("plain",)),
     *itertools.product(("eager",), ("adjoint", "checkpoints"), ("gru", "closing"), ("plain",)),
 ]
@@ -116,6 +126,11 @@ def loss_and_outputs(step, params, init, xs, flags, *, scan):
         step = closing(closed_over)
     if init is None:  # neither on the mesh nor different on its devices
         init = gru.initial_carry(xs.shape[1:2])
+    if step is reset:
+        params = {**params}
+        flags = flags | {"valid": np.ones(xs.shape[:2], bool) & (np.arange(T) != 3)[:, None]}  # on no mesh
+        init = init[0], jnp.zeros(xs.shape[1:2], int)
+        flags = flags | {"reset_carry": (params.pop("to"), 0)}
     outputs = scan(step, params, init, xs, **flags)
     parts = [jnp.sum(leaf * jnp.cos(leaf)) for leaf in jax.tree.leaves(outputs) if leaf.dtype == float]
     # Over all rows: what is the same on every device counts once.

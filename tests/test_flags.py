@@ -41,7 +41,13 @@ FLAGS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "given"), [("elman", "is_first"), ("elman", "valid"), ("lstm", "both"), ("stack", "both")]
+    ("name", "given"),
+    [
+        ("elman", "is_first"),
+        ("elman", "valid"),
+        ("lstm", "both"),
+        pytest.param("stack", "both", marks=pytest.mark.slow),
+    ],
 )
 def test_every_strategy_equals_a_loop(name, given):
     cell = make_cell(name)
@@ -95,8 +101,12 @@ def test_a_rollout_is_replayed():
         carries.append(carry)
     is_first = bptt.streams.is_first_from_done(np.stack(dones))
     assert is_first[1:].any()
-    for scan in STRATEGIES.values():
-        last, replayed = scan(cell, params, random_like(carry, 1), jnp.stack(observations), is_first=is_first)
+
+    @jax.jit
+    def replay(init, xs):
+        return [scan(cell, params, init, xs, is_first=is_first) for scan in STRATEGIES.values()]
+
+    for last, replayed in replay(random_like(carry, 1), jnp.stack(observations)):
         assert_close(replayed, jnp.stack(carries))
         assert_close(last, carries[-1])
 
@@ -365,6 +375,7 @@ def compiled():
         yield jax.jit(every), jax.jit(alone)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 @given(
     patterns=st.lists(st.tuples(*[st.integers(0, 2 ** (STEPS * ROWS) - 1)] * 2), min_size=PATTERNS, max_size=PATTERNS),

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from functools import partial
+from functools import cache, partial
 
 import chex
 import jax
@@ -19,9 +19,12 @@ strategies = pytest.mark.parametrize("strategy", ALL.values(), ids=ALL)
 own_strategies = pytest.mark.parametrize("strategy", list(ALL.values())[1:], ids=list(ALL)[1:])
 
 
-CASES = [(name, steps, (5,), jnp.float64) for name in ("elman", "gru", "lstm") for steps in (1, 2, 64)]
-CASES += [(name, 7, batch, jnp.float64) for name in CELLS for batch in ((), (1,), (5,))]
-CASES += [(name, 7, (5,), jnp.float32) for name in CELLS]
+CASES = [("elman", 1, (5,), jnp.float64), ("gru", 64, (5,), jnp.float64), ("stack", 7, (), jnp.float64)]
+CASES += [("lstm", 7, (1,), jnp.float64), ("lstm", 7, (5,), jnp.float32)]
+MORE = [(name, steps, (5,), jnp.float64) for name in ("elman", "gru", "lstm") for steps in (1, 2, 64)]
+MORE += [(name, 7, batch, jnp.float64) for name in CELLS for batch in ((), (1,), (5,))]
+MORE += [(name, 7, (5,), jnp.float32) for name in CELLS]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in MORE if case not in CASES]
 
 
 @pytest.mark.parametrize(("name", "steps", "batch", "dtype"), CASES)
@@ -50,10 +53,15 @@ def test_equals_python_loop(name, steps, batch, dtype):
 def test_no_time_steps(strategy, name):
     cell = make_cell(name)
     params, init, xs = problem(cell, 0, (2,))
-    (carry, ys), pull = jax.vjp(partial(strategy, cell), params, init, xs)
+
+    @jax.jit
+    def run(*args):
+        (carry, ys), pull = jax.vjp(partial(strategy, cell), *args)
+        return carry, ys, pull((args[1], ys))
+
+    carry, ys, (params_bar, init_bar, xs_bar) = run(params, init, xs)
     assert_close(carry, init)
     assert ys.shape[0] == 0
-    params_bar, init_bar, xs_bar = pull((init, ys))
     assert_close(init_bar, init)
     assert all(not leaf.any() for leaf in jax.tree.leaves(params_bar))
     assert xs_bar.shape == xs.shape
@@ -87,21 +95,23 @@ def counting_problem(steps=5):
     return params, carry, xs
 
 
-@strategies
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-def test_leaves_without_derivative(strategy, jit):
-    def loss(scan, params, carry, xs):
+def run_counting(scan, *, jit):
+    def loss(params, carry, xs):
         carry, ys = scan(counting_step, params, carry, xs)
         return jnp.sum(ys["half"] ** 2) + carry["h"], carry["count"]
 
-    args = counting_problem()
+    f = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True, allow_int=True)
+    return (jax.jit(f) if jit else f)(*counting_problem())
 
-    def run(scan):
-        f = jax.value_and_grad(partial(loss, scan), argnums=(0, 1, 2), has_aux=True, allow_int=True)
-        return (jax.jit(f) if jit else f)(*args)
 
-    (value, count), gradients = run(strategy)
-    (expected, _), expected_gradients = run(python_loop)
+counted_by_the_loop = cache(partial(run_counting, python_loop, jit=True))
+
+
+@strategies
+@pytest.mark.parametrize("jit", [pytest.param(False, marks=pytest.mark.slow), True], ids=["eager", "jit"])
+def test_leaves_without_derivative(strategy, jit):
+    (value, count), gradients = run_counting(strategy, jit=jit)
+    (expected, _), expected_gradients = counted_by_the_loop()
     assert count == 5
     np.testing.assert_allclose(value, expected, rtol=1e-12)
     for mine, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
@@ -110,18 +120,23 @@ def test_leaves_without_derivative(strategy, jit):
             np.testing.assert_allclose(mine, theirs, rtol=1e-10)
 
 
-@strategies
-def test_gradient_reaches_what_a_step_closes_over(strategy):
+def gradient_of_what_is_closed_over(scan, transform):
     xs = jax.random.normal(jax.random.key(0), (6, 3))
 
-    def loss(scan, W, b):
+    def loss(W, b):
         step = jax.jit(lambda scale, h, x: (jnp.tanh(W @ h + x + scale * b), h))
         return jnp.sum(scan(step, 0.7, jnp.ones(3), xs)[1] ** 2)
 
-    args = 0.5 * jnp.eye(3), jnp.arange(3.0)
+    return transform(jax.grad(loss, argnums=(0, 1)))(0.5 * jnp.eye(3), jnp.arange(3.0))
+
+
+of_the_loop = cache(partial(gradient_of_what_is_closed_over, python_loop, jax.jit))
+
+
+@strategies
+def test_gradient_reaches_what_a_step_closes_over(strategy):
     for transform in (lambda f: f, jax.jit):
-        mine = transform(jax.grad(partial(loss, strategy), argnums=(0, 1)))(*args)
-        assert_close(mine, jax.grad(partial(loss, python_loop), argnums=(0, 1))(*args))
+        assert_close(gradient_of_what_is_closed_over(strategy, transform), of_the_loop())
 
 
 @strategies
@@ -137,14 +152,12 @@ def test_params_that_are_no_arrays(strategy):
     assert_close(jax.grad(partial(loss, strategy))(jnp.eye(3)), jax.grad(partial(loss, python_loop))(jnp.eye(3)))
 
 
-@own_strategies
-def test_vmap_and_nesting(strategy):
-    """Under vmap on either side of grad, and inside another scan."""
+def vmapped_and_nested(scan):
     cell = make_cell("gru")
     params, _, xs = problem(cell, 4, (3,))
     inits = random_like(cell.initial_carry((3,)), 5)
 
-    def outer_loss(scan, params, init, xs):
+    def outer_loss(params, init, xs):
         def outer_step(h, x):
             h, ys = scan(cell, params, h, x)
             return h, ys
@@ -152,29 +165,44 @@ def test_vmap_and_nesting(strategy):
         h, ys = jax.lax.scan(outer_step, init, xs.reshape(2, 2, 3))
         return jnp.sum(ys**2) + jnp.sum(h)
 
-    def run(scan):
-        grad_of_row = jax.grad(partial(outer_loss, scan), argnums=(0, 1, 2))
-        rows = jax.vmap(grad_of_row, in_axes=(None, 0, 1))(params, inits, xs)
-        mean = lambda params: jax.vmap(partial(outer_loss, scan), in_axes=(None, 0, 1))(params, inits, xs).mean()
+    @jax.jit
+    def run(params, inits, xs):
+        rows = jax.vmap(jax.grad(outer_loss, argnums=(0, 1, 2)), in_axes=(None, 0, 1))(params, inits, xs)
+        mean = lambda params: jax.vmap(outer_loss, in_axes=(None, 0, 1))(params, inits, xs).mean()
         return rows, jax.grad(mean)(params)
 
-    assert_close(run(strategy), run(python_loop))
+    return run(params, inits, xs)
+
+
+vmapped_loop = cache(partial(vmapped_and_nested, python_loop))
+
+
+@own_strategies
+def test_vmap_and_nesting(strategy):
+    """Under vmap on either side of grad, and inside another scan."""
+    assert_close(vmapped_and_nested(strategy), vmapped_loop())
+
+
+def second_derivatives(scan, *ways):
+    cell = make_cell("elman")
+    params, init, xs = problem(cell, 5)
+
+    def loss(W_and_h):
+        W, h = W_and_h
+        return jnp.sum(jnp.sin(scan(cell, params._replace(W_hh=W), h, xs)[1]))
+
+    return jax.jit(lambda at: [way(loss)(at) for way in ways])((params.W_hh, init))
+
+
+second_derivatives_of_the_loop = cache(partial(second_derivatives, python_loop, jax.hessian))
 
 
 @own_strategies
 def test_second_derivatives(strategy):
     """Forward over reverse, and reverse over reverse, with respect to weights and first state."""
-    cell = make_cell("elman")
-    params, init, xs = problem(cell, 5)
-
-    def loss(scan, W_and_h):
-        W, h = W_and_h
-        return jnp.sum(jnp.sin(scan(cell, params._replace(W_hh=W), h, xs)[1]))
-
-    at = params.W_hh, init
-    expected = jax.jit(jax.hessian(partial(loss, python_loop)))(at)
-    assert_close(jax.jit(jax.hessian(partial(loss, strategy)))(at), expected)
-    assert_close(jax.jit(jax.jacrev(jax.grad(partial(loss, strategy))))(at), expected)
+    (expected,) = second_derivatives_of_the_loop()
+    for mine in second_derivatives(strategy, jax.hessian, lambda loss: jax.jacrev(jax.grad(loss))):
+        assert_close(mine, expected)
 
 
 @own_strategies
@@ -199,8 +227,9 @@ def test_unroll_changes_nothing(strategy):
     cell = make_cell("lstm")
     args = problem(cell, 7, (2,))
     loss = lambda params, unroll: jnp.sum(strategy(cell, params, *args[1:], unroll=unroll)[1] ** 2)
-    assert_close(jax.grad(loss)(args[0], 3), jax.grad(loss)(args[0], 1))
-    assert_close(jax.grad(loss)(args[0], True), jax.grad(loss)(args[0], 1))
+    once, *others = jax.jit(lambda params: [jax.grad(loss)(params, unroll) for unroll in (1, 3, True)])(args[0])
+    for other in others:
+        assert_close(other, once)
 
 
 @strategies

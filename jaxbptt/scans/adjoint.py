@@ -92,7 +92,7 @@ def adjoint_scan(
         Werbos, Backpropagation through time: what it does and how to do it, 1990, doi:10.1109/5.58337. Clipping in the
         recursion: Graves, Generating sequences with recurrent neural networks, 2013, arXiv:1308.0850.
     """
-    r = prepare(step, params, init, xs, length)
+    r = prepare(step, params, init, xs, length, is_first, valid)
     with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
     step, params, adjoint_for, _, by_hand, *_ = with_adjoint
     length = r.length

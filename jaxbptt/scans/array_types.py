@@ -40,9 +40,7 @@ def zeros(leaf: Any) -> Any:
     aval = jax.typeof(leaf)
     with jax.enable_x64(True):  # else a step that turns it on for itself would get half of the bits
         array = jnp.zeros(aval.shape, aval.dtype)
-    if is_explicit(aval.sharding.mesh):
-        array = jax.sharding.reshard(array, aval.sharding)
-    return jax.lax.pcast(array, varying(leaf), to="varying")
+    return varying_over(_laid(array, aval.sharding), varying(leaf))
 
 
 def varying(*leaves: Any) -> tuple[str, ...]:
@@ -56,6 +54,11 @@ def is_explicit(mesh: Any) -> bool:
     return AxisType.Explicit in mesh.axis_types
 
 
+def varying_over(leaf: Any, axes: tuple[str, ...]) -> Any:
+    """An array that varies over these axes as well."""
+    return jax.lax.pcast(leaf, tuple(axis for axis in axes if axis not in varying(leaf)), to="varying")
+
+
 def is_on_devices(leaf: Any) -> bool:
     """Whether an array's type says anything of devices."""
     return bool(varying(leaf)) or is_explicit(jax.typeof(leaf).sharding.mesh)
@@ -63,8 +66,33 @@ def is_on_devices(leaf: Any) -> bool:
 
 def lie_like(leaf: Any, like: Any) -> Any:
     """An array that varies over the devices that `like` varies over, and on an Explicit mesh lies like it."""
-    leaf = jax.lax.pcast(leaf, tuple(sorted({*varying(like)} - {*varying(leaf)})), to="varying")
-    sharding = jax.typeof(like).sharding
-    if is_explicit(sharding.mesh) and jax.typeof(leaf).sharding != sharding:
-        return jax.sharding.reshard(leaf, sharding)
-    return leaf
+    return _laid(varying_over(leaf, varying(like)), jax.typeof(like).sharding)
+
+
+def lie_by_rows(leaf: Any, flags: Any) -> Any:
+    """An array whose rows vary, and on an Explicit mesh lie, like those of flags `[time, *rows]`."""
+    leaf, sharding = varying_over(leaf, varying(flags)), jax.typeof(flags).sharding
+    if not is_explicit(sharding.mesh) or leaf.shape[: flags.ndim - 1] != flags.shape[1:]:
+        return leaf
+    rest = (None,) * (leaf.ndim - flags.ndim + 1)
+    return _laid(leaf, sharding.update(spec=_first(jax.typeof(leaf).sharding.spec, (*sharding.spec[1:], *rest))))
+
+
+def lie_alike(*leaves: Any) -> Any:
+    """Arrays of one shape that on an Explicit mesh lie in one way, along each axis as the first that is spread there."""
+    shardings = [jax.typeof(leaf).sharding for leaf in leaves]
+    explicit = [sharding for sharding in shardings if is_explicit(sharding.mesh)]
+    if not explicit:
+        return leaves
+    joint = explicit[0].update(spec=_first(*(sharding.spec for sharding in shardings)))
+    return [_laid(leaf, joint) for leaf in leaves]
+
+
+def _first(*specs: Any) -> Any:
+    return jax.P(*(next((axes for axes in along if axes is not None), None) for along in zip(*specs, strict=True)))
+
+
+def _laid(leaf: Any, sharding: Any) -> Any:
+    if not is_explicit(sharding.mesh) or jax.typeof(leaf).sharding == sharding:
+        return leaf
+    return jax.sharding.reshard(leaf, sharding)

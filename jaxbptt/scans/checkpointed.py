@@ -101,7 +101,7 @@ def checkpointed_scan(
         Griewank and Walther, Algorithm 799: revolve, 2000, doi:10.1145/347837.347846. Chen, Xu, Zhang and Guestrin,
         Training deep nets with sublinear memory cost, 2016, arXiv:1604.06174.
     """
-    r = prepare(step, params, init, xs, length)
+    r = prepare(step, params, init, xs, length, is_first, valid)
     with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
     r = r._replace(xs=xs)
     step, params, adjoint_for, _, by_hand, mutable, _ = with_adjoint

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding
 
-from jaxbptt.scans.array_types import is_explicit, varying
+from jaxbptt.scans.array_types import is_explicit, varying, varying_over
 from jaxbptt.scans.contraction import fit
 from jaxbptt.scans.perturbed import PerturbedAdjoint, select
 from jaxbptt.scans.recurrence import is_array, is_differentiable, merge, split
@@ -17,14 +17,8 @@ def varying_alike(tree: Any) -> Any:
 
     A backward written by hand has the gradients of what each device computes. Of what varies less, JAX adds them up.
     """
-    axes = set(varying(*filter(is_array, jax.tree.leaves(tree))))
-
-    def leaf(leaf):
-        if not is_differentiable(leaf):
-            return leaf
-        return jax.lax.pcast(leaf, tuple(sorted(axes.difference(varying(leaf)))), to="varying")
-
-    return jax.tree.map(leaf, tree) if axes else tree
+    axes = varying(*filter(is_array, jax.tree.leaves(tree)))
+    return jax.tree.map(lambda leaf: varying_over(leaf, axes) if is_differentiable(leaf) else leaf, tree)
 
 
 def laid_out(fn: Callable[[Any], Any], args: Any, likes: Any) -> Any:

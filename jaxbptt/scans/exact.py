@@ -68,5 +68,5 @@ def scan(
     if any(map(is_ref, jax.tree.leaves(xs))) and is_first is valid is reset_carry is None:
         # The step gets references to the entries, which only lax.scan can hand out.
         return jax.lax.scan(partial(step_of(step), params), init, xs, length=length, unroll=unroll)
-    r = without_adjoint(prepare(step, params, init, xs, length), is_first, valid, reset_carry)
+    r = without_adjoint(prepare(step, params, init, xs, length, is_first, valid), is_first, valid, reset_carry)
     return jax.lax.scan(partial(r.step, r.params), r.init, r.xs, length=length_for_scan(r.length), unroll=unroll)

@@ -17,7 +17,7 @@ from jax.export import is_symbolic_dim
 from jax.tree_util import keystr
 
 from jaxbptt.cells.cell import Cell, step_of
-from jaxbptt.scans.array_types import is_on_devices, lie_like, type_at_one_step
+from jaxbptt.scans.array_types import is_on_devices, lie_by_rows, lie_like, type_at_one_step
 from jaxbptt.words import counted
 
 
@@ -31,12 +31,17 @@ class Recurrence(NamedTuple):
     length: int
 
 
-def prepare(step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, length: Any) -> Recurrence:
-    """Check the arguments of a strategy, without calling `step` unless `init` holds Python numbers, or arrays lie on devices."""
+def prepare(step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, length: Any, *flags: Any) -> Recurrence:
+    """Check the arguments of a strategy, without calling `step` unless `init` holds Python numbers, or arrays lie on devices.
+
+    By `flags`, where there are any, entries of the carry will be selected.
+    """
     length = _time_steps(xs, length)
     xs = as_arrays("xs", xs)
     step = _in_own_containers(step_of(step))
     init = as_arrays("init", init)
+    for some in filter(is_array, flags):
+        init = jax.tree.map(lambda leaf, some=some: leaf if is_key(leaf) else lie_by_rows(leaf, some), init)
     if any(map(is_weak, jax.tree.leaves(init))):
         init = _settle_dtypes(step, params, init, xs)
     step = _checked(step)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 
 from jaxbptt.cells.cell import Adjoint
+from jaxbptt.scans.array_types import lie_alike, lie_like
 from jaxbptt.scans.backward import StepWithAdjoint, fit
 from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, of_outputs, select
 from jaxbptt.scans.recurrence import (
@@ -187,7 +188,7 @@ def _select(flag: Any, yes: Any, no: Any) -> Any:
         here = here.reshape(here.shape + (1,) * (yes.ndim - here.ndim))
         here, yes, no = jnp.broadcast_arrays(here, yes, no.reshape((1,) * (yes.ndim - no.ndim) + no.shape))
         # No booleans: by this `_is_kept` knows it from what the user selects.
-        return jax.lax.select_n(here.astype(jnp.int32), no, yes)
+        return jax.lax.select_n(*lie_alike(here.astype(jnp.int32), no, yes))
 
     return jax.tree.map(leaf, yes, no, is_leaf=lambda leaf: leaf is None)
 
@@ -315,7 +316,7 @@ def _check_reset_carry(reset_carry: Any, init: Any, batch: tuple[int, ...]) -> A
                 f"{name('reset_carry', path)} has shape {leaf.shape}, which does not fit that of init, {target.shape}: pass a "
                 "carry like init, or one row of it."
             )
-        return whole
+        return lie_like(whole, target)
 
     return jax.tree_util.tree_map_with_path(like, reset_carry, init)
 

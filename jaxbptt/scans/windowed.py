@@ -90,7 +90,7 @@ def windowed_scan(
         1990, doi:10.1162/neco.1990.2.4.490.
     """
     check_count("window", window, "counts time steps")
-    r = prepare(step, params, init, xs, length)
+    r = prepare(step, params, init, xs, length, is_first, valid)
     with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
     step, params, adjoint_for, in_turn, by_hand, *_ = with_adjoint
     length = r.length
