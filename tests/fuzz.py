@@ -495,7 +495,7 @@ def simplest(case):
         try:
             check(case)
         except Exception as error:
-            return type(error)
+            return type(error), [word for word in str(error).split() if word.isalpha()][:8]
         return None
 
     def simpler(case):

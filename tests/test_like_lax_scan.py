@@ -76,6 +76,7 @@ class Case(NamedTuple):
     init: Any = 0.3
     xs: Any = None
     closed: Any = None
+    read: Any = lambda carry, ys: (carry, ys)
 
     def run(self, scan, *, gradient=True):
         xs = np.linspace(-1.0, 1.2, STEPS) if self.xs is None else self.xs
@@ -85,7 +86,7 @@ class Case(NamedTuple):
         args = jax.tree.map(jnp.asarray, args)
 
         def loss(closed, params, init, xs):
-            return total(scan(partial(self.step, closed), params, init, xs))
+            return total(self.read(*scan(partial(self.step, closed), params, init, xs)))
 
         return gradient_of(loss, args, self.wrt) if gradient else loss(**args)
 
@@ -184,6 +185,20 @@ PARTS = {
     ),
     "a carry leaf that ends what is differentiated": Case(
         lambda v, w, c, x: ({"h": x, "s": 0.5 * c["s"] + c["h"] * w}, c["s"]), init={"h": 0.3, "s": 0.2}
+    ),
+    "a carry leaf that leads nowhere": Case(
+        lambda v, w, c, x: ({"h": jnp.tanh(w * c["h"] + x), "s": in_a_while_loop(c["s"])}, c["h"]),
+        wrt=("params", "init"),
+        init={"h": 0.3, "s": 0.2},
+        read=lambda carry, ys: ys,
+    ),
+    "what goes past symbolic zeros": Case(
+        lambda v, w, c, x: (
+            {"h": jnp.tanh(in_a_while_loop(c["s"]) * w) + 0.1 * sum(of_symbolic_zeros(w, c["h"])), "s": c["s"]},
+            x,
+        ),
+        wrt=("params", "h"),
+        init={"h": 0.3, "s": 0.2},
     ),
     "stopped on the way": Case(
         lambda v, w, h, x: (jnp.tanh(w * h + in_a_while_loop(lax.stop_gradient(h + w)) * x), h),
@@ -354,6 +369,10 @@ BESIDE = {
     "a carry that overflows": lambda w, c, x: ({"h": c["h"], "acc": c["acc"] * 1e200 * (1 + c["h"] ** 2)}, {}),
     "a carry that overflows by x": lambda w, c, x: ({"h": c["h"], "acc": c["acc"] * jnp.exp(900 * (x + 2))}, {}),
     "a logarithm of 0 in the outputs": lambda w, c, x: (c, {"log": jnp.log(0 * c["h"] * w * x)}),
+    "a carry that overflows, and a custom_vjp with symbolic zeros": lambda w, c, x: (
+        {"h": sum(of_symbolic_zeros(w, c["h"])), "acc": c["acc"] * 1e200 * (1 + c["h"] ** 2)},
+        {},
+    ),
     "a root of 0 in both": lambda w, c, x: (c | {"acc": jnp.sqrt(0 * c["h"])}, {"root": jnp.sqrt(0 * c["acc"] * w)}),
 }
 BESIDE_FLAGS = {
@@ -367,7 +386,8 @@ BESIDE_FLAGS = {
 def test_what_the_loss_does_not_read_does_not_reach_the_gradient(beside, flags):
     def step(w, c, x):
         c, y = beside(w, c, x)
-        return c | {"h": jnp.tanh(w * c["h"] + x)}, y | {"h": c["h"]}
+        h = jnp.tanh(w * c["h"] + x)
+        return c | {"h": h}, y | {"h": h}
 
     init = {"h": jnp.array(0.3), "acc": jnp.array(1.0)}
     args = {"params": jnp.array(0.5), "init": init, "xs": jnp.linspace(-1.0, 1.2, STEPS)}
@@ -570,6 +590,56 @@ def test_nested_both_ways():
         return [gradients(a, params, jnp.array(0.3), xs, step=partial(outer, b)) for a, b in pairs]
 
     assert_all_like_lax_scan(run)
+
+
+def test_nested_with_a_counter_and_a_key():
+    """Beside what is differentiated, in the carry that `lax.scan` hands over."""
+
+    def step(w, c, x):
+        key, subkey = jax.random.split(c["key"])
+        h = jnp.tanh(w * c["h"] + x + 0.1 * jax.random.normal(subkey))
+        return {"h": h, "key": key, "n": c["n"] + 1}, h * c["n"].astype(float)
+
+    init = {"h": jnp.array(0.3), "key": jax.random.key(0), "n": jnp.array(0)}
+
+    def run(scan):
+        def loss(h, w):
+            outer = lambda c, _: scan(step, w, c, jnp.linspace(-1.0, 1.2, STEPS))
+            return total(lax.scan(outer, init | {"h": h}, None, length=2))
+
+        return jax.grad(loss, argnums=(0, 1))(0.3, 0.5)
+
+    assert_all_like_lax_scan(run)
+
+
+def test_a_reset_carry_that_the_loss_does_not_read():
+    """A leaf of it, at least; its gradient is 0."""
+    step = lambda w, c, x: ({"a": jnp.tanh(w * c["a"] + x), "b": 0.5 * c["b"]}, c["a"])
+    init, xs, is_first = (
+        {"a": jnp.array(0.3), "b": jnp.array(0.2)},
+        jnp.linspace(-1.0, 1.2, STEPS),
+        jnp.arange(STEPS) == 3,
+    )
+
+    def run(scan):
+        scan = bptt.scan if scan is lax_scan else scan
+        return jax.grad(lambda to: total(scan(step, 0.5, init, xs, is_first=is_first, reset_carry=to)[1]))(init)
+
+    assert_all_like_lax_scan(run)
+
+
+def test_no_time_steps_with_flags():
+    step = lambda w, h, x: (w * h + x, h)
+    xs, flags = jnp.zeros((0, 2)), {"valid": jnp.ones((0, 2), bool), "is_first": jnp.ones((0, 2), bool)}
+
+    def run(scan):
+        scan = bptt.scan if scan is lax_scan else scan
+        return jax.grad(lambda *args: total(scan(step, *args, **flags)), argnums=(0, 1, 2))(
+            0.5, jnp.array([0.3, 0.4]), xs
+        )
+
+    at_least_one = {name: strategy for name, strategy in STRATEGIES.items() if "checkpoints" not in name}
+    assert_all_like_lax_scan(run, at_least_one)
 
 
 def test_donation(args):
