@@ -448,7 +448,14 @@ def check(case):
                 raise
         return results
 
-    expected, *results = compiled(everyone)(args)
+    try:
+        expected, *results = compiled(everyone)(args)
+    except Exception:
+        try:
+            compiled(reference)(args)
+        except Exception:  # traced, but not compiled: no case either
+            return 0
+        raise
     for (name, options), result in zip(case.contenders, results, strict=True):
         try:
             assert_close(result, expected, rtol=1e-7)
@@ -488,7 +495,7 @@ def simplest(case):
         try:
             check(case)
         except Exception as error:
-            return type(error)
+            return type(error), [word for word in str(error).split() if word.isalpha()][:8]
         return None
 
     def simpler(case):

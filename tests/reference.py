@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.tree_util import keystr
 
 import jaxbptt as bptt
@@ -61,6 +62,15 @@ def problem(cell, steps, batch=(), dtype=jnp.float64, seed=0):
     params, init = jax.eval_shape(cell.init, jax.random.key(0)), jax.eval_shape(lambda: cell.initial_carry(batch))
     xs = jax.ShapeDtypeStruct((steps, *batch, SIZES["input"]), dtype)
     return random_like(params, seed, 0.5), random_like(init, seed + 1), random_like(xs, seed + 2)
+
+
+def cases(names, table, *quick):
+    """`table` as the parameters of a test, all slow but the quick ones and the first."""
+    quick = quick or tuple(table)[:1]
+    params = [
+        pytest.param(case, id=name, marks=() if name in quick else pytest.mark.slow) for name, case in table.items()
+    ]
+    return pytest.mark.parametrize(names, params)
 
 
 def gradient_of(function, args, wrt, **options):

@@ -16,7 +16,7 @@ from jax.experimental.ode import odeint
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from reference import assert_close, gradient_of, make_cell, problem
+from reference import assert_close, cases, gradient_of, make_cell, problem
 
 import jaxbptt as bptt
 
@@ -76,6 +76,7 @@ class Case(NamedTuple):
     init: Any = 0.3
     xs: Any = None
     closed: Any = None
+    read: Any = lambda carry, ys: (carry, ys)
 
     def run(self, scan, *, gradient=True):
         xs = np.linspace(-1.0, 1.2, STEPS) if self.xs is None else self.xs
@@ -85,7 +86,7 @@ class Case(NamedTuple):
         args = jax.tree.map(jnp.asarray, args)
 
         def loss(closed, params, init, xs):
-            return total(scan(partial(self.step, closed), params, init, xs))
+            return total(self.read(*scan(partial(self.step, closed), params, init, xs)))
 
         return gradient_of(loss, args, self.wrt) if gradient else loss(**args)
 
@@ -138,14 +139,14 @@ NO_DERIVATIVE = {
 }
 
 
-@pytest.mark.parametrize("function", NO_DERIVATIVE.values(), ids=NO_DERIVATIVE)
+@cases("function", NO_DERIVATIVE)
 def test_values_need_no_derivative(function):
     """Of x, of the carry and of the params, where nothing is differentiated."""
     step = lambda v, w, h, x: (jnp.tanh(function(h) + w * function(x) + function(w) + function(v)), h)
     assert_all_like_lax_scan(partial(Case(step, closed=0.2).run, gradient=False))
 
 
-@pytest.mark.parametrize("function", NO_DERIVATIVE.values(), ids=NO_DERIVATIVE)
+@cases("function", NO_DERIVATIVE)
 def test_derivatives_by_the_params_need_none_of_the_inputs(function):
     step = lambda v, w, h, x: (jnp.tanh(w * h + function(x) + h * function(v)), h * x)
     assert_all_like_lax_scan(Case(step, wrt=("params",), closed=0.2).run)
@@ -185,6 +186,20 @@ PARTS = {
     "a carry leaf that ends what is differentiated": Case(
         lambda v, w, c, x: ({"h": x, "s": 0.5 * c["s"] + c["h"] * w}, c["s"]), init={"h": 0.3, "s": 0.2}
     ),
+    "a carry leaf that leads nowhere": Case(
+        lambda v, w, c, x: ({"h": jnp.tanh(w * c["h"] + x), "s": in_a_while_loop(c["s"])}, c["h"]),
+        wrt=("params", "init"),
+        init={"h": 0.3, "s": 0.2},
+        read=lambda carry, ys: ys,
+    ),
+    "what goes past symbolic zeros": Case(
+        lambda v, w, c, x: (
+            {"h": jnp.tanh(in_a_while_loop(c["s"]) * w) + 0.1 * sum(of_symbolic_zeros(w, c["h"])), "s": c["s"]},
+            x,
+        ),
+        wrt=("params", "h"),
+        init={"h": 0.3, "s": 0.2},
+    ),
     "stopped on the way": Case(
         lambda v, w, h, x: (jnp.tanh(w * h + in_a_while_loop(lax.stop_gradient(h + w)) * x), h),
     ),
@@ -196,7 +211,14 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("case", PARTS.values(), ids=PARTS)
+@cases(
+    "case",
+    PARTS,
+    "only one leaf of the params",
+    "only what is closed over",
+    "a carry leaf that nothing differentiated reaches",
+    "what goes past symbolic zeros",
+)
 def test_derivatives_by_some_leaves(case):
     assert_all_like_lax_scan(case.run)
 
@@ -213,8 +235,8 @@ def closing_over(array):
     return custom_vjp(lambda h: jnp.sin(h) * array[0], lambda args, bar: (bar * jnp.cos(args[0]) * array[0],))
 
 
-@pytest.mark.parametrize("kind", [jnp.array, np.array], ids=["jnp", "numpy"])
-@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
+@cases("kind", {"jnp": jnp.array, "numpy": np.array})
+@cases("jit", {"jit": True, "eager": False})
 def test_custom_vjp_that_closes_over_an_array(kind, jit):
     """An array that is not differentiated, beside all that is."""
     f = closing_over(kind([0.7]))
@@ -258,7 +280,7 @@ EQUINOX = {
 }
 
 
-@pytest.mark.parametrize("step", EQUINOX.values(), ids=EQUINOX)
+@cases("step", EQUINOX)
 def test_marks_of_equinox(step):
     """What is not to be differentiated, and is not, raises nothing."""
     assert_all_like_lax_scan(partial(Case(step, closed=0.2).run, gradient=False))
@@ -320,8 +342,8 @@ SYMBOLIC = {
 }
 
 
-@pytest.mark.parametrize("step", SYMBOLIC.values(), ids=SYMBOLIC)
-@pytest.mark.parametrize("wrt", [("params",), ("init", "xs"), ("params", "init", "xs")], ids="+".join)
+@cases("step", SYMBOLIC)
+@cases("wrt", {"+".join(names): names for names in (("params", "init", "xs"), ("params",), ("init", "xs"))})
 def test_custom_vjp_with_symbolic_zeros(step, wrt):
     assert_all_like_lax_scan(Case(step, wrt=wrt).run)
 
@@ -336,7 +358,7 @@ OWN_BACKWARD = {
 }
 
 
-@pytest.mark.parametrize("backward", OWN_BACKWARD.values(), ids=OWN_BACKWARD)
+@cases("backward", OWN_BACKWARD)
 def test_custom_vjp_that_returns_no_array(backward):
     """And that is not linear: then the sum over lags is another gradient, and `windowed_scan` says so."""
     f = custom_vjp(lambda h: 0.5 * h, backward)
@@ -354,6 +376,10 @@ BESIDE = {
     "a carry that overflows": lambda w, c, x: ({"h": c["h"], "acc": c["acc"] * 1e200 * (1 + c["h"] ** 2)}, {}),
     "a carry that overflows by x": lambda w, c, x: ({"h": c["h"], "acc": c["acc"] * jnp.exp(900 * (x + 2))}, {}),
     "a logarithm of 0 in the outputs": lambda w, c, x: (c, {"log": jnp.log(0 * c["h"] * w * x)}),
+    "a carry that overflows, and a custom_vjp with symbolic zeros": lambda w, c, x: (
+        {"h": sum(of_symbolic_zeros(w, c["h"])), "acc": c["acc"] * 1e200 * (1 + c["h"] ** 2)},
+        {},
+    ),
     "a root of 0 in both": lambda w, c, x: (c | {"acc": jnp.sqrt(0 * c["h"])}, {"root": jnp.sqrt(0 * c["acc"] * w)}),
 }
 BESIDE_FLAGS = {
@@ -362,12 +388,13 @@ BESIDE_FLAGS = {
 }
 
 
-@pytest.mark.parametrize("flags", BESIDE_FLAGS.values(), ids=BESIDE_FLAGS)
-@pytest.mark.parametrize("beside", BESIDE.values(), ids=BESIDE)
+@cases("flags", BESIDE_FLAGS)
+@cases("beside", BESIDE, "a carry that overflows", "a carry that overflows, and a custom_vjp with symbolic zeros")
 def test_what_the_loss_does_not_read_does_not_reach_the_gradient(beside, flags):
     def step(w, c, x):
         c, y = beside(w, c, x)
-        return c | {"h": jnp.tanh(w * c["h"] + x)}, y | {"h": c["h"]}
+        h = jnp.tanh(w * c["h"] + x)
+        return c | {"h": h}, y | {"h": h}
 
     init = {"h": jnp.array(0.3), "acc": jnp.array(1.0)}
     args = {"params": jnp.array(0.5), "init": init, "xs": jnp.linspace(-1.0, 1.2, STEPS)}
@@ -396,7 +423,7 @@ def counting_into(ref, w, h, x):
     return jnp.tanh(w * h + x), h * ref[...]
 
 
-@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
+@cases("jit", {"jit": True, "eager": False})
 def test_mutable_arrays_in_values(jit):
     """Closed over, one of the params, and made inside the step."""
 
@@ -496,7 +523,7 @@ def gradients(scan, *args, step=cell):
     return jax.value_and_grad(lambda *args: total(scan(step, *args)), argnums=(0, 1, 2))(*args)
 
 
-@pytest.mark.parametrize("name", WITH_CELL)
+@cases("name", {name: name for name in WITH_CELL}, "adjoint_scan", "checkpointed_scan, checkpoints, derived")
 def test_no_tracer_is_kept(name, args):
     with jax.checking_leaks():
         jax.jit(partial(gradients, WITH_CELL[name]))(*args)
@@ -530,6 +557,7 @@ def test_vmap_over_every_axis(in_axes):
     assert_all_like_lax_scan(run, WITH_CELL)
 
 
+@pytest.mark.slow
 def test_vmap_of_some_leaves():
     """Of the leaves of a dictionary one is mapped, and outputs are stacked on another axis."""
     step = lambda p, c, x: ({"a": jnp.tanh(p["u"] * c["a"] + x["k"]), "b": c["b"] * 0.9 + x["l"]}, c["a"] * c["b"])
@@ -546,6 +574,7 @@ def test_vmap_of_some_leaves():
     assert_all_like_lax_scan(run)
 
 
+@pytest.mark.slow
 def test_collectives_of_a_mapped_axis():
     """A step that looks at the other rows."""
     step = lambda v, w, h, x: (jnp.tanh(w * h + lax.pmean(h, "rows") + x), lax.psum(h, "rows"))
@@ -555,6 +584,7 @@ def test_collectives_of_a_mapped_axis():
     )
 
 
+@pytest.mark.slow
 def test_nested_both_ways():
     """A strategy in a step of `lax.scan`, `lax.scan` in a step of a strategy, and a strategy in a step of its own."""
     inner = lambda u, s, z: (jnp.tanh(u * s + z), s)
@@ -572,6 +602,57 @@ def test_nested_both_ways():
     assert_all_like_lax_scan(run)
 
 
+def test_nested_with_a_counter_and_a_key():
+    """Beside what is differentiated, in the carry that `lax.scan` hands over."""
+
+    def step(w, c, x):
+        key, subkey = jax.random.split(c["key"])
+        h = jnp.tanh(w * c["h"] + x + 0.1 * jax.random.normal(subkey))
+        return {"h": h, "key": key, "n": c["n"] + 1}, h * c["n"].astype(float)
+
+    init = {"h": jnp.array(0.3), "key": jax.random.key(0), "n": jnp.array(0)}
+
+    def run(scan):
+        def loss(h, w):
+            outer = lambda c, _: scan(step, w, c, jnp.linspace(-1.0, 1.2, STEPS))
+            return total(lax.scan(outer, init | {"h": h}, None, length=2))
+
+        return jax.grad(loss, argnums=(0, 1))(0.3, 0.5)
+
+    assert_all_like_lax_scan(run)
+
+
+def test_a_reset_carry_that_the_loss_does_not_read():
+    """A leaf of it, at least; its gradient is 0."""
+    step = lambda w, c, x: ({"a": jnp.tanh(w * c["a"] + x), "b": 0.5 * c["b"]}, c["a"])
+    init, xs, is_first = (
+        {"a": jnp.array(0.3), "b": jnp.array(0.2)},
+        jnp.linspace(-1.0, 1.2, STEPS),
+        jnp.arange(STEPS) == 3,
+    )
+
+    def run(scan):
+        scan = bptt.scan if scan is lax_scan else scan
+        return jax.grad(lambda to: total(scan(step, 0.5, init, xs, is_first=is_first, reset_carry=to)[1]))(init)
+
+    assert_all_like_lax_scan(run)
+
+
+def test_no_time_steps_with_flags():
+    step = lambda w, h, x: (w * h + x, h)
+    xs, flags = jnp.zeros((0, 2)), {"valid": jnp.ones((0, 2), bool), "is_first": jnp.ones((0, 2), bool)}
+
+    def run(scan):
+        scan = bptt.scan if scan is lax_scan else scan
+        return jax.grad(lambda *args: total(scan(step, *args, **flags)), argnums=(0, 1, 2))(
+            0.5, jnp.array([0.3, 0.4]), xs
+        )
+
+    at_least_one = {name: strategy for name, strategy in STRATEGIES.items() if "checkpoints" not in name}
+    assert_all_like_lax_scan(run, at_least_one)
+
+
+@pytest.mark.slow
 def test_donation(args):
     for name, strategy in WITH_CELL.items():
         params, init, xs = jax.tree.map(jnp.copy, args)
@@ -596,6 +677,7 @@ def test_shapes_alone(args):
             assert mine == expected, name
 
 
+@pytest.mark.slow
 def test_traced_evaluated_and_traced_again(args):
     """The trace is closed: evaluated, differentiated and traced once more it is the same function."""
 
@@ -611,6 +693,7 @@ def test_traced_evaluated_and_traced_again(args):
     assert_all_like_lax_scan(run, WITH_CELL)
 
 
+@pytest.mark.slow
 def test_compiled_ahead_of_time(args):
     expected = gradients(lax_scan, *args)
     shapes = jax.eval_shape(lambda: args)
@@ -638,15 +721,18 @@ def exported(args, passed):
         assert_close(passed(jax.export.export(of_gradients)(*shapes)).call(*leaves), jax.tree.leaves(expected))
 
 
+@pytest.mark.slow
 def test_exported(args):
     exported(args, lambda program: program)
 
 
+@pytest.mark.slow
 def test_exported_to_a_file(args):
     pytest.importorskip("flatbuffers")
     exported(args, lambda program: jax.export.deserialize(program.serialize(vjp_order=1)))
 
 
+@pytest.mark.slow
 def test_checkify():
     """Checks inside a step, and those of numbers and indices, are found as `lax.scan` finds them."""
 
@@ -680,6 +766,7 @@ def test_checkify():
                 assert_close(mine[1], expected[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("new_key", [jax.random.key, jax.random.PRNGKey], ids=["typed", "raw"])
 def test_keys(new_key):
     """In the carry, among params and inputs, closed over, and as outputs."""
@@ -747,8 +834,7 @@ SOLVED = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("solve", SOLVED.values(), ids=SOLVED)
+@cases("solve", SOLVED)
 def test_solvers_inside_a_step(solve):
     step = lambda v, w, h, x: (jnp.tanh(solve(w, h, x)), h * w)
     assert_all_like_lax_scan(Case(step, init=jnp.array(0.3)).run)

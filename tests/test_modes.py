@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from reference import assert_close, make_cell, random_like
+from reference import assert_close, cases, make_cell, random_like
 
 import jaxbptt as bptt
 
@@ -23,7 +23,7 @@ MODES = {
     "float32": partial(jax.enable_x64, False),
     "float64": partial(jax.enable_x64, True),
 }
-modes = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+modes = cases("mode", MODES)
 
 STRATEGIES = {
     "scan": bptt.scan,
@@ -100,9 +100,8 @@ def expected():
     return found
 
 
-@pytest.mark.slow
 @modes
-@pytest.mark.parametrize("name", STRATEGIES | CUT)
+@cases("name", {name: name for name in STRATEGIES | CUT}, "adjoint_scan", "checkpointed_scan, 1 checkpoint")
 def test_strategies(name, mode, expected):
     scan = (STRATEGIES | CUT)[name]
     with mode():
@@ -156,9 +155,8 @@ def numbers(tree):
     return [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype") or isinstance(leaf, float | int)]
 
 
-@pytest.mark.slow
 @modes
-@pytest.mark.parametrize("name", ANALYSIS)
+@cases("name", {name: name for name in ANALYSIS}, "gradient_flow", "singular_values", "lyapunov_exponents")
 def test_analysis(name, mode):
     def of(dtype):
         cell = make_cell("elman", dtype)
