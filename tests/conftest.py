@@ -6,7 +6,6 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 import jax
 import pytest
 
-
 # A program for eight devices, not a module with examples.
 collect_ignore = ["sharded_scans.py"]
 
