@@ -8,6 +8,8 @@ from reference import make_cell, problem
 
 import jaxbptt as bptt
 
+effective_horizon = jax.jit(bptt.effective_horizon, static_argnums=1)
+
 
 def decaying(rate, weights, *, lags, steps=1_000, dtype=jnp.float64):
     """Each step back counts `rate` times as much: ‖G⁽ˡ⁾‖ = rateˡ for each weight."""
@@ -23,7 +25,7 @@ def decaying(rate, weights, *, lags, steps=1_000, dtype=jnp.float64):
 
 def test_horizon_of_each_leaf():
     lags = decaying({"fast": 0.1, "slow": 0.5}, {"fast": 1.0, "slow": 1.0}, lags=60)
-    horizon = bptt.effective_horizon(lags, 0.9e-3)
+    horizon = effective_horizon(lags, 0.9e-3)
     # 0.1^4 is the first power below 0.0009, and 0.5^11 is: what is left out after K lags is rate^K of the whole.
     assert (int(horizon["fast"]), int(horizon["slow"])) == (4, 11)
 
@@ -32,14 +34,14 @@ def test_horizon_of_each_leaf():
 def test_horizon_of_the_dtype(dtype, bits):
     """What lies further back than the digits of the number format."""
     lags = decaying({"w": 0.5}, {"w": 1.0}, lags=80, steps=80, dtype=dtype)
-    assert int(bptt.effective_horizon(lags)["w"]) in (bits, bits + 1)
+    assert int(effective_horizon(lags)["w"]) in (bits, bits + 1)
 
 
 def test_horizon_beyond_the_lags_computed_and_of_no_gradient():
     lags = decaying({"w": 0.9, "none": 0.5}, {"w": 1.0, "none": 1.0}, lags=5)
-    assert int(bptt.effective_horizon(lags, 0.01)["w"]) == 6
+    assert int(effective_horizon(lags, 0.01)["w"]) == 6
     nothing = jax.tree.map(jnp.zeros_like, lags)
-    assert int(bptt.effective_horizon(nothing)["w"]) == 0
+    assert int(effective_horizon(nothing)["w"]) == 0
 
 
 def test_horizon_is_where_the_window_is_exact():
@@ -47,7 +49,7 @@ def test_horizon_is_where_the_window_is_exact():
     args = problem(cell, 40)
     loss = lambda h, ys: jnp.sum(jnp.sin(ys))
     lags = jax.jit(lambda *args: bptt.lag_contributions(cell, *args, loss))(*args)
-    horizon = bptt.effective_horizon(lags, 0.05)
+    horizon = effective_horizon(lags, 0.05)
     for leaf, K in zip(jax.tree.leaves(lags.contributions), jax.tree.leaves(horizon), strict=True):
         whole = leaf.sum(axis=0)
         left_out = [np.linalg.norm(whole - leaf[:k].sum(axis=0)) / np.linalg.norm(whole) for k in (K - 1, K)]
@@ -80,7 +82,7 @@ def test_bound_holds_for_a_network():
     lags = jax.jit(lambda *args: bptt.lag_contributions(cell, *args, loss, max_lag=11))(*args)
     found = bptt.adaptive_truncation_length(lags, relative_bias=0.05)
     assert found.length is not None
-    bias = bptt.truncation_bias(cell, *args, loss, lengths=[found.length])
+    bias = jax.jit(lambda *args: bptt.truncation_bias(cell, *args, loss, lengths=[found.length]))(*args)
     assert bias.windowed.relative_errors[0] <= found.bound <= 0.05
 
 
@@ -99,7 +101,9 @@ def test_decay_is_an_upper_envelope():
 def test_lags_that_contribute_nothing_are_no_end(max_lag):
     """Two states that swap places: every other lag has nothing, and 0.99 a swap is hardly a decay."""
     swap = lambda w, c, x: ((0.99 * c[1] + w, c[0]), None)
-    lags = bptt.lag_contributions(swap, 1.0, (0.0, 0.0), None, lambda c, ys: c[0], max_lag=max_lag, length=1_000)
+    loss = lambda c, ys: c[0]
+    measure = lambda w: bptt.lag_contributions(swap, w, (0.0, 0.0), None, loss, max_lag=max_lag, length=1_000)
+    lags = jax.jit(measure)(1.0)
     found = bptt.adaptive_truncation_length(lags)
     assert found.length is None
     np.testing.assert_allclose(found.decay_rate, np.sqrt(0.99), rtol=1e-9)
@@ -110,7 +114,7 @@ def test_horizon_is_not_moved_by_the_rounding_of_the_sum():
     cell = make_cell("gru", jnp.float32)
     args = problem(cell, 30, dtype=jnp.float32)
     lags = jax.jit(lambda *args: bptt.lag_contributions(cell, *args, lambda h, ys: jnp.sum(jnp.sin(ys))))(*args)
-    assert max(int(K) for K in jax.tree.leaves(bptt.effective_horizon(lags))) <= 30
+    assert max(int(K) for K in jax.tree.leaves(effective_horizon(lags))) <= 30
 
 
 def test_no_certificate():

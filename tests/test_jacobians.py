@@ -17,12 +17,17 @@ import jaxbptt as bptt
 def test_state_jacobians_are_those_of_each_step(name):
     cell = make_cell(name)
     params, carry, xs = problem(cell, 4)
-    carries, J = bptt.state_jacobians(cell, params, carry, xs)
-    for t in range(4):
+    carries, J = jax.jit(lambda *args: bptt.state_jacobians(cell, *args))(params, carry, xs)
+
+    @jax.jit
+    def step_and_jacobian(carry, x):
         vector, unflatten = ravel_pytree(carry)
-        expected = jax.jacrev(lambda v, t=t, u=unflatten: ravel_pytree(cell.step(params, u(v), xs[t])[0])[0])(vector)
+        jacobian = jax.jacrev(lambda v: ravel_pytree(cell.step(params, unflatten(v), x)[0])[0])(vector)
+        return cell.step(params, carry, x)[0], jacobian
+
+    for t in range(4):
+        carry, expected = step_and_jacobian(carry, xs[t])
         np.testing.assert_allclose(J[t], expected, atol=1e-14)
-        carry, _ = cell.step(params, carry, xs[t])
         assert_close(jax.tree.map(lambda leaf, t=t: leaf[t], carries), carry)
 
 
@@ -150,7 +155,7 @@ def test_temporal_contributions_sum_to_the_gradient(name, loss):
     cell = make_cell(name)
     args = problem(cell, 6)
     terms = jax.jit(lambda *args: bptt.temporal_contributions(cell, *args, loss))(*args)
-    expected = jax.grad(lambda params: loss(*python_loop(jax.jit(cell.step), params, *args[1:])))(args[0])
+    expected = jax.jit(jax.grad(lambda params: loss(*python_loop(cell, params, *args[1:]))))(args[0])
     assert_close(jax.tree.map(lambda leaf: leaf.sum(axis=0), terms.contributions), expected)
 
 

@@ -32,6 +32,7 @@ class Page(HTMLParser):
                 (self.references if value.startswith("#") else self.outside).append(value.removeprefix("#"))
 
 
+@pytest.mark.slow
 def test_report_on_the_standard_library(tmp_path, capsys):
     output = tmp_path / "report.html"
     assert main(["report", *SMALL, "--output", str(output)]) == 0
