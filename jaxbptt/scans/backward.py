@@ -24,7 +24,7 @@ from jaxbptt.scans.perturbed import (
     Perturbed,
     PerturbedAdjoint,
     every_leaf,
-    everything,
+    leading_by_trace,
     leading_to,
     part,
     select,
@@ -339,21 +339,26 @@ def at_last_step(bar: Any, length: int) -> Any:
 def _derivation(traced: TracedStep) -> Callable[[Perturbed], PerturbedAdjoint]:
     """The adjoint of a traced step for given leaves, derived once."""
     known: dict[Any, PerturbedAdjoint] = {}
+    # What a custom_vjp with symbolic zeros keeps may differ by what is perturbed, as it does of a strategy inside the step, and
+    # JAX remembers the structure that was traced last: so it is differentiated with respect to the same leaves throughout.
+    together = "symbolic_zeros" in traced.primitives
+    first = len(traced.shapes[0].leaves)
 
     def derive(perturbed):
         key = tuple(jax.tree.leaves(perturbed))
-        if key not in known and "symbolic_zeros" in traced.primitives:
-            # What such a derivative keeps may differ by what is perturbed, as it does of a strategy inside the step, and JAX
-            # remembers the structure of one of them alone: so all traces are for the same leaves, all there are.
-            known[key] = _pulled(traced, everything(*traced.shapes), together=True)._replace(for_outputs=None)
         if key not in known:
             perturbed = spread(traced.step, perturbed, traced.shapes)
-            known[key] = found(linearized(traced, perturbed) or _pulled(traced, perturbed))
+            adjoint = None if together else linearized(traced, perturbed)
+            known[key] = found(adjoint or _pulled(traced, perturbed, together=together))
         return known[key]
 
     def found(adjoint):
         def for_outputs(carry_used, ys_used):
-            leading = leading_to(traced.step, adjoint.perturbed, traced.shapes, carry_used, ys_used)
+            flags = adjoint.perturbed
+            if together:
+                leading = leading_by_trace(traced.jaxpr, first, flags.carry, carry_used, ys_used)
+            else:
+                leading = leading_to(traced.step, flags, traced.shapes, carry_used, ys_used)
             return found(adjoint.for_outputs(leading, ys_used))
 
         return adjoint._replace(mutates="new_ref" in traced.primitives, for_outputs=for_outputs)
@@ -371,7 +376,7 @@ def _pulled(traced: TracedStep, perturbed: Perturbed, *, together: bool = False)
         return traced.step(params, carry, x), carry
 
     def for_outputs(carry_used, ys_used):
-        flags = perturbed._replace(carry=carry_used)
+        flags, moving_flags = perturbed._replace(carry=carry_used), tuple(perturbed)
 
         def pull(step, primals, of_primals, bars):
             moving, still = part(primals, of_primals)
@@ -386,7 +391,8 @@ def _pulled(traced: TracedStep, perturbed: Perturbed, *, together: bool = False)
         def backward(params, carry, x, carry_bar, y_bar):
             at_t = partial(traced.step, params, x=x)
             if together:
-                _, previous_bar, _ = pull(traced.step, (params, carry, x), tuple(flags), (carry_bar, y_bar))
+                _, previous_bar, _ = pull(traced.step, (params, carry, x), moving_flags, (carry_bar, y_bar))
+                previous_bar = select(previous_bar, carry_used)
             else:
                 (previous_bar,) = pull(at_t, (carry,), (carry_used,), (carry_bar, y_bar))
             return previous_bar, carry_bar
@@ -397,11 +403,11 @@ def _pulled(traced: TracedStep, perturbed: Perturbed, *, together: bool = False)
 
             if together:
                 steps = map_over_time(traced.step, in_turn=traced.in_turn)
-                params_bar, _, xs_bar = pull(steps, (params, carries, xs), tuple(flags), (carry_bars, ys_bar))
+                params_bar, _, xs_bar = pull(steps, (params, carries, xs), moving_flags, (carry_bars, ys_bar))
                 return params_bar, xs_bar
             return pull(over_time, (params, xs), (flags.params, flags.x), (carry_bars, ys_bar))
 
-        return PerturbedAdjoint(forward, backward, contract, flags, for_outputs=for_outputs)
+        return PerturbedAdjoint(forward, backward, contract, flags, pulled=True, for_outputs=for_outputs)
 
     _, y = traced.out_tree.unflatten([var.aval for var in traced.jaxpr.outvars])
     return for_outputs(perturbed.carry, every_leaf(y))

@@ -207,7 +207,8 @@ def _bytes_of_a_step(adjoint: PerturbedAdjoint, params: Any, init: Any, x: Any) 
         (new_carry, y), residuals = adjoint.forward(params, carry, x)
         others, _ = without(residuals, (carry, new_carry))
         bars = select(new_carry, adjoint.perturbed.carry), differentiable(y)
-        _, delta = adjoint.backward(params, residuals, x, *bars)
+        # Known without differentiating what the loss may not use.
+        delta = bars[0] if adjoint.pulled else adjoint.backward(params, residuals, x, *bars)[1]
         return (residuals, delta), (carry, others)
 
     at_once, lean = jax.eval_shape(one_step, params, init, x)

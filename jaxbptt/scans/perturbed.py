@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jax.extend.core import Literal
 
 from jaxbptt.scans.recurrence import is_differentiable, merge
 
@@ -27,6 +28,8 @@ class PerturbedAdjoint(NamedTuple):
     `backward`: of an `Adjoint` by hand all leaves that can have a derivative. `mutates` says that a step makes mutable
     arrays of its own, for which JAX has no program inside of a `jax.custom_jvp`.
 
+    `pulled` says that `backward` leaves the carry's gradient for `contract`, and nothing else.
+
     `for_outputs`, which an `Adjoint` by hand has not, gives from flags of the carry and the outputs that a loss uses the
     adjoint of those alone. What leads to none of them is not computed, and no infinite derivative of it is multiplied by 0.
     """
@@ -36,6 +39,7 @@ class PerturbedAdjoint(NamedTuple):
     contract: Callable[..., Any]
     perturbed: Perturbed
     mutates: bool = False
+    pulled: bool = False
     for_outputs: Callable[[Any, Any], Any] | None = None
 
 
@@ -86,19 +90,42 @@ def spread(step: Callable[..., Any], perturbed: Perturbed, primals: Any) -> Pert
 
 def leading_to(step: Callable[..., Any], perturbed: Perturbed, primals: Any, carry_used: Any, ys_used: Any) -> Any:
     """Flags for the leaves of the carry whose tangents reach what a loss uses: the last carry, or outputs of any step."""
-    candidates, treedef = jax.tree.flatten(perturbed.carry)
+    nothing = jax.tree.map(lambda _: False, perturbed)
+    treedef = jax.tree.structure(perturbed.carry)
+
+    def reached(i):
+        one = treedef.unflatten([i == k for k in range(treedef.num_leaves)])
+        return _reached(step, nothing._replace(carry=one), primals)
+
+    return _leading(reached, perturbed.carry, carry_used, ys_used)
+
+
+def leading_by_trace(jaxpr: Any, first: int, perturbed_carry: Any, carry_used: Any, ys_used: Any) -> Any:
+    """The same, for all that values reach in the trace of a step: more than tangents do, and nothing is differentiated.
+
+    The carry's leaves are inputs of the trace from number `first` on.
+    """
+
+    def reached(i):
+        found = {jaxpr.invars[first + i]}
+        for eqn in jaxpr.eqns:
+            if any(not isinstance(var, Literal) and var in found for var in eqn.invars):
+                found.update(eqn.outvars)
+        return {k for k, var in enumerate(jaxpr.outvars) if not isinstance(var, Literal) and var in found}
+
+    return _leading(reached, perturbed_carry, carry_used, ys_used)
+
+
+def _leading(reached: Callable[[int], set[int]], perturbed_carry: Any, carry_used: Any, ys_used: Any) -> Any:
+    """Flags for the leaves of the carry that lead to an end, from the numbers of what leaf i reaches of (carry, y) in one step."""
+    candidates, treedef = jax.tree.flatten(perturbed_carry)
     count = len(candidates)
     used = [a and b for a, b in zip(candidates, jax.tree.leaves(carry_used), strict=True)]
     ends = {count + i for i, flag in enumerate(jax.tree.leaves(ys_used)) if flag}
-    nothing = jax.tree.map(lambda _: False, perturbed)
-    reached = {
-        i: _reached(step, nothing._replace(carry=treedef.unflatten([i == k for k in range(count)])), primals)
-        for i in range(count)
-        if candidates[i] and not used[i]
-    }
+    reaches = {i: reached(i) for i in range(count) if candidates[i] and not used[i]}
     while True:
         ends.update(i for i in range(count) if used[i])
-        found = [used[i] or bool(ends.intersection(reached.get(i, ()))) for i in range(count)]
+        found = [used[i] or bool(ends.intersection(reaches.get(i, ()))) for i in range(count)]
         if found == used:
             return treedef.unflatten(used)
         used = found

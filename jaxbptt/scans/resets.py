@@ -49,8 +49,10 @@ def with_flags(
         carry = init if reset is None else jax.tree.map(lambda a, b: a or bool(b), init, reset)
 
         def flagged(inner):
-            perturbed = Perturbed((inner.perturbed.params, reset, *rest), inner.perturbed.carry, (of_x, *flags))
-            adjoint = PerturbedAdjoint(*_flagged_adjoint(inner, reset), perturbed, inner.mutates)
+            carry = inner.perturbed.carry
+            resets = None if reset is None else jax.tree.map(lambda a, b: a and bool(b), carry, reset)
+            perturbed = Perturbed((inner.perturbed.params, resets, *rest), carry, (of_x, *flags))
+            adjoint = inner._replace(**_flagged_adjoint(inner, resets)._asdict(), perturbed=perturbed)
             return of_outputs(adjoint, inner, flagged)
 
         return flagged(adjoint_of(Perturbed(of_params, carry, of_x)))
@@ -150,7 +152,8 @@ def _flagged_adjoint(adjoint: PerturbedAdjoint, reset: Any) -> Adjoint:
         params_bar, xs_bar = adjoint.contract(params, residuals, ran_on, _present(valid, ys_bar), deltas)
         params_bar = fit(params_bar, params, adjoint.perturbed.params, "params")
         xs_bar = fit(xs_bar, xs, adjoint.perturbed.x, "xs")
-        xs_bar = _taken(valid, xs_bar, jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), xs_bar))
+        if valid is not None:
+            xs_bar = _taken(valid, xs_bar, jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), xs_bar))
         reset_bar = jax.tree.map(lambda leaf: leaf.sum(axis=0), reset_bars)
         # Nothing is computed from what padded steps compute.
         no_bar = jax.tree.map(jnp.zeros_like, differentiable(padding))

@@ -67,7 +67,8 @@ def reverse_mode(
             return run(*treedef.unflatten(primals))
 
         def flat_forward(*primals):
-            perturbed = tuple(primal.perturbed for primal in primals)
+            # JAX calls integers perturbed too where they pass through a loop of its own.
+            perturbed = tuple(primal.perturbed and is_differentiable(primal.value) for primal in primals)
             primals = treedef.unflatten([primal.value for primal in primals])
             outputs, saved = forward(adjoint_for(Perturbed(*treedef.unflatten(perturbed))), *primals)
             return outputs, _Kept(primals, saved, perturbed)

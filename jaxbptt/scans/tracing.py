@@ -17,8 +17,9 @@ from jaxbptt.scans.recurrence import Recurrence, at_one_step, is_array, is_ref, 
 
 # Calls that only wrap a function: their inside can be evaluated in place.
 _WRAPPERS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2"}
-# Under a map, branches become selects, and there is no writing to one mutable array from many places.
-_ONE_AT_A_TIME = {"cond", "get", "swap", "addupdate", "new_ref"}
+# Under a map, branches become selects, there is no writing to one mutable array from many places, and JAX mistakes the gradients
+# of a custom_vjp with symbolic zeros for each other where some of its inputs are not perturbed.
+_ONE_AT_A_TIME = {"cond", "get", "swap", "addupdate", "new_ref", "symbolic_zeros"}
 
 
 class ClosedParams(NamedTuple):
@@ -35,8 +36,8 @@ class TracedStep(NamedTuple):
         jaxpr: the trace; its constants are `params.closed_over`, its inputs the leaves of (params.leaves, carry, x).
         step: `(params, carry, x) -> (carry, y)`, which evaluates the trace and closes over nothing.
         primitives: names of all operations in it.
-        in_turn: whether it has to run one step at a time, and not mapped over time: where it branches (`lax.cond`) or
-            writes to a mutable array.
+        in_turn: whether it has to run one step at a time, and not mapped over time: where it branches (`lax.cond`),
+            writes to a mutable array or has a `jax.custom_vjp` with symbolic zeros.
         refs: the mutable arrays that it had closed over or found among the params, by the number of their constant in
             the trace. They can't be passed through a custom derivative, so `step` closes over them.
         params: the `ClosedParams` to call it with. Leaves of the user's params that are not arrays (activation
