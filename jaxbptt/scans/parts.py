@@ -37,10 +37,34 @@ def program(fn: Callable[..., Any], *args: Any) -> Program:
     """Trace `fn` for arguments of these shapes; leaves that are no arrays (flags, sizes) stay Python, and are no inputs."""
     arrays, others = split(args, is_array)
     closed, shapes = jax.make_jaxpr(lambda arrays: fn(*merge(arrays, others)), return_shape=True)(arrays)
-    flat = jax.make_jaxpr(partial(evaluate_inlined, closed.jaxpr, closed.consts))(jax.tree.leaves(arrays))
+    inlined = partial(evaluate_inlined, closed.jaxpr, closed.consts, run=_laid_out)
+    flat = jax.make_jaxpr(inlined)(jax.tree.leaves(arrays))
     consts = dict(zip(flat.jaxpr.constvars, flat.consts, strict=True))
     results = flat.jaxpr.outvars
     return Program(used(flat.jaxpr.eqns, results), consts, flat.jaxpr.invars, results, jax.tree.structure(shapes))
+
+
+def _laid_out(eqn: Any, values: list[Any]) -> list[Any]:
+    """The results of one operation; on CPU a convolution is one of [batch, *space, channels] with [*space, in, out].
+
+    XLA brings convolutions into this form, the one that has fast code, outside of loops only. In a loop the gradient of a
+    3 × 3 × 8 × 8 kernel over 40 images of 16 × 16 took 30 ms as JAX derives it, and 0.4 ms so; that of the images, 5 times
+    as long.
+    """
+    if eqn.primitive.name != "conv_general_dilated" or jax.default_backend() != "cpu":
+        return bind(eqn, values)
+    images, kernel, results = eqn.params["dimension_numbers"]
+    rank = len(images)
+    last = (0, rank - 1, *range(1, rank - 1))
+    numbers = type(eqn.params["dimension_numbers"])(last, (rank - 1, rank - 2, *range(rank - 2)), last)
+    with eqn.ctx.manager:
+        operands = (
+            jax.lax.transpose(values[0], (images[0], *images[2:], images[1])),
+            jax.lax.transpose(values[1], (*kernel[2:], kernel[1], kernel[0])),
+        )
+        found = eqn.primitive.bind(*operands, **eqn.params | {"dimension_numbers": numbers})
+        order = (results[0], *results[2:], results[1])
+        return [jax.lax.transpose(found, [order.index(axis) for axis in range(rank)])]
 
 
 def arrays_of(tree: Any) -> list[Any]:
