@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import flax.linen as nn
 import flax.nnx as nnx
 import haiku as hk
 import jax
@@ -103,6 +104,59 @@ def ours(kind, size):
         "adjoint_scan": by(bptt.adjoint_scan),
     }
     return {name: Layer(run, params) for name, run in runs.items()}
+
+
+def convolutional(T, B, side, channels):
+    """An Elman network of images, written as a bare step."""
+    keys = jax.random.split(jax.random.key(0))
+    params = [0.1 * jax.random.normal(key, (3, 3, channels, channels)) for key in keys]
+
+    def step(params, h, x):
+        of_h, of_x = (
+            jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            for image, kernel in zip((h, x), params, strict=True)
+        )
+        h = jnp.tanh(of_h + of_x)
+        return h, h
+
+    shape = B, side, side, channels
+    return step, params, jnp.zeros(shape), (T, *shape)
+
+
+def linen(cell, T, *shape):
+    """A cell of flax.linen as a step."""
+    x = jnp.zeros(shape)
+    carry = cell.initialize_carry(jax.random.key(0), x.shape)
+    return cell.apply, cell.init(jax.random.key(1), carry, x), carry, (T, *shape)
+
+
+# (step, params, init, shape of xs) of steps that are not this library's, and small ones, to see that they run.
+OTHERS = {
+    "convolutional RNN, 20/4/16×16×8": lambda: convolutional(20, 4, 16, 8),
+    "flax ConvLSTM, 20/4/16×16×8": lambda: linen(nn.ConvLSTMCell(8, (3, 3)), 20, 4, 16, 16, 8),
+    "flax OptimizedLSTM, 128/16/32/64": lambda: linen(nn.OptimizedLSTMCell(64), 128, 16, 32),
+    "flax OptimizedLSTM, 256/32/64/128": lambda: linen(nn.OptimizedLSTMCell(128), 256, 32, 64),
+}
+QUICK_OTHERS = {
+    "convolutional RNN, 4/2/5×5×2": lambda: convolutional(4, 2, 5, 2),
+    "flax OptimizedLSTM, 4/2/3/4": lambda: linen(nn.OptimizedLSTMCell(4), 4, 2, 3),
+}
+
+
+def of_step(step, params, init):
+    """A step of others with JAX alone, and in the strategies that derive an adjoint for it."""
+
+    def by(scan):
+        return Layer(lambda params, xs: scan(step, params, init, xs)[1], params)
+
+    def by_lax(step, params, init, xs):
+        return jax.lax.scan(partial(step, params), init, xs)
+
+    return {
+        "lax.scan + jax.grad": by(by_lax),
+        "checkpointed_scan": by(bptt.checkpointed_scan),
+        "adjoint_scan (derived)": by(bptt.adjoint_scan),
+    }
 
 
 def by_flax(kind, size):

@@ -64,6 +64,19 @@ def linearized(traced: TracedStep, perturbed: Perturbed) -> PerturbedAdjoint | N
     beside = jax.tree.leaves((places[0], places[2]))
     outside_eqns, loop_eqns, outside = fixed_by(tangent_eqns, {*settled, *beside})
     outside -= settled
+    # Pieces of one array that all enter the recursion enter it as that array: its δₜ is one.
+    read_inside, read_outside = (_reads(eqns) for eqns in (loop_eqns, outside_eqns))
+    whole_ones = [
+        eqn
+        for eqn in outside_eqns
+        if eqn.primitive.name == "split"
+        and read_inside.issuperset(eqn.outvars)
+        and read_outside.isdisjoint(eqn.outvars)
+    ]
+    pieces = {var for eqn in whole_ones for var in eqn.outvars}
+    outside_eqns = [eqn for eqn in outside_eqns if pieces.isdisjoint(eqn.outvars)]
+    loop_eqns = [*whole_ones, *loop_eqns]
+    outside -= pieces
     # Where tangents of params and inputs flow into the recursion, in order and each once.
     flow = [var for eqn in loop_eqns for var in eqn.invars] + tangents
     entries = list(dict.fromkeys(var for var in flow if not isinstance(var, Literal) and var in outside))
@@ -174,6 +187,10 @@ def _is_opaque(eqn: Any) -> bool:
     """Whether an operation holds a program of its own; that of a scatter only says how two numbers are combined."""
     kind = eqn.primitive.name
     return kind == "custom_lin" or (not kind.startswith("scatter") and any(True for _ in subjaxprs(eqn)))
+
+
+def _reads(eqns: Iterable[Any]) -> set[Any]:
+    return {var for eqn in eqns for var in eqn.invars if not isinstance(var, Literal)}
 
 
 def _numbers(variables: Iterable[Any]) -> int:

@@ -7,7 +7,6 @@ function is traced, and its operations are sorted.
 
 import math
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +19,7 @@ from jaxbptt.scans.tracing import bind, evaluate_inlined, read
 # A constant that these make is larger than what they make it of: cheaper made again at each step than read.
 _ENLARGE = {"broadcast_in_dim", "iota"}
 # These move entries about, or add them up over devices, so a sum may be taken before them.
-_MOVE = {"transpose", "concatenate", "reshape", "psum_invariant"}
+_MOVE = {"transpose", "concatenate", "reshape", "split", "psum_invariant"}
 
 
 class Program(NamedTuple):
@@ -37,10 +36,48 @@ def program(fn: Callable[..., Any], *args: Any) -> Program:
     """Trace `fn` for arguments of these shapes; leaves that are no arrays (flags, sizes) stay Python, and are no inputs."""
     arrays, others = split(args, is_array)
     closed, shapes = jax.make_jaxpr(lambda arrays: fn(*merge(arrays, others)), return_shape=True)(arrays)
-    flat = jax.make_jaxpr(partial(evaluate_inlined, closed.jaxpr, closed.consts))(jax.tree.leaves(arrays))
+
+    def inlined(inputs):
+        moved: dict[Any, Any] = {}  # keeps the values that are moved, so that no other gets their id
+
+        def run(eqn, values):
+            """The results of one operation; the same entries, moved in the same way twice, are one array."""
+            if eqn.primitive.name not in _MOVE:
+                return _laid_out(eqn, values)
+            key = eqn.primitive.name, str(eqn.params), *map(id, values)
+            if key not in moved:
+                moved[key] = values, bind(eqn, values)
+            return moved[key][1]
+
+        return evaluate_inlined(closed.jaxpr, closed.consts, inputs, run)
+
+    flat = jax.make_jaxpr(inlined)(jax.tree.leaves(arrays))
     consts = dict(zip(flat.jaxpr.constvars, flat.consts, strict=True))
     results = flat.jaxpr.outvars
     return Program(used(flat.jaxpr.eqns, results), consts, flat.jaxpr.invars, results, jax.tree.structure(shapes))
+
+
+def _laid_out(eqn: Any, values: list[Any]) -> list[Any]:
+    """The results of one operation; on CPU a convolution is one of [batch, *space, channels] with [*space, in, out].
+
+    XLA brings convolutions into this form, which has fast code, outside of loops only. In a loop the gradient of a
+    3 × 3 × 8 × 8 kernel over 40 images of 16 × 16 took 15 ms as JAX derives it, and 0.4 ms so; that of 4 images 0.19
+    and 0.04 ms.
+    """
+    if eqn.primitive.name != "conv_general_dilated" or jax.default_backend() != "cpu":
+        return bind(eqn, values)
+    images, kernel, results = eqn.params["dimension_numbers"]
+    rank = len(images)
+    last = (0, rank - 1, *range(1, rank - 1))
+    numbers = type(eqn.params["dimension_numbers"])(last, (rank - 1, rank - 2, *range(rank - 2)), last)
+    with eqn.ctx.manager:
+        operands = (
+            jax.lax.transpose(values[0], (images[0], *images[2:], images[1])),
+            jax.lax.transpose(values[1], (*kernel[2:], kernel[1], kernel[0])),
+        )
+        found = eqn.primitive.bind(*operands, **eqn.params | {"dimension_numbers": numbers})
+        order = (results[0], *results[2:], results[1])
+        return [jax.lax.transpose(found, [order.index(axis) for axis in range(rank)])]
 
 
 def arrays_of(tree: Any) -> list[Any]:
