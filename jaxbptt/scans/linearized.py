@@ -110,8 +110,7 @@ def linearized(traced: TracedStep, perturbed: Perturbed) -> PerturbedAdjoint | N
         bar_of = {i: number for number, i in enumerate(i for i, flag in enumerate(flagged) if flag)}
         ends = [(bar_of[i], var) for i, var in leaving if flagged[i]]
         eqns = used(loop_eqns, [var for _, var in ends])
-        read_here = {var for eqn in eqns for var in eqn.invars if not isinstance(var, Literal)}
-        read_here.update(var for _, var in ends)
+        read_here = _reads(eqns) | {var for _, var in ends}
         entering = [var for var in entries if var in read_here]
 
         def backward(params, residuals, x, carry_bar, y_bar):
