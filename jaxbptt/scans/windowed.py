@@ -93,9 +93,9 @@ def windowed_scan(
     r = prepare(step, params, init, xs, length, is_first, valid)
     with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
     step, params, adjoint_for, in_turn, by_hand, *_ = with_adjoint
-    length: Any = r.length
+    length = r.length
     # More lags than time steps add zeros, and lax.scan takes no symbolic number of them.
-    lags = int(window) if is_symbolic_dim(length) else min(int(window), length)
+    lags = int(window) if is_symbolic_dim(r.length) else min(int(window), length)
 
     def run(params, init, xs):
         return jax.lax.scan(partial(step, params), init, xs, length=length_for_scan(length), unroll=unroll)
