@@ -47,7 +47,7 @@ def test_unknown_name():
 
 
 def test_imports_run_one_way():
-    """Cells and scans know nothing of the rest, and strategies nothing of each other."""
+    """Cells and scans know nothing of the rest, and strategies nothing of each other; arrays and words are below all."""
     package = ROOT / "jaxbptt"
     allowed = {
         "cells": ("jaxbptt.cells",),
@@ -55,11 +55,11 @@ def test_imports_run_one_way():
             "jaxbptt.cells.cell",
             *(
                 f"jaxbptt.scans.{shared}"
-                for shared in ("recurrence", "tracing", "reverse_mode", "backward", "contraction")
-            ),
-            *(
-                f"jaxbptt.scans.{shared}"
-                for shared in ("along_time", "resets", "schedule", "segments", "parts", "linearized", "residuals")
+                for shared in (
+                    *("recurrence", "tracing", "reverse_mode", "backward", "contraction", "perturbed"),
+                    *("along_time", "resets", "schedule", "segments", "parts", "linearized", "residuals"),
+                    *("array_types", "devices"),
+                )
             ),
             "jaxbptt.scans",  # `from jaxbptt.scans import schedule`
         ),
@@ -69,7 +69,10 @@ def test_imports_run_one_way():
     for folder, prefixes in allowed.items():
         for file in (package / folder).glob("*.py"):
             imports = [line.split()[1] for line in file.read_text().splitlines() if line.startswith("from jaxbptt")]
-            assert all(name.startswith((*prefixes, "jaxbptt.words")) for name in imports), (file, imports)
+            assert all(name.startswith((*prefixes, "jaxbptt.arrays", "jaxbptt.words")) for name in imports), (
+                file,
+                imports,
+            )
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)

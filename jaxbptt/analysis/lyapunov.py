@@ -124,15 +124,21 @@ def lyapunov_exponents(
     settle, measured = burn_in // 2, r.length - burn_in
     blocks, left_over = divmod(measured, qr_every)
 
-    state = r.init, random_frame(size, k, dtype, key)
-    carry, _ = jax.lax.scan(
-        lambda carry, x: (r.step(r.params, carry, x)[0], None), state[0], _part(r, 0, settle), settle
-    )
-    state, _ = _factorise(r, (carry, state[1]), settle, 1, burn_in - settle)
-    state, (growth, error) = _factorise(r, state, burn_in, qr_every, blocks)
+    carry, parts = r.init, []
+    # Not where there is nothing to run: under jax.disable_jit, lax.scan takes no length of 0.
+    if settle:
+        carry, _ = jax.lax.scan(
+            lambda carry, x: (r.step(r.params, carry, x)[0], None), carry, _part(r, 0, settle), settle
+        )
+    state = carry, random_frame(size, k, dtype, key)
+    if burn_in > settle:
+        state, _ = _factorise(r, state, settle, 1, burn_in - settle)
+    if blocks:
+        state, part = _factorise(r, state, burn_in, qr_every, blocks)
+        parts.append(part)
     if left_over:
-        _, (more, more_error) = _factorise(r, state, r.length - left_over, left_over, 1)
-        growth, error = jnp.concatenate([growth, more]), jnp.concatenate([error, more_error])
+        parts.append(_factorise(r, state, r.length - left_over, left_over, 1)[1])
+    growth, error = map(jnp.concatenate, zip(*parts, strict=True))
 
     steps = jnp.minimum(jnp.arange(1, len(growth) + 1) * qr_every, measured)
     exponents = growth.sum(axis=0) / (measured * time_step)
