@@ -67,6 +67,11 @@ def cross_entropy(
             f"labels have shape {labels.shape}, but logits have {logits.shape}: pass class numbers (integers) of shape "
             f"{logits.shape[:-1]}, or distributions (floats) of shape {logits.shape}."
         )
+    if logits.ndim == 1 and not by_number:
+        raise ValueError(
+            f"logits and labels both have shape {logits.shape}: without class numbers it can't be told whether the classes are "
+            "missing or the time. Give them [time, classes], a single step as [1, classes]."
+        )
     mask = _check_mask(mask, logits.shape[:-1])
     if ignore_label is not None:
         mask = mask & (labels != _check_ignored(ignore_label, labels.dtype))
@@ -194,10 +199,9 @@ def _outputs(name: str, outputs: Any, expected: str) -> Array:
     outputs = _real(name, outputs, expected)
     if not jnp.issubdtype(outputs.dtype, jnp.floating):
         raise TypeError(f"{name} have dtype {outputs.dtype}, but floating-point numbers are expected: convert them.")
-    if outputs.ndim < 2 or outputs.shape[-1] == 0:
+    if outputs.ndim < 1 or outputs.shape[-1] == 0:
         raise ValueError(
-            f"{name} have shape {outputs.shape}, but {expected} is expected: time first, and at least one entry on the last "
-            "axis. Give a single step, or outputs without a last axis, one of length 1."
+            f"{name} have shape {outputs.shape}, but {expected} is expected, with at least one entry on the last axis."
         )
     return outputs
 
