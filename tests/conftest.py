@@ -23,3 +23,15 @@ def strict():
     """Double precision, and no dtype promotion that nobody asked for; what is about float32 asks for it."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test marked costly, the first case is quick and the others are slow."""
+    seen = set()
+    for item in items:
+        if item.get_closest_marker("costly") and not item.get_closest_marker("slow"):
+            test = item.nodeid.split("[")[0]
+            if test in seen:
+                item.add_marker(pytest.mark.slow)
+            seen.add(test)

@@ -120,6 +120,7 @@ def test_mutable_arrays_are_named(strategy):
 
 
 @strategies
+@pytest.mark.costly
 def test_keys_of_steps_that_are_computed_again_count_as_used_once(strategy):
     def gradient(step, w, key):
         xs = {"key": jax.random.split(key, 4)}

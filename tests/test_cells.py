@@ -51,6 +51,7 @@ def test_stack_is_its_layers_one_after_the_other():
 
 
 @pytest.mark.parametrize("name", CELLS)
+@pytest.mark.costly
 def test_batch_axes_are_independent_rows(name):
     cell = make_cell(name)
     params, carry, xs = problem(cell, 1, (2, 3))
@@ -60,6 +61,7 @@ def test_batch_axes_are_independent_rows(name):
 
 
 @pytest.mark.parametrize(("name", "gates"), [("elman", 1), ("gru", 3), ("lstm", 4)])
+@pytest.mark.costly
 def test_recurrent_weights_start_orthogonal(name, gates):
     params = make_cell(name).init(jax.random.key(3))
     for block in np.split(params.W_hh, gates):

@@ -44,6 +44,7 @@ def test_rows_of_a_cell():
     assert lines[0].split() == ["way", "largest", "relative", "error", "temporary", "bytes", "Mflop", "ms", "agrees"]
 
 
+@pytest.mark.slow
 def test_rows_with_flags():
     """Every way is given the flags, nan in the padding or not; what they leave out shows in the value."""
     cell = make_cell("elman")

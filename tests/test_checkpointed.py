@@ -28,6 +28,7 @@ def legal_options(steps):
 
 @pytest.mark.parametrize("own", [True, False], ids=["own adjoint", "derived"])
 @pytest.mark.parametrize("steps", [1, 2, 7, 64, 100])
+@pytest.mark.costly
 def test_equals_scan_under_every_option(steps, own):
     cell = make_cell("gru" if own else "elman")
     args = problem(cell, steps, (2,))
@@ -89,6 +90,7 @@ def test_a_segment_takes_less_than_half_of_the_states():
 @pytest.mark.parametrize(
     "options", [{"checkpoints": 1}, {"checkpoints": 4}, {"checkpoints": 12}, {"segment_length": 9}]
 )
+@pytest.mark.costly
 def test_number_of_steps_computed(options):
     """Counted as they run: the forward steps are as many as the schedule says, and each step is taken back once."""
     cell, count = make_cell("elman"), collections.Counter()

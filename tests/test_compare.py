@@ -67,6 +67,7 @@ def test_missing_step(setup):
     }
 
 
+@pytest.mark.slow
 def test_missing_lag(setup):
     cell, params, h_0, xs, reference = setup
     lags = bptt.lag_contributions(cell, params, h_0, xs, loss)
@@ -100,6 +101,7 @@ def test_state_of_the_wrong_step(setup):
         (lambda leaf: leaf.at[..., 0].set(jnp.nan), "it has nan or inf in"),
     ],
 )
+@pytest.mark.costly
 def test_whole_gradient(setup, change, cause):
     cell, params, h_0, xs, reference = setup
     temporal = bptt.temporal_contributions(cell, params, h_0, xs, loss)

@@ -83,6 +83,7 @@ def perturbed_loss(step, params, init, xs, loss, epsilons):
 
 @losses
 @pytest.mark.parametrize("name", ["elman", "gru", "network", "wrapped"])
+@pytest.mark.costly
 def test_adjoints_are_dL_dh(name, loss):
     step, params, init, xs = any_problem(name)
     flow = jax.jit(lambda *args: bptt.gradient_flow(step, *args, loss))(params, init, xs)
@@ -94,6 +95,7 @@ def test_adjoints_are_dL_dh(name, loss):
 
 @losses
 @pytest.mark.parametrize("name", ["elman", "gru", "lstm", "network"])
+@pytest.mark.costly
 def test_recursion_of_the_text(name, loss):
     """d_T = a_T, and dₜ = aₜ + Jₜ₊₁ᵀ dₜ₊₁ with Jacobians taken on another road."""
     step, params, init, xs = any_problem(name)
@@ -110,6 +112,7 @@ def test_recursion_of_the_text(name, loss):
 
 @losses
 @everything
+@pytest.mark.costly
 def test_gradients_and_contributions(name, loss):
     step, params, init, xs = any_problem(name)
     flow = jax.jit(lambda *args: bptt.gradient_flow(step, *args, loss))(params, init, xs)
@@ -122,6 +125,7 @@ def test_gradients_and_contributions(name, loss):
     assert_close(flow.contribution_norms, norms)
 
 
+@pytest.mark.slow
 def test_initial_state_batch_and_no_inputs():
     cell = make_cell("lstm")
     params, init, xs = problem(cell, 5, (3,))
@@ -149,6 +153,7 @@ def test_norms_of_vanishing_gradients_do_not_underflow():
     np.testing.assert_allclose(flow.norms, 2 * 10.0 ** -np.arange(30, -1, -1), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_memory_holds_no_weight_gradient_for_each_step():
     """Four times the time steps: temporary memory grows with T n, far from T p."""
     cell = bptt.elman(4, 128)
@@ -174,6 +179,7 @@ def cosine(a, b):
 
 @losses
 @pytest.mark.parametrize("name", ["elman", "gru", "lstm", "stack", "network", "wrapped"])
+@pytest.mark.costly
 def test_lags_sum_to_the_gradient(name, loss):
     step, params, init, xs = any_problem(name)
     lags = jax.jit(lambda *args: bptt.lag_contributions(step, *args, loss))(params, init, xs)
@@ -200,6 +206,7 @@ def test_lags_sum_to_the_gradient(name, loss):
         ("wrapped", loss_of_all, (2, 5)),
     ],
 )
+@pytest.mark.costly
 def test_bias_is_that_of_the_truncated_strategies(name, loss, lengths):
     """At every K, both kinds of cut."""
     step, params, init, xs = any_problem(name)
@@ -239,6 +246,7 @@ def test_wrong_lengths(lengths):
 
 
 @pytest.mark.parametrize("name", ["lstm", "wrapped"])
+@pytest.mark.costly
 def test_saliency_is_the_norm_of_input_gradients(name):
     step, params, init, xs = any_problem(name)
 
@@ -278,6 +286,7 @@ def test_no_nan_out_of_branches_not_taken():
     assert np.isfinite(bptt.input_saliency(step, *args, lambda h, ys: ys)).all()
 
 
+@pytest.mark.slow
 def test_lags_are_windows_cut_by_hand():
     """The first W lags together: each loss term alone, with the carry cut W steps before it."""
     cell = make_cell("elman")
@@ -331,6 +340,7 @@ BRANCHES = {
 
 
 @pytest.mark.parametrize("wrap", BRANCHES.values(), ids=BRANCHES)
+@pytest.mark.costly
 def test_state_returned_twice_from_inside_a_branch_or_loop(wrap):
     """The output is the new state, also where both come out of one opaque operation."""
 

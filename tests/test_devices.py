@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 ON_EIGHT_DEVICES = """
 from functools import partial
 import jax, numpy as np, optax
@@ -61,6 +63,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     run = subprocess.run(

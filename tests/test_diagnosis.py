@@ -29,6 +29,7 @@ def last(h, ys):
         ((1.0, 0.01), "steady", "stays within a factor of 100"),
     ],
 )
+@pytest.mark.costly
 def test_planted_causes(scales, cause, words):
     cell, *args = set_up(*scales)
     found = bptt.diagnose_gradient(cell, *args, last)
@@ -66,6 +67,7 @@ def test_gradient_across_the_direction_that_lasts():
 
 
 @pytest.mark.parametrize("name", ["lstm", "stack"])
+@pytest.mark.costly
 def test_slopes_by_gate_and_layer(name):
     """In the order of the step, from the pre-activations; the LSTM's by hand."""
     cell = make_cell(name)
@@ -121,6 +123,7 @@ def plant(where, cell, params, h_0, xs):
         (("step", "inf"), "carry", 17),
     ],
 )
+@pytest.mark.costly
 def test_where_the_forward_pass_breaks(where, leaf, index):
     found = bptt.diagnose_gradient(*plant(where, *set_up()), last)
     assert found.cause == "forward"
@@ -134,6 +137,7 @@ def test_loss_that_breaks():
     assert (found.cause, found.forward) == ("forward", bptt.BadEntry("loss", None, "nan"))
 
 
+@pytest.mark.slow
 def test_where_the_backward_pass_breaks():
     """√ at 0 is finite, its derivative is not: in the output of step 31, in the weights of step 21."""
     cell, params, h_0, xs = set_up()
@@ -166,6 +170,7 @@ def test_where_the_backward_pass_breaks():
     assert found.backward.leaf in ("∂L/∂params[1]", "∂L/∂xs[1]")
 
 
+@pytest.mark.slow
 def test_underflow_is_said():
     cell, params, h_0, xs = set_up(0.01, 0.1, steps=400)
     found = bptt.diagnose_gradient(cell, params, h_0, xs, last)

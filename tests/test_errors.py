@@ -82,6 +82,7 @@ def test_traced_length(strategy):
 
 @strategies
 @pytest.mark.parametrize("name", ["elman", "gru", "lstm"])
+@pytest.mark.costly
 def test_input_that_does_not_fit_the_carry(strategy, name):
     cell = getattr(bptt, name)(3, 4)
     params = cell.init(jax.random.key(0))

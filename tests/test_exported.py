@@ -51,6 +51,7 @@ CASES = [(name, False) for name in ALL] + [(name, True) for name in WITH_FLAGS]
 
 
 @pytest.mark.parametrize(("name", "flags"), CASES)
+@pytest.mark.costly
 def test_open_sizes(name, flags):
     function = jax.value_and_grad(partial(loss, ALL[name], flags))
     program = exported(function, "t, b" if name in OPEN_TIME else "7, b")
@@ -58,6 +59,7 @@ def test_open_sizes(name, flags):
 
 
 @pytest.mark.parametrize("name", ["scan", "adjoint_scan", "checkpointed_scan"])
+@pytest.mark.costly
 def test_exported_program_is_differentiated_after_it_is_loaded(name):
     pytest.importorskip("flatbuffers", reason="jax.export saves with it")
     program = exported(partial(loss, ALL[name], False), "t, b" if name in OPEN_TIME else "7, b")

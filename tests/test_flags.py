@@ -49,6 +49,7 @@ FLAGS = {
         pytest.param("stack", "both", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.costly
 def test_every_strategy_equals_a_loop(name, given):
     cell = make_cell(name)
     params, init, xs = problem(cell, 8, (2,))
@@ -127,6 +128,7 @@ def test_padding_where_the_step_is_not_defined():
         assert not gradients[1][~valid].any()
 
 
+@pytest.mark.slow
 def test_padding_runs_on_a_pair_that_occurs():
     """A carry and an input that never meet may be out of the step's range, each fine alone: times that have gone by."""
 
@@ -186,6 +188,7 @@ def test_whatever_has_no_batch_axis_or_no_derivative():
 
 
 @pytest.mark.parametrize("rows", [2, 0])
+@pytest.mark.costly
 def test_empty_arrays(rows):
     """Leaves without entries, and batches without rows: values and gradients as without flags."""
 
@@ -219,6 +222,7 @@ def test_empty_arrays(rows):
     [bptt.scan, bptt.adjoint_scan, bptt.checkpointed_scan, partial(bptt.truncated_scan, truncation_length=100)],
     ids=["scan", "adjoint", "checkpointed", "truncated"],
 )
+@pytest.mark.costly
 def test_bytes_are_those_without_flags(scan):
     """Nothing keeps a filled copy of the inputs: temporary bytes within 5 % of those without flags."""
     steps, rows = 4_000, 8

@@ -35,6 +35,7 @@ def test_logarithms_of_a_product(dtype):
 
 
 @halves
+@pytest.mark.costly
 def test_sums_over_lags(dtype):
     """A tail that falls by 1/512 a lag: each term is too small to change a sum in half precision."""
     terms = jnp.asarray(0.998 ** np.arange(3_000), dtype)
@@ -48,6 +49,7 @@ def test_sums_over_lags(dtype):
     assert abs(mine - theirs) <= 5
 
 
+@pytest.mark.slow
 def test_textbook_and_pascanu():
     cell = bptt.elman(3, 4, dtype=jnp.bfloat16)
     net = bptt.network(cell, 2)

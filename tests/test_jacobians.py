@@ -14,6 +14,7 @@ import jaxbptt as bptt
 
 
 @pytest.mark.parametrize("name", CELLS)
+@pytest.mark.costly
 def test_state_jacobians_are_those_of_each_step(name):
     cell = make_cell(name)
     params, carry, xs = problem(cell, 4)
@@ -151,6 +152,7 @@ LOSSES = {
 @pytest.mark.parametrize(
     ("name", "loss"), [(n, loss) for n in CELLS for k, loss in LOSSES.items() if n in ("elman", "lstm") or k == "both"]
 )
+@pytest.mark.costly
 def test_temporal_contributions_sum_to_the_gradient(name, loss):
     cell = make_cell(name)
     args = problem(cell, 6)

@@ -27,6 +27,7 @@ def sample(key, batch):
 
 
 @pytest.mark.parametrize("truncation_length", [None, CUT])
+@pytest.mark.costly
 def test_adding_problem(truncation_length):
     cell = bptt.lstm(2, 32, chrono_length=STEPS)
     net = bptt.network(cell, 1)

@@ -46,6 +46,7 @@ def test_mean_and_sum(kind):
 @each_loss
 @settings(max_examples=15, deadline=None)
 @given(lengths=st.lists(st.integers(0, 6), min_size=3, max_size=3), garbage=st.sampled_from([np.nan, np.inf, 1e300]))
+@pytest.mark.costly
 def test_padding_changes_nothing(kind, lengths, garbage):
     with jax.enable_x64(True):
         loss, outputs, targets = setup(kind)
@@ -95,6 +96,7 @@ def test_unbatched_and_nothing_valid():
     ("dtype", "steps"), [(jnp.float16, 65_536), (jnp.bfloat16, 10_000)], ids=["float16", "bfloat16"]
 )
 @each_loss
+@pytest.mark.costly
 def test_half_precision_is_added_up_in_single(kind, dtype, steps):
     """In float16 the sum overflows at 65,504 and the count with it; in bfloat16 no number above 256 is counted on."""
     loss, _, _ = setup(kind)
@@ -126,6 +128,7 @@ def test_ones_against_zeros_in_half_precision():
 
 
 @pytest.mark.parametrize("label", [-4, -1, 3])
+@pytest.mark.costly
 def test_a_label_that_is_no_class_gives_nan_and_never_another_class(label):
     logits, labels = jax.random.normal(jax.random.key(0), (4, 2, 3)), jnp.zeros((4, 2), int).at[1, 0].set(label)
     value, gradient = jax.jit(jax.value_and_grad(losses.cross_entropy))(logits, labels)
@@ -142,6 +145,7 @@ def test_a_label_that_is_no_class_gives_nan_and_never_another_class(label):
     np.testing.assert_allclose(total, 7 * expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_ignored_labels_and_a_mask_together():
     logits, labels = jax.random.normal(jax.random.key(0), (5, 3)), jnp.array([0, -100, 2, -100, 1])
     mask = jnp.array([True, True, False, True, True])
@@ -154,6 +158,7 @@ def test_ignored_labels_and_a_mask_together():
 
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8])
+@pytest.mark.costly
 def test_labels_of_few_bits_and_more_classes_than_they_hold(dtype):
     logits, labels = jax.random.normal(jax.random.key(0), (3, 300)), jnp.array([0, 100, 127])
     expected = losses.cross_entropy(logits, labels)

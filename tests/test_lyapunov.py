@@ -45,6 +45,7 @@ def test_diagonal_network_has_its_largest_exponents_found():
 
 @pytest.mark.parametrize("options", [{}, {"qr_every": 3}, {"burn_in": 11, "qr_every": 4}], ids=str)
 @pytest.mark.parametrize("name", ["elman", "gru", "lstm"])
+@pytest.mark.costly
 def test_sum_is_the_mean_log_determinant(name, options):
     cell = make_cell(name)
     args = problem(cell, 50)
@@ -112,6 +113,7 @@ def mean_field(g):
     return 0.5 * math.log(g**2 * (weights @ sech2**2)), math.log(g) - 0.5 + weights @ np.log(sech2)
 
 
+@pytest.mark.slow
 def test_random_network_in_chaos_against_mean_field():
     largest, mean = mean_field(1.5)
     np.testing.assert_allclose([largest, mean], [0.0652, -0.714], atol=5e-4)
@@ -148,6 +150,7 @@ def test_random_network_at_rest_has_the_exponent_of_its_weights():
         ((4.0, 2.0), 2.0, math.log(8)),
     ],
 )
+@pytest.mark.costly
 def test_dimension_and_entropy_by_hand(rates, dimension, entropy):
     step = lambda _, h, x: (h * jnp.array(rates), None)
     spectrum = bptt.lyapunov_exponents(step, None, jnp.ones(len(rates)), length=400, burn_in=300)
@@ -182,6 +185,7 @@ def test_batch_by_vmap():
 
 
 @pytest.mark.parametrize("options", [{}, {"qr_every": 3, "burn_in": 4}], ids=str)
+@pytest.mark.costly
 def test_gradient_against_finite_differences(options):
     cell = make_cell("elman")
     params, h_0, xs = problem(cell, 15)
@@ -263,6 +267,7 @@ def test_wrong_arguments(options, message):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.costly
 def test_a_direction_that_one_step_loses_is_not_resolved(dtype):
     """One step in 20,000 maps it to 0: its exponent is −∞, but rounding may make a number near the others of it."""
     turn = np.array([[0.6, -0.8], [0.8, 0.6]])

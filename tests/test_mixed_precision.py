@@ -44,6 +44,7 @@ def test_factors_are_rounded_and_nothing_else(name):
 
 
 @pytest.mark.parametrize("name", CELLS)
+@pytest.mark.costly
 def test_gradients_are_those_of_float32_up_to_the_rounding(name):
     cell, full = make(name, compute_dtype=jnp.bfloat16), make(name)
     params = random_like(jax.eval_shape(full.init, jax.random.key(0)), 0, 0.5)

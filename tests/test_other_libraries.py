@@ -54,6 +54,7 @@ def equinox_with_functions():
 
 
 @pytest.mark.parametrize("make", [nnx_lstm, nnx_gru, equinox_gru, equinox_with_functions])
+@pytest.mark.costly
 def test_step_of_another_library(make):
     step, params, init = make()
     xs = jax.random.normal(jax.random.key(1), (6, 3))
@@ -74,6 +75,7 @@ def test_step_of_another_library(make):
 
 
 @strategies
+@pytest.mark.costly
 def test_flax_scan_runs_on_a_strategy(monkeypatch, strategy):
     """`nnx.RNN`, and any `nnx.scan`, pass a carry of queues that the step empties and fills again."""
     rnn = nnx.RNN(nnx.SimpleCell(3, 2, rngs=nnx.Rngs(0), param_dtype=jnp.float64, dtype=jnp.float64))

@@ -38,6 +38,7 @@ def gradients(scan, step, args, seed=3):
 @pytest.mark.parametrize(
     ("steps", "batch"), [(1, ()), (15, (70,)), (16, ()), (17, (70,)), (31, (2, 3)), (67, ()), (67, (2, 3))]
 )
+@pytest.mark.costly
 def test_segments_with_and_without_a_rest(steps, batch):
     """70 rows take segments of about 15 steps, one row segments of half the sequence."""
     cell = make_cell("gru")
@@ -57,6 +58,7 @@ def test_segment_lengths():
 
 
 @pytest.mark.parametrize("name", ["gru", "lstm"])
+@pytest.mark.costly
 def test_second_derivatives_through_segments(name):
     cell = make_cell(name)
     params, init, xs = problem(cell, 17, (2,))
@@ -140,6 +142,7 @@ def test_what_is_kept():
     "loss", [lambda h, ys: jnp.mean(ys**2), lambda h, ys: jnp.mean(ys[-1] ** 2)], ids=["every", "last"]
 )
 @pytest.mark.parametrize("name", CELLS)
+@pytest.mark.costly
 def test_fewer_bytes_than_scan(name, loss):
     cell = bptt.__dict__[name](16, 64)
     params, init = cell.init(jax.random.key(0)), cell.initial_carry((1,))
@@ -214,6 +217,7 @@ def other_parts(h, deltas):
 @pytest.mark.parametrize("steps", [17, 19])
 @pytest.mark.parametrize("other", [other_order, other_parts])
 @pytest.mark.parametrize("is_other", [lambda length: length > 2, lambda length: length % 2 == 1], ids=["long", "odd"])
+@pytest.mark.costly
 def test_contractions_that_differ_by_length(steps, other, is_other):
     """An adjoint may take another way for a stretch of another length."""
 
@@ -247,6 +251,7 @@ def test_contractions_that_differ_by_length(steps, other, is_other):
 
 
 @pytest.mark.parametrize("steps", [1, 19])
+@pytest.mark.costly
 def test_contraction_of_outputs_that_the_loss_does_not_use(steps):
     """The gradient of y = W h is taken by `contract` alone; of the loss of the last state there is none."""
 

@@ -26,6 +26,7 @@ last_state = lambda carry, ys: jnp.sum(carry**2)
 all_outputs = lambda carry, ys: jnp.mean(ys**2)
 
 
+@pytest.mark.slow
 def test_smaller_budgets_cost_more_steps():
     cell = bptt.elman(4, 16)
     args = shapes(cell)
@@ -49,6 +50,7 @@ def test_smaller_budgets_cost_more_steps():
     assert "times on average" in more.reason
 
 
+@pytest.mark.slow
 def test_as_many_checkpoints_as_fit():
     cell = bptt.elman(4, 16)
     budget = 7_000
@@ -60,6 +62,7 @@ def test_as_many_checkpoints_as_fit():
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own adjoint", "bare step"])
+@pytest.mark.costly
 def test_prediction_without_a_loss(own):
     """The default stands for losses that look at every output: bytes within a quarter of a mean square's."""
     cell = bptt.gru(4, 16)
@@ -71,6 +74,7 @@ def test_prediction_without_a_loss(own):
         assert temporary_bytes(plan.scan, step, args, all_outputs) == pytest.approx(plan.predicted_bytes, rel=0.25)
 
 
+@pytest.mark.slow
 def test_nothing_exact_fits():
     cell = bptt.elman(4, 16)
     args = shapes(cell)

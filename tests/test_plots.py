@@ -174,6 +174,7 @@ def test_ticks_at_truncation_lengths(lengths):
     assert all(a.x1 < b.x0 for a, b in pairwise(boxes)), "labels do not overlap"
 
 
+@pytest.mark.slow
 def test_truncation_bias_of_what_bptt_returns():
     cell = make_cell("gru")
     result = bptt.truncation_bias(cell, *problem(cell, 6), lambda h, ys: jnp.sum(ys**2))
@@ -401,6 +402,7 @@ def test_text_saliency_says_what_is_wrong(text, values, options, message):
 
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("values", NO_NUMBERS, ids=["one zero", "zeros", "nan", "nan and inf"])
+@pytest.mark.costly
 def test_nothing_to_draw_is_no_error(values, several):
     n = len(values)
     square = np.broadcast_to(values, (n, n))

@@ -19,6 +19,7 @@ def explicit():
 
 
 @pytest.mark.parametrize("name", CELLS)
+@pytest.mark.costly
 def test_cells_with_a_batch(name):
     """The step, and the cell's own adjoint, by shapes alone; and values in float32."""
     cell = make_cell(name)

@@ -18,6 +18,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 @pytest.mark.parametrize("name", ["elman", "lstm"])
+@pytest.mark.costly
 def test_pascanu_is_its_formula(name, loss):
     cell = make_cell(name)
     args = problem(cell, 7)
@@ -55,6 +56,7 @@ def test_pascanu_without_gradient_is_zero_and_has_no_nan():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_flossing_moves_exponents_to_zero():
     cell = bptt.elman(2, 6, dtype=jnp.float64)
     params = cell.init(jax.random.key(0))
@@ -91,6 +93,7 @@ def clipped_by_hand(cell, params, h_0, xs, clip, hs_bar):
 
 @pytest.mark.parametrize("by", ["number", "function"])
 @pytest.mark.parametrize("derived", [False, True])
+@pytest.mark.costly
 def test_clipped_adjoint(by, derived):
     cell = make_cell("elman")
     params, h_0, xs = problem(cell, 9)

@@ -67,6 +67,7 @@ def test_report_on_the_standard_library(tmp_path, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
 
+@pytest.mark.slow
 def test_report_on_a_file_as_a_process(tmp_path):
     """As a user runs it: the exit code, the file, and nothing on standard error."""
     wave = np.sin(np.arange(40)[:, None] * [0.3, 0.5])
@@ -187,6 +188,7 @@ def test_a_failed_write_is_one_line(monkeypatch, tmp_path, capsys):
     assert "can't be written: Permission denied." in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_one_repeated_character(tmp_path):
     """Nothing to predict: every gradient is 0, every error too, and the report says so instead of failing."""
     path = tmp_path / "a.txt"
@@ -231,6 +233,7 @@ def test_reach_in_words():
     assert "is not finite in 1 of 1 step." in sentence([np.nan])
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_left_out_and_said(monkeypatch):
     monkeypatch.setattr(report, "MAX_DENSE_BYTES", 0)
     task = tasks.next_step(tasks.read_standard_library(), steps=5, batch=1)

@@ -28,6 +28,7 @@ CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in MORE if case n
 
 
 @pytest.mark.parametrize(("name", "steps", "batch", "dtype"), CASES)
+@pytest.mark.costly
 def test_equals_python_loop(name, steps, batch, dtype):
     cell = make_cell(name, dtype)
     args = problem(cell, steps, batch, dtype)
@@ -50,6 +51,7 @@ def test_equals_python_loop(name, steps, batch, dtype):
 
 @strategies
 @pytest.mark.parametrize("name", ["elman", "stack"])
+@pytest.mark.costly
 def test_no_time_steps(strategy, name):
     cell = make_cell(name)
     params, init, xs = problem(cell, 0, (2,))
@@ -109,6 +111,7 @@ counted_by_the_loop = cache(partial(run_counting, python_loop, jit=True))
 
 @strategies
 @pytest.mark.parametrize("jit", [pytest.param(False, marks=pytest.mark.slow), True], ids=["eager", "jit"])
+@pytest.mark.costly
 def test_leaves_without_derivative(strategy, jit):
     (value, count), gradients = run_counting(strategy, jit=jit)
     (expected, _), expected_gradients = counted_by_the_loop()
@@ -134,12 +137,14 @@ of_the_loop = cache(partial(gradient_of_what_is_closed_over, python_loop, jax.ji
 
 
 @strategies
+@pytest.mark.costly
 def test_gradient_reaches_what_a_step_closes_over(strategy):
     for transform in (lambda f: f, jax.jit):
         assert_close(gradient_of_what_is_closed_over(strategy, transform), of_the_loop())
 
 
 @strategies
+@pytest.mark.costly
 def test_params_that_are_no_arrays(strategy):
     """Models keep functions and names among their leaves."""
     xs = jax.random.normal(jax.random.key(0), (6, 3))
@@ -178,6 +183,7 @@ vmapped_loop = cache(partial(vmapped_and_nested, python_loop))
 
 
 @own_strategies
+@pytest.mark.costly
 def test_vmap_and_nesting(strategy):
     """Under vmap on either side of grad, and inside another scan."""
     assert_close(vmapped_and_nested(strategy), vmapped_loop())
@@ -198,6 +204,7 @@ second_derivatives_of_the_loop = cache(partial(second_derivatives, python_loop, 
 
 
 @own_strategies
+@pytest.mark.costly
 def test_second_derivatives(strategy):
     """Forward over reverse, and reverse over reverse, with respect to weights and first state."""
     (expected,) = second_derivatives_of_the_loop()
@@ -206,6 +213,7 @@ def test_second_derivatives(strategy):
 
 
 @own_strategies
+@pytest.mark.costly
 def test_branches_do_not_leak_nan(strategy):
     """The branch not taken has the gradient nan: a strategy that computes both sides would return it."""
 
@@ -223,6 +231,7 @@ def test_branches_do_not_leak_nan(strategy):
 
 
 @own_strategies
+@pytest.mark.costly
 def test_unroll_changes_nothing(strategy):
     cell = make_cell("lstm")
     args = problem(cell, 7, (2,))
@@ -247,6 +256,7 @@ def test_length_may_be_a_numpy_number():
 
 
 @pytest.mark.parametrize("name", CELLS)
+@pytest.mark.costly
 def test_integer_and_boolean_inputs_of_a_cell(name):
     """One-hot vectors are often integers: they have no gradient, and the weights have theirs."""
     cell = make_cell(name)
@@ -262,6 +272,7 @@ def test_integer_and_boolean_inputs_of_a_cell(name):
 
 
 @strategies
+@pytest.mark.costly
 def test_flags_and_sizes_among_the_params_stay_python_numbers(strategy):
     def step(p, h, x):
         h = jnp.tanh(p["w"] * h.reshape(p["n"], -1).reshape(-1)) if p["flag"] else h
@@ -272,6 +283,7 @@ def test_flags_and_sizes_among_the_params_stay_python_numbers(strategy):
 
 
 @strategies
+@pytest.mark.costly
 def test_step_is_traced_once(strategy):
     cell = make_cell("elman")
     params, init, xs = problem(cell, 6)
@@ -297,6 +309,7 @@ def test_trace_count_can_fail():
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("mode", ["jvp", "jacfwd", "linearize"])
+@pytest.mark.costly
 def test_forward_mode_names_the_way_out(mode, jit):
     cell = make_cell("elman")
     params, init, xs = problem(cell, 3)
@@ -325,6 +338,7 @@ def test_forward_mode_gradient_equals_reverse():
     assert_close(jax.jacfwd(partial(loss, bptt.scan))(params), jax.grad(partial(loss, bptt.adjoint_scan))(params))
 
 
+@pytest.mark.slow
 def test_adjoint_scan_saves_memory():
     """The hand-derived adjoint stores less than autodiff does, the derived one no more."""
     for name, hidden in (("elman", 64), ("gru", 64), ("lstm", 64)):

@@ -19,6 +19,7 @@ def run(*words):
     )
 
 
+@pytest.mark.slow
 def test_adjoints_by_hand_with_flags_on_eight_devices():
     found = run("adjoint", "gru", "flags")
     assert found.returncode == 0, found.stdout + found.stderr

@@ -43,6 +43,7 @@ def assert_is_baseline(task, outputs, sequences, *, of_baseline=0.0):
 
 
 @pytest.mark.parametrize(("make", "inputs", "targets", "counted"), TASKS.values(), ids=TASKS)
+@pytest.mark.costly
 def test_every_task(make, inputs, targets, counted):
     task = make()
     batch = 3
@@ -199,6 +200,7 @@ def test_mackey_glass_against_a_plain_loop(tau):
     ],
     ids=["lorenz", "slow lorenz", "mackey-glass", "mackey-glass 30"],
 )
+@pytest.mark.costly
 def test_chaotic(make, own_error):
     task = make(200)
     sequences = draw(task, 512, seed=5)

@@ -64,6 +64,7 @@ def by_hand(params, carry, xs, targets, counted=None, cut_every=10**6):
     [(5, 2, 5), (3, 7, 7)]
     + [pytest.param(*case, marks=pytest.mark.slow) for case in ((None, None, 5), (5, 5, 5), (2, 8, 8), (1, 4, 4))],
 )
+@pytest.mark.costly
 def test_updates_equal_a_loop(every, back, length):
     """An update every k1 steps with a gradient that reaches back k2: params, carry and metrics, update by update."""
     optimizer, clip = optax.sgd(0.1, momentum=0.9), optax.clip_by_global_norm(0.3)
@@ -111,6 +112,7 @@ def test_updates_equal_a_loop(every, back, length):
 
 
 @pytest.mark.parametrize("name", [*EXACT, "truncated_scan", "windowed_scan"])
+@pytest.mark.costly
 def test_any_strategy_and_nothing_is_lost(name):
     """At learning rate 0 an epoch in ragged chunks is one pass over the data: every step's loss once, and the last carries."""
     ways = EXACT | {
@@ -151,6 +153,7 @@ def test_overlapping_chunks_count_every_step_once():
     np.testing.assert_allclose(counted, total, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_burn_in_has_neither_gradient_nor_loss():
     init, update = bptt.tbptt(loss, optax.sgd(1.0), burn_in=3)
     state = start(init)
@@ -290,6 +293,7 @@ def test_params_without_a_derivative_are_left_alone():
 
 
 @pytest.mark.parametrize("name", ["prodigy", "reduce_on_plateau", "polyak_sgd", "multi_steps"])
+@pytest.mark.costly
 def test_optimisers_that_keep_params_or_ask_for_the_loss(name):
     """The caller's params outlive a donated state, and nothing is traced twice."""
     optimizer = {

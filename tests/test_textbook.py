@@ -21,6 +21,7 @@ def setup(steps=6):
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 6])
+@pytest.mark.costly
 def test_equals_autodiff(steps):
     net, params, h_0, xs, targets = setup(steps)
 

@@ -22,6 +22,7 @@ def close(mine, theirs):
 @pytest.mark.parametrize("strategy", [bptt.scan, bptt.adjoint_scan])
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("name", MODULES)
+@pytest.mark.costly
 def test_equals_torch(name, layers, strategy):
     torch.manual_seed(0)
     module = getattr(torch.nn, MODULES[name])(INPUT, HIDDEN, num_layers=layers)

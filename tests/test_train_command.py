@@ -81,6 +81,7 @@ def process(*arguments, **environment):
     )
 
 
+@pytest.mark.slow
 def test_a_text_is_learnt(capsys):
     assert run(*TEXT_RUN, "--updates", "60", "--learning-rate", "0.03", "--sample", "20") == 0
     printed = capsys.readouterr()
@@ -160,6 +161,7 @@ def test_only_the_part_to_learn_from_is_standardised_by():
     np.testing.assert_allclose(archive.training.at(2).xs, array.training.at(2).xs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_resumed_is_the_same_bit_for_bit():
     """Also where the metrics' file has gone on after the checkpoint, down to half a line."""
     once = in_one_go()
@@ -178,6 +180,7 @@ def test_resumed_is_the_same_bit_for_bit():
     assert len(once["metrics"].splitlines()) == 25
 
 
+@pytest.mark.slow
 def test_resumed_with_a_schedule_and_layers(monkeypatch, capsys):
     """The rate's schedule goes on where it was, and so do JSON lines; here the stop is no multiple of --save-every."""
     arguments = [*ARRAY_RUN, "--schedule", "cosine", "--updates", "24"]
@@ -260,6 +263,7 @@ main(["train", *sys.argv[1:]])
     [("open", 0, "record.json"), ("os.rename", 1, "step_00000012")],
     ids=["writing", "naming"],
 )
+@pytest.mark.costly
 def test_a_kill_in_the_middle_of_a_save(event, which, end):
     """SIGKILL while the second checkpoint is written: the first is there, and going on gives what would have been."""
     arguments = [*TEXT_RUN, "--updates", "24"]
@@ -275,6 +279,7 @@ def test_a_kill_in_the_middle_of_a_save(event, which, end):
     assert not list(Path("jaxbptt-train").glob("*.saving"))
 
 
+@pytest.mark.slow
 def test_two_processes_and_two_devices_are_as_good_as_one():
     """Two processes that meet on loopback, and one with two devices, end with the params of one alone."""
     arguments = [*TEXT_RUN, "--updates", "24"]

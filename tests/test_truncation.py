@@ -63,6 +63,7 @@ def both(strategy, loop, cell, args, options):
         ("elman", 12, 50),
     ],
 )
+@pytest.mark.costly
 def test_truncated_equals_a_loop_with_cuts(name, steps, K):
     cell = make_cell(name)
     args = problem(cell, steps, (2,))
@@ -74,6 +75,7 @@ def test_truncated_equals_a_loop_with_cuts(name, steps, K):
 @pytest.mark.parametrize(
     ("name", "steps", "W"), [("elman", 1, 1), ("lstm", 6, 1), ("gru", 6, 3), ("stack", 6, 6), ("elman", 6, 9)]
 )
+@pytest.mark.costly
 def test_windowed_equals_a_loop_from_every_start(name, steps, W):
     cell = make_cell(name)
     args = problem(cell, steps, (2,))
@@ -83,6 +85,7 @@ def test_windowed_equals_a_loop_from_every_start(name, steps, W):
 
 
 @pytest.mark.parametrize("K", [2, 5])
+@pytest.mark.costly
 def test_second_derivatives_of_a_truncated_gradient(K):
     """What the cut keeps apart stays apart in the derivative of the gradient, and `init` is not cut there either."""
     cell = make_cell("elman")
@@ -99,6 +102,7 @@ def test_second_derivatives_of_a_truncated_gradient(K):
 
 
 @pytest.mark.parametrize("W", [1, 4, 9])
+@pytest.mark.costly
 def test_windowed_is_the_sum_of_lags(W):
     cell = make_cell("gru")
     params, init, xs = problem(cell, 9, (2,))
@@ -132,6 +136,7 @@ def test_known_gradient_with_a_cut():
 
 @pytest.mark.parametrize("name", ["elman", "lstm"])
 @pytest.mark.parametrize("K", [3, 20])
+@pytest.mark.costly
 def test_resets_equal_a_loop(name, K):
     """Rows begin anew at steps of their own; the reset carry gets its gradient, the state before it none."""
     cell = make_cell(name)
@@ -241,7 +246,7 @@ def test_illegal_options():
         (
             partial(cut, truncation_length=2, is_first=flags[:4]),
             ValueError,
-            r"is_first has shape \(4, 2\), but there are 5",
+            r"is_first has shape \(4, 2\), but the sequence has 5 time steps",
         ),
         (
             partial(cut, truncation_length=2, is_first=flags[:, :1]),
@@ -311,6 +316,7 @@ def test_memory_of_training_does_not_grow_with_the_number_of_chunks():
 
 
 @pytest.mark.parametrize("length", [1, 12])
+@pytest.mark.costly
 def test_surviving_paths(length):
     t, s = np.mgrid[:length, :length]
     below = s <= t

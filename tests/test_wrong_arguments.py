@@ -309,6 +309,7 @@ def functions():
     }
 
 
+@pytest.mark.slow
 def test_only_our_own_words():
     found = []
     filtering = jax.config.jax_traceback_filtering
