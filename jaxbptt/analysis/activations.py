@@ -49,7 +49,7 @@ def opened(traced: TracedStep) -> Callable[..., Any]:
 def _open(kind: str, a: Array) -> Array:
     largest, _ = _SQUASHING[kind]
     fn = jax.custom_jvp(jnp.tanh if kind == "tanh" else jax.nn.sigmoid)
-    fn.defjvp(lambda primals, tangents: (fn(*primals), jnp.asarray(largest, a.dtype) * tangents[0]))
+    fn.defjvp(lambda primals, tangents: (fn(*primals), jnp.asarray(largest, tangents[0].dtype) * tangents[0]))
     return fn(a)
 
 
