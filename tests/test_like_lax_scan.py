@@ -837,5 +837,9 @@ SOLVED = {
 @cases("solve", SOLVED)
 def test_solvers_inside_a_step(solve):
     step = lambda v, w, h, x: (jnp.tanh(solve(w, h, x)), h * w)
-    assert_all_like_lax_scan(Case(step, init=jnp.array(0.3)).run)
-    assert_all_like_lax_scan(Case(step, init=jnp.array(0.3), wrt=("init",)).run)
+    strategies = dict(STRATEGIES)
+    if solve is SOLVED["odeint"]:
+        # Its own way back chooses its steps by what comes back, so it is linear to its tolerance only.
+        del strategies["windowed_scan"]
+    assert_all_like_lax_scan(Case(step, init=jnp.array(0.3)).run, strategies)
+    assert_all_like_lax_scan(Case(step, init=jnp.array(0.3), wrt=("init",)).run, strategies)
