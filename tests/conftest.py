@@ -1,7 +1,8 @@
 import os
 
-# The suite compiles much and runs little: code that is compiled fast costs a quarter less time than fast code.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+import fast_compilation
+
+fast_compilation.ask_for()
 
 import jax
 import pytest

@@ -207,6 +207,12 @@ PARTS = {
         lambda v, w, h, x: (jnp.tanh(w * h + x), {"y": h, "z": in_a_while_loop(x)}), wrt=("params",)
     ),
     "nothing depends on it": Case(lambda v, w, h, x: (jnp.sin(h), x), wrt=("params", "closed"), closed=0.2),
+    "nothing leads to the loss": Case(
+        lambda v, w, c, x: ({"h": jnp.tanh(c["h"] + x), "s": c["s"] * w}, c["s"]),
+        wrt=("params",),
+        init={"h": 0.3, "s": 0.2},
+        read=lambda carry, ys: carry["h"],
+    ),
     "nothing is differentiable": Case(lambda v, w, h, x: (h + 1, in_a_while_loop(x)), wrt=("params",), init=0),
 }
 

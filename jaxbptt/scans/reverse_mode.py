@@ -81,6 +81,8 @@ def reverse_mode(
             carry_bar, ys_bar = bars[0], differentiable(bars[1])
             carry_bar = jax.tree.map(partial(_or_else, zeros), select(carry_bar, adjoint.perturbed.carry))
             ys_bar = jax.tree.map(partial(_or_else, _at_every_step), ys_bar)
+            if not jax.tree.leaves((carry_bar, ys_bar)):  # the loss uses nothing that a tangent reaches
+                return (None,) * len(kept.perturbed)
             kept = same_keys(kept)
             bars = backward(adjoint, *kept.primals, kept.saved, carry_bar, ys_bar)
             return tuple(treedef.flatten_up_to(bars))
