@@ -1,9 +1,6 @@
 import os
 
-import fast_compilation
-
-fast_compilation.ask_for()
-
+import fast_compilation  # noqa: F401, which sets flags before jax is imported
 import jax
 import pytest
 

@@ -4,22 +4,18 @@ A case is drawn from a source of randomness, hypothesis's in the suite and a see
 `python tests/fuzz.py 1000` runs seeds 0 … 999, `python tests/fuzz.py 1000 2000` those from 1000 on; `--only 7` one, in full.
 """
 
-import os
-import sys
-
-import fast_compilation
-
-fast_compilation.ask_for()
-
 import argparse
 import functools
+import os
 import random
+import sys
 import time
 import traceback
 from collections import Counter
 from functools import partial
 from typing import Any, NamedTuple
 
+import fast_compilation  # noqa: F401, which sets flags before jax is imported
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -559,10 +559,13 @@ def test_vmap_over_every_axis(in_axes):
     ]
 
     def run(scan):
-        outs = jax.vmap(lambda *args: scan(cell, *args), in_axes)(*args)
         of_each = jax.vmap(partial(gradients, scan, step=cell), in_axes)(*args)
-        of_all = jax.grad(lambda args: total(jax.vmap(lambda *args: scan(cell, *args), in_axes)(*args)))(tuple(args))
-        return outs, of_each, of_all
+
+        def of_all(args):
+            outs = jax.vmap(lambda *args: scan(cell, *args), in_axes)(*args)
+            return total(outs), outs
+
+        return of_each, jax.value_and_grad(of_all, has_aux=True)(tuple(args))
 
     assert_all_like_lax_scan(run, WITH_CELL)
 

@@ -1,6 +1,7 @@
 """Every strategy with every option, and the analysis, under each of JAX's modes: the same numbers, and no error."""
 
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +14,24 @@ import jaxbptt as bptt
 
 STEPS = 5
 
+
+@contextmanager
+def together(*modes):
+    with ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(mode)
+        yield
+
+
+DEBUG = "debug_nans and debug_infs"
 MODES = {
     "disable_jit": jax.disable_jit,
-    "debug_nans": partial(jax.debug_nans, True),
-    "debug_infs": partial(jax.debug_infs, True),
+    DEBUG: lambda: together(jax.debug_nans(True), jax.debug_infs(True)),
     "checking_leaks": jax.checking_leaks,
-    "strict dtype promotion": partial(jax.numpy_dtype_promotion, "strict"),
-    "strict rank promotion": partial(jax.numpy_rank_promotion, "raise"),
-    "float32": partial(jax.enable_x64, False),
-    "float64": partial(jax.enable_x64, True),
+    "float64, strict dtype and rank promotion": lambda: together(
+        jax.enable_x64(True), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise")
+    ),
+    "float32": lambda: jax.enable_x64(False),
 }
 modes = cases("mode", MODES)
 
@@ -67,7 +77,7 @@ def gradients(scan, step, args, *, flags):
 
 
 def problems(dtype):
-    """A step without batch, and a stack of cells with one; without flags and with them."""
+    """A stack of cells with a batch and flags, and a step without."""
     cell = make_cell("stack", dtype)
     params, init = jax.eval_shape(cell.init, jax.random.key(0)), jax.eval_shape(lambda: cell.initial_carry((2,)))
     args = random_like(params, 0, 0.5), random_like(init, 1), random_like(jax.ShapeDtypeStruct((STEPS, 2, 3), dtype), 2)
@@ -76,13 +86,10 @@ def problems(dtype):
         {"h": random_like(jax.ShapeDtypeStruct((3,), dtype), 4), "key": jax.random.key(0), "n": jnp.int32(0)},
         {"x": random_like(jax.ShapeDtypeStruct((STEPS, 3), dtype), 5), "i": jnp.arange(STEPS, dtype=jnp.int32) % 2},
     )
-    is_first = np.arange(STEPS) == 2
-    flags = {"is_first": is_first[:, None] & np.array([True, False]), "valid": np.ones((STEPS, 2), bool)}
+    flags = {"is_first": (np.arange(STEPS) == 2)[:, None] & np.array([True, False]), "valid": np.ones((STEPS, 2), bool)}
     flags["valid"][-2:, 1] = False
-    yield cell, args, {}
     yield cell, args, flags
     yield branching, step_args, {}
-    yield branching, step_args, {"is_first": is_first, "valid": ~is_first, "reset_carry": step_args[1]}
 
 
 @pytest.fixture(scope="module")
@@ -155,27 +162,35 @@ def numbers(tree):
     return [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype") or isinstance(leaf, float | int)]
 
 
+def analysed(name):
+    dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+    cell = make_cell("elman", dtype)
+    params = random_like(jax.eval_shape(cell.init, jax.random.key(0)), 0, 0.5)
+    xs = random_like(jax.ShapeDtypeStruct((STEPS, 3), dtype), 1)
+    return numbers(ANALYSIS[name](cell, params, jnp.full(4, 0.1, dtype), xs))
+
+
+@cache
+def analysed_outside(name, x64):
+    with jax.enable_x64(x64), jax.numpy_dtype_promotion("standard"):
+        return analysed(name)
+
+
+# The logarithm of a product that is not there yet is -inf; the dimension of a part of a spectrum is nan.
+UNDEFINED = ("log_norms", "jacobian_operators", "gradient_flossing")
+
+
 @modes
 @cases("name", {name: name for name in ANALYSIS}, "gradient_flow", "singular_values", "lyapunov_exponents")
 def test_analysis(name, mode):
-    def of(dtype):
-        cell = make_cell("elman", dtype)
-        params = random_like(jax.eval_shape(cell.init, jax.random.key(0)), 0, 0.5)
-        return ANALYSIS[name](
-            cell, params, jnp.full(4, 0.1, dtype), random_like(jax.ShapeDtypeStruct((STEPS, 3), dtype), 1)
-        )
-
-    # The logarithm of a product that is not there yet is -inf; the dimension of a part of a spectrum is nan.
-    undefined = {"debug_infs": ("log_norms", "jacobian_operators"), "debug_nans": ("gradient_flossing",)}
-    if any(mode is MODES[kind] and name in names for kind, names in undefined.items()):
+    if mode is MODES[DEBUG] and name in UNDEFINED:
         with mode(), pytest.raises(FloatingPointError):
-            of(jnp.float64)
+            analysed(name)
         return
     with mode():
         x64 = jax.config.jax_enable_x64
-        mine = numbers(of(jnp.float64 if x64 else jnp.float32))
-    with jax.enable_x64(x64), jax.numpy_dtype_promotion("standard"):
-        assert_close(mine, numbers(of(jnp.float64 if x64 else jnp.float32)), rtol=1e-9 if x64 else 1e-3)
+        mine = analysed(name)
+    assert_close(mine, analysed_outside(name, x64), rtol=1e-9 if x64 else 1e-3)
 
 
 @modes
