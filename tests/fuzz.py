@@ -547,7 +547,6 @@ def draw(rng: random.Random) -> Case:
     if rng.random() < 0.02:
         how = "eager"
     names = list(OPERATIONS)
-    # A loop of JAX's own takes a custom derivative whole, and hands it zeros for what the loss does not read.
     if how == "nested":
         carry = {name: "vector" if kind == "overflow" else kind for name, kind in carry.items()}
     if how == "nested" or rng.random() < 0.6:
@@ -557,6 +556,9 @@ def draw(rng: random.Random) -> Case:
     ys = tuple(places() for _ in range(rng.randint(0, 3)))
     readable = [name for name, kind in carry.items() if kind != "overflow" or rng.random() < 0.1] + list(range(len(ys)))
     loss = tuple(leaf for leaf in readable if rng.random() < 0.6) or tuple(readable[:1])
+    # A loop of JAX's own takes a custom derivative whole, and hands it zeros for what the loss does not read.
+    if how == "nested":
+        loss = (*carry, *range(len(ys)))
     if cell:
         carry, params, closed, xs, loss = {}, {}, {}, {"x": "vector"}, rng.choice([("c0",), (0,), ("c0", 0)])
     leaves = ["params", "init", "xs"] if cell else [*carry, *params, *closed, *xs]
