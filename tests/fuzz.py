@@ -556,13 +556,13 @@ def draw(rng: random.Random) -> Case:
     ys = tuple(places() for _ in range(rng.randint(0, 3)))
     readable = [name for name, kind in carry.items() if kind != "overflow" or rng.random() < 0.1] + list(range(len(ys)))
     loss = tuple(leaf for leaf in readable if rng.random() < 0.6) or tuple(readable[:1])
-    # A loop of JAX's own takes a custom derivative whole, and hands it zeros for what the loss does not read.
-    if how == "nested":
-        loss = (*carry, *range(len(ys)))
     if cell:
         carry, params, closed, xs, loss = {}, {}, {}, {"x": "vector"}, rng.choice([("c0",), (0,), ("c0", 0)])
     leaves = ["params", "init", "xs"] if cell else [*carry, *params, *closed, *xs]
     wrt = tuple(leaf for leaf in leaves if rng.random() < 0.5) or (rng.choice(leaves),)
+    # A loop of JAX's own takes a custom derivative whole: all of the carry is differentiated, and read.
+    if how == "nested" and not cell:
+        loss, wrt = (*carry, *range(len(ys))), tuple(dict.fromkeys((*carry, *wrt)))
     rows = rng.choice([None, None, None, 2, 3, 1, 0]) if rng.random() < 0.7 else None
     shared = tuple(name for name in xs if rows is not None and not cell and rng.random() < 0.2)
     steps = rng.choice(LENGTHS)
