@@ -145,7 +145,8 @@ def test_a_step_may_turn_double_precision_on_for_itself(strategy):
     def step(w, c, x):
         with jax.enable_x64(True):
             exact = (c.astype(jnp.float64) / 3, jnp.int64(2**40) + x.astype(jnp.int64))
-        return w * c + x, (c, exact)
+            w, wide, x = (leaf.astype(jnp.float64) for leaf in (w, c, x))
+            return (w * wide + x).astype(jnp.float32), (c, exact)
 
     def loss(w, xs):
         c, (ys, exact) = strategy(step, w, jnp.float32(0.5), xs)

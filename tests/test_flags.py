@@ -329,6 +329,11 @@ def test_errors(scan):
         ({"valid": flags[:, :1]}, ValueError, r"valid has shape \(5, 1\).*init has shape \(2, 4\)"),
         ({"valid": flags, "is_first": flags[:, 0]}, ValueError, r"is_first has shape \(5,\), but valid has \(5, 2\)"),
         ({"reset_carry": args[1]}, ValueError, r"reset_carry says what is_first resets to"),
+        (
+            {"is_first": flags, "reset_carry": jax.new_ref(args[1])},
+            TypeError,
+            r"reset_carry is a mutable array \(a Ref\)",
+        ),
     ):
         with pytest.raises(error, match=message):
             scan(cell, *args, **options)

@@ -1,6 +1,7 @@
 """Terms that keep a gradient alive: against their formulas; clipping in the recursion; first weights that keep it."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -123,9 +124,9 @@ def test_clipping_stops_an_explosion():
     np.testing.assert_allclose(gradient(clip_adjoint=5.0)(jnp.full(1, 1e-300)), 5)
 
 
-@pytest.mark.parametrize("clip", [0, -1.0, True])
+@pytest.mark.parametrize("clip", [0, -1.0, True, float("nan"), "1", {}, np.ones(2), jnp.ones(2)], ids=repr)
 def test_wrong_clip(clip):
-    with pytest.raises(ValueError, match=f"clip_adjoint is {clip}, but it bounds a magnitude"):
+    with pytest.raises(ValueError, match=f"clip_adjoint is {re.escape(repr(clip))}, but it bounds a magnitude"):
         bptt.adjoint_scan(lambda w, h, x: (w * h, h), 1.0, 1.0, length=2, clip_adjoint=clip)
 
 

@@ -6,6 +6,7 @@ what must run in sequence, c̄ₜ ↦ c̄ₜ₋₁, and the sum Σₜ is taken o
 
 from collections.abc import Callable
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import jax
@@ -123,7 +124,7 @@ def _clipped(
     """The same backward, whose carry adjoints are clipped as they leave each step."""
     if callable(clip):
         function = clip
-    elif isinstance(clip, bool) or not clip > 0:
+    elif isinstance(clip, bool) or not isinstance(clip, Real | jax.Array) or jnp.ndim(clip) or not clip > 0:
         raise ValueError(f"clip_adjoint is {clip!r}, but it bounds a magnitude: pass a number above 0, or a function.")
     else:
         function = partial(jax.tree.map, lambda leaf: jnp.clip(leaf, -clip, clip))

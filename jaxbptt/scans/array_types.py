@@ -8,11 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.sharding import AxisType
 
 
 def as_type(aval: Any) -> Any:
     """The type of a traced variable, for functions that take an array or its type."""
+    if jax.dtypes.canonicalize_dtype(aval.dtype, allow_extended_dtype=True) != aval.dtype:
+        return aval  # of 64 bits, made under `jax.enable_x64` where it is off: JAX would make 32 of them
     return jax.ShapeDtypeStruct(
         aval.shape,
         aval.dtype,
@@ -44,13 +47,15 @@ def zeros(leaf: Any) -> Any:
 
 
 def _type(leaf: Any) -> Any:
+    if isinstance(leaf, ShapedArray):
+        return leaf
     with jax.enable_x64(True):  # else a step that turns it on for itself would get half of the bits
         return jax.typeof(leaf)
 
 
 def varying(*leaves: Any) -> tuple[str, ...]:
     """The mesh axes of a `shard_map` that any of these varies over."""
-    axes = frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in leaves))
+    axes = frozenset().union(*(_type(leaf).manual_axis_type.varying for leaf in leaves))
     return tuple(sorted(axes))
 
 
