@@ -624,6 +624,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("cases", type=int, nargs="?", default=100)
     parser.add_argument("first", type=int, nargs="?", default=0)
+    parser.add_argument("--contenders", type=int, help="at most so many strategies for each case")
     parser.add_argument("--only", type=int, help="the case of this seed")
     parser.add_argument("--simplest", action="store_true", help="and the simplest one that fails like it")
     options = parser.parse_args()
@@ -638,6 +639,7 @@ def main():
     start, compared, cases, failures = time.time(), 0, 0, Counter()
     for seed in range(options.first, options.first + options.cases):
         case = draw(random.Random(seed))
+        case = case._replace(contenders=case.contenders[: options.contenders])
         try:
             count = check(case)
         except Exception as error:

@@ -146,7 +146,7 @@ def test_flops_of_a_schedule_are_those_of_its_steps():
     for checkpoints in (1, 2):  # few enough for segments of a single step
         assert flops(checkpoints=checkpoints) - every_state == pytest.approx(2 * 64**2 * extra_steps(checkpoints))
     until = lambda h: jax.lax.while_loop(lambda h: h[0] < 9, lambda h: h + 1, jax.lax.stop_gradient(h))
-    assert math.isnan(flops(checkpoints=2, step=lambda W, h, x: (until(W @ h), None)))
+    assert math.isnan(flops(checkpoints=2, step=lambda W, h, x: (until(h) * (W @ h), None)))
 
 
 def test_flops_of_branches_calls_and_what_cannot_be_counted():

@@ -27,26 +27,27 @@ def as_type(aval: Any) -> Any:
 
 def type_at_one_step(leaf: Any) -> Any:
     """The type of an array, or of what has one, at one time step."""
-    aval = _type(leaf)
+    aval = type_of(leaf)
     return as_type(aval.update(shape=aval.shape[1:], sharding=aval.sharding.update(spec=aval.sharding.spec[1:])))
 
 
 def type_over_time(leaf: Any, *lengths: int) -> Any:
     """The type of so many arrays like this one, stacked."""
-    aval = _type(leaf)
+    aval = type_of(leaf)
     spec = jax.P(*(None,) * len(lengths), *aval.sharding.spec)
     return as_type(aval.update(shape=(*lengths, *aval.shape), sharding=aval.sharding.update(spec=spec)))
 
 
 def zeros(leaf: Any) -> Any:
     """Zeros (or a random key) of the type of an array."""
-    aval = _type(leaf)
+    aval = type_of(leaf)
     with jax.enable_x64(True):
         array = jnp.zeros(aval.shape, aval.dtype)
     return varying_over(_laid(array, aval.sharding), varying(leaf))
 
 
-def _type(leaf: Any) -> Any:
+def type_of(leaf: Any) -> Any:
+    """The type of an array, or of what stands for one."""
     if isinstance(leaf, ShapedArray):
         return leaf
     with jax.enable_x64(True):  # else a step that turns it on for itself would get half of the bits
@@ -55,7 +56,7 @@ def _type(leaf: Any) -> Any:
 
 def varying(*leaves: Any) -> tuple[str, ...]:
     """The mesh axes of a `shard_map` that any of these varies over."""
-    axes = frozenset().union(*(_type(leaf).manual_axis_type.varying for leaf in leaves))
+    axes = frozenset().union(*(type_of(leaf).manual_axis_type.varying for leaf in leaves))
     return tuple(sorted(axes))
 
 

@@ -17,7 +17,7 @@ from jax.export import is_symbolic_dim
 from jax.tree_util import keystr
 
 from jaxbptt.cells.cell import Cell, step_of
-from jaxbptt.scans.array_types import is_on_devices, lie_by_rows, lie_like, type_at_one_step
+from jaxbptt.scans.array_types import is_on_devices, lie_by_rows, lie_like, type_at_one_step, type_of
 from jaxbptt.words import counted
 
 
@@ -94,7 +94,7 @@ def at_one_step(xs: Any) -> Any:
 
 def byte_count(tree: Any) -> int:
     """Bytes of all arrays."""
-    avals = [jax.typeof(leaf) for leaf in jax.tree.leaves(tree)]
+    avals = map(type_of, jax.tree.leaves(tree))
     return sum(math.prod(map(known, aval.shape)) * aval.dtype.itemsize for aval in avals)
 
 
