@@ -75,6 +75,7 @@ def test_imports_run_one_way():
             )
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_notebook_runs(path):
     notebook = nbformat.read(path, as_version=4)
