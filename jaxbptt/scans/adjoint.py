@@ -51,8 +51,8 @@ def adjoint_scan(
     one that puts a large table of params together anew each time: such steps are computed twice more on the way back. One
     that branches (`lax.cond`) is contracted one step at a time: mapped over time, both branches would run.
 
-    Only what is differentiated, and leads to what the loss uses, has to have a derivative, and 0 · inf is not computed of the
-    rest. But in the step of an outer `lax.scan` all of the carry counts as both: JAX takes a custom derivative whole there.
+    Only what is differentiated and leads to what the loss uses needs a derivative; for the rest nothing is computed, and so no
+    0 · inf. In a step of an outer `lax.scan` all of the carry counts as both: there JAX takes a custom derivative whole.
 
     With `clip_adjoint` the recursion itself is clipped, c̄ₜ₋₁ ← clip(c̄ₜ₋₁) at each step, and not the sum at the end: an
     explosion is stopped where it begins. The gradient is then biased, and exact again where nothing is clipped.
