@@ -461,11 +461,12 @@ def equations_in_loops(jaxpr, inside=False):
 
 # Names of the axes of images, kernel and results, shapes of the first two, and options.
 CONVOLUTIONS = {
-    "channels last": (("NHWC", "HWIO", "NHWC"), (2, 5, 4, 3), (3, 3, 3, 3), {}),
-    "channels first": (("NCHW", "OIHW", "NCHW"), (2, 3, 5, 4), (3, 3, 2, 3), {}),
-    "one axis, odd order": (("WNC", "IWO", "CNW"), (5, 2, 3), (3, 3, 3), {}),
-    "groups": (("NCW", "OIW", "NCW"), (2, 4, 5), (4, 2, 3), {"feature_group_count": 2}),
-    "dilated": (("NWC", "WIO", "NWC"), (2, 5, 3), (3, 3, 3), {"rhs_dilation": (2,)}),
+    "channels last": (("NHWC", "HWIO", "NHWC"), (6, 5, 4, 6), (3, 3, 6, 6), {}),
+    "channels first": (("NCHW", "OIHW", "NCHW"), (6, 6, 5, 4), (6, 6, 2, 3), {}),
+    "one axis, odd order": (("WNC", "IWO", "CNW"), (5, 6, 6), (6, 3, 6), {}),
+    "groups": (("NCW", "OIW", "NCW"), (6, 8, 5), (8, 4, 3), {"feature_group_count": 2}),
+    "dilated": (("NWC", "WIO", "NWC"), (6, 5, 6), (3, 6, 6), {"rhs_dilation": (2,)}),
+    "few channels": (("NCW", "OIW", "NCW"), (2, 3, 5), (3, 3, 3), {}),
 }
 
 
@@ -502,6 +503,9 @@ def test_convolutions_in_loops_have_the_form_that_is_fast(names, strategy):
     assert len(found) >= 6
     last = (0, rank - 1, *range(1, rank - 1))
     allowed = {(last, (rank - 1, rank - 2, *range(rank - 2)), last)}
+    if names == "few channels":  # for which the other form is the slower one
+        assert not allowed.issuperset(map(tuple, found))
+        return
     if strategy is not bptt.adjoint_scan:  # the way forward, without a derivative, is the step as it was written
         allowed.add(tuple(jax.lax.conv_dimension_numbers(shape, kernel, numbers)))
     assert set(map(tuple, found)) <= allowed
