@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import fast_compilation  # noqa: F401, which sets flags before jax is imported
 import jax
@@ -21,6 +22,15 @@ def strict():
     """Double precision, and no dtype promotion that nobody asked for; what is about float32 asks for it."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Linux grants a process 65,530 mappings, and each compiled program takes some: at the limit, compiling crashes."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
 
 
 @pytest.hookimpl(tryfirst=True)
