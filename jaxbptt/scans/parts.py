@@ -64,8 +64,8 @@ def _laid_out(eqn: Any, values: list[Any]) -> list[Any]:
 
     XLA brings convolutions into this form, which has fast code, outside of loops only. In a loop the gradient of a
     3 × 3 × 8 × 8 kernel over 40 images of 16 × 16 took 15 ms as JAX derives it, and 0.4 ms so; that of 4 images 0.19
-    and 0.04 ms. With few channels that code is slow: of 20 sizes, in one and two dimensions, it
-    took 1.3 to 45 times as long where channels in times channels out were 16 at most, and 0.14 to 0.85 of the time from 32 on.
+    and 0.04 ms. With few channels that code is slow: of 20 sizes, in one and two dimensions, it took 1.3 to 45 times as long
+    where channels in times channels out were 16 at most, and 0.14 to 0.85 of the time from 32 on.
     """
     if eqn.primitive.name != "conv_general_dilated" or jax.default_backend() != "cpu":
         return bind(eqn, values)

@@ -21,7 +21,6 @@ from jaxbptt.scans.recurrence import (
     is_array,
     is_differentiable,
     is_key,
-    is_ref,
     merge,
     name,
     split,
@@ -303,9 +302,8 @@ def _check_reset_carry(reset_carry: Any, init: Any, batch: tuple[int, ...]) -> A
         )
 
     def like(path, leaf, target):
-        if is_ref(leaf):
-            leaf_name = name("reset_carry", path)
-            raise TypeError(f"{leaf_name} is a mutable array (a Ref): pass its values, {leaf_name}[...].")
+        if hasattr(leaf, "dtype"):
+            leaf = as_arrays(name("reset_carry", path), leaf)
         if is_key(target) and not _of_rows(target, batch):
             return None
         # A Python number has no dtype of its own.
