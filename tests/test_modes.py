@@ -77,7 +77,7 @@ def gradients(scan, step, args, *, flags):
 
 
 def problems(dtype):
-    """A stack of cells with a batch and flags, and a step without."""
+    """A stack of cells with a batch and flags, and a step without batch, without flags and with them."""
     cell = make_cell("stack", dtype)
     params, init = jax.eval_shape(cell.init, jax.random.key(0)), jax.eval_shape(lambda: cell.initial_carry((2,)))
     args = random_like(params, 0, 0.5), random_like(init, 1), random_like(jax.ShapeDtypeStruct((STEPS, 2, 3), dtype), 2)
@@ -86,10 +86,12 @@ def problems(dtype):
         {"h": random_like(jax.ShapeDtypeStruct((3,), dtype), 4), "key": jax.random.key(0), "n": jnp.int32(0)},
         {"x": random_like(jax.ShapeDtypeStruct((STEPS, 3), dtype), 5), "i": jnp.arange(STEPS, dtype=jnp.int32) % 2},
     )
-    flags = {"is_first": (np.arange(STEPS) == 2)[:, None] & np.array([True, False]), "valid": np.ones((STEPS, 2), bool)}
+    is_first = np.arange(STEPS) == 2
+    flags = {"is_first": is_first[:, None] & np.array([True, False]), "valid": np.ones((STEPS, 2), bool)}
     flags["valid"][-2:, 1] = False
     yield cell, args, flags
     yield branching, step_args, {}
+    yield branching, step_args, {"is_first": is_first, "valid": ~is_first, "reset_carry": step_args[1]}
 
 
 @pytest.fixture(scope="module")
