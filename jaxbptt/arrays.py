@@ -41,13 +41,18 @@ def at_least_float32(dtype: Any) -> Any:
     return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
-def is_whole(value: Any, least: int = 0, most: int | None = None) -> bool:
-    """Whether a value is a whole number in a range, known before the program runs."""
+def check_count(
+    name: str, value: Any, meaning: str, least: int = 1, most: int | None = None, way_out: str | None = None
+) -> None:
+    """Raise unless `value` is a whole number in a range, known before the program runs."""
     try:
         number = index(value)
+        if not isinstance(value, bool) and least <= number and (most is None or number <= most):
+            return
     except TypeError:
-        return False
-    return not isinstance(value, bool) and least <= number and (most is None or number <= most)
+        pass  # no whole number, or traced
+    in_range = f"of at least {least}" if most is None else f"from {least} to {most}"
+    raise ValueError(f"{name} is {value!r}, but {meaning}: {way_out or f'pass a whole number {in_range}'}.")
 
 
 def is_number(value: Any, above: float, below: float = float("inf")) -> bool:

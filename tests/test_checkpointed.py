@@ -10,9 +10,9 @@ import pytest
 from reference import assert_close, make_cell, problem, python_loop, random_like
 
 import jaxbptt as bptt
+from jaxbptt.programs.perturbed import everything
 from jaxbptt.scans.backward import step_with_adjoint
 from jaxbptt.scans.checkpointed import layout
-from jaxbptt.scans.perturbed import everything
 from jaxbptt.scans.recurrence import prepare
 from jaxbptt.scans.schedule import forward_steps
 

@@ -16,7 +16,7 @@ keep = lambda p, h, x: (h, x)
     ("kwargs", "message"),
     [
         ({}, r"Neither xs nor length was given: pass xs .* or length=T"),
-        ({"length": -1}, r"length is -1: pass the number of time steps"),
+        ({"length": -1}, r"length is -1, but it counts time steps: pass a whole number of at least 0"),
         ({"xs": {"a": jnp.ones(())}}, r"xs\['a'\] has no axis to scan over: its shape is \(\)"),
         (
             {"xs": {"a": jnp.ones((3, 2)), "b": jnp.ones((4, 2))}},
@@ -76,7 +76,7 @@ def test_what_a_step_returns_is_named_for_python_numbers_too(strategy):
 
 @strategies
 def test_traced_length(strategy):
-    with pytest.raises(ValueError, match=r"length is .*: pass the number of time steps.*name it in static_argnames"):
+    with pytest.raises(ValueError, match=r"length is .*, but it counts time steps: a traced one is not known yet, name it in static_argnames"):
         jax.jit(lambda length: strategy(keep, None, 0.0, length=length))(3)
 
 

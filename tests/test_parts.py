@@ -9,14 +9,14 @@ import pytest
 from reference import assert_close, make_cell, problem, random_like
 
 import jaxbptt as bptt
+from jaxbptt.along_time import at
 from jaxbptt.analysis.cost import count_flops
-from jaxbptt.scans.along_time import at
+from jaxbptt.programs.linearized import linearized
+from jaxbptt.programs.parts import before_moves, in_loop, program
+from jaxbptt.programs.perturbed import everything
+from jaxbptt.programs.trace import subjaxprs, trace
 from jaxbptt.scans.backward import segment_length, unroll_forward
-from jaxbptt.scans.linearized import linearized
-from jaxbptt.scans.parts import before_moves, in_loop, program
-from jaxbptt.scans.perturbed import everything
 from jaxbptt.scans.recurrence import prepare
-from jaxbptt.scans.tracing import subjaxprs, trace
 
 CELLS = ("elman", "gru", "lstm")
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxbptt.scans.tracing import TracedStep, bind, evaluate_inlined
+from jaxbptt.programs.trace import TracedStep, bind, evaluate_inlined
 
 # Largest slope, and how fast the slope falls with |a|: tanh′(a) = 1/cosh²(a), σ′(a) = 1/(4 cosh²(a/2)).
 _SQUASHING = {"tanh": (1.0, 2.0), "logistic": (0.25, 1.0)}

@@ -12,16 +12,11 @@ import jax.numpy as jnp
 
 from jaxbptt.arrays import scalar_loss
 from jaxbptt.cells.cell import Cell
-from jaxbptt.scans.backward import (
-    StepWithAdjoint,
-    at_last_step,
-    back_one_lag,
-    step_with_adjoint,
-    unroll_forward,
-)
+from jaxbptt.programs.perturbed import PerturbedAdjoint, everything
+from jaxbptt.scans.backward import StepWithAdjoint, at_last_step, back_one_lag, step_with_adjoint, unroll_forward
 from jaxbptt.scans.contraction import add_up, fit, totals
-from jaxbptt.scans.perturbed import PerturbedAdjoint, everything
-from jaxbptt.scans.recurrence import differentiable, merge, prepare, split
+from jaxbptt.scans.recurrence import prepare
+from jaxbptt.trees import combine, differentiable, partition
 
 # Backward passes that run side by side where many are asked for: more take more memory, and little less time.
 _SIDE_BY_SIDE = 16
@@ -36,7 +31,7 @@ class Unrolled(NamedTuple):
     length: int
     residuals: Any
     outputs: Any
-    still: Any
+    nondiff: Any
     bars: Any
 
     def map(self, fn: Callable[[Any], Any], items: Any) -> Any:
@@ -62,9 +57,9 @@ def unroll(
     with_adjoint = step_with_adjoint(step, None, r)
     adjoint = with_adjoint.adjoint(everything(with_adjoint.params, r.init, r.xs))
     results, residuals = unroll_forward(adjoint, with_adjoint.params, r.init, r.xs, length=r.length, unroll=1)
-    outputs, still = split(results)
-    bars = None if loss is None else jax.grad(lambda outputs: loss(*merge(outputs, still)))(outputs)
-    return Unrolled(with_adjoint, adjoint, r.xs, r.length, residuals.stacked(), outputs, still, bars)
+    outputs, nondiff = partition(results)
+    bars = None if loss is None else jax.grad(lambda outputs: loss(*combine(outputs, nondiff)))(outputs)
+    return Unrolled(with_adjoint, adjoint, r.xs, r.length, residuals.stacked(), outputs, nondiff, bars)
 
 
 def map_over_lags(u: Unrolled, lags: int, measure: Callable[[Any, Any], Any]) -> Any:

@@ -9,12 +9,13 @@ import numpy as np
 
 from jaxbptt.analysis.compare import relative_error, tolerance
 from jaxbptt.analysis.cost import compile_and_cost, median_seconds
-from jaxbptt.arrays import check_callable, check_concrete, is_whole, scalar_loss
+from jaxbptt.arrays import check_callable, check_concrete, check_count, scalar_loss
 from jaxbptt.cells.cell import Cell
 from jaxbptt.scans.adjoint import adjoint_scan
 from jaxbptt.scans.checkpointed import checkpointed_scan
 from jaxbptt.scans.exact import scan
-from jaxbptt.scans.recurrence import differentiable, merge, name, prepare, split
+from jaxbptt.scans.recurrence import prepare
+from jaxbptt.trees import combine, differentiable, name, partition
 
 Scans = Mapping[str, Callable[..., Any]] | Sequence[Callable[..., Any]]
 
@@ -130,22 +131,21 @@ def certify(
     """
     check_concrete("certify", params=params, init=init, xs=xs)
     loss = scalar_loss(loss)
-    if not is_whole(repeats, 1):
-        raise ValueError(f"repeats is {repeats!r}, but at least one round of timing is needed.")
+    check_count("repeats", repeats, "at least one round of timing is needed")
     # What is no float (counters, keys, functions among the params) is the same for every way and stays outside.
-    moving, still = split((params, init, xs))
+    diff, nondiff = partition((params, init, xs))
     options = {"is_first": is_first, "valid": valid, "reset_carry": reset_carry}
     options = {word: option for word, option in options.items() if option is not None}
 
     def value_and_gradient(strategy):
-        def unrolled_loss(moving):
-            params, init, xs = merge(moving, still)
+        def unrolled_loss(diff):
+            params, init, xs = combine(diff, nondiff)
             return loss(*strategy(step, params, init, xs, length=length, **options))
 
         return jax.value_and_grad(unrolled_loss)
 
     def gradient_only(way):
-        return lambda moving: (math.nan, (differentiable(way(*merge(moving, still))), None, None))
+        return lambda diff: (math.nan, (differentiable(way(*combine(diff, nondiff))), None, None))
 
     if scans is not None and not isinstance(scans, Mapping | Sequence):
         raise TypeError(f"scans is a {type(scans).__name__}: pass the strategies by name, or a sequence of them.")
@@ -171,10 +171,10 @@ def certify(
     for label, way in ways:
         if progress is not None:
             progress(label)
-        compiled, cost = compile_and_cost(way, moving)
-        calls.append(lambda compiled=compiled: compiled(moving))
+        compiled, cost = compile_and_cost(way, diff)
+        calls.append(lambda compiled=compiled: compiled(diff))
         costs.append(cost)
-        results.append(jax.tree.map(np.asarray, compiled(moving)))
+        results.append(jax.tree.map(np.asarray, compiled(diff)))
     seconds = median_seconds(calls, repeats)
 
     reference_value, reference = results[0]

@@ -10,7 +10,7 @@ import numpy as np
 from jaxbptt.analysis.credit import LagContributions
 from jaxbptt.analysis.jacobians import TemporalContributions
 from jaxbptt.arrays import check_concrete
-from jaxbptt.scans.recurrence import differentiable, name
+from jaxbptt.trees import differentiable, name
 from jaxbptt.words import counted
 
 _UNKNOWN = "no single cause found"

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from jaxbptt.programs.trace import subjaxprs
 from jaxbptt.scans.schedule import runs_of
-from jaxbptt.scans.tracing import subjaxprs
 
 _ONE_PER_ELEMENT = {"add", "sub", "mul", "div", "neg", "max", "min", "add_any", "integer_pow", "square", "abs", "sign"}
 _ONE_PER_INPUT = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "cumsum", "cumprod", "cummax"}

@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxbptt.analysis.backward_passes import gradients, map_over_lags, unroll
 from jaxbptt.analysis.norms import cosine, norm_over_time, tree_norm
-from jaxbptt.arrays import as_numpy, check_callable, check_concrete, is_whole
+from jaxbptt.arrays import as_numpy, check_callable, check_concrete, check_count
 from jaxbptt.cells.cell import Cell
-from jaxbptt.scans.recurrence import differentiable, merge
+from jaxbptt.trees import combine, differentiable
 from jaxbptt.words import counted
 
 
@@ -112,10 +112,8 @@ def lag_contributions(
     check_callable("loss", loss, "loss(carry, ys) -> scalar")
     u = unroll(step, params, init, xs, loss, length)
     longest = u.length - 1 if max_lag is None else max_lag
-    if not is_whole(longest, 0, u.length - 1):
-        raise ValueError(
-            f"max_lag is {max_lag!r}, but a sequence of {counted(u.length, 'time step')} has lags 0 to {u.length - 1}."
-        )
+    meaning = f"a sequence of {counted(u.length, 'time step')} has lags 0 to {u.length - 1}"
+    check_count("max_lag", longest, meaning, least=0, most=u.length - 1)
     gradient = gradients(u, u.length)[0]
 
     def measure(more, together):
@@ -244,7 +242,7 @@ def input_saliency(
         )
     check_callable("losses", losses, "losses(carry, ys) -> [time]")
     u = unroll(step, params, init, xs, None, None)
-    value, pull = jax.vjp(lambda outputs: losses(*merge(outputs, u.still)), u.outputs)
+    value, pull = jax.vjp(lambda outputs: losses(*combine(outputs, u.nondiff)), u.outputs)
     if jnp.ndim(value) != 1:
         raise ValueError(
             f"losses returned an array of shape {jnp.shape(value)}: return one loss for each step, [time]."

@@ -30,10 +30,11 @@ from jaxbptt.analysis.operators import (
     unroll,
 )
 from jaxbptt.analysis.sweep import random_frame
-from jaxbptt.arrays import check_callable, check_concrete, is_whole
+from jaxbptt.arrays import check_callable, check_concrete, check_count
 from jaxbptt.cells.cell import Cell, step_of
-from jaxbptt.scans.recurrence import Recurrence, is_array, merge, split
-from jaxbptt.scans.tracing import trace
+from jaxbptt.programs.trace import trace
+from jaxbptt.scans.recurrence import Recurrence
+from jaxbptt.trees import combine, is_array, partition
 from jaxbptt.words import counted
 
 # Over the whole sequence a gradient may shrink or grow by this factor and still count as steady.
@@ -142,12 +143,11 @@ def diagnose_gradient(
     """
     check_concrete("diagnose_gradient", params=params, init=init, xs=xs)
     check_callable("loss", loss, "loss(carry, ys) -> scalar")
-    if not is_whole(num_exponents, 1):
-        raise ValueError(f"num_exponents is {num_exponents!r}: pass a whole number of at least 1.")
+    check_count("num_exponents", num_exponents, "it counts Lyapunov exponents")
     r = prepare_state(step, params, init, xs, length)
     if r.length == 0:
         raise ValueError("A sequence without time steps has no gradient through time: pass at least one step.")
-    arrays, others = split((r.params, r.init, r.xs), by=is_array)
+    arrays, others = partition((r.params, r.init, r.xs), by=is_array)
     leaves, treedef = jax.tree.flatten(others)
     static = step_of(step), loss, num_exponents, r.length, treedef, tuple(leaves)
     try:
@@ -205,7 +205,7 @@ def _numbers(
     arrays: Any,
 ) -> _Numbers:
     """Params, init and xs come apart: arrays, and what is none and part of the program."""
-    params, init, xs = merge(arrays, treedef.unflatten(others))
+    params, init, xs = combine(arrays, treedef.unflatten(others))
     r = prepare_state(step, params, init, xs, length)
     arguments: dict[str, Any] = {"length": length}
     traced = trace(r)

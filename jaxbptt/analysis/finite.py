@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from jaxbptt.analysis.flow import GradientFlow
-from jaxbptt.scans.recurrence import Recurrence, differentiable, name
+from jaxbptt.scans.recurrence import Recurrence
+from jaxbptt.trees import differentiable, name
 
 
 class BadEntry(NamedTuple):

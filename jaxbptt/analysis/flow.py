@@ -11,8 +11,9 @@ from jaxbptt.analysis.norms import norm, norm_over_time
 from jaxbptt.analysis.readout import readout
 from jaxbptt.arrays import scalar_loss
 from jaxbptt.cells.cell import Cell
-from jaxbptt.scans.recurrence import differentiable, merge, prepare, pull, split
-from jaxbptt.scans.tracing import trace
+from jaxbptt.programs.trace import trace
+from jaxbptt.scans.recurrence import prepare
+from jaxbptt.trees import combine, differentiable, partition, pull
 
 
 class GradientFlow(NamedTuple):
@@ -100,10 +101,10 @@ def gradient_flow(
         y = read(params, carry, x, _add(new_carry, to_output))
         return _add(new_carry, to_next), (carry, y)
 
-    moving, still = split((traced.params, r.init, r.xs))
+    diff, nondiff = partition((traced.params, r.init, r.xs))
 
-    def unrolled_loss(moving, to_output, to_next):
-        params, init, xs = merge(moving, still)
+    def unrolled_loss(diff, to_output, to_next):
+        params, init, xs = combine(diff, nondiff)
         carry, (carries, ys) = jax.lax.scan(
             lambda carry, inputs: probed_step(params, carry, inputs), init, (xs, to_output, to_next), length=r.length
         )
@@ -111,11 +112,11 @@ def gradient_flow(
 
     (value, (carry, carries, ys)), (gradients, through_output, through_next) = jax.value_and_grad(
         unrolled_loss, argnums=(0, 1, 2), has_aux=True
-    )(moving, zeros, zeros)
+    )(diff, zeros, zeros)
     params_bar, init_bar, xs_bar = gradients
 
-    moving_ys, still_ys = split(ys)
-    ys_bar = jax.grad(lambda ys: loss(carry, merge(ys, still_ys)))(moving_ys)
+    diff_ys, nondiff_ys = partition(ys)
+    ys_bar = jax.grad(lambda ys: loss(carry, combine(ys, nondiff_ys)))(diff_ys)
 
     def contribution(at_t):
         carry, x, carry_bar, y_bar = at_t

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxbptt.analysis.credit import LagContributions
 from jaxbptt.analysis.norms import norm, tree_norm
-from jaxbptt.arrays import at_least_float32, check_concrete, is_number, is_whole
+from jaxbptt.arrays import at_least_float32, check_concrete, check_count, is_number
 from jaxbptt.words import counted
 
 
@@ -122,11 +122,14 @@ def adaptive_truncation_length(
     norms = np.asarray(lags.norms, float)
     count = len(norms)
     tau = count // 2 if fit_from is None else fit_from
-    if not is_whole(tau, 0, count - 2):
-        raise ValueError(
-            f"fit_from is {tau!r}, but of {counted(count, 'lag')} at least two are needed to fit a decay: pass at most {count - 2}, or "
-            "compute more lags."
-        )
+    check_count(
+        "fit_from",
+        tau,
+        f"of {counted(count, 'lag')} at least two are needed to fit a decay",
+        least=0,
+        most=count - 2,
+        way_out=f"pass at most {count - 2}, or compute more lags",
+    )
     if not np.isfinite(norms).all():
         return AdaptiveTruncation(None, math.nan, math.inf, "No certificate: the gradient is not finite.")
     beta, scale = _decay(norms, tau)

@@ -16,7 +16,8 @@ from jaxbptt.analysis.norms import norm
 from jaxbptt.analysis.operators import dense_jacobians, state_vector, unroll
 from jaxbptt.arrays import at_least_float32, scalar_loss
 from jaxbptt.cells.cell import Cell
-from jaxbptt.scans.recurrence import Recurrence, differentiable, merge, prepare, pull, split
+from jaxbptt.scans.recurrence import Recurrence, prepare
+from jaxbptt.trees import combine, differentiable, partition, pull
 
 
 class ScaledProducts(NamedTuple):
@@ -215,8 +216,8 @@ def temporal_contributions(
     r = prepare(step, params, init, xs, length)
     carries, new_carries, ys = unroll(r)
     last = jax.tree.map(lambda start, after: after[-1] if r.length else start, r.init, new_carries)
-    moving, still = split((last, ys))
-    carry_bar, ys_bar = jax.grad(lambda moving: loss(*merge(moving, still)))(moving)
+    diff, nondiff = partition((last, ys))
+    carry_bar, ys_bar = jax.grad(lambda diff: loss(*combine(diff, nondiff)))(diff)
     J = _jacobians(r, carries)
 
     def output_part(carry, x, y_bar):

@@ -14,9 +14,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxbptt.analysis.operators import prepare_state, state_size, step_and_push
 from jaxbptt.analysis.sweep import LOST, RESOLUTION, random_frame, rounding_error
-from jaxbptt.arrays import check_key, is_number, is_whole
+from jaxbptt.arrays import check_count, check_key, is_number
 from jaxbptt.cells.cell import Cell
-from jaxbptt.scans.recurrence import Recurrence, check_count
+from jaxbptt.scans.recurrence import Recurrence
 from jaxbptt.words import counted
 
 # Blocks of time whose means give the standard errors: each must be longer than the system's memory.
@@ -106,19 +106,16 @@ def lyapunov_exponents(
     r = prepare_state(step, params, init, xs, length)
     size, dtype = state_size(r.init)
     k = size if num_exponents is None else num_exponents
-    if not is_whole(k, 1, size):
-        raise ValueError(f"num_exponents is {k!r}, but a state of {counted(size, 'number')} has 1 to {size} exponents.")
-    check_count("qr_every", qr_every, "counts time steps")
+    check_count("num_exponents", k, f"a state of {counted(size, 'number')} has 1 to {size} exponents", most=size)
+    check_count("qr_every", qr_every, "it counts time steps")
     if not isinstance(time_step, Tracer) and not is_number(time_step, 0):
         raise ValueError(
             f"time_step is {time_step!r}, but it is the time that a step stands for: pass a number above 0."
         )
     if r.length == 0:
         raise ValueError("A sequence without time steps has no exponents: pass at least one step.")
-    if not is_whole(burn_in, 0, r.length - 1):
-        raise ValueError(
-            f"burn_in is {burn_in!r}, but of {counted(r.length, 'time step')} at least one has to be left: pass 0 to {r.length - 1}."
-        )
+    meaning = f"of {counted(r.length, 'time step')} at least one has to be left"
+    check_count("burn_in", burn_in, meaning, least=0, most=r.length - 1)
     if key is not None:
         check_key(key)
     settle, measured = burn_in // 2, r.length - burn_in

@@ -14,7 +14,8 @@ from jaxtyping import Array, ArrayLike, Float
 
 from jaxbptt.arrays import as_array, at_least_float32
 from jaxbptt.cells.cell import Cell
-from jaxbptt.scans.recurrence import Recurrence, differentiable, merge, name, prepare, split
+from jaxbptt.scans.recurrence import Recurrence, prepare
+from jaxbptt.trees import combine, differentiable, name, partition
 
 
 class JacobianOperators(NamedTuple):
@@ -152,9 +153,9 @@ def unroll(r: Recurrence) -> tuple[Any, Any, Any]:
 
 def state_vector(carry: Any) -> tuple[Array, Callable[[Array], Any]]:
     """The carry as one vector, and back; leaves without a derivative stay outside of it."""
-    moving, still = split(carry)
-    flat, unravel = ravel_pytree(moving)
-    return flat, lambda flat: merge(unravel(flat), still)
+    diff, nondiff = partition(carry)
+    flat, unravel = ravel_pytree(diff)
+    return flat, lambda flat: combine(unravel(flat), nondiff)
 
 
 def step_and_push(r: Recurrence, carry: Any, x: Any, V: Array) -> tuple[Any, Array]:

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from jaxbptt.arrays import check_callable
-from jaxbptt.scans.recurrence import check_count
+from jaxbptt.arrays import check_callable, check_count
 
 
 def surviving_paths(strategy: Callable[..., Any], length: int, **options: Any) -> Bool[Array, "time time"]:
@@ -43,7 +42,7 @@ def surviving_paths(strategy: Callable[..., Any], length: int, **options: Any) -
          [0 0 1 1]]
     """
     check_callable("strategy", strategy, "truncated_scan, or another")
-    check_count("length", length, "counts time steps")
+    check_count("length", length, "it counts time steps")
 
     def step(_, h, x):
         h = h + x

@@ -11,15 +11,16 @@ import jax.numpy as jnp
 from jaxbptt.analysis.cost import compile_and_cost
 from jaxbptt.arrays import check_concrete, is_number, scalar_loss
 from jaxbptt.cells.cell import Cell
+from jaxbptt.programs.perturbed import everything
 from jaxbptt.scans.adjoint import adjoint_scan
 from jaxbptt.scans.backward import step_with_adjoint
 from jaxbptt.scans.checkpointed import checkpointed_scan, layout
 from jaxbptt.scans.exact import scan
-from jaxbptt.scans.perturbed import everything
-from jaxbptt.scans.recurrence import Recurrence, differentiable, is_array, merge, prepare, split
-from jaxbptt.scans.resets import with_flags
+from jaxbptt.scans.flags import with_flags
+from jaxbptt.scans.recurrence import Recurrence, prepare
 from jaxbptt.scans.segments import Layout
 from jaxbptt.scans.truncated import truncated_scan
+from jaxbptt.trees import combine, differentiable, is_array, partition
 from jaxbptt.words import counted
 
 
@@ -98,7 +99,7 @@ def plan(
     if not is_number(memory_bytes, 0):
         raise ValueError(f"memory_bytes is {memory_bytes!r}, but a gradient needs some: pass the bytes there are.")
     flags = {"is_first": is_first, "valid": valid, "reset_carry": reset_carry}
-    arrays, others = split((params, init, xs, flags), by=is_array)
+    arrays, others = partition((params, init, xs, flags), by=is_array)
     case = _Case(step, arrays, others, _sum_of_squares if loss is None else scalar_loss(loss), length)
     steps = _look(case, lambda r, _: r.length)
     tried = []
@@ -207,14 +208,14 @@ def _temporary_bytes(case: _Case, scan: Callable[..., Any]) -> int:
     """Of the gradient with respect to params and init, compiled."""
 
     def value_and_gradient(arrays):
-        params, init, xs, flags = merge(arrays, case.others)
-        moving, still = split((params, init))
+        params, init, xs, flags = combine(arrays, case.others)
+        diff, nondiff = partition((params, init))
 
-        def unrolled_loss(moving):
-            params, init = merge(moving, still)
+        def unrolled_loss(diff):
+            params, init = combine(diff, nondiff)
             return case.loss(*scan(case.step, params, init, xs, length=case.length, **flags))
 
-        return jax.value_and_grad(unrolled_loss)(moving)
+        return jax.value_and_grad(unrolled_loss)(diff)
 
     return compile_and_cost(value_and_gradient, case.arrays)[1].temporary_bytes
 
@@ -243,7 +244,7 @@ def _look(case: _Case, at: Callable[[Recurrence, dict[str, Any]], Any]) -> Any:
     seen = []
 
     def look(arrays):
-        params, init, xs, flags = merge(arrays, case.others)
+        params, init, xs, flags = combine(arrays, case.others)
         seen.append(at(prepare(case.step, params, init, xs, case.length), flags))
 
     jax.eval_shape(look, case.arrays)

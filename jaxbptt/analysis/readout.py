@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.extend.core import DropVar, Literal
 
-from jaxbptt.scans.tracing import TracedStep, bind, subjaxprs, wrapped
+from jaxbptt.programs.trace import TracedStep, bind, subjaxprs, wrapped
 
 
 def readout(traced: TracedStep) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from jaxbptt.analysis.jacobians import LogSingularValues
 from jaxbptt.analysis.norms import norm
 from jaxbptt.analysis.operators import JacobianOperators, as_operators
 from jaxbptt.analysis.sweep import RESOLUTION, Sweep, decompose, multiply, random_frame
-from jaxbptt.arrays import as_numpy, check_concrete, check_key, is_whole
+from jaxbptt.arrays import as_numpy, check_concrete, check_count, check_key
 from jaxbptt.words import counted
 
 # Size of the noise that shows what rounding does, in eps: larger than rounding, so that the two sweeps rarely agree by chance.
@@ -140,12 +140,10 @@ def log_norms(
         raise ValueError("key draws the random probes: pass probes as well, or leave it out.")
     if key is not None:
         check_key(key)
-    if probes is not None and not is_whole(probes, 1, J.size):
-        raise ValueError(
-            f"probes is {probes!r}, but there are 1 to {J.size} directions to probe: leave it out for all of them."
-        )
     basis = jnp.eye(J.size, dtype=J.dtype)
     if probes is not None:
+        meaning = f"there are {counted(J.size, 'direction')} to probe"
+        check_count("probes", probes, meaning, most=J.size, way_out=f"pass 1 to {J.size}, or leave it out for all")
         basis = random_frame(J.size, int(probes), J.dtype, key) * jnp.sqrt(jnp.asarray(J.size / probes, J.dtype))
     columns = basis.shape[1]
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from jaxbptt.arrays import as_array, check_callable, is_floating, is_whole
+from jaxbptt.arrays import as_array, check_callable, check_count, is_floating
 
 Initializer = Callable[..., Any]
 
@@ -116,8 +116,7 @@ def sum_rows(deltas: Float[Array, "*rows out"]) -> Float[Array, " out"]:
 def check_sizes(**sizes: int) -> None:
     """Raise unless every size is a positive whole number."""
     for name, size in sizes.items():
-        if not is_whole(size, 1):
-            raise ValueError(f"{name} is {size!r}, but it counts features: pass a whole number of at least 1.")
+        check_count(name, size, "it counts features")
 
 
 def with_sizes(step: Callable[..., Any], input_size: int, output_size: int) -> Callable[..., Any]:
@@ -138,12 +137,14 @@ def check_options(dtype: Any, **initializers: Any) -> None:
 
 def zeros(batch_shape: Any, size: int, dtype: Any) -> Array:
     """A state of zeros, `[*batch, size]`; raises unless the axes of the batch are whole numbers."""
-    axes: Any = batch_shape if isinstance(batch_shape, tuple | list) else [None]
-    if not all(is_whole(axis) or jax.export.is_symbolic_dim(axis) for axis in axes):
+    if not isinstance(batch_shape, tuple | list):
         raise ValueError(
             f"batch_shape is {batch_shape!r}, but it is a tuple of the sizes of the batch axes: pass (rows,), or () for no batch."
         )
-    return jnp.zeros((*axes, size), dtype)
+    for axis in batch_shape:
+        if not jax.export.is_symbolic_dim(axis):
+            check_count("An axis of batch_shape", axis, "it counts rows", least=0)
+    return jnp.zeros((*batch_shape, size), dtype)
 
 
 def check_step(kind: str, params: Any, shapes: dict[str, tuple[int, ...]], x: Any, **carry: Any) -> Array:

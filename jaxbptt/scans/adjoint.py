@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint, Cell
+from jaxbptt.programs.perturbed import Perturbed, PerturbedAdjoint, of_outputs
 from jaxbptt.scans.backward import step_with_adjoint, unroll_backward, unroll_forward
-from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, of_outputs
+from jaxbptt.scans.flags import with_flags
 from jaxbptt.scans.recurrence import length_for_scan, prepare
-from jaxbptt.scans.resets import with_flags
 from jaxbptt.scans.reverse_mode import reverse_mode
 
 

@@ -14,26 +14,19 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.export import is_symbolic_dim
 
+from jaxbptt.along_time import at, at_one_step, filled, room, window
+from jaxbptt.array_types import assumed_size
 from jaxbptt.cells.cell import Adjoint, Cell
-from jaxbptt.scans.along_time import at, filled, room, window
+from jaxbptt.programs.linearized import linearized
+from jaxbptt.programs.parts import arrays_of, in_loop
+from jaxbptt.programs.perturbed import Perturbed, PerturbedAdjoint, every_leaf, leading_by_trace, leading_to, spread
+from jaxbptt.programs.trace import TracedStep, map_over_time, trace
 from jaxbptt.scans.contraction import fit, weight_gradient
 from jaxbptt.scans.devices import on_any_mesh
-from jaxbptt.scans.linearized import linearized
-from jaxbptt.scans.parts import arrays_of, in_loop
-from jaxbptt.scans.perturbed import (
-    Perturbed,
-    PerturbedAdjoint,
-    every_leaf,
-    leading_by_trace,
-    leading_to,
-    part,
-    select,
-    spread,
-)
-from jaxbptt.scans.recurrence import Recurrence, at_one_step, differentiable, known, length_for_scan, merge, name
+from jaxbptt.scans.recurrence import Recurrence, length_for_scan
 from jaxbptt.scans.residuals import Residuals, places
 from jaxbptt.scans.schedule import divisor_near
-from jaxbptt.scans.tracing import TracedStep, map_over_time, trace
+from jaxbptt.trees import combine, differentiable, name, partition, select
 
 
 class StepWithAdjoint(NamedTuple):
@@ -289,7 +282,7 @@ def segment_length(carry: Any, length: Any) -> Any:
     if jax.default_backend() != "cpu":
         return max(length, 1)
     leaves = jax.tree.leaves(differentiable(carry))
-    rows = max((math.prod(map(known, leaf.shape[:-1])) for leaf in leaves), default=1)
+    rows = max((math.prod(map(assumed_size, leaf.shape[:-1])) for leaf in leaves), default=1)
     return divisor_near(length, max(min(1024 / max(rows, 1), length / 2), 8), within=4) if length else 1
 
 
@@ -305,12 +298,12 @@ def differentiated_as(plain: Callable[..., Any], fast: Callable[..., Any]) -> Ca
 
         def jvp(primals, tangents):
             perturbed = [not isinstance(tangent, SymbolicZero) for tangent in tangents]
-            moving, still = part(list(primals), perturbed)
+            diff, nondiff = partition(list(primals), flags=perturbed)
 
-            def of_moving(moving):
-                return plain(*treedef.unflatten(merge(moving, still)))
+            def of_diff(diff):
+                return plain(*treedef.unflatten(combine(diff, nondiff)))
 
-            return jax.jvp(of_moving, (moving,), (select(list(tangents), perturbed),))
+            return jax.jvp(of_diff, (diff,), (select(list(tangents), perturbed),))
 
         both.defjvp(jvp, symbolic_zeros=True)
         return both(*leaves)
@@ -338,7 +331,7 @@ def at_last_step(bar: Any, length: int) -> Any:
 
 def _derivation(traced: TracedStep) -> Callable[[Perturbed], PerturbedAdjoint]:
     """The adjoint of a traced step for given leaves, derived once."""
-    known: dict[Any, PerturbedAdjoint] = {}
+    assumed_size: dict[Any, PerturbedAdjoint] = {}
     # What a custom_vjp with symbolic zeros keeps may differ by what is perturbed, as it does of a strategy inside the step, and
     # JAX remembers the structure that was traced last: so it is differentiated with respect to the same leaves throughout.
     together = "symbolic_zeros" in traced.primitives
@@ -346,11 +339,11 @@ def _derivation(traced: TracedStep) -> Callable[[Perturbed], PerturbedAdjoint]:
 
     def derive(perturbed):
         key = tuple(jax.tree.leaves(perturbed))
-        if key not in known:
+        if key not in assumed_size:
             perturbed = spread(traced.step, perturbed, traced.shapes)
             adjoint = None if together else linearized(traced, perturbed)
-            known[key] = found(adjoint or _pulled(traced, perturbed, together=together))
-        return known[key]
+            assumed_size[key] = found(adjoint or _pulled(traced, perturbed, together=together))
+        return assumed_size[key]
 
     def found(adjoint):
         def for_outputs(carry_used, ys_used):
@@ -376,22 +369,22 @@ def _pulled(traced: TracedStep, perturbed: Perturbed, *, together: bool = False)
         return traced.step(params, carry, x), carry
 
     def for_outputs(carry_used, ys_used):
-        flags, moving_flags = perturbed._replace(carry=carry_used), tuple(perturbed)
+        flags, diff_flags = perturbed._replace(carry=carry_used), tuple(perturbed)
 
         def pull(step, primals, of_primals, bars):
-            moving, still = part(primals, of_primals)
+            diff, nondiff = partition(primals, flags=of_primals)
 
-            def outputs(*moving):
-                new_carry, y = step(*merge(moving, still))
+            def outputs(*diff):
+                new_carry, y = step(*combine(diff, nondiff))
                 return select(new_carry, carry_used), select(y, ys_used)
 
-            _, vjp = jax.vjp(outputs, *moving)
+            _, vjp = jax.vjp(outputs, *diff)
             return vjp(bars)
 
         def backward(params, carry, x, carry_bar, y_bar):
             at_t = partial(traced.step, params, x=x)
             if together:
-                _, previous_bar, _ = pull(traced.step, (params, carry, x), moving_flags, (carry_bar, y_bar))
+                _, previous_bar, _ = pull(traced.step, (params, carry, x), diff_flags, (carry_bar, y_bar))
                 previous_bar = select(previous_bar, carry_used)
             else:
                 (previous_bar,) = pull(at_t, (carry,), (carry_used,), (carry_bar, y_bar))
@@ -403,7 +396,7 @@ def _pulled(traced: TracedStep, perturbed: Perturbed, *, together: bool = False)
 
             if together:
                 steps = map_over_time(traced.step, in_turn=traced.in_turn)
-                params_bar, _, xs_bar = pull(steps, (params, carries, xs), moving_flags, (carry_bars, ys_bar))
+                params_bar, _, xs_bar = pull(steps, (params, carries, xs), diff_flags, (carry_bars, ys_bar))
                 return params_bar, xs_bar
             return pull(over_time, (params, xs), (flags.params, flags.x), (carry_bars, ys_bar))
 

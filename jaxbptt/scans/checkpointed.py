@@ -12,22 +12,17 @@ from typing import Any
 
 import jax
 
+from jaxbptt.along_time import at_one_step, filled
+from jaxbptt.array_types import byte_count
+from jaxbptt.arrays import check_count
 from jaxbptt.cells.cell import Adjoint, Cell
+from jaxbptt.programs.perturbed import PerturbedAdjoint
 from jaxbptt.scans import schedule, segments
-from jaxbptt.scans.along_time import filled
 from jaxbptt.scans.backward import check_recomputed, differentiated_as, step_with_adjoint, without
-from jaxbptt.scans.perturbed import PerturbedAdjoint, part, select
-from jaxbptt.scans.recurrence import (
-    at_one_step,
-    byte_count,
-    check_count,
-    check_known_length,
-    differentiable,
-    merge,
-    prepare,
-)
-from jaxbptt.scans.resets import with_flags
+from jaxbptt.scans.flags import with_flags
+from jaxbptt.scans.recurrence import check_known_length, prepare
 from jaxbptt.scans.reverse_mode import reverse_mode
+from jaxbptt.trees import combine, differentiable, partition, select
 
 
 def checkpointed_scan(
@@ -132,15 +127,15 @@ def checkpointed_scan(
             return segments.backward(task, states, carry_bar, cut)
 
         def by_scan(params, init, xs, carry_bar, ys_bar, states):
-            moving, still = part((params, init, xs), flags)
+            diff, nondiff = partition((params, init, xs), flags=flags)
 
-            def outputs(*moving):
-                carry, ys = unrolled(*merge(moving, still))
+            def outputs(*diff):
+                carry, ys = unrolled(*combine(diff, nondiff))
                 # `None` where no gradient comes back
                 ys = jax.tree.map(lambda leaf, bar: None if bar is None else leaf, ys, ys_bar)
                 return select(carry, adjoint.perturbed.carry), ys
 
-            _, vjp = jax.vjp(outputs, *moving)
+            _, vjp = jax.vjp(outputs, *diff)
             return vjp((carry_bar, filled(ys_bar, length)))
 
         if not cut.all_kept and not adjoint.mutates:
@@ -161,7 +156,7 @@ def check_options(length: int, segment_length: Any, checkpoints: Any) -> None:
     if checkpoints is not None:
         schedule.check_checkpoints(checkpoints, length or checkpoints)
     if segment_length is not None:
-        check_count("segment_length", segment_length, "counts time steps")
+        check_count("segment_length", segment_length, "it counts time steps")
 
 
 def layout(

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxbptt.scans.along_time import filled
-from jaxbptt.scans.array_types import as_type, type_over_time, zeros
-from jaxbptt.scans.parts import arrays_of, before_moves, evaluate, program, used
-from jaxbptt.scans.perturbed import PerturbedAdjoint, select
-from jaxbptt.scans.recurrence import at_one_step, is_array, name
-from jaxbptt.scans.tracing import read
+from jaxbptt.along_time import at_one_step, filled
+from jaxbptt.array_types import as_type, type_over_time, zeros
+from jaxbptt.programs.parts import arrays_of, before_moves, evaluate, program, used
+from jaxbptt.programs.perturbed import PerturbedAdjoint
+from jaxbptt.programs.trace import read
+from jaxbptt.trees import is_array, name, select
 
 
 class WeightGradient(NamedTuple):

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding
 
-from jaxbptt.scans.array_types import is_explicit, varying, varying_over
+from jaxbptt.array_types import is_explicit, varying, varying_over
+from jaxbptt.programs.perturbed import PerturbedAdjoint
 from jaxbptt.scans.contraction import fit
-from jaxbptt.scans.perturbed import PerturbedAdjoint, select
-from jaxbptt.scans.recurrence import is_array, is_differentiable, merge, split
+from jaxbptt.trees import combine, is_array, is_differentiable, partition, select
 
 
 def varying_alike(tree: Any) -> Any:
@@ -26,7 +26,7 @@ def laid_out(fn: Callable[[Any], Any], args: Any, likes: Any) -> Any:
 
     The results lie like `likes`, a tree of the same structure.
     """
-    arrays, others = split(args, is_array)
+    arrays, others = partition(args, is_array)
     meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(arrays)]
     mesh = next(filter(is_explicit, meshes), None)
     if mesh is None:
@@ -34,7 +34,7 @@ def laid_out(fn: Callable[[Any], Any], args: Any, likes: Any) -> Any:
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     shardings = jax.tree.map(lambda leaf: NamedSharding(mesh, jax.typeof(leaf).sharding.spec), likes)
     automatic = jax.sharding.auto_axes(
-        lambda arrays: fn(merge(arrays, others)),
+        lambda arrays: fn(combine(arrays, others)),
         axes=tuple(axis for axis, kind in kinds if kind is AxisType.Explicit),
         out_sharding=shardings,
     )

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 
 from jaxbptt.cells.cell import Cell, step_of
-from jaxbptt.scans.recurrence import is_ref, length_for_scan, prepare
-from jaxbptt.scans.resets import without_adjoint
+from jaxbptt.scans.flags import without_adjoint
+from jaxbptt.scans.recurrence import length_for_scan, prepare
+from jaxbptt.trees import is_ref
 
 
 def scan(

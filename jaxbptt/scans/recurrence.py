@@ -2,10 +2,9 @@ r"""What every strategy asks of its arguments, checked in one place and before a
 
 `prepare` settles the number of time steps and makes the first carry an array of fixed dtype; `checked` watches, as the
 step is traced, that the carry keeps its structure, shapes and dtypes. Both name the leaf, what was expected and the way
-out. `split` separates what has a derivative from what has none.
+out.
 """
 
-import math
 from collections.abc import Callable
 from operator import index
 from typing import Any, NamedTuple
@@ -14,10 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.export import is_symbolic_dim
-from jax.tree_util import keystr
 
+from jaxbptt.along_time import at_one_step
+from jaxbptt.array_types import is_on_devices, is_weak, lie_by_rows, lie_like
+from jaxbptt.arrays import check_count
 from jaxbptt.cells.cell import Cell, step_of
-from jaxbptt.scans.array_types import is_on_devices, lie_by_rows, lie_like, type_at_one_step, type_of
+from jaxbptt.trees import is_array, is_key, is_ref, name
 from jaxbptt.words import counted
 
 
@@ -65,44 +66,6 @@ def as_arrays(root: str, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(array, tree)
 
 
-def is_ref(leaf: Any) -> bool:
-    """Whether a leaf is a mutable array, as `jax.new_ref` makes it."""
-    return isinstance(leaf, jax.Ref)
-
-
-def check_count(name: str, value: Any, what: str) -> None:
-    """Raise unless `value` is a whole number of at least 1."""
-    if not _is_count(value, 1):
-        raise ValueError(f"{name} is {value!r}, but it {what}: pass a whole number of at least 1.")
-
-
-def _is_count(value: Any, least: int) -> bool:
-    try:
-        return not isinstance(value, bool) and index(value) >= least
-    except TypeError:
-        return False  # no whole number, or not known before the program runs
-
-
-def _is_traced(value: Any) -> bool:
-    return isinstance(value, Tracer)
-
-
-def at_one_step(xs: Any) -> Any:
-    """The shapes and dtypes of `xs` at a single time step."""
-    return jax.tree.map(type_at_one_step, xs)
-
-
-def byte_count(tree: Any) -> int:
-    """Bytes of all arrays."""
-    avals = map(type_of, jax.tree.leaves(tree))
-    return sum(math.prod(map(known, aval.shape)) * aval.dtype.itemsize for aval in avals)
-
-
-def known(size: Any) -> int:
-    """A size, for a choice that depends on it: one that `jax.export` leaves open counts as 32."""
-    return 32 if is_symbolic_dim(size) else size
-
-
 def length_for_scan(length: Any) -> Any:
     """`length=` for `lax.scan`: one that `jax.export` leaves open it takes from its inputs alone."""
     return None if is_symbolic_dim(length) else length
@@ -117,59 +80,6 @@ def check_known_length(strategy: str, length: Any) -> None:
         )
 
 
-def is_array(leaf: Any) -> bool:
-    """Whether a leaf is an array or a real number, and not a function, a flag or a size that a model keeps among its params."""
-    return (hasattr(leaf, "dtype") and not is_ref(leaf)) or isinstance(leaf, float | complex)
-
-
-def is_key(leaf: Any) -> bool:
-    """Whether a leaf is a typed random key, which has no zero."""
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def same_keys(tree: Any) -> Any:
-    """The same random keys once more, where a step is computed again: no reuse in the eyes of `jax.debug_key_reuse`."""
-    return jax.tree.map(lambda leaf: jax.random.clone(leaf) if is_key(leaf) else leaf, tree)
-
-
-def is_differentiable(leaf: Any) -> bool:
-    """Whether a leaf has a derivative: a real or complex floating-point array or number."""
-    return is_array(leaf) and jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.inexact)
-
-
-def split(tree: Any, by: Callable[[Any], bool] = is_differentiable) -> tuple[Any, Any]:
-    """The leaves with a derivative and those without, each in the structure of `tree` with `None` in the other's place.
-
-    Or the leaves of which another question is true, and the others.
-    """
-    return (
-        jax.tree.map(lambda leaf: leaf if by(leaf) else None, tree),
-        jax.tree.map(lambda leaf: None if by(leaf) else leaf, tree),
-    )
-
-
-def differentiable(tree: Any) -> Any:
-    """The first half of `split`."""
-    return split(tree)[0]
-
-
-def merge(first: Any, second: Any) -> Any:
-    """Put the two halves of `split` together again."""
-    return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)
-
-
-def pull(fn: Callable[..., Any], primals: tuple[Any, ...], bars: Any) -> tuple[Any, ...]:
-    """Cotangents of `primals` from those of `fn(*primals)`; both have `None` where a leaf has no derivative."""
-    moving, still = split(primals)
-    _, vjp = jax.vjp(lambda *moving: differentiable(fn(*merge(moving, still))), *moving)
-    return vjp(bars)
-
-
-def name(root: str, path: Any) -> str:
-    """A leaf as a user would write it: `carry[0].h`."""
-    return root + keystr(path)
-
-
 def _time_steps(xs: Any, length: Any) -> int:
     leaves = jax.tree_util.tree_leaves_with_path(xs)
     if not leaves and length is None:
@@ -178,13 +88,8 @@ def _time_steps(xs: Any, length: Any) -> int:
         if not leaves:
             raise ValueError(f"length is symbolic, {length}, and there are no xs to take it from: pass a whole number.")
     elif length is not None:
-        if not _is_count(length, 0):
-            hint = (
-                " It is traced: where the function is jitted, name it in static_argnames." if _is_traced(length) else ""
-            )
-            raise ValueError(
-                f"length is {length!r}: pass the number of time steps, a whole number of at least 0.{hint}"
-            )
+        way_out = "a traced one is not known yet, name it in static_argnames of jax.jit" if isinstance(length, Tracer) else None
+        check_count("length", length, "it counts time steps", least=0, way_out=way_out)
         length = index(length)
     sizes = []
     for path, leaf in leaves:
@@ -236,22 +141,9 @@ def _keeps(leaf: Any, to: Any) -> bool:
     return old is not None and new is not None and new <= old
 
 
-def is_weak(leaf: Any) -> bool:
-    """Whether a leaf has the dtype of a Python number, which gives way to any other."""
-    return getattr(leaf, "weak_type", False)
-
-
 def _in_own_containers(step: Callable[..., Any]) -> Callable[..., Any]:
     """A step may take entries out of the containers it is given; they are read after it, and it is traced again."""
     return lambda *args: step(*jax.tree.map(lambda leaf: leaf, args))
-
-
-def as_weak_as(array: Any, like: Any) -> Any:
-    """An array with the weak type of `like`, which writing into it has taken away."""
-    if not is_weak(like) or is_weak(array):
-        return array
-    # Every function of jax.lax that converts makes a strong type.
-    return jax.lax.convert_element_type_p.bind(array, new_dtype=array.dtype, weak_type=True, sharding=None)
 
 
 def _checked(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbptt.scans.along_time import at, window
+from jaxbptt.along_time import at, window
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("kept", "ys", "init"), meta_fields=("places", "treedef"))

@@ -17,11 +17,11 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jaxbptt.scans.along_time import Zeros
-from jaxbptt.scans.array_types import as_type, type_at_one_step, zeros
+from jaxbptt.along_time import Zeros
+from jaxbptt.array_types import as_type, type_at_one_step, zeros
+from jaxbptt.programs.perturbed import Perturbed, PerturbedAdjoint
 from jaxbptt.scans.devices import varying_alike
-from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, select
-from jaxbptt.scans.recurrence import differentiable, is_differentiable, same_keys
+from jaxbptt.trees import differentiable, is_differentiable, same_keys, select
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("primals", "saved"), meta_fields=("perturbed",))

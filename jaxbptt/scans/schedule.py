@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxbptt.scans.recurrence import check_count
+from jaxbptt.arrays import check_count
 from jaxbptt.words import counted
 
 
@@ -68,7 +68,7 @@ def checkpoint_schedule(length: int, checkpoints: int) -> Schedule:
     References:
         Griewank and Walther, Algorithm 799: revolve, 2000, doi:10.1145/347837.347846.
     """
-    check_count("length", length, "counts time steps")
+    check_count("length", length, "it counts time steps")
     check_checkpoints(checkpoints, length)
     reach = reaches(length, checkpoints) if checkpoints > 1 else None
     kept, moves = [0], []
@@ -143,7 +143,7 @@ def runs_of(eqn: Any) -> Fraction | None:
 
 def check_checkpoints(checkpoints: Any, length: int) -> None:
     """Raise unless `checkpoints` is between 1 and `length`."""
-    check_count("checkpoints", checkpoints, "counts the states that are kept")
+    check_count("checkpoints", checkpoints, "it counts the states that are kept")
     if checkpoints > length:
         raise ValueError(
             f"checkpoints is {checkpoints}, more than the {counted(length, 'time step')}: keeping every state is "

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxbptt.along_time import at, at_one_step, filled, put, put_window, room, window
+from jaxbptt.array_types import as_weak_as
+from jaxbptt.programs.perturbed import PerturbedAdjoint
 from jaxbptt.scans import schedule
-from jaxbptt.scans.along_time import at, filled, put, put_window, room, window
 from jaxbptt.scans.backward import back_over, stretches, without
 from jaxbptt.scans.contraction import fit, weight_gradient
-from jaxbptt.scans.perturbed import PerturbedAdjoint, select
-from jaxbptt.scans.recurrence import as_weak_as, at_one_step
+from jaxbptt.trees import select
 
 Step = Callable[..., Any]
 

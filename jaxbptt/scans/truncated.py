@@ -11,14 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxbptt.along_time import at_one_step, put_window, room
+from jaxbptt.array_types import byte_count
+from jaxbptt.arrays import check_count
 from jaxbptt.cells.cell import Adjoint, Cell
-from jaxbptt.scans.along_time import put_window, room
 from jaxbptt.scans.backward import back_over, check_recomputed, step_with_adjoint, stretches
 from jaxbptt.scans.contraction import weight_gradient
-from jaxbptt.scans.perturbed import select
-from jaxbptt.scans.recurrence import at_one_step, byte_count, check_count, check_known_length, merge, prepare, split
-from jaxbptt.scans.resets import with_flags
+from jaxbptt.scans.flags import with_flags
+from jaxbptt.scans.recurrence import check_known_length, prepare
 from jaxbptt.scans.reverse_mode import reverse_mode
+from jaxbptt.trees import combine, partition, select
 
 
 def truncated_scan(
@@ -84,7 +86,7 @@ def truncated_scan(
         Williams and Peng, An efficient gradient-based algorithm for on-line training of recurrent network trajectories,
         1990, doi:10.1162/neco.1990.2.4.490.
     """
-    check_count("truncation_length", truncation_length, "counts time steps")
+    check_count("truncation_length", truncation_length, "it counts time steps")
     r = prepare(step, params, init, xs, length, is_first, valid)
     with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
     step, params, adjoint_for, _, by_hand, mutable, _ = with_adjoint
@@ -97,10 +99,10 @@ def truncated_scan(
         # Cut as well, and by a select: what is differentiated here is the gradient, for a second derivative.
         def body(carry, at_t):
             t, x = at_t
-            moving, still = split(carry)
+            diff, nondiff = partition(carry)
             cut = (t > 0) & (t % chunk == 0)
-            moving = jax.tree.map(lambda leaf: jnp.where(cut, jax.lax.stop_gradient(leaf), leaf), moving)
-            return step(params, merge(moving, still), x)
+            diff = jax.tree.map(lambda leaf: jnp.where(cut, jax.lax.stop_gradient(leaf), leaf), diff)
+            return step(params, combine(diff, nondiff), x)
 
         return jax.lax.scan(body, init, (jnp.arange(steps), xs), length=steps, unroll=unroll)
 

@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
+from jaxbptt.along_time import filled
+from jaxbptt.arrays import check_count
 from jaxbptt.cells.cell import Adjoint, Cell
-from jaxbptt.scans.along_time import filled
 from jaxbptt.scans.backward import at_last_step, back_one_lag, step_with_adjoint, unroll_forward
 from jaxbptt.scans.contraction import fit
-from jaxbptt.scans.perturbed import select
-from jaxbptt.scans.recurrence import check_count, length_for_scan, prepare
-from jaxbptt.scans.resets import with_flags
+from jaxbptt.scans.flags import with_flags
+from jaxbptt.scans.recurrence import length_for_scan, prepare
 from jaxbptt.scans.reverse_mode import reverse_mode
+from jaxbptt.trees import select
 
 
 def windowed_scan(
@@ -89,7 +90,7 @@ def windowed_scan(
         Williams and Peng, An efficient gradient-based algorithm for on-line training of recurrent network trajectories,
         1990, doi:10.1162/neco.1990.2.4.490.
     """
-    check_count("window", window, "counts time steps")
+    check_count("window", window, "it counts time steps")
     r = prepare(step, params, init, xs, length, is_first, valid)
     with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
     step, params, adjoint_for, in_turn, by_hand, *_ = with_adjoint

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbptt.arrays import is_whole
+from jaxbptt.arrays import check_count
 from jaxbptt.tasks.files import InputError
 from jaxbptt.tasks.task import Sequences, Task, checked, last_step
 
@@ -60,8 +60,7 @@ def digits(*, by: Literal["rows", "pixels"] = "rows", seed: int = 0) -> Digits:
     """
     if by not in ("rows", "pixels"):
         raise ValueError(f"by is {by!r}, but an image is read by 'rows' or by 'pixels'.")
-    if not is_whole(seed):
-        raise ValueError(f"seed is {seed!r}, but it orders the images: pass a whole number of at least 0.")
+    check_count("seed", seed, "it orders the images", least=0)
     try:
         from sklearn.datasets import load_digits
     except ImportError:

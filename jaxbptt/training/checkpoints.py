@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.core import ShapedArray, Tracer
 
-from jaxbptt.scans.recurrence import is_key
+from jaxbptt.trees import is_key
 
 _FORMAT = "jaxbptt checkpoint 1"
 _RECORD = "record.json"

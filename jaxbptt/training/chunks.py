@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool
 
-from jaxbptt.arrays import as_array, is_whole
-from jaxbptt.scans.recurrence import is_key
+from jaxbptt.arrays import as_array, check_count
+from jaxbptt.trees import is_key
 from jaxbptt.words import counted
 
 
@@ -146,10 +146,8 @@ def pad(chunk: Chunk, length: int) -> Chunk:
     if not isinstance(chunk, Chunk):
         raise TypeError(f"pad takes a Chunk(xs, targets, ...), but got a {type(chunk).__name__}.")
     steps, batch = _time_and_batch(chunk)
-    if not is_whole(length, steps):
-        raise ValueError(
-            f"length is {length!r}, but the chunk has {counted(steps, 'time step')}: cut it, or pad to more."
-        )
+    meaning = f"the chunk has {counted(steps, 'time step')}"
+    check_count("length", length, meaning, least=steps, way_out="cut it, or pad to more")
 
     def longer(leaf):
         leaf = jnp.asarray(leaf)

@@ -11,8 +11,9 @@ from jaxbptt.analysis.lyapunov import lyapunov_exponents
 from jaxbptt.analysis.norms import norm_over_time
 from jaxbptt.analysis.operators import unroll
 from jaxbptt.cells.cell import Cell
-from jaxbptt.scans.recurrence import prepare, pull
-from jaxbptt.scans.tracing import map_over_time, trace
+from jaxbptt.programs.trace import map_over_time, trace
+from jaxbptt.scans.recurrence import prepare
+from jaxbptt.trees import pull
 
 
 def pascanu(

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxbptt.scans.recurrence import is_array, is_key, name
 from jaxbptt.training.chunks import Chunk
 from jaxbptt.training.tbptt import TrainState
+from jaxbptt.trees import is_array, is_key, name
 from jaxbptt.words import counted
 
 

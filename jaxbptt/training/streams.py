@@ -12,12 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbptt.arrays import as_numpy, check_callable, is_whole
+from jaxbptt.arrays import as_numpy, check_callable, check_count
 from jaxbptt.tasks.files import InputError
-from jaxbptt.training.chunks import Chunk as Chunk
-from jaxbptt.training.chunks import Stream as Stream
-from jaxbptt.training.chunks import is_first_from_done as is_first_from_done
-from jaxbptt.training.chunks import pad as pad
+from jaxbptt.training.chunks import (
+    Chunk as Chunk,
+)
+from jaxbptt.training.chunks import (
+    Stream as Stream,
+)
+from jaxbptt.training.chunks import (
+    is_first_from_done as is_first_from_done,
+)
+from jaxbptt.training.chunks import (
+    pad as pad,
+)
 from jaxbptt.words import counted
 
 
@@ -63,8 +71,7 @@ def rows(
         [[3, 0, 0], [7, 0, 0]] [[4, 0, 0], [8, 0, 0]] [[True, False, False], [True, False, False]]
     """
     _check_counts(batch=batch, chunk_length=chunk_length)
-    if not is_whole(overlap):
-        raise ValueError(f"overlap is {overlap!r}, but it counts time steps: pass 0 or more.")
+    check_count("overlap", overlap, "it counts time steps", least=0)
     if encode is not None:
         check_callable("encode", encode, "encode(values) -> what the network reads")
     values = _numbers("values", values)
@@ -306,6 +313,5 @@ def _native(block: np.ndarray) -> np.ndarray:
 
 
 def _check_counts(**counts: int) -> None:
-    for count, value in counts.items():
-        if not is_whole(value, 1):
-            raise ValueError(f"{count} is {value!r}: pass a whole number of at least 1.")
+    for name, value in counts.items():
+        check_count(name, value, "it counts rows" if name == "batch" else "it counts time steps")

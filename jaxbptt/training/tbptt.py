@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxbptt.arrays import at_least_float32, check_callable, check_key, is_whole
+from jaxbptt.array_types import is_weak
+from jaxbptt.arrays import at_least_float32, check_callable, check_count, check_key
 from jaxbptt.scans.adjoint import adjoint_scan
 from jaxbptt.scans.exact import scan as exact_scan
-from jaxbptt.scans.recurrence import check_count, differentiable, is_array, is_weak, merge, name, split
 from jaxbptt.scans.truncated import truncated_scan
 from jaxbptt.training.chunks import Chunk
+from jaxbptt.trees import combine, differentiable, is_array, name, partition
 from jaxbptt.words import counted
 
 
@@ -181,11 +182,11 @@ def tbptt(
             )
         steps = _check_chunk(chunk, truncation_length, update_every, burn_in)
         key, key_now = jax.random.split(state.key)
-        trained, fixed = split(state.params)
+        trained, fixed = partition(state.params)
 
         def of_trained(trained):
             # The carry that came in is a number here, whatever it was computed from: that is the cut.
-            return run(merge(trained, fixed), state.carry, chunk, key_now)
+            return run(combine(trained, fixed), state.carry, chunk, key_now)
 
         (value, next_carry), gradient = jax.value_and_grad(of_trained, has_aux=True)(trained)
         _check_carry(state.carry, next_carry)
@@ -197,7 +198,7 @@ def tbptt(
         clipped, clip_state = clip.update(gradient, clip_state, trained)
         extra = {"value": value, "grad": clipped, "value_fn": lambda trained: of_trained(trained)[0]}
         updates, opt_state = optax.with_extra_args_support(optimizer).update(clipped, opt_state, trained, **extra)
-        params = merge(optax.apply_updates(trained, updates), fixed)
+        params = combine(optax.apply_updates(trained, updates), fixed)
         metrics = Metrics(
             loss=value,
             gradient_norm=_norm(gradient),
@@ -220,11 +221,10 @@ def _copied(leaf: Any) -> Any:
 def _overlap(truncation_length: Any, update_every: Any, burn_in: Any, scan: Any) -> int:
     """How many steps a chunk shares with the one before it; raises where the options make no sense together."""
     if truncation_length is not None:
-        check_count("truncation_length", truncation_length, "counts time steps")
+        check_count("truncation_length", truncation_length, "it counts time steps")
     if update_every is not None:
-        check_count("update_every", update_every, "counts time steps")
-    if not is_whole(burn_in):
-        raise ValueError(f"burn_in is {burn_in!r}, but it counts time steps: pass a whole number of at least 0.")
+        check_count("update_every", update_every, "it counts time steps")
+    check_count("burn_in", burn_in, "it counts time steps", least=0)
     overlap = max(truncation_length - update_every, 0) if truncation_length and update_every else 0
     if overlap and burn_in:
         raise ValueError(

@@ -10,21 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 
+from jaxbptt.array_types import lie_alike, lie_like
 from jaxbptt.cells.cell import Adjoint
-from jaxbptt.scans.array_types import lie_alike, lie_like
+from jaxbptt.programs.perturbed import Perturbed, PerturbedAdjoint, of_outputs
 from jaxbptt.scans.backward import StepWithAdjoint, fit
-from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, of_outputs, select
-from jaxbptt.scans.recurrence import (
-    Recurrence,
-    as_arrays,
-    differentiable,
-    is_array,
-    is_differentiable,
-    is_key,
-    merge,
-    name,
-    split,
-)
+from jaxbptt.scans.recurrence import Recurrence, as_arrays
+from jaxbptt.trees import combine, differentiable, is_array, is_differentiable, is_key, name, partition, select
 from jaxbptt.words import counted
 
 _LARGER_FLAGS = {"broadcast_in_dim", "reshape", "convert_element_type"}
@@ -105,8 +96,8 @@ def _selecting_again(step: Any) -> Any:
     """The same step, of which JAX does not keep what `_select` made for the way back: it would be a copy of all inputs."""
 
     def selecting_step(params, carry, x):
-        arrays, others = split((params, carry, x), is_array)
-        closed, shapes = jax.make_jaxpr(lambda arrays: step(*merge(arrays, others)), return_shape=True)(arrays)
+        arrays, others = partition((params, carry, x), is_array)
+        closed, shapes = jax.make_jaxpr(lambda arrays: step(*combine(arrays, others)), return_shape=True)(arrays)
         run = jaxpr_as_fun(closed)
         if not closed.effects:  # else they would be had again as well
             run = jax.checkpoint(run, prevent_cse=False, policy=_is_kept)

@@ -4,11 +4,13 @@ JAX checks both at every operation, so what is made here, zeros and shapes to tr
 added to or stands for.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray
+from jax.export import is_symbolic_dim
 from jax.sharding import AxisType
 
 
@@ -107,3 +109,27 @@ def _laid(leaf: Any, sharding: Any) -> Any:
     if not is_explicit(sharding.mesh) or jax.typeof(leaf).sharding == sharding:
         return leaf
     return jax.sharding.reshard(leaf, sharding)
+
+
+def is_weak(leaf: Any) -> bool:
+    """Whether a leaf has the dtype of a Python number, which gives way to any other."""
+    return getattr(leaf, "weak_type", False)
+
+
+def as_weak_as(array: Any, like: Any) -> Any:
+    """An array with the weak type of `like`, which writing into it has taken away."""
+    if not is_weak(like) or is_weak(array):
+        return array
+    # Every function of jax.lax that converts makes a strong type.
+    return jax.lax.convert_element_type_p.bind(array, new_dtype=array.dtype, weak_type=True, sharding=None)
+
+
+def byte_count(tree: Any) -> int:
+    """Bytes of all arrays."""
+    avals = map(type_of, jax.tree.leaves(tree))
+    return sum(math.prod(map(assumed_size, aval.shape)) * aval.dtype.itemsize for aval in avals)
+
+
+def assumed_size(size: Any) -> int:
+    """A size, for a choice that depends on it: one that `jax.export` leaves symbolic counts as 32."""
+    return 32 if is_symbolic_dim(size) else size

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import Literal
 
-from jaxbptt.scans.recurrence import is_differentiable, merge
+from jaxbptt.trees import combine, is_differentiable, partition
 
 
 class Perturbed(NamedTuple):
@@ -61,16 +61,6 @@ def every_leaf(tree: Any) -> Any:
 def everything(params: Any, carry: Any, x: Any) -> Perturbed:
     """Flags for all leaves that can have a derivative, of all that a step reads."""
     return Perturbed(every_leaf(params), every_leaf(carry), every_leaf(x))
-
-
-def select(tree: Any, flags: Any) -> Any:
-    """The leaves that are flagged, and `None` in the place of the others."""
-    return jax.tree.map(lambda flag, leaf: leaf if flag else None, flags, tree)
-
-
-def part(tree: Any, flags: Any) -> tuple[Any, Any]:
-    """The leaves that are flagged and those that are not, each with `None` in the other's place."""
-    return select(tree, flags), jax.tree.map(lambda flag, leaf: None if flag else leaf, flags, tree)
 
 
 def spread(step: Callable[..., Any], perturbed: Perturbed, primals: Any) -> Perturbed:
@@ -133,7 +123,7 @@ def _leading(reached: Callable[[int], set[int]], perturbed_carry: Any, carry_use
 
 def _reached(step: Callable[..., Any], perturbed: Perturbed, primals: Any) -> set[int]:
     """The leaves of (carry, y) that have a tangent after a step, by number."""
-    moving, still = part(primals, tuple(perturbed))
+    diff, nondiff = partition(primals, flags=tuple(perturbed))
     reached = set()
 
     def watched(i, leaf):
@@ -148,12 +138,12 @@ def _reached(step: Callable[..., Any], perturbed: Perturbed, primals: Any) -> se
 
         return identity(leaf)
 
-    def tangents(moving, still, tangents):
-        def outputs(moving):
-            leaves = jax.tree.leaves(step(*merge(moving, still)))
+    def tangents(diff, nondiff, tangents):
+        def outputs(diff):
+            leaves = jax.tree.leaves(step(*combine(diff, nondiff)))
             return [watched(i, leaf) for i, leaf in enumerate(leaves) if is_differentiable(leaf)]
 
-        return jax.jvp(outputs, (moving,), (tangents,))[1]
+        return jax.jvp(outputs, (diff,), (tangents,))[1]
 
-    jax.eval_shape(tangents, moving, still, moving)
+    jax.eval_shape(tangents, diff, nondiff, diff)
     return reached

@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-from jaxbptt.scans.array_types import type_over_time, zeros
-from jaxbptt.scans.recurrence import same_keys
+from jaxbptt.array_types import type_at_one_step, type_over_time, zeros
+from jaxbptt.trees import same_keys
 
 _index = partial(jax.lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
 _slice = partial(jax.lax.dynamic_slice_in_dim, allow_negative_indices=False)
@@ -23,6 +23,11 @@ class Zeros:
     """Zeros of a type at every time step, in the place of an array of them: no leaf of a pytree, so no loop carries it."""
 
     type: Any
+
+
+def at_one_step(xs: Any) -> Any:
+    """The shapes and dtypes of `xs` at a single time step."""
+    return jax.tree.map(type_at_one_step, xs)
 
 
 def filled(tree: Any, *lengths: int) -> Any:

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from jaxbptt.scans.array_types import as_type
-from jaxbptt.scans.parts import evaluate, fixed_by, program, used
-from jaxbptt.scans.perturbed import Perturbed, PerturbedAdjoint, every_leaf, part, select
-from jaxbptt.scans.recurrence import differentiable, known, merge
-from jaxbptt.scans.tracing import TracedStep, read, subjaxprs
+from jaxbptt.array_types import as_type, assumed_size
+from jaxbptt.programs.parts import evaluate, fixed_by, program, used
+from jaxbptt.programs.perturbed import Perturbed, PerturbedAdjoint, every_leaf
+from jaxbptt.programs.trace import TracedStep, read, subjaxprs
+from jaxbptt.trees import combine, differentiable, partition, select
 
 # Computed again on the way back from what is kept, in place of being kept.
 _ARITHMETIC = {"add", "sub", "mul", "neg", "add_any", "max", "min", "square", "integer_pow", "one_minus_square"}
@@ -37,22 +37,22 @@ def linearized(traced: TracedStep, perturbed: Perturbed) -> PerturbedAdjoint | N
     and δₜ would be as large, for every time step.
     """
     primals = traced.shapes
-    moving = select(primals, tuple(perturbed))
-    params_t, carry_t, _ = moving
+    diff = select(primals, tuple(perturbed))
+    params_t, carry_t, _ = diff
 
     def both(primals, tangents):
-        moving, still = part(primals, tuple(perturbed))
+        diff, nondiff = partition(primals, flags=tuple(perturbed))
 
-        def step(*moving):
-            new_carry, y = traced.step(*merge(moving, still))
+        def step(*diff):
+            new_carry, y = traced.step(*combine(diff, nondiff))
             return (select(new_carry, perturbed.carry), differentiable(y)), (new_carry, y)
 
-        _, tangents, outputs = jax.jvp(step, moving, tangents, has_aux=True)
+        _, tangents, outputs = jax.jvp(step, diff, tangents, has_aux=True)
         return outputs, tangents
 
-    whole = program(both, primals, moving)
+    whole = program(both, primals, diff)
     count = len(jax.tree.leaves(primals))
-    places = jax.tree.unflatten(jax.tree.structure(moving), whole.inputs[count:])
+    places = jax.tree.unflatten(jax.tree.structure(diff), whole.inputs[count:])
     outputs = whole.results[: whole.out_tree.children()[0].num_leaves]
     tangents = whole.results[len(outputs) :]
 
@@ -193,11 +193,11 @@ def _reads(eqns: Iterable[Any]) -> set[Any]:
 
 
 def _numbers(variables: Iterable[Any]) -> int:
-    return sum(math.prod(map(known, var.aval.shape)) for var in variables)
+    return sum(math.prod(map(assumed_size, var.aval.shape)) for var in variables)
 
 
-def _all_in(variables: list[Any], known: set[Any]) -> bool:
-    return all(isinstance(var, Literal) or var in known for var in variables)
+def _all_in(variables: list[Any], assumed_size: set[Any]) -> bool:
+    return all(isinstance(var, Literal) or var in assumed_size for var in variables)
 
 
 def _env(variables: Any, values: Any) -> dict[Any, Any]:

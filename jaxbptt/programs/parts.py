@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from jaxbptt.scans.recurrence import is_array, known, merge, split
-from jaxbptt.scans.tracing import bind, evaluate_inlined, read
+from jaxbptt.array_types import assumed_size
+from jaxbptt.programs.trace import bind, evaluate_inlined, read
+from jaxbptt.trees import combine, is_array, partition
 
 # A constant that these make is larger than what they make it of: cheaper made again at each step than read.
 _ENLARGE = {"broadcast_in_dim", "iota"}
@@ -36,8 +37,8 @@ class Program(NamedTuple):
 
 def program(fn: Callable[..., Any], *args: Any) -> Program:
     """Trace `fn` for arguments of these shapes; leaves that are no arrays (flags, sizes) stay Python, and are no inputs."""
-    arrays, others = split(args, is_array)
-    closed, shapes = jax.make_jaxpr(lambda arrays: fn(*merge(arrays, others)), return_shape=True)(arrays)
+    arrays, others = partition(args, is_array)
+    closed, shapes = jax.make_jaxpr(lambda arrays: fn(*combine(arrays, others)), return_shape=True)(arrays)
 
     def inlined(inputs):
         moved: dict[Any, Any] = {}  # keeps the values that are moved, so that no other gets their id
@@ -157,15 +158,15 @@ def in_loop(fn: Callable[..., Any], params: Any, *args: Any) -> InLoop:
     """
     traced = program(fn, params, *args)
     leaves = arrays_of(params)
-    known = traced.consts | dict(zip(traced.inputs, leaves, strict=False))
-    before, during, fixed = fixed_by(traced.eqns, known)
-    known = evaluate(before, known)
+    assumed_size = traced.consts | dict(zip(traced.inputs, leaves, strict=False))
+    before, during, fixed = fixed_by(traced.eqns, assumed_size)
+    assumed_size = evaluate(before, assumed_size)
     again = [eqn for eqn in before if eqn.primitive.name in _ENLARGE]
-    turned = {id(eqn): jnp.swapaxes(known[eqn.invars[1]], 0, 1) for eqn in during if _reads_across(eqn, fixed)}
+    turned = {id(eqn): jnp.swapaxes(assumed_size[eqn.invars[1]], 0, 1) for eqn in during if _reads_across(eqn, fixed)}
     inputs = traced.inputs[len(leaves) :]
 
     def call(*args):
-        env = evaluate(again, known) | dict(zip(inputs, jax.tree.leaves(args), strict=True))
+        env = evaluate(again, assumed_size) | dict(zip(inputs, jax.tree.leaves(args), strict=True))
         for eqn in during:
             values = read(env, eqn.invars)
             if id(eqn) in turned:
@@ -190,7 +191,7 @@ def _reads_across(eqn: Any, fixed: set[Any]) -> bool:
         return False
     (left, right), (batch, _) = eqn.params["dimension_numbers"]
     # A single row is multiplied as fast either way.
-    sizes = list(map(known, eqn.invars[0].aval.shape))
+    sizes = list(map(assumed_size, eqn.invars[0].aval.shape))
     rows = math.prod(sizes) // max(1, sizes[left[0]] if left else 1)
     return right == (1,) and not batch and eqn.invars[1].aval.ndim == 2 and rows > 1
 

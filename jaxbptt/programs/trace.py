@@ -12,8 +12,9 @@ import jax
 from jax.core import eval_jaxpr
 from jax.extend.core import Literal
 
-from jaxbptt.scans.array_types import as_type
-from jaxbptt.scans.recurrence import Recurrence, at_one_step, is_array, is_ref, merge, split
+from jaxbptt.along_time import at_one_step
+from jaxbptt.array_types import as_type
+from jaxbptt.trees import combine, is_array, is_ref, partition
 
 # Calls that only wrap a function: their inside can be evaluated in place.
 _WRAPPERS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2"}
@@ -69,13 +70,13 @@ def map_over_time(fn: Callable[..., Any], *, in_turn: bool) -> Callable[..., Any
     return lambda params, *stacked: jax.vmap(partial(fn, params))(*stacked)
 
 
-def trace(recurrence: Recurrence) -> TracedStep:
+def trace(recurrence: Any) -> TracedStep:
     """Trace the step of a prepared recurrence, once."""
-    arrays, others = split(recurrence.params, is_array)
+    arrays, others = partition(recurrence.params, is_array)
     leaves, treedef = jax.tree.flatten(arrays)
 
     def from_arrays(leaves, carry, x):
-        return recurrence.step(merge(treedef.unflatten(leaves), others), carry, x)
+        return recurrence.step(combine(treedef.unflatten(leaves), others), carry, x)
 
     closed, shapes = jax.make_jaxpr(from_arrays, return_shape=True)(leaves, recurrence.init, at_one_step(recurrence.xs))
     out_tree = jax.tree.structure(shapes)

@@ -1,0 +1,1 @@
+"""A step as data: traced, sorted by what depends on the carry, evaluated."""
