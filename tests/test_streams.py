@@ -201,7 +201,7 @@ def test_errors():
     rows = partial(streams.rows, np.arange(10))
     pair = (np.ones(3), np.ones(3))
     for call, message in (
-        (partial(rows, batch=0, chunk_length=2), "batch is 0: pass a whole number"),
+        (partial(rows, batch=0, chunk_length=2), "batch is 0, but it counts rows: pass a whole number"),
         (partial(rows, batch=2, chunk_length=True), "chunk_length is True"),
         (partial(rows, batch=2, chunk_length=2, overlap=-1), "overlap is -1"),
         (partial(rows, batch=10, chunk_length=2), "values have 10 time steps, too few for batch=10 rows"),
