@@ -5,13 +5,16 @@ added to or stands for.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray
 from jax.export import is_symbolic_dim
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+
+from jaxbptt.trees import combine, is_array, is_differentiable, partition
 
 
 def as_type(aval: Any) -> Any:
@@ -99,6 +102,35 @@ def lie_alike(*leaves: Any) -> Any:
         return leaves
     joint = explicit[0].update(spec=_first(*(sharding.spec for sharding in shardings)))
     return [_laid(leaf, joint) for leaf in leaves]
+
+
+def varying_alike(tree: Any) -> Any:
+    """Floating-point leaves of a tree, made to vary over all devices of a `shard_map` that any leaf varies over.
+
+    A backward written by hand has the gradients of what each device computes. Of what varies less, JAX adds them up.
+    """
+    axes = varying(*filter(is_array, jax.tree.leaves(tree)))
+    return jax.tree.map(lambda leaf: varying_over(leaf, axes) if is_differentiable(leaf) else leaf, tree)
+
+
+def laid_out(fn: Callable[[Any], Any], args: Any, likes: Any) -> Any:
+    """`fn(args)`; for arrays of an Explicit mesh, whose operations say how results lie, the compiler lays them out in `fn`.
+
+    The results lie like `likes`, a tree of the same structure.
+    """
+    arrays, static = partition(args, is_array)
+    meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(arrays)]
+    mesh = next(filter(is_explicit, meshes), None)
+    if mesh is None:
+        return fn(args)
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    shardings = jax.tree.map(lambda leaf: NamedSharding(mesh, jax.typeof(leaf).sharding.spec), likes)
+    automatic = jax.sharding.auto_axes(
+        lambda arrays: fn(combine(arrays, static)),
+        axes=tuple(axis for axis, kind in kinds if kind is AxisType.Explicit),
+        out_sharding=shardings,
+    )
+    return automatic(arrays)
 
 
 def _first(*specs: Any) -> Any:

@@ -11,8 +11,9 @@ from reference import assert_close, make_cell, problem, python_loop, random_like
 
 import jaxbptt as bptt
 from jaxbptt.programs.perturbed import everything
-from jaxbptt.scans.backward import step_with_adjoint
 from jaxbptt.scans.checkpointed import layout
+from jaxbptt.scans.flags import Flags
+from jaxbptt.scans.passes import one_pass
 from jaxbptt.scans.recurrence import prepare
 from jaxbptt.scans.schedule import forward_steps
 
@@ -51,9 +52,9 @@ def test_equals_scan_under_every_option(steps, own):
 
 
 def cut_of(cell, args, **options):
-    r = prepare(cell, *args, None)
-    adjoint = step_with_adjoint(cell, None, r).adjoint(everything(*args))
-    return layout(r.length, adjoint, *args, options.get("segment_length"), options.get("checkpoints"))
+    over_time, r = one_pass(cell, None, prepare(cell, *args, None), Flags(), unroll=1)
+    over_time = over_time.differentiated(everything(*args))
+    return layout(over_time, *args, r.length, options.get("segment_length"), options.get("checkpoints"))
 
 
 def test_both_kinds_of_segment_are_covered():

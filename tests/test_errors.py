@@ -76,7 +76,10 @@ def test_what_a_step_returns_is_named_for_python_numbers_too(strategy):
 
 @strategies
 def test_traced_length(strategy):
-    with pytest.raises(ValueError, match=r"length is .*, but it counts time steps: a traced one is not known yet, name it in static_argnames"):
+    with pytest.raises(
+        ValueError,
+        match=r"length is .*, but it counts time steps: a traced one is not known yet, name it in static_argnames",
+    ):
         jax.jit(lambda length: strategy(keep, None, 0.0, length=length))(3)
 
 

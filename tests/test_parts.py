@@ -11,11 +11,14 @@ from reference import assert_close, make_cell, problem, random_like
 import jaxbptt as bptt
 from jaxbptt.along_time import at
 from jaxbptt.analysis.cost import count_flops
+from jaxbptt.programs.evaluate import subjaxprs
+from jaxbptt.programs.hoist import hoisted, last_moves
 from jaxbptt.programs.linearized import linearized
-from jaxbptt.programs.parts import before_moves, in_loop, program
 from jaxbptt.programs.perturbed import everything
-from jaxbptt.programs.trace import subjaxprs, trace
-from jaxbptt.scans.backward import segment_length, unroll_forward
+from jaxbptt.programs.program import program
+from jaxbptt.programs.trace import trace
+from jaxbptt.scans.flags import Flags
+from jaxbptt.scans.passes import one_pass, segment_length
 from jaxbptt.scans.recurrence import prepare
 
 CELLS = ("elman", "gru", "lstm")
@@ -23,7 +26,7 @@ CELLS = ("elman", "gru", "lstm")
 
 def derive(step, params, init, xs):
     r = prepare(step, params, init, xs, None)
-    return linearize(trace(r))
+    return linearize(trace(r.step, r.params, r.init, r.xs))
 
 
 def linearize(traced):
@@ -120,14 +123,11 @@ def test_what_is_kept():
     for name, (own, derived) in counts.items():
         cell = make_cell(name)
         params, init, xs = problem(cell, 6, (2,))
-        r = prepare(cell.step, params, init, xs, None)
-        traced = trace(r)
-        for adjoint, params_, count in (
-            (cell.adjoint, params, own),
-            (linearize(traced), traced.params, derived),
-        ):
-            (_, ys), residuals = unroll_forward(adjoint, params_, init, xs, length=6, unroll=1)
-            assert len(residuals.kept) == count, name
+        for step, count in ((cell, own), (cell.step, derived)):
+            over_time, r = one_pass(step, None, prepare(step, params, init, xs, None), Flags(), unroll=1)
+            over_time = over_time.differentiated(everything(r.params, init, xs))
+            (_, ys), residuals = over_time.forward(r.params, init, xs, 6)
+            assert len(residuals.stored) == count, name
             stacked = residuals.stacked()
             assert_close(residuals.window(2, 3), jax.tree.map(lambda leaf: leaf[2:5], stacked))
             assert_close(residuals.window(0, 2), jax.tree.map(lambda leaf: leaf[:2], stacked))
@@ -198,12 +198,12 @@ def test_moves_come_after_a_sum():
 
     a, b = random_like((jnp.zeros((2, 3)), jnp.zeros((3, 3))), 0)
     traced = program(fn, a, b)
-    moves = before_moves(traced, 2)
+    moves = last_moves(traced, 2)
     assert {var.aval.shape for var in moves.parts} == {(2, 3), (3, 2)}
     values = [{"a": a, "b a": b @ a.T, "2 a": 2 * a}[key] for key in ("a", "b a", "2 a")]
     assert_close(moves(values), fn(a, b)[0])
-    assert moves.form == before_moves(program(fn, 2 * a, b), 2).form
-    assert moves.form != before_moves(program(lambda a, b: ((a.T, (b @ a.T).T), 2 * a), a, b), 2).form
+    assert moves.form == last_moves(program(fn, 2 * a, b), 2).form
+    assert moves.form != last_moves(program(lambda a, b: ((a.T, (b @ a.T).T), 2 * a), a, b), 2).form
 
 
 def other_order(h, deltas):
@@ -443,9 +443,9 @@ def test_without_inputs_and_with_integers():
     assert_close(jax.grad(partial(loss, bptt.adjoint_scan), argnums=(0, 1))(*args), expected)
 
 
-def test_in_loop_keeps_broadcasts_inside():
+def test_hoisting_keeps_broadcasts_inside():
     """A bias is not written out for all rows to be read again at each step."""
-    loop = in_loop(lambda b, h: h + b, jnp.ones(3), jnp.zeros((4, 3)))
+    loop = hoisted(lambda b, h: h + b, jnp.ones(3), jnp.zeros((4, 3)))
     jaxpr = jax.make_jaxpr(loop.call)(jnp.zeros((4, 3)))
     assert [const.shape for const in jaxpr.consts] == [(3,)]
     assert_close(loop(jnp.zeros((4, 3))), jnp.ones((4, 3)))

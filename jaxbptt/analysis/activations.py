@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxbptt.programs.trace import TracedStep, bind, evaluate_inlined
+from jaxbptt.programs.evaluate import bind, evaluate_jaxpr, opening_wrappers
+from jaxbptt.programs.trace import TracedStep
 
 # Largest slope, and how fast the slope falls with |a|: tanh′(a) = 1/cosh²(a), σ′(a) = 1/(4 cosh²(a/2)).
 _SQUASHING = {"tanh": (1.0, 2.0), "logistic": (0.25, 1.0)}
@@ -63,4 +64,4 @@ def _evaluate(traced: TracedStep, inputs: Any, visit: Callable[[str, Array], Arr
 
     params, carry, x = inputs
     leaves = jax.tree.leaves((params.leaves, carry, x))
-    return evaluate_inlined(traced.jaxpr, params.closed_over, leaves, run)
+    return evaluate_jaxpr(traced.jaxpr, params.closed_over, leaves, opening_wrappers(run))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from jaxbptt.programs.trace import subjaxprs
+from jaxbptt.programs.evaluate import subjaxprs
 from jaxbptt.scans.schedule import runs_of
 
 _ONE_PER_ELEMENT = {"add", "sub", "mul", "div", "neg", "max", "min", "add_any", "integer_pow", "square", "abs", "sign"}

@@ -208,7 +208,7 @@ def _numbers(
     params, init, xs = combine(arrays, treedef.unflatten(others))
     r = prepare_state(step, params, init, xs, length)
     arguments: dict[str, Any] = {"length": length}
-    traced = trace(r)
+    traced = trace(r.step, r.params, r.init, r.xs)
     without_saturation = r._replace(step=opened(traced), params=traced.params)
     jacobians = jacobian_operators(r.step, r.params, r.init, r.xs, **arguments)
     at_steepest = jacobian_operators(*without_saturation[:4], **arguments)

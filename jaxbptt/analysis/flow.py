@@ -89,7 +89,7 @@ def gradient_flow(
     r = prepare(step, params, init, xs, length)
     if not jax.tree.leaves(differentiable(r.init)):
         raise ValueError("init has no leaf with a derivative: there is no state that a gradient could reach.")
-    traced = trace(r)
+    traced = trace(r.step, r.params, r.init, r.xs)
     read = readout(traced)
     # Two zeros are added to the state after each step, one that only the output sees and one that only the next step
     # does: the gradients with respect to them are the two parts of ∂L/∂hₜ.

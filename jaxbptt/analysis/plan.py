@@ -13,10 +13,10 @@ from jaxbptt.arrays import check_concrete, is_number, scalar_loss
 from jaxbptt.cells.cell import Cell
 from jaxbptt.programs.perturbed import everything
 from jaxbptt.scans.adjoint import adjoint_scan
-from jaxbptt.scans.backward import step_with_adjoint
 from jaxbptt.scans.checkpointed import checkpointed_scan, layout
 from jaxbptt.scans.exact import scan
-from jaxbptt.scans.flags import with_flags
+from jaxbptt.scans.flags import Flags
+from jaxbptt.scans.passes import one_pass
 from jaxbptt.scans.recurrence import Recurrence, prepare
 from jaxbptt.scans.segments import Layout
 from jaxbptt.scans.truncated import truncated_scan
@@ -224,13 +224,14 @@ def _cut(case: _Case, checkpoints: int | None) -> Layout:
     """How `checkpointed_scan` cuts time."""
 
     def cut(r, flags):
-        step, xs = with_flags(step_with_adjoint(case.step, None, r), r, **flags)
-        perturbed = everything(step.params, r.init, xs)._replace(x=_nothing(xs))  # the inputs get no gradient
-        if xs is not r.xs:
+        given = Flags(**flags)
+        over_time, r = one_pass(case.step, None, r, given, unroll=1)
+        perturbed = everything(r.params, r.init, r.xs)._replace(x=_nothing(r.xs))  # the inputs get no gradient
+        if given.given:
             # Nor does what flags add to the params.
-            params, *others = perturbed.params
-            perturbed = perturbed._replace(params=(params, *map(_nothing, others)))
-        return layout(r.length, step.adjoint(perturbed), step.params, r.init, xs, None, checkpoints)
+            params, *added = perturbed.params
+            perturbed = perturbed._replace(params=(params, *map(_nothing, added)))
+        return layout(over_time.differentiated(perturbed), r.params, r.init, r.xs, r.length, None, checkpoints)
 
     return _look(case, cut)
 

@@ -1,8 +1,8 @@
-r"""A step taken apart into "the new carry" and "what is read off it".
+r"""The output of a step as a function of its new carry.
 
-∂L/∂hₜ counts both ways out of hₜ: the next step, and this step's own output. A step returns the two together, and its
+hₜ reaches the loss through the next step and through this step's own output. A step returns the two together, and its
 output may be the state itself, or a read-out computed from it. Here the step's trace is evaluated a second time with the
-new carry put in from outside, so that the output's dependence on it can be differentiated, whatever the step computes.
+new carry replaced by an argument, so that the output can be differentiated with respect to it, whatever the step computes.
 """
 
 import warnings
@@ -12,7 +12,8 @@ from typing import Any
 import jax
 from jax.extend.core import DropVar, Literal
 
-from jaxbptt.programs.trace import TracedStep, bind, subjaxprs, wrapped
+from jaxbptt.programs.evaluate import bind, evaluate, read, subjaxprs, wrapped
+from jaxbptt.programs.trace import TracedStep
 
 
 def readout(traced: TracedStep) -> Callable[..., Any]:
@@ -23,56 +24,51 @@ def readout(traced: TracedStep) -> Callable[..., Any]:
         from elsewhere (x, the carry before) stays as it is.
     """
 
-    def read(params, carry, x, new_carry):
+    def output(params, carry, x, new_carry):
         new = jax.tree.leaves(new_carry)
-        replaced = {
-            var: value
-            for var, value in zip(traced.jaxpr.outvars[: len(new)], new, strict=True)
-            if not isinstance(var, Literal)
-        }
+        variables = traced.jaxpr.outvars[: len(new)]
+        replaced = {var: value for var, value in zip(variables, new, strict=True) if not isinstance(var, Literal)}
         inputs = jax.tree.leaves((params.leaves, carry, x))
-        flat = _evaluate(traced.jaxpr, params.closed_over, inputs, replaced)
-        _, y = traced.out_tree.unflatten(flat)
+        _, y = traced.out_tree.unflatten(_substituted(traced.jaxpr, params.closed_over, inputs, replaced))
         return y
 
-    return read
+    return output
 
 
-def _evaluate(jaxpr: Any, consts: list[Any], inputs: list[Any], replaced: dict[Any, Any]) -> list[Any]:
-    """Evaluate a trace; a variable in `replaced` takes the value given there once it would have been computed."""
-    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
+def _substituted(jaxpr: Any, consts: list[Any], inputs: list[Any], replaced: dict[Any, Any]) -> list[Any]:
+    """The results of a trace, where a variable in `replaced` takes the value given there as soon as it is computed."""
+    replaced = dict(replaced)
 
-    def get(var):
-        return var.val if isinstance(var, Literal) else env[var]
-
-    for eqn in jaxpr.eqns:
-        values = [get(var) for var in eqn.invars]
+    def run(eqn, values):
         inside = wrapped(eqn)
-        if inside is not None:  # evaluated in place, to find the carry where it is computed
+        if inside is None:
+            results = bind(eqn, values)
+            replaced.update(_copies(eqn, replaced))
+        else:  # opened, to find the carry where it is computed
             inner, inner_consts = inside
             pairs = zip(inner.outvars, eqn.outvars, strict=True)
             inner_replaced = {i: replaced[o] for i, o in pairs if o in replaced and not isinstance(i, Literal)}
-            results = _evaluate(inner, inner_consts, values, inner_replaced)
-        else:
-            results = bind(eqn, values)
-            replaced = _with_copies(eqn, replaced)
-        env |= {var: replaced.get(var, value) for var, value in zip(eqn.outvars, results, strict=True)}
-    return [var.val if isinstance(var, Literal) else replaced.get(var, env[var]) for var in jaxpr.outvars]
+            results = _substituted(inner, inner_consts, values, inner_replaced)
+        return [replaced.get(var, value) for var, value in zip(eqn.outvars, results, strict=True)]
+
+    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
+    # Once more at the end, for a carry that is an input and not computed.
+    return read(evaluate(jaxpr.eqns, env, run) | replaced, jaxpr.outvars)
 
 
-def _with_copies(eqn: Any, replaced: dict[Any, Any]) -> dict[Any, Any]:
-    """A branch, loop or custom derivative may return the new carry twice, as carry and as output: both are replaced."""
+def _copies(eqn: Any, replaced: dict[Any, Any]) -> dict[Any, Any]:
+    """A branch, loop or custom derivative may return the new carry twice, as carry and as output: the output is replaced too."""
     inside = [jaxpr for jaxpr, _ in subjaxprs(eqn) if len(jaxpr.outvars) == len(eqn.outvars)]
     carries = [i for i, var in enumerate(eqn.outvars) if var in replaced]
     if not inside or not carries or len(eqn.outvars) == len(carries):
-        return replaced
-    replaced = dict(replaced)
+        return {}
+    copied = {}
     for j, var in enumerate(eqn.outvars):
         if var in replaced or isinstance(var, DropVar):
             continue
         copies = [i for i in carries if all(jaxpr.outvars[i] is jaxpr.outvars[j] for jaxpr in inside)]
         if copies:
-            replaced[var] = replaced[eqn.outvars[copies[0]]]
+            copied[var] = replaced[eqn.outvars[copies[0]]]
         else:
             warnings.warn(
                 f"The new carry and another result come out of one `{eqn.primitive.name}`: what the output reads of the new "
@@ -80,4 +76,4 @@ def _with_copies(eqn: Any, replaced: dict[Any, Any]) -> dict[Any, Any]:
                 "affected. Read the output off the carry outside of it.",
                 stacklevel=2,
             )
-    return replaced
+    return copied

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from jaxbptt.trees import combine, is_differentiable, partition
+from jaxbptt.trees import combine, is_differentiable, name, partition
 
 
 class Perturbed(NamedTuple):
@@ -24,14 +25,16 @@ class Perturbed(NamedTuple):
 class PerturbedAdjoint(NamedTuple):
     """An `Adjoint`, and the leaves that it has gradients for.
 
-    Its results may have more gradients than that. The flags of the carry are those of what goes in and comes out of
-    `backward`: of an `Adjoint` by hand all leaves that can have a derivative. `mutates` says that a step makes mutable
-    arrays of its own, for which JAX has no program inside of a `jax.custom_jvp`.
-
-    `pulled` says that `backward` leaves the carry's gradient for `contract`, and nothing else.
-
-    `for_outputs`, which an `Adjoint` by hand has not, gives from flags of the carry and the outputs that a loss uses the
-    adjoint of those alone. What leads to none of them is not computed, and no infinite derivative of it is multiplied by 0.
+    Attributes:
+        forward: as in `Adjoint`, like the next two. Their results may have more gradients than `perturbed` asks for.
+        backward: takes and returns cotangents of the carry's leaves that are flagged in `perturbed`.
+        contract: after the recursion, for all time steps at once.
+        perturbed: of an `Adjoint` by hand, all leaves of the carry that can have a derivative are flagged.
+        mutates: whether a step makes mutable arrays of its own, for which JAX has no program inside of a `jax.custom_jvp`.
+        by_vjp: whether the delta of `backward` is the cotangent of the carry after the step, and nothing else.
+        for_outputs: `(carry_flags, ys_flags)`, the adjoint of the leaves of carry and outputs that a loss uses, or `None`
+            for an `Adjoint` by hand. What leads to none of them is not computed: its derivative may be infinite, and
+            times the cotangent 0 that would be nan.
     """
 
     forward: Callable[..., Any]
@@ -39,18 +42,51 @@ class PerturbedAdjoint(NamedTuple):
     contract: Callable[..., Any]
     perturbed: Perturbed
     mutates: bool = False
-    pulled: bool = False
+    by_vjp: bool = False
     for_outputs: Callable[[Any, Any], Any] | None = None
 
 
 def of_outputs(
     adjoint: PerturbedAdjoint, inner: PerturbedAdjoint, wrap: Callable[[PerturbedAdjoint], PerturbedAdjoint]
 ) -> PerturbedAdjoint:
-    """`adjoint = wrap(inner)`, which is wrapped for fewer outputs as well, where `inner` knows how."""
+    """`adjoint = wrap(inner)`, with a `for_outputs` that wraps that of `inner`, if it has one."""
     if inner.for_outputs is None:
         return adjoint
-    fewer = inner.for_outputs
-    return adjoint._replace(for_outputs=lambda carry, ys: wrap(fewer(carry, ys)))
+    narrowed = inner.for_outputs
+    return adjoint._replace(for_outputs=lambda carry, ys: wrap(narrowed(carry, ys)))
+
+
+def fit(bar: Any, primal: Any, flags: Any, root: str, *, cast: bool = True) -> Any:
+    """Check a result of an `Adjoint` against what it is the derivative of, and give it that dtype.
+
+    Gradients of leaves that are not flagged are left out.
+    """
+
+    def leaf(path, flag, primal, bar):
+        if not flag:
+            return None
+        aval = jax.typeof(primal)
+        if bar is None:
+            raise ValueError(
+                f"The adjoint has no gradient of {name(root, path)}: return one for each leaf, None for those without a derivative."
+            )
+        bar = jnp.asarray(bar)
+        if bar.shape != aval.shape:
+            raise ValueError(
+                f"The adjoint's gradient of {name(root, path)} has shape {bar.shape}, but {name(root, path)} has "
+                f"{aval.shape}: sum over time and batch what it does not have, and check the order of its axes."
+            )
+        return bar.astype(aval.dtype) if cast else bar
+
+    treedef = jax.tree.structure(flags)
+    try:
+        bars = treedef.flatten_up_to(bar)
+    except ValueError:
+        raise ValueError(
+            f"The adjoint's gradient of {root} has structure {jax.tree.structure(bar)}, but {root} has "
+            f"{jax.tree.structure(primal)}: return one gradient for each leaf, None for those without a derivative."
+        ) from None
+    return jax.tree_util.tree_map_with_path(leaf, flags, primal, treedef.unflatten(bars))
 
 
 def every_leaf(tree: Any) -> Any:

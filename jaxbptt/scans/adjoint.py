@@ -2,6 +2,7 @@ r"""The hand-written backward scan: the adjoint recursion in a loop, one contrac
 
 What autodiff does to a scan is add one step's weight gradient to a running sum at every step. Here the loop runs only
 what must run in sequence, c̄ₜ ↦ c̄ₜ₋₁, and the sum Σₜ is taken outside it, for many steps at once, as one matrix product.
+Both are in `passes`.
 """
 
 from collections.abc import Callable
@@ -13,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint, Cell
-from jaxbptt.programs.perturbed import Perturbed, PerturbedAdjoint, of_outputs
-from jaxbptt.scans.backward import step_with_adjoint, unroll_backward, unroll_forward
-from jaxbptt.scans.flags import with_flags
-from jaxbptt.scans.recurrence import length_for_scan, prepare
+from jaxbptt.programs.perturbed import PerturbedAdjoint, of_outputs
+from jaxbptt.scans.flags import Flags
+from jaxbptt.scans.passes import one_pass, segment_lengths
+from jaxbptt.scans.recurrence import prepare
 from jaxbptt.scans.reverse_mode import reverse_mode
 
 
@@ -40,16 +41,16 @@ def adjoint_scan(
     θ̄ = Σₜ (∂⁺cₜ/∂θ)ᵀ c̄ₜ + (∂⁺yₜ/∂θ)ᵀ ȳₜ,  x̄ₜ likewise      (outside it, many t at once)
 
     Exact: values and gradients are those of `scan`, in less time and memory (benchmarks/results/peers_*.md). Time O(T)
-    steps, each computed once; keeps what the backward of each step needs, no number of it twice: what is an output, or was
-    one a step before, is read there, and outputs that the loss does not use have no gradient array. On CPU the sum over
-    time is taken in segments of time whose δₜ are still in the cache, and all δₜ never exist at once. It takes one array like
-    the params, more than is saved where time steps times rows are fewer than units.
+    steps, each computed once. A residual that is also this or the previous step's output is read from ys, not stored again,
+    and outputs that the loss does not use have no gradient array. On CPU the sum over time is taken in segments whose δₜ
+    are still in the cache, and all δₜ never exist at once. It takes one array like the params, more than is saved where
+    time steps times rows are fewer than units.
 
     A derived adjoint is the step's linearisation, sorted: what the tangent of the carry goes through is transposed in the
-    loop, the rest outside it, for many t at once. A `jax.checkpoint` inside the step is not heeded: what is kept is decided
-    here. A step can't be sorted whose tangents go through a loop, a branch or a `jax.custom_vjp`, and it does not pay for
-    one that puts a large table of params together anew each time: such steps are computed twice more on the way back. One
-    that branches (`lax.cond`) is contracted one step at a time: mapped over time, both branches would run.
+    loop, the rest outside it, for many t at once. A `jax.checkpoint` inside the step has no effect: the residuals are chosen
+    here. If the differentiated path contains a loop, a branch or a `jax.custom_vjp`, or builds a large table of params at
+    each step, we fall back to `jax.vjp` and recompute the step twice. A step that branches (`lax.cond`) is contracted one
+    step at a time: mapped over time, both branches would run.
 
     Only what is differentiated and leads to what the loss uses needs a derivative; for the rest nothing is computed, and so no
     0 · inf. In a step of an outer `lax.scan` all of the carry counts as both: there JAX takes a custom derivative whole.
@@ -58,17 +59,8 @@ def adjoint_scan(
     explosion is stopped where it begins. The gradient is then biased, and exact again where nothing is clipped.
 
     Args:
-        step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
-        params: θ, any pytree. Arrays that `step` closes over get their gradient as well.
-        init: c₀, any pytree of arrays.
-        xs: inputs, leaves `[time, *batch, features]`, or `None`.
-        length: T, needed where `xs` is `None`.
-        is_first: booleans `[time, *batch]`, where a new sequence begins: before that xₜ is consumed the row's carry is
-            reset, and no gradient passes.
-        valid: booleans `[time, *batch]`, False where a step is padding: it is not taken, the carry is held, yₜ is 0, and
-            what stands in xₜ changes nothing. Leaves of xs that don't begin with [time, *batch] are shared by all rows.
-        reset_carry: what `is_first` resets to, like `init` or one row of it; it gets its gradient. By default zeros, and
-            typed random keys go on as they are. A key that all rows share always does.
+        step: as `scan`, like params, init, xs, length, is_first, valid and reset_carry.
+        params: θ; arrays that `step` closes over get their gradient as well.
         adjoint: the backward of one step. By default the `Cell`'s own, or else derived from `step`.
         clip_adjoint: the largest magnitude that an entry of c̄ may have as it passes from step to step, or a function of c̄
             that returns it clipped. `None` for the exact gradient.
@@ -79,8 +71,8 @@ def adjoint_scan(
 
     Raises:
         ValueError: an `Adjoint` whose results do not fit what they are the derivative of, a `clip_adjoint` that is not
-            above 0; and as for `scan`.
-        TypeError: forward-mode differentiation; and as for `scan`.
+            above 0; and as `scan`.
+        TypeError: forward-mode differentiation; and as `scan`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -97,31 +89,31 @@ def adjoint_scan(
         recursion: Graves, Generating sequences with recurrent neural networks, 2013, arXiv:1308.0850.
     """
     r = prepare(step, params, init, xs, length, is_first, valid)
-    with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
-    step, params, adjoint_for, _, by_hand, *_ = with_adjoint
-    length = r.length
+    over_time, r = one_pass(step, adjoint, r, Flags(is_first, valid, reset_carry), unroll)
     if clip_adjoint is not None:
-        adjoint_for = _clipped(adjoint_for, clip_adjoint)
+        over_time = over_time.wrapped(_clipping(clip_adjoint))
+    length = r.length
 
     def run(params, init, xs):
-        return jax.lax.scan(partial(step, params), init, xs, length=length_for_scan(length), unroll=unroll)
+        return over_time.run(params, init, xs, length)
 
-    def forward(adjoint, params, init, xs):
-        return unroll_forward(adjoint, params, init, xs, length=length, unroll=unroll)
+    def forward(over_time, params, init, xs):
+        return over_time.forward(params, init, xs, length)
 
-    def backward(adjoint, params, init, xs, residuals, carry_bar, ys_bar):
-        # Else the compiler moves what is constant, such as the gradient of a sum, into the loop over segments of time, and
-        # makes all of it anew in each.
+    def backward(over_time, params, init, xs, residuals, carry_bar, ys_bar):
+        # Barrier: otherwise XLA sinks constant cotangents, such as those of a sum, into the segment loop and
+        # rematerialises them every iteration.
         xs, ys_bar = jax.tree.map(jax.lax.optimization_barrier, (xs, ys_bar))
-        return unroll_backward(adjoint, params, init, residuals, xs, carry_bar, ys_bar, length=length, unroll=unroll)
+        over_time = over_time.prepared(params, init, xs, (carry_bar, ys_bar), segment_lengths(init, length))
+        bars = carry_bar, over_time.weights.zeros
+        (init_bar, sums), xs_bar = over_time.back(params, bars, residuals, xs, ys_bar, init, length)
+        return over_time.weights.finish(sums), init_bar, xs_bar
 
-    return reverse_mode("adjoint_scan", adjoint_for, run, forward, backward, by_hand=by_hand)(params, r.init, xs)
+    return reverse_mode("adjoint_scan", over_time, run, forward, backward)(r.params, r.init, r.xs)
 
 
-def _clipped(
-    adjoint_for: Callable[[Perturbed], PerturbedAdjoint], clip: float | Callable[[Any], Any]
-) -> Callable[[Perturbed], PerturbedAdjoint]:
-    """The same backward, whose carry adjoints are clipped as they leave each step."""
+def _clipping(clip: float | Callable[[Any], Any]) -> Callable[[PerturbedAdjoint], PerturbedAdjoint]:
+    """What makes an adjoint clip the carry's cotangent as it leaves each step."""
     if callable(clip):
         function = clip
     elif isinstance(clip, bool) or not isinstance(clip, Real | jax.Array) or jnp.ndim(clip) or not clip > 0:
@@ -136,4 +128,4 @@ def _clipped(
 
         return of_outputs(adjoint._replace(backward=backward), adjoint, clipped)
 
-    return lambda perturbed: clipped(adjoint_for(perturbed))
+    return clipped

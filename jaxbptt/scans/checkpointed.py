@@ -7,7 +7,6 @@ kept is decided inside the compiled loop, so that its size depends neither on th
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -16,13 +15,12 @@ from jaxbptt.along_time import at_one_step, filled
 from jaxbptt.array_types import byte_count
 from jaxbptt.arrays import check_count
 from jaxbptt.cells.cell import Adjoint, Cell
-from jaxbptt.programs.perturbed import PerturbedAdjoint
 from jaxbptt.scans import schedule, segments
-from jaxbptt.scans.backward import check_recomputed, differentiated_as, step_with_adjoint, without
-from jaxbptt.scans.flags import with_flags
+from jaxbptt.scans.flags import Flags
+from jaxbptt.scans.passes import Pass, divisor_near, one_pass
 from jaxbptt.scans.recurrence import check_known_length, prepare
 from jaxbptt.scans.reverse_mode import reverse_mode
-from jaxbptt.trees import combine, differentiable, partition, select
+from jaxbptt.trees import combine, differentiable, differentiated_as, partition, select
 
 
 def checkpointed_scan(
@@ -97,53 +95,54 @@ def checkpointed_scan(
         Training deep nets with sublinear memory cost, 2016, arXiv:1604.06174.
     """
     r = prepare(step, params, init, xs, length, is_first, valid)
-    with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
-    r = r._replace(xs=xs)
-    step, params, adjoint_for, _, by_hand, mutable, _ = with_adjoint
+    over_time, r = one_pass(step, adjoint, r, Flags(is_first, valid, reset_carry), unroll)
     length = r.length
     check_known_length("checkpointed_scan", length)
     check_options(length, segment_length, checkpoints)
     if length == 0:
-        return jax.lax.scan(partial(step, params), r.init, r.xs, length=0)
-
-    def unrolled(params, init, xs):
-        return jax.lax.scan(partial(step, params), init, xs, length=length, unroll=unroll)
+        return over_time.run(r.params, r.init, r.xs, 0)
 
     def run(params, init, xs):
-        # Not `unrolled`: under a vmap inside a scan, JAX takes it that both forwards put the mapped axis in one place.
-        return segments.forward(step, params, init, xs, _nothing_kept(length), unroll)[0]
+        # Not a plain scan: under a vmap inside a scan, JAX assumes that both forwards put the mapped axis in one place.
+        return segments.forward(over_time, params, init, xs, _nothing_kept(length))[0]
 
-    def forward(adjoint, params, init, xs):
-        check_recomputed("checkpointed_scan", mutable)
-        cut = layout(length, adjoint, params, init, xs, segment_length, checkpoints)
-        outputs, states = segments.forward(step, params, init, xs, cut, unroll)
+    def forward(over_time, params, init, xs):
+        over_time.check_recomputable("checkpointed_scan")
+        cut = layout(over_time, params, init, xs, length, segment_length, checkpoints)
+        outputs, states = segments.forward(over_time, params, init, xs, cut)
         return outputs, (cut, states)
 
-    def backward(adjoint, params, init, xs, saved, carry_bar, ys_bar):
-        flags, (cut, states) = tuple(adjoint.perturbed), saved
+    def backward(over_time, params, init, xs, saved, carry_bar, ys_bar):
+        cut, states = saved
 
         def gradients(params, init, xs, carry_bar, ys_bar, states):
-            task = segments.Task(step, adjoint, params, xs, ys_bar, unroll)
-            return segments.backward(task, states, carry_bar, cut)
+            return segments.backward(over_time, params, states, xs, (carry_bar, ys_bar), cut)
 
-        def by_scan(params, init, xs, carry_bar, ys_bar, states):
-            diff, nondiff = partition((params, init, xs), flags=flags)
-
-            def outputs(*diff):
-                carry, ys = unrolled(*combine(diff, nondiff))
-                # `None` where no gradient comes back
-                ys = jax.tree.map(lambda leaf, bar: None if bar is None else leaf, ys, ys_bar)
-                return select(carry, adjoint.perturbed.carry), ys
-
-            _, vjp = jax.vjp(outputs, *diff)
-            return vjp((carry_bar, filled(ys_bar, length)))
-
-        if not cut.all_kept and not adjoint.mutates:
-            # Loops of a length known only when they run have no reverse mode: a second derivative takes the way of `scan`.
-            gradients = differentiated_as(by_scan, gradients)
+        if not cut.all_kept and not over_time.adjoint.mutates:
+            # Loops of a length known only when they run have no reverse mode: a second derivative goes through `scan`.
+            gradients = differentiated_as(_gradients_by_scan(over_time, length), gradients)
         return gradients(params, init, xs, carry_bar, ys_bar, states)
 
-    return reverse_mode("checkpointed_scan", adjoint_for, run, forward, backward, by_hand=by_hand)(params, r.init, r.xs)
+    return reverse_mode("checkpointed_scan", over_time, run, forward, backward)(r.params, r.init, r.xs)
+
+
+def _gradients_by_scan(over_time: Pass, length: int) -> Callable[..., Any]:
+    """The same gradients by `jax.vjp` of a plain scan."""
+    flags = over_time.adjoint.perturbed
+
+    def gradients(params, init, xs, carry_bar, ys_bar, states):
+        diff, nondiff = partition((params, init, xs), flags=tuple(flags))
+
+        def outputs(*diff):
+            carry, ys = over_time.run(*combine(diff, nondiff), length)
+            # `None` where no gradient comes back
+            ys = jax.tree.map(lambda leaf, bar: None if bar is None else leaf, ys, ys_bar)
+            return select(carry, flags.carry), ys
+
+        _, vjp = jax.vjp(outputs, *diff)
+        return vjp((carry_bar, filled(ys_bar, length)))
+
+    return gradients
 
 
 def check_options(length: int, segment_length: Any, checkpoints: Any) -> None:
@@ -160,13 +159,7 @@ def check_options(length: int, segment_length: Any, checkpoints: Any) -> None:
 
 
 def layout(
-    length: int,
-    adjoint: PerturbedAdjoint,
-    params: Any,
-    init: Any,
-    xs: Any,
-    segment_length: int | None,
-    checkpoints: int | None,
+    over_time: Pass, params: Any, init: Any, xs: Any, length: int, segment_length: int | None, checkpoints: int | None
 ) -> segments.Layout:
     """Cut `length` time steps as the options say."""
     longest = max(length, 1)
@@ -175,36 +168,37 @@ def layout(
     if segment_length is not None:
         segment = min(int(segment_length), longest)
     else:
-        step_bytes, lean_bytes = _bytes_of_a_step(adjoint, params, init, at_one_step(xs))
+        step_bytes, lean_bytes = _bytes_of_a_step(over_time, params, init, xs)
         if checkpoints is None:
-            segment = schedule.divisor_near(longest, math.sqrt(longest * carry_bytes / step_bytes))
+            # The sum of T/s states and s steps is least near √T.
+            segment = divisor_near(longest, math.sqrt(longest * carry_bytes / step_bytes))
         else:
             share = 0.4 * checkpoints * carry_bytes
             lean = checkpoints * carry_bytes < byte_count(params)
             most = -(-longest // checkpoints)
             segment = max(1, min(int(share / (lean_bytes if lean else step_bytes)), most))
-    units, left_over = divmod(length, segment)
-    slots = units if checkpoints is None else min(int(checkpoints), units)
-    kept = range(units) if slots == units else schedule.first_sweep(units, slots)
-    return segments.Layout(segment, units, left_over, slots, tuple(kept), lean)
+    whole, left_over = divmod(length, segment)
+    slots = whole if checkpoints is None else min(int(checkpoints), whole)
+    kept = range(whole) if slots == whole else schedule.first_sweep(whole, slots)
+    return segments.Layout(segment, whole, left_over, slots, tuple(kept), lean)
 
 
 def _nothing_kept(length: int) -> segments.Layout:
     """For values without a gradient."""
-    segment = schedule.divisor_near(length, math.sqrt(length))
+    segment = divisor_near(length, math.sqrt(length))
     return segments.Layout(segment, *divmod(length, segment), slots=0, kept=(), lean=False)
 
 
-def _bytes_of_a_step(adjoint: PerturbedAdjoint, params: Any, init: Any, x: Any) -> tuple[int, int]:
-    """What a segment keeps of each of its steps, with one contraction for all of it and with one at every step."""
+def _bytes_of_a_step(over_time: Pass, params: Any, init: Any, xs: Any) -> tuple[int, int]:
+    """What a segment stores of each of its steps, with one contraction for all of it and with one at every step."""
+    adjoint, storage = over_time.adjoint, segments.beside_carries(over_time, params, init, xs)
 
     def one_step(params, carry, x):
         (new_carry, y), residuals = adjoint.forward(params, carry, x)
-        others, _ = without(residuals, (carry, new_carry))
         bars = select(new_carry, adjoint.perturbed.carry), differentiable(y)
         # Known without differentiating what the loss may not use.
-        delta = bars[0] if adjoint.pulled else adjoint.backward(params, residuals, x, *bars)[1]
-        return (residuals, delta), (carry, others)
+        deltas = bars[0] if adjoint.by_vjp else adjoint.backward(params, residuals, x, *bars)[1]
+        return (residuals, deltas), (carry, storage.store(residuals))
 
-    at_once, lean = jax.eval_shape(one_step, params, init, x)
+    at_once, lean = jax.eval_shape(one_step, params, init, at_one_step(xs))
     return max(byte_count(at_once), 1), max(byte_count(lean), 1)

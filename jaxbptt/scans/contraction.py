@@ -1,10 +1,9 @@
-r"""What is summed over time: the gradient of params, added up stretch by stretch, and checked.
+r"""What is summed over time: the gradient of params, added up segment by segment, and checked.
 
-Entries are moved to their places, as by a transpose or a concatenation, once after the last stretch.
+Entries are moved to their places, as by a transpose or a concatenation, once after the last segment.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,124 +11,121 @@ import jax.numpy as jnp
 
 from jaxbptt.along_time import at_one_step, filled
 from jaxbptt.array_types import as_type, type_over_time, zeros
-from jaxbptt.programs.parts import arrays_of, before_moves, evaluate, program, used
-from jaxbptt.programs.perturbed import PerturbedAdjoint
-from jaxbptt.programs.trace import read
-from jaxbptt.trees import is_array, name, select
+from jaxbptt.programs.evaluate import evaluate, read
+from jaxbptt.programs.hoist import Moves, last_moves
+from jaxbptt.programs.perturbed import PerturbedAdjoint, fit
+from jaxbptt.programs.program import Program, arrays_of, program, used
+from jaxbptt.trees import is_array, select
 
 
-class WeightGradient(NamedTuple):
-    """How the gradient of params is added up over stretches of time.
+class Contraction(NamedTuple):
+    """The contraction over a segment as a program: `(params, residuals, xs, ys_bar, deltas)` to gradients of params and xs.
 
     Attributes:
-        zeros: sums to start with, in single precision at least.
-        add: `(params, sums, residuals, xs, ys_bar, deltas, length=...)`, the sums with a stretch of so many steps added,
-            and the gradient of xs there.
-        finish: `(sums)`, the gradient of params.
+        whole: the program.
+        moves: the moves that the gradient of params ends with.
     """
 
-    zeros: Any
-    add: Callable[..., tuple[Any, Any]]
-    finish: Callable[[Any], Any]
+    whole: Program
+    moves: Moves
+
+    def __call__(self, params: Any, residuals: Any, xs: Any, ys_bar: Any, deltas: Any) -> tuple[list[Any], Any]:
+        """The operands of the moves, and the gradient of xs."""
+        _, xs_tree = self.whole.out_tree.children()
+        xs_results = self.whole.results[len(self.whole.results) - xs_tree.num_leaves :]
+        inputs = zip(self.whole.inputs, arrays_of((params, residuals, xs, ys_bar, deltas)), strict=True)
+        env = evaluate(used(self.whole.eqns, [*self.moves.operands, *xs_results]), self.whole.consts | dict(inputs))
+        return read(env, self.moves.operands), xs_tree.unflatten(read(env, xs_results))
+
+    def moved(self, operands: list[Any]) -> Any:
+        """The gradient of params, from the operands of the moves."""
+        return self.whole.out_tree.children()[0].unflatten(self.moves(operands))
 
 
-def weight_gradient(
-    adjoint: PerturbedAdjoint,
-    params: Any,
-    carry: Any,
-    xs: Any,
-    carry_bar: Any,
-    ys_bar: Any,
-    lengths: set[int],
-    *,
-    in_place: bool = False,
-) -> WeightGradient:
-    """The sums of an adjoint for stretches of these lengths; checks what it returns, for arguments of these shapes.
+class WeightGradient:
+    """The gradient of params as it is added up over segments of time.
 
-    With `in_place` entries are moved at every stretch: this takes more time, and no second array like the params. So they
-    are where the adjoint moves them otherwise for one length than for another.
+    Built once for a backward pass, from shapes, and traced once for each length of a segment.
+
+    Attributes:
+        zeros: the sums to start with, in single precision at least.
     """
-    flags = adjoint.perturbed
-    # What is kept until the sums are finished knows shapes alone: JAX would keep arrays alive with it.
-    like = shapes(params)
+
+    def __init__(
+        self,
+        adjoint: PerturbedAdjoint,
+        params: Any,
+        step: "StepTypes",
+        lengths: Iterable[int],
+        *,
+        move_each: bool = False,
+    ) -> None:
+        """For segments of these lengths; checks what the adjoint returns.
+
+        With `move_each` entries are moved for each segment: this takes more time, and no second array like the params. So
+        they are where the adjoint moves them otherwise for one length than for another.
+        """
+        self.flags = adjoint.perturbed
+        # It may outlive the call in what JAX caches, so it knows params by shape alone and holds no array.
+        self.like = _shapes(params)
+        self.contractions = {length: self._contraction(adjoint, params, step, length) for length in sorted(lengths)}
+        first, *rest = self.contractions.values()
+        self.move_each = move_each or any(other.moves.form != first.moves.form for other in rest)
+        operands = [as_type(var.aval) for var in first.moves.operands]
+        self.zeros = totals(select(self.like, self.flags.params) if self.move_each else operands)
+
+    def add(
+        self, params: Any, sums: Any, residuals: Any, xs: Any, ys_bar: Any, deltas: Any, length: int
+    ) -> tuple[Any, Any]:
+        """The sums with a segment of so many steps added, and the gradient of xs there."""
+        contraction = self.contractions[length]
+        terms, xs_bar = contraction(params, residuals, xs, ys_bar, deltas)
+        if self.move_each:
+            terms = self._fit(contraction.moved(terms))
+        return add_up(sums, terms), xs_bar
+
+    def finish(self, sums: Any) -> Any:
+        """The gradient of params."""
+        first = next(iter(self.contractions.values()))
+        return self._fit(sums if self.move_each else first.moved(sums))
+
+    def _fit(self, params_bar: Any) -> Any:
+        return fit(params_bar, self.like, self.flags.params, "params")
+
+    def _contraction(self, adjoint: PerturbedAdjoint, params: Any, step: "StepTypes", length: int) -> Contraction:
+        def contract(params, residuals, xs, ys_bar, deltas):
+            params_bar, xs_bar = adjoint.contract(params, residuals, xs, filled(ys_bar, length), deltas)
+            params_bar = fit(params_bar, self.like, self.flags.params, "params", cast=False)
+            return params_bar, fit(xs_bar, xs, self.flags.x, "xs")
+
+        stacked = jax.tree.map(lambda leaf: type_over_time(leaf, length), tuple(step))
+        whole = program(contract, params, *stacked)
+        found = Contraction(whole, last_moves(whole, whole.out_tree.children()[0].num_leaves))
+        jax.eval_shape(lambda operands: self._fit(found.moved(operands)), _types(found.moves.operands))
+        return found
+
+
+class StepTypes(NamedTuple):
+    """The types of what a contraction reads of one step."""
+
+    residuals: Any
+    x: Any
+    y_bar: Any
+    deltas: Any
+
+
+def step_types(adjoint: PerturbedAdjoint, params: Any, carry: Any, xs: Any, bars: tuple[Any, Any]) -> StepTypes:
+    """Of an adjoint, for arguments of these shapes; `bars` are those of the last carry and of ys."""
 
     def step(params, carry, x, carry_bar, y_bar):
         _, residuals = adjoint.forward(params, carry, x)
         previous_bar, deltas = adjoint.backward(params, residuals, x, carry_bar, filled(y_bar))
-        return residuals, deltas, fit(previous_bar, carry, flags.carry, "init")
+        return residuals, deltas, fit(previous_bar, carry, adjoint.perturbed.carry, "init")
 
-    def contraction(length, params, residuals, xs, ys_bar, deltas):
-        def contract(params, residuals, xs, ys_bar, deltas):
-            params_bar, xs_bar = adjoint.contract(params, residuals, xs, filled(ys_bar, length), deltas)
-            params_bar = fit(params_bar, like, flags.params, "params", cast=False)
-            return params_bar, fit(xs_bar, xs, flags.x, "xs")
-
-        traced = program(contract, params, residuals, xs, ys_bar, deltas)
-        trees = traced.out_tree.children()
-        return traced, trees, before_moves(traced, trees[0].num_leaves)
-
-    def moved(params_tree, moves, sums):
-        return fit(params_tree.unflatten(moves(sums)), like, flags.params, "params")
-
-    def add(params, sums, *args, length):
-        traced, (params_tree, xs_tree), moves = contraction(length, params, *args)
-        xs_results = traced.results[params_tree.num_leaves :]
-        inputs = dict(zip(traced.inputs, arrays_of((params, *args)), strict=True))
-        env = evaluate(used(traced.eqns, [*moves.parts, *xs_results]), traced.consts | inputs)
-        more, xs_bar = read(env, moves.parts), xs_tree.unflatten(read(env, xs_results))
-        return add_up(sums, moved(params_tree, moves, more) if in_place else more), xs_bar
-
-    x, y_bar = at_one_step((xs, ys_bar))
-    one_step = program(step, params, carry, x, carry_bar, y_bar)
-    residuals, deltas, _ = one_step.out_tree.unflatten([as_type(var.aval) for var in one_step.results])
-    kinds = []
-    for length in sorted(lengths):
-        stacked = jax.tree.map(lambda leaf, length=length: type_over_time(leaf, length), (residuals, x, y_bar, deltas))
-        _, (params_tree, _), moves = contraction(length, params, *stacked)
-        parts = [as_type(var.aval) for var in moves.parts]
-        finish = partial(moved, params_tree, moves)
-        jax.eval_shape(finish, parts)
-        kinds.append((moves.form, parts, finish))
-    form, parts, finish = kinds[0]
-    in_place = in_place or any(other != form for other, *_ in kinds)
-    if in_place:
-        return WeightGradient(
-            totals(select(like, flags.params)), add, lambda sums: fit(sums, like, flags.params, "params")
-        )
-    return WeightGradient(totals(parts), add, finish)
-
-
-def fit(bar: Any, primal: Any, flags: Any, root: str, *, cast: bool = True) -> Any:
-    """Check a result of an `Adjoint` against what it is the derivative of, and give it that dtype.
-
-    What it has for leaves that are not flagged is left out.
-    """
-
-    def leaf(path, flag, primal, bar):
-        if not flag:
-            return None
-        aval = jax.typeof(primal)
-        if bar is None:
-            raise ValueError(
-                f"The adjoint has no gradient of {name(root, path)}: return one for each leaf, None for those without a derivative."
-            )
-        bar = jnp.asarray(bar)
-        if bar.shape != aval.shape:
-            raise ValueError(
-                f"The adjoint's gradient of {name(root, path)} has shape {bar.shape}, but {name(root, path)} has "
-                f"{aval.shape}: sum over time and batch what it does not have, and check the order of its axes."
-            )
-        return bar.astype(aval.dtype) if cast else bar
-
-    treedef = jax.tree.structure(flags)
-    try:
-        bars = treedef.flatten_up_to(bar)
-    except ValueError:
-        raise ValueError(
-            f"The adjoint's gradient of {root} has structure {jax.tree.structure(bar)}, but {root} has "
-            f"{jax.tree.structure(primal)}: return one gradient for each leaf, None for those without a derivative."
-        ) from None
-    return jax.tree_util.tree_map_with_path(leaf, flags, primal, treedef.unflatten(bars))
+    x, y_bar = at_one_step((xs, bars[1]))
+    traced = program(step, params, carry, x, bars[0], y_bar)
+    residuals, deltas, _ = traced.out_tree.unflatten(_types(traced.results))
+    return StepTypes(residuals, x, y_bar, deltas)
 
 
 def totals(tree: Any) -> Any:
@@ -142,11 +138,15 @@ def totals(tree: Any) -> Any:
     return jax.tree.map(total, tree)
 
 
-def shapes(tree: Any) -> Any:
+def add_up(totals: Any, terms: Any) -> Any:
+    """`totals` with one more term added to each."""
+    return jax.tree.map(lambda total, term: total + term.astype(total.dtype), totals, terms)
+
+
+def _types(variables: list[Any]) -> list[Any]:
+    return [as_type(var.aval) for var in variables]
+
+
+def _shapes(tree: Any) -> Any:
     """The types of arrays; what is no array, such as a flag among params, stays."""
     return jax.tree.map(lambda leaf: as_type(jax.typeof(leaf)) if is_array(leaf) else leaf, tree)
-
-
-def add_up(totals: Any, more: Any) -> Any:
-    """`totals` and what one more stretch adds to them."""
-    return jax.tree.map(lambda total, leaf: total + leaf.astype(total.dtype), totals, more)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jaxbptt.cells.cell import Cell, step_of
-from jaxbptt.scans.flags import without_adjoint
+from jaxbptt.scans.flags import Flags, without_adjoint
 from jaxbptt.scans.recurrence import length_for_scan, prepare
 from jaxbptt.trees import is_ref
 
@@ -69,5 +69,6 @@ def scan(
     if any(map(is_ref, jax.tree.leaves(xs))) and is_first is valid is reset_carry is None:
         # The step gets references to the entries, which only lax.scan can hand out.
         return jax.lax.scan(partial(step_of(step), params), init, xs, length=length, unroll=unroll)
-    r = without_adjoint(prepare(step, params, init, xs, length, is_first, valid), is_first, valid, reset_carry)
+    r = prepare(step, params, init, xs, length, is_first, valid)
+    r = without_adjoint(r, Flags(is_first, valid, reset_carry))
     return jax.lax.scan(partial(r.step, r.params), r.init, r.xs, length=length_for_scan(r.length), unroll=unroll)

@@ -1,10 +1,10 @@
-r"""Rows of unequal length: sequences that begin anew in the middle, and steps that are padding.
+r"""Rows of unequal length: sequences that begin in the middle of a row, and steps that are padding.
 
 Every strategy takes `is_first` and `valid`, and turns them here into another step, whose input has the flags of its time
-step beside x. What is cut or left out is selected, in both directions, never multiplied by 0: 0·∞ is no number.
+step beside x. Values and cotangents are selected, never multiplied by a flag: 0·∞ is nan.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ from jax.extend.core import jaxpr_as_fun
 
 from jaxbptt.array_types import lie_alike, lie_like
 from jaxbptt.cells.cell import Adjoint
-from jaxbptt.programs.perturbed import Perturbed, PerturbedAdjoint, of_outputs
-from jaxbptt.scans.backward import StepWithAdjoint, fit
+from jaxbptt.programs.derived import DifferentiableStep
+from jaxbptt.programs.perturbed import Perturbed, PerturbedAdjoint, fit, of_outputs
 from jaxbptt.scans.recurrence import Recurrence, as_arrays
 from jaxbptt.trees import combine, differentiable, is_array, is_differentiable, is_key, name, partition, select
 from jaxbptt.words import counted
@@ -21,52 +21,63 @@ from jaxbptt.words import counted
 _LARGER_FLAGS = {"broadcast_in_dim", "reshape", "convert_element_type"}
 
 
-def with_flags(
-    step: StepWithAdjoint, r: Recurrence, is_first: Any, valid: Any, reset_carry: Any
-) -> tuple[StepWithAdjoint, Any]:
-    r"""The step whose input is (x, is_first, valid) at a time step, and all its inputs; as it was, without flags.
+class Flags(NamedTuple):
+    """What a strategy was told of its rows: `is_first`, `valid` and `reset_carry`, each `None` where it was not given."""
+
+    is_first: Any = None
+    valid: Any = None
+    reset_carry: Any = None
+
+    @property
+    def given(self) -> bool:
+        """Whether there is anything to select."""
+        if self.is_first is None and self.reset_carry is not None:
+            raise ValueError("reset_carry says what is_first resets to: pass is_first as well, or leave it out.")
+        return self.is_first is not None or self.valid is not None
+
+
+def with_flags(step: DifferentiableStep, r: Recurrence, flags: Flags) -> tuple[DifferentiableStep, Recurrence]:
+    r"""The step whose input is (x, is_first, valid) at a time step, and its params and inputs; as it was, without flags.
 
     cₜ₋₁ becomes the reset carry where xₜ is the first of a sequence, and cₜ = cₜ₋₁ where `valid` says that there is no
     xₜ. The reset carry becomes a part of the params and gets its gradient.
     """
-    if not _flagged(is_first, valid, reset_carry):
-        return step, r.xs
-    xs, *carries = _check(r, is_first, valid, reset_carry)
-    params, adjoint_of = (step.params, *carries), step.adjoint
+    if not flags.given:
+        return step, r
+    xs, *carries = _check(r, flags)
+    adjoint_of, like_params = step.adjoint, step.like_params
 
     def adjoint_for(perturbed):
-        (of_params, reset, *rest), init, (of_x, *flags) = perturbed
+        (of_params, reset, *padding), init, (of_x, *of_flags) = perturbed
         # A carry that is reset to what is perturbed is perturbed.
         carry = init if reset is None else jax.tree.map(lambda a, b: a or bool(b), init, reset)
 
         def flagged(inner):
             carry = inner.perturbed.carry
             resets = None if reset is None else jax.tree.map(lambda a, b: a and bool(b), carry, reset)
-            perturbed = Perturbed((inner.perturbed.params, resets, *rest), carry, (of_x, *flags))
+            perturbed = Perturbed((inner.perturbed.params, resets, *padding), carry, (of_x, *of_flags))
             adjoint = inner._replace(**_flagged_adjoint(inner, resets)._asdict(), perturbed=perturbed)
             return of_outputs(adjoint, inner, flagged)
 
         return flagged(adjoint_of(Perturbed(of_params, carry, of_x)))
 
-    return step._replace(step=_flagged_step(step.step), params=params, adjoint=adjoint_for), xs
+    step = step._replace(
+        step=_flagged_step(step.step), adjoint=adjoint_for, like_params=lambda params: like_params(params[0])
+    )
+    return step, r._replace(params=(r.params, *carries), xs=xs)
 
 
-def without_adjoint(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> Recurrence:
+def without_adjoint(r: Recurrence, flags: Flags) -> Recurrence:
     """The same for a strategy that leaves the derivative to JAX."""
-    if not _flagged(is_first, valid, reset_carry):
+    if not flags.given:
         return r
-    xs, *carries = _check(r, is_first, valid, reset_carry)
+    xs, *carries = _check(r, flags)
     return r._replace(step=_selecting_again(_flagged_step(r.step)), params=(r.params, *carries), xs=xs)
 
 
-def _flagged(is_first: Any, valid: Any, reset_carry: Any) -> bool:
-    if is_first is None and reset_carry is not None:
-        raise ValueError("reset_carry says what is_first resets to: pass is_first as well, or leave it out.")
-    return is_first is not None or valid is not None
-
-
-def _check(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> tuple[Any, Any, Any]:
-    """The inputs with their flags, the carry to reset to, and the pair of carry and input that padded steps run on."""
+def _check(r: Recurrence, flags: Flags) -> tuple[Any, Any, Any]:
+    """The inputs with their flags, the carry to reset to, and the pair of carry and input for padded steps."""
+    is_first, valid, reset_carry = flags
     if valid is not None:
         valid = _check_flags("valid", valid, r)
     if is_first is not None:
@@ -77,7 +88,7 @@ def _check(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> tuple[
                 f"is_first has shape {is_first.shape}, but valid has {valid.shape}: both are [time, *batch], the same."
             )
     if any(flags is not None and 0 in flags.shape for flags in (is_first, valid)):
-        return (r.xs, None, None), None, None  # no step, or no row, that could be flagged
+        return (r.xs, None, None), None, None  # no step or no row to flag
     padding = None if valid is None else _padding(r, is_first, valid, reset_carry)
     return (r.xs, is_first, valid), reset_carry, padding
 
@@ -93,21 +104,21 @@ def _flagged_step(step: Any) -> Any:
 
 
 def _selecting_again(step: Any) -> Any:
-    """The same step, of which JAX does not keep what `_select` made for the way back: it would be a copy of all inputs."""
+    """The same step, with what `_select` makes rematerialised: JAX would save a copy of all inputs as residuals."""
 
     def selecting_step(params, carry, x):
         arrays, others = partition((params, carry, x), is_array)
         closed, shapes = jax.make_jaxpr(lambda arrays: step(*combine(arrays, others)), return_shape=True)(arrays)
         run = jaxpr_as_fun(closed)
-        if not closed.effects:  # else they would be had again as well
-            run = jax.checkpoint(run, prevent_cse=False, policy=_is_kept)
+        if not closed.effects:  # an effect would happen twice
+            run = jax.checkpoint(run, prevent_cse=False, policy=_is_saved)
         return jax.tree.unflatten(jax.tree.structure(shapes), run(*jax.tree.leaves(arrays)))
 
     return selecting_step
 
 
-def _is_kept(primitive: Any, *operands: Any, **_: Any) -> bool:
-    """Whether JAX keeps what an operation made: not the arrays that `_select` makes, nor larger copies of flags."""
+def _is_saved(primitive: Any, *operands: Any, **_: Any) -> bool:
+    """Whether JAX saves the result of an operation: not the arrays that `_select` makes, nor larger copies of flags."""
     if primitive is jax.lax.select_n_p:
         return operands[0].dtype == jnp.bool_
     return not operands or operands[0].dtype != jnp.bool_ or primitive.name not in _LARGER_FLAGS
@@ -146,7 +157,7 @@ def _flagged_adjoint(adjoint: PerturbedAdjoint, reset: Any) -> Adjoint:
         if valid is not None:
             xs_bar = _taken(valid, xs_bar, jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), xs_bar))
         reset_bar = jax.tree.map(lambda leaf: leaf.sum(axis=0), reset_bars)
-        # Nothing is computed from what padded steps compute.
+        # The results of padded steps are dropped, so what they run on has no gradient.
         no_bar = jax.tree.map(jnp.zeros_like, differentiable(padding))
         return (params_bar, reset_bar, no_bar), (xs_bar, None, None)
 
@@ -161,18 +172,18 @@ def _start(params: Any, carry: Any, x: Any, first: Any, valid: Any) -> tuple[Any
 
 
 def _inputs(valid: Any, xs: Any, padding: Any) -> Any:
-    """The input that a step ran on, or those of a stretch of steps."""
+    """The input that a step ran on, or those of a segment."""
     return xs if valid is None else _select(valid, xs, padding[1])
 
 
 def _begins(first: Any, valid: Any) -> Any:
-    return first if valid is None else first & valid  # a step that is not taken begins nothing
+    return first if valid is None else first & valid  # a padded step resets nothing
 
 
 def _select(flag: Any, yes: Any, no: Any) -> Any:
     """`yes` in the rows whose flag is set, `no` in the others; of what all rows share, `yes` where any flag is set.
 
-    `no` may be one for all rows, or that of one step for a stretch of them. Where either is `None`, the other one.
+    `no` may be one for all rows, or that of one step for a segment. Where either is `None`, the other one.
     """
 
     def leaf(yes, no):
@@ -181,7 +192,7 @@ def _select(flag: Any, yes: Any, no: Any) -> Any:
         here = flag if _of_rows(yes, flag.shape) else flag.any(axis=range(yes.ndim - no.ndim, flag.ndim))
         here = here.reshape(here.shape + (1,) * (yes.ndim - here.ndim))
         here, yes, no = jnp.broadcast_arrays(here, yes, no.reshape((1,) * (yes.ndim - no.ndim) + no.shape))
-        # No booleans: by this `_is_kept` knows it from what the user selects.
+        # No booleans: `_is_saved` tells it by this from what the user selects.
         return jax.lax.select_n(*lie_alike(here.astype(jnp.int32), no, yes))
 
     return jax.tree.map(leaf, yes, no, is_leaf=lambda leaf: leaf is None)
@@ -211,11 +222,11 @@ def _present(valid: Any, tree: Any) -> Any:
 
 
 def _padding(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> tuple[Any, Any]:
-    """A carry and an input with which padded steps do what some valid step does; `None` for keys, which do for any step.
+    """A carry and an input for padded steps to run on, those of some valid step; `None` for keys, of which any will do.
 
-    The step runs on padding too, and its results are dropped; but where it is not defined there, at a pair of carry and
-    input that never meet, its derivative is nan, and nan times the 0 that comes back is nan. So a padded row runs its own
-    first valid step once more, or another row's if it has none; where there are none at all, on zeros.
+    The step runs on padding too, and its results are dropped. But if its derivative is not finite there, at a carry and an
+    input that never occur together, then nan times the cotangent 0 is nan. So a padded row repeats its own first valid
+    step, or another row's if it has none; where no row has one, it runs on zeros.
     """
     rows = valid.any(axis=0)
     first_step = jnp.argmax(valid, axis=0)
@@ -267,7 +278,7 @@ def _check_flags(flags_name: str, flags: Any, r: Recurrence) -> Any:
         way_out = "Where rows are mapped with jax.vmap, map the step and not the scan."
         if not is_differentiable(leaf):
             way_out = (
-                "What all rows share can't begin anew, or stand still, for one of them: let a counter be an input, one "
+                "What all rows share can't be reset or held for one of them: let a counter be an input, one "
                 "number for each time step, and a raw random key a typed one, jax.random.wrap_key_data(key)."
             )
         raise ValueError(
@@ -283,7 +294,7 @@ def _of_rows(leaf: Any, axes: tuple[int, ...]) -> bool:
 
 
 def _check_reset_carry(reset_carry: Any, init: Any, batch: tuple[int, ...]) -> Any:
-    """The carry to reset to, in the shapes of `init`: zeros by default; `None` for keys that go on as they are."""
+    """The carry to reset to, in the shapes of `init`: zeros by default; `None` for keys that are not reset."""
     if reset_carry is None:
         return jax.tree_util.tree_map_with_path(_zeros, init)
     if jax.tree.structure(reset_carry) != jax.tree.structure(init):
@@ -323,7 +334,6 @@ def _zeros(path: Any, leaf: Any) -> Any:
     if leaf.dtype == jnp.uint32 and leaf.shape[-1:] in ((2,), (4,)):
         raise ValueError(
             f"{name('init', path)} has dtype uint32 and shape {leaf.shape}, as a raw random key has, which has no zero: pass a "
-            "typed key, jax.random.wrap_key_data(key), which goes on where rows begin anew; or reset_carry, the carry to "
-            "start again from."
+            "typed key, jax.random.wrap_key_data(key), which is not reset; or reset_carry, the carry to reset to."
         )
     return jnp.zeros_like(leaf)

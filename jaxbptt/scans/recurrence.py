@@ -88,7 +88,11 @@ def _time_steps(xs: Any, length: Any) -> int:
         if not leaves:
             raise ValueError(f"length is symbolic, {length}, and there are no xs to take it from: pass a whole number.")
     elif length is not None:
-        way_out = "a traced one is not known yet, name it in static_argnames of jax.jit" if isinstance(length, Tracer) else None
+        way_out = (
+            "a traced one is not known yet, name it in static_argnames of jax.jit"
+            if isinstance(length, Tracer)
+            else None
+        )
         check_count("length", length, "it counts time steps", least=0, way_out=way_out)
         length = index(length)
     sizes = []

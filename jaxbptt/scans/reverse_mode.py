@@ -8,7 +8,7 @@ that was jitted before, whose tangents are mapped after this code has run.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,16 +18,16 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jaxbptt.along_time import Zeros
-from jaxbptt.array_types import as_type, type_at_one_step, zeros
-from jaxbptt.programs.perturbed import Perturbed, PerturbedAdjoint
-from jaxbptt.scans.devices import varying_alike
+from jaxbptt.array_types import as_type, type_at_one_step, varying_alike, zeros
+from jaxbptt.programs.perturbed import Perturbed
+from jaxbptt.scans.passes import Pass
 from jaxbptt.trees import differentiable, is_differentiable, same_keys, select
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("primals", "saved"), meta_fields=("perturbed",))
 @dataclass(frozen=True)
-class _Kept:
-    """What goes from the forward to the backward pass, and a flag for each primal, in order."""
+class _ForBackward:
+    """What the forward pass leaves for the backward pass, and a flag for each primal, in order."""
 
     primals: Any
     saved: Any
@@ -35,31 +35,24 @@ class _Kept:
 
 
 def reverse_mode(
-    strategy: str,
-    adjoint_for: Callable[[Perturbed], PerturbedAdjoint],
-    run: Callable[..., Any],
-    forward: Callable[..., Any],
-    backward: Callable[..., Any],
-    *,
-    by_hand: bool,
+    strategy: str, over_time: Pass, run: Callable[..., Any], forward: Callable[..., Any], backward: Callable[..., Any]
 ) -> Callable[..., Any]:
     """`run` with a derivative, as `jax.custom_vjp` makes it, and a `TypeError` that names `scan` for forward mode.
 
     Args:
         strategy: name of what the user called.
-        adjoint_for: `(perturbed)`, the adjoint of a step for the leaves that a derivative is taken with respect to.
+        over_time: the pass, not differentiated.
         run: `(params, init, xs) -> (carry, ys)`.
-        forward: `(adjoint, params, init, xs) -> ((carry, ys), saved)`.
-        backward: `(adjoint, params, init, xs, saved, carry_bar, ys_bar) -> (params_bar, init_bar, xs_bar)`. The last
+        forward: `(over_time, params, init, xs) -> ((carry, ys), saved)`, with the pass differentiated.
+        backward: `(over_time, params, init, xs, saved, carry_bar, ys_bar) -> (params_bar, init_bar, xs_bar)`. The last
             carry's gradient is for the leaves that are perturbed; outputs without a derivative have `None` for a gradient,
             and so have ys that the loss does not use. An adjoint by hand takes all of them: it gets `Zeros`, in the place of
             an array of zeros for all time steps.
-        by_hand: whether the adjoint was given, and not derived.
     """
 
     def with_derivative(params, init, xs):
         # In a list: told of zeros, JAX would put marks of its own into the containers of the user.
-        primals = varying_alike((params, init, xs)) if by_hand else (params, init, xs)
+        primals = varying_alike((params, init, xs)) if over_time.step.by_hand else (params, init, xs)
         primals, treedef = jax.tree.flatten(primals)
 
         @jax.custom_vjp
@@ -70,11 +63,13 @@ def reverse_mode(
             # JAX calls integers perturbed too where they pass through a loop of its own.
             perturbed = tuple(primal.perturbed and is_differentiable(primal.value) for primal in primals)
             primals = treedef.unflatten([primal.value for primal in primals])
-            outputs, saved = forward(adjoint_for(Perturbed(*treedef.unflatten(perturbed))), *primals)
-            return outputs, _Kept(primals, saved, perturbed)
+            differentiated = over_time.differentiated(Perturbed(*treedef.unflatten(perturbed)))
+            outputs, saved = forward(differentiated, *primals)
+            return outputs, _ForBackward(primals, saved, perturbed)
 
-        def flat_backward(kept, bars):
-            adjoint = adjoint_for(Perturbed(*treedef.unflatten(kept.perturbed)))
+        def flat_backward(left, bars):
+            differentiated = over_time.differentiated(Perturbed(*treedef.unflatten(left.perturbed)))
+            adjoint = differentiated.adjoint
             if adjoint.for_outputs is not None:
                 adjoint = adjoint.for_outputs(*jax.tree.map(_is_used, bars))
                 bars = bars[0], select(bars[1], jax.tree.map(_is_used, bars[1]))
@@ -82,10 +77,10 @@ def reverse_mode(
             carry_bar = jax.tree.map(partial(_or_else, zeros), select(carry_bar, adjoint.perturbed.carry))
             ys_bar = jax.tree.map(partial(_or_else, _at_every_step), ys_bar)
             if not jax.tree.leaves((carry_bar, ys_bar)):  # the loss uses nothing that a tangent reaches
-                return (None,) * len(kept.perturbed)
-            kept = same_keys(kept)
-            bars = backward(adjoint, *kept.primals, kept.saved, carry_bar, ys_bar)
-            return tuple(treedef.flatten_up_to(bars))
+                return (None,) * len(left.perturbed)
+            left = same_keys(left)
+            narrowed = replace(differentiated, adjoint=adjoint)
+            return tuple(treedef.flatten_up_to(backward(narrowed, *left.primals, left.saved, carry_bar, ys_bar)))
 
         flat.defvjp(flat_forward, flat_backward, symbolic_zeros=True)
         try:

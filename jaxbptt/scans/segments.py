@@ -1,26 +1,25 @@
 r"""Forward over segments of time, keeping some states, and back over them, one at a time.
 
-What `checkpointed_scan` runs. Every function takes the `Layout` that says how time is cut.
+What `checkpointed_scan` runs. A `Layout` says how time is cut.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxbptt.along_time import at, at_one_step, filled, put, put_window, room, window
 from jaxbptt.array_types import as_weak_as
-from jaxbptt.programs.perturbed import PerturbedAdjoint
+from jaxbptt.programs.perturbed import fit
+from jaxbptt.programs.program import arrays_of, program
 from jaxbptt.scans import schedule
-from jaxbptt.scans.backward import back_over, stretches, without
-from jaxbptt.scans.contraction import fit, weight_gradient
+from jaxbptt.scans.passes import Bars, Pass, segment_lengths
+from jaxbptt.scans.residuals import Storage, stored_once
 from jaxbptt.trees import select
-
-Step = Callable[..., Any]
 
 
 @jax.tree_util.register_static
@@ -30,192 +29,192 @@ class Layout:
 
     Attributes:
         segment: time steps in a segment.
-        units: whole segments.
+        segments: whole segments.
         left_over: time steps of a last, shorter one, or 0.
         slots: states kept at the same time.
-        kept: the segments before which a state is kept on the way forward.
-        lean: whether weight gradients are added up at every step, not once for a segment: this needs neither the adjoints
+        kept: the segments before which the forward pass keeps a state.
+        lean: whether weight gradients are added up at every step, not once for a segment: this needs neither the deltas
             of a segment nor a second array like the params, and takes more time.
     """
 
     segment: int
-    units: int
+    segments: int
     left_over: int
     slots: int
     kept: tuple[int, ...]
     lean: bool
 
     @property
+    def length(self) -> int:
+        """Time steps in all."""
+        return self.segments * self.segment + self.left_over
+
+    @property
     def all_kept(self) -> bool:
         """Whether there is a state before every segment, so that nothing is computed more than twice."""
-        return self.slots >= self.units
+        return self.slots >= self.segments
 
     @property
     def forward_steps(self) -> int:
-        """Steps computed for one gradient: the way forward, and all that is computed again."""
-        length = self.units * self.segment + self.left_over
+        """Steps computed for one gradient: the forward pass, and all that is recomputed."""
         if self.all_kept:
-            return 2 * length
-        # Of the schedule's steps, the way forward is the first sweep up to the last state that is kept.
-        again = schedule.forward_steps(self.units, self.slots) - self.kept[-1]
-        return length + again * self.segment + self.left_over
+            return 2 * self.length
+        # Of the schedule's steps, the forward pass is the first sweep up to the last state that is kept.
+        recomputed = schedule.forward_steps(self.segments, self.slots) - self.kept[-1]
+        return self.length + recomputed * self.segment + self.left_over
 
     @property
-    def steps_again(self) -> Fraction:
-        """Steps computed between kept states for one segment to be taken back, on average."""
-        return Fraction(self.forward_steps - 2 * (self.units * self.segment + self.left_over), self.units)
+    def steps_recomputed(self) -> Fraction:
+        """Steps recomputed between kept states before one segment is reversed, on average."""
+        return Fraction(self.forward_steps - 2 * self.length, self.segments)
 
 
-def forward(step: Step, params: Any, init: Any, xs: Any, cut: Layout, unroll: int | bool) -> tuple[Any, Any]:
-    """`lax.scan`, and the states that the way back starts with: in slots, and before what is left over."""
-    upcoming = None if cut.all_kept else jnp.array([*cut.kept, cut.units], jnp.int32)
+def forward(over_time: Pass, params: Any, init: Any, xs: Any, cut: Layout) -> tuple[Any, Any]:
+    """`lax.scan`, and the states that the backward pass starts from: in slots, and before what is left over."""
+    upcoming = None if cut.all_kept else jnp.array([*cut.kept, cut.segments], jnp.int32)
+    step = partial(over_time.step.step, params)
 
-    def stretch(carry, ys, start, length):
-        carry, some = jax.lax.scan(
-            partial(step, params), carry, window(xs, start, length), length=length, unroll=unroll
-        )
-        return carry, put_window(ys, some, start)
+    def over_segment(carry, ys, start, length):
+        xs_here = window(xs, start, length)
+        carry, ys_here = jax.lax.scan(step, carry, xs_here, length=length, unroll=over_time.unroll)
+        return carry, put_window(ys, ys_here, start)
 
-    def body(unit, state):
+    def body(number, state):
         carry, ys, states, slot = state
-        unit = jnp.asarray(unit, jnp.int32)
+        number = jnp.asarray(number, jnp.int32)
         # Written at every segment: what stays is the last one written, the state before the segment wanted.
-        slot = unit if upcoming is None else slot + (unit > upcoming[slot]).astype(jnp.int32)
+        slot = number if upcoming is None else slot + (number > upcoming[slot]).astype(jnp.int32)
         states = put(states, carry, slot)
-        return *stretch(carry, ys, unit * cut.segment, cut.segment), states, slot
+        return *over_segment(carry, ys, number * cut.segment, cut.segment), states, slot
 
-    _, y = jax.eval_shape(partial(step, params), init, at_one_step(xs))
-    ys = room(y, cut.units * cut.segment + cut.left_over)
+    _, y = jax.eval_shape(step, init, at_one_step(xs))
+    ys = room(y, cut.length)
+    # One slot more than is kept: the last is written where no slot is free, and never read.
     state = init, ys, room(init, cut.slots + 1), jnp.array(0, jnp.int32)
-    carry, ys, states, _ = jax.lax.fori_loop(0, cut.units, body, state)
+    carry, ys, states, _ = jax.lax.fori_loop(0, cut.segments, body, state)
     last = carry
     if cut.left_over:
-        carry, ys = stretch(carry, ys, cut.units * cut.segment, cut.left_over)
+        carry, ys = over_segment(carry, ys, cut.segments * cut.segment, cut.left_over)
     return (carry, jax.tree.map(as_weak_as, ys, y)), (states, last)
 
 
-class Task(NamedTuple):
-    """What stays the same on the way back; `ys_bar` is the gradient of the outputs."""
+def backward(
+    over_time: Pass, params: Any, states: Any, xs: Any, bars: tuple[Any, Any], cut: Layout
+) -> tuple[Any, Any, Any]:
+    """Gradients of params, init and xs, from those of the last carry and ys, and what `forward` kept."""
+    (states, last), (carry_bar, ys_bar) = states, bars
+    lengths = {1} if cut.lean else segment_lengths(last, cut.segment, cut.left_over)
+    over_time = over_time.prepared(params, last, xs, bars, lengths, move_each=cut.lean)
+    over_segment = _lean(over_time, params, last, xs, ys_bar) if cut.lean else _at_once(over_time, params, xs, ys_bar)
 
-    step: Step
-    adjoint: PerturbedAdjoint
-    params: Any
-    xs: Any
-    ys_bar: Any
-    unroll: int | bool
-
-
-def backward(task: Task, states: Any, carry_bar: Any, cut: Layout) -> tuple[Any, Any, Any]:
-    """Gradients of params, init and xs, from that of the last carry and what `forward` kept."""
-    states, last = states
-    xs_bar = room(at_one_step(select(task.xs, task.adjoint.perturbed.x)), cut.units * cut.segment + cut.left_over)
-    total = weight_gradient(
-        task.adjoint,
-        task.params,
-        last,
-        task.xs,
-        carry_bar,
-        task.ys_bar,
-        {1} if cut.lean else stretches(last, cut.segment, cut.left_over),
-        in_place=cut.lean,
-    )
-    take_back = partial(_take_back_lean if cut.lean else _take_back, task, total.add)
-    back = carry_bar, total.zeros, xs_bar
+    xs_bar = room(at_one_step(select(xs, over_time.adjoint.perturbed.x)), cut.length)
+    state = (carry_bar, over_time.weights.zeros), xs_bar
     if cut.left_over:
-        back = take_back(back, last, cut.units * cut.segment, cut.left_over)
+        state = over_segment(state, last, cut.segments * cut.segment, cut.left_over)
 
-    def by_kept_states(i, back):
-        unit = cut.units - 1 - i
-        return take_back(back, at(states, unit), unit * cut.segment, cut.segment)
+    def from_kept_states(i, state):
+        number = cut.segments - 1 - i
+        return over_segment(state, at(states, number), number * cut.segment, cut.segment)
 
-    def by_schedule(i, both):
-        stack, back = both
-        unit = cut.units - 1 - jnp.asarray(i, jnp.int32)
-        stack, carry = _compute_again(task, stack, unit, cut)
-        return stack, take_back(back, carry, unit * cut.segment, cut.segment)
+    def by_schedule(i, stack_and_state):
+        stack, state = stack_and_state
+        number = cut.segments - 1 - jnp.asarray(i, jnp.int32)
+        stack, carry = _recompute(over_time, params, xs, stack, number, cut)
+        return stack, over_segment(state, carry, number * cut.segment, cut.segment)
 
     if cut.all_kept:
-        back = jax.lax.fori_loop(0, cut.units, by_kept_states, back)
+        state = jax.lax.fori_loop(0, cut.segments, from_kept_states, state)
     else:
         starts = jnp.zeros(cut.slots + 1, jnp.int32).at[: len(cut.kept)].set(jnp.array(cut.kept, jnp.int32))
         stack = states, starts, jnp.array(len(cut.kept) - 1, jnp.int32)
-        _, back = jax.lax.fori_loop(0, cut.units, by_schedule, (stack, back))
-    carry_bar, sums, xs_bar = back
-    return total.finish(sums), carry_bar, xs_bar
+        _, state = jax.lax.fori_loop(0, cut.segments, by_schedule, (stack, state))
+    (carry_bar, sums), xs_bar = state
+    return over_time.weights.finish(sums), carry_bar, xs_bar
 
 
-def _compute_again(task: Task, stack: Any, unit: Any, cut: Layout) -> tuple[Any, Any]:
-    """The state before a segment, from the nearest one kept; on the way others are kept as the schedule says.
+def _recompute(over_time: Pass, params: Any, xs: Any, stack: Any, number: Any, cut: Layout) -> tuple[Any, Any]:
+    """The state before a segment, from the nearest one kept; on the way there others are kept as the schedule says.
 
     The stack is (states, the segments they are before, index of the top one).
     """
-    reaches = jnp.asarray(schedule.reaches(cut.units, cut.slots)) if cut.slots > 1 else None
+    reaches = jnp.asarray(schedule.reaches(cut.segments, cut.slots)) if cut.slots > 1 else None
 
     def advance(carry, start, stop):
         def body(t, carry):
-            return task.step(task.params, carry, at(task.xs, t))[0]
+            return over_time.step.step(params, carry, at(xs, t))[0]
 
-        with schedule.runs(cut.steps_again):
+        with schedule.runs(cut.steps_recomputed):
             return jax.lax.fori_loop(start * cut.segment, stop * cut.segment, body, carry)
 
-    def on_the_way(state):
+    def not_there(state):
         _, (_, before) = state
-        return before < unit
+        return before < number
 
     def go_on(state):
         (states, starts, top), (carry, before) = state
         if reaches is None:  # with the first state alone there is nothing to decide
-            return (states, starts, top), (advance(carry, before, unit), unit)
+            return (states, starts, top), (advance(carry, before, number), number)
         free = top + 1 < cut.slots
-        stop = jnp.where(free, before + schedule.split(reaches, unit + 1 - before, cut.slots - top), unit)
+        stop = jnp.where(free, before + schedule.split(reaches, number + 1 - before, cut.slots - top), number)
         carry = advance(carry, before, stop)
-        # Where no slot is free, into the one that is never read.
         slot = jnp.where(free, top + 1, cut.slots)
         stack = put(states, carry, slot), starts.at[slot].set(stop), top + free.astype(jnp.int32)
         return stack, (carry, stop)
 
     states, starts, top = stack
     with schedule.runs(1):  # what is computed inside has its own average, over all of them
-        stack, (carry, _) = jax.lax.while_loop(on_the_way, go_on, (stack, (at(states, top), starts[top])))
+        stack, (carry, _) = jax.lax.while_loop(not_there, go_on, (stack, (at(states, top), starts[top])))
     states, starts, top = stack
-    return (states, starts, top - (starts[top] == unit).astype(jnp.int32)), carry
+    return (states, starts, top - (starts[top] == number).astype(jnp.int32)), carry
 
 
-def _take_back(task: Task, add: Callable[..., Any], back: Any, carry: Any, start: Any, length: int) -> Any:
-    """One segment: forward once more from `carry`, and back, with one contraction for all of it."""
-    carry_bar, sums, xs_bar = back
-    _, adjoint, params, xs, ys_bar, unroll = task
-    _, (sums, carry_bar, some) = back_over(
-        adjoint, add, params, sums, carry, xs, carry_bar, ys_bar, start=start, length=length, unroll=unroll
-    )
-    return carry_bar, sums, put_window(xs_bar, some, start)
+OverSegment = Callable[[tuple[Bars, Any], Any, Any, int], tuple[Bars, Any]]
 
 
-def _take_back_lean(task: Task, add: Callable[..., Any], back: Any, carry: Any, start: Any, length: int) -> Any:
-    """The same with a contraction at every step: all that is kept of a step is its carry, and residuals beyond that."""
-    _, adjoint, params, xs, ys_bar, unroll = task
-    restorers = []
+def _at_once(over_time: Pass, params: Any, xs: Any, ys_bar: Any) -> OverSegment:
+    """How a segment is recomputed from the carry before it and reversed: with one contraction for all of it."""
+
+    def over_segment(state, carry, start, length):
+        bars, xs_bar = state
+        _, (bars, xs_bar_here) = over_time.forward_and_back(params, bars, carry, xs, ys_bar, start, length)
+        return bars, put_window(xs_bar, xs_bar_here, start)
+
+    return over_segment
+
+
+def _lean(over_time: Pass, params: Any, carry: Any, xs: Any, ys_bar: Any) -> OverSegment:
+    """The same with a contraction at every step: all that is stored of a step is its carry, and residuals beyond that."""
+    adjoint, storage = over_time.adjoint, beside_carries(over_time, params, carry, xs)
 
     def forward(carry, t):
         (new_carry, _), residuals = adjoint.forward(params, carry, at(xs, t))
-        others, restore = without(residuals, (carry, new_carry))
-        restorers.append(restore)
-        return new_carry, (carry, others)
+        return new_carry, (carry, storage.store(residuals))
 
     def backward(state, at_t):
-        new_carry, (carry_bar, sums, xs_bar) = state
-        t, (carry, others) = at_t
+        new_carry, ((carry_bar, sums), xs_bar) = state
+        t, (carry, stored) = at_t
         x, y_bar = at(xs, t), filled(at(ys_bar, t))
-        residuals = restorers[-1](others, (carry, new_carry))
-        previous_bar, delta = adjoint.backward(params, residuals, x, carry_bar, y_bar)
-        one = jax.tree.map(lambda leaf: leaf[None], (residuals, x, y_bar, delta))
-        sums, some = add(params, sums, *one, length=1)
-        return (
-            carry,
-            (fit(previous_bar, carry, adjoint.perturbed.carry, "init"), sums, put_window(xs_bar, some, t)),
-        ), None
+        residuals = storage.restore(stored=stored, carry=jax.tree.leaves((carry, new_carry)))
+        previous_bar, deltas = adjoint.backward(params, residuals, x, carry_bar, y_bar)
+        one_step = jax.tree.map(lambda leaf: leaf[None], (residuals, x, y_bar, deltas))
+        sums, xs_bar_here = over_time.weights.add(params, sums, *one_step, length=1)
+        bars = fit(previous_bar, carry, adjoint.perturbed.carry, "init"), sums
+        return (carry, (bars, put_window(xs_bar, xs_bar_here, t))), None
 
-    steps = start + jnp.arange(length, dtype=jnp.int32)
-    new_carry, kept = jax.lax.scan(forward, carry, steps, unroll=unroll)
-    (_, back), _ = jax.lax.scan(backward, (new_carry, back), (steps, kept), reverse=True, unroll=unroll)
-    return back
+    def over_segment(state, carry, start, length):
+        steps = start + jnp.arange(length, dtype=jnp.int32)
+        new_carry, stored = jax.lax.scan(forward, carry, steps, unroll=over_time.unroll)
+        (_, state), _ = jax.lax.scan(
+            backward, (new_carry, state), (steps, stored), reverse=True, unroll=over_time.unroll
+        )
+        return state
+
+    return over_segment
+
+
+def beside_carries(over_time: Pass, params: Any, carry: Any, xs: Any) -> Storage:
+    """Which residuals of a step to store where the carries before and after it are stored anyway."""
+    traced = program(over_time.adjoint.forward, params, carry, at_one_step(xs))
+    (new_carry, _), residuals = traced.out_tree.unflatten(traced.results)
+    inputs = traced.inputs[len(arrays_of(params)) :][: len(jax.tree.leaves(carry))]
+    return stored_once(residuals, carry=[*inputs, *jax.tree.leaves(new_carry)])

@@ -15,9 +15,8 @@ from jaxbptt.along_time import at_one_step, put_window, room
 from jaxbptt.array_types import byte_count
 from jaxbptt.arrays import check_count
 from jaxbptt.cells.cell import Adjoint, Cell
-from jaxbptt.scans.backward import back_over, check_recomputed, step_with_adjoint, stretches
-from jaxbptt.scans.contraction import weight_gradient
-from jaxbptt.scans.flags import with_flags
+from jaxbptt.scans.flags import Flags
+from jaxbptt.scans.passes import Pass, one_pass, segment_lengths
 from jaxbptt.scans.recurrence import check_known_length, prepare
 from jaxbptt.scans.reverse_mode import reverse_mode
 from jaxbptt.trees import combine, partition, select
@@ -88,62 +87,60 @@ def truncated_scan(
     """
     check_count("truncation_length", truncation_length, "it counts time steps")
     r = prepare(step, params, init, xs, length, is_first, valid)
-    with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
-    step, params, adjoint_for, _, by_hand, mutable, _ = with_adjoint
-    steps = r.length
-    check_known_length("truncated_scan", steps)
-    chunk = max(min(int(truncation_length), steps), 1)
-    chunks, left_over = divmod(steps, chunk)
+    over_time, r = one_pass(step, adjoint, r, Flags(is_first, valid, reset_carry), unroll)
+    length = r.length
+    check_known_length("truncated_scan", length)
+    segment = max(min(int(truncation_length), length), 1)
 
-    def unrolled(params, init, xs):
+    def run(params, init, xs):
         # Cut as well, and by a select: what is differentiated here is the gradient, for a second derivative.
         def body(carry, at_t):
             t, x = at_t
             diff, nondiff = partition(carry)
-            cut = (t > 0) & (t % chunk == 0)
+            cut = (t > 0) & (t % segment == 0)
             diff = jax.tree.map(lambda leaf: jnp.where(cut, jax.lax.stop_gradient(leaf), leaf), diff)
-            return step(params, combine(diff, nondiff), x)
+            return over_time.step.step(params, combine(diff, nondiff), x)
 
-        return jax.lax.scan(body, init, (jnp.arange(steps), xs), length=steps, unroll=unroll)
+        return jax.lax.scan(body, init, (jnp.arange(length), xs), length=length, unroll=unroll)
 
-    def forward(adjoint, params, init, xs):
-        check_recomputed("truncated_scan", mutable)
-        return unrolled(params, init, xs), None
+    def forward(over_time, params, init, xs):
+        over_time.check_recomputable("truncated_scan")
+        return run(params, init, xs), None
 
-    def backward(adjoint, params, init, xs, _, last_bar, ys_bar):
-        nothing = jax.tree.map(jnp.zeros_like, last_bar)
-        # Where the params are larger than what is kept, a second array like them would be most of the memory.
-        in_place = chunk * byte_count(init) < byte_count(params)
-        lengths = stretches(init, chunk, left_over)
-        total = weight_gradient(adjoint, params, init, xs, last_bar, ys_bar, lengths, in_place=in_place)
+    def backward(over_time, params, init, xs, _, last_bar, ys_bar):
+        return _backward(over_time, params, init, xs, (last_bar, ys_bar), length, segment)
 
-        def over_chunk(state, start, length):
-            carry, init_bar, sums, xs_bar = state
-            carry_bar = jax.tree.map(partial(jnp.where, start + length == steps), last_bar, nothing)
-            next_carry, (sums, carry_bar, some) = back_over(
-                adjoint,
-                total.add,
-                params,
-                sums,
-                carry,
-                xs,
-                carry_bar,
-                ys_bar,
-                start=start,
-                length=length,
-                unroll=unroll,
-            )
-            init_bar = jax.tree.map(partial(jnp.where, start == 0), carry_bar, init_bar)
-            # Nothing passes to the next chunk, in derivatives of this derivative neither.
-            return jax.lax.stop_gradient(next_carry), init_bar, sums, put_window(xs_bar, some, start)
+    return reverse_mode("truncated_scan", over_time, run, forward, backward)(r.params, r.init, r.xs)
 
-        init_bar = nothing if steps else last_bar
-        state = init, init_bar, total.zeros, room(at_one_step(select(xs, adjoint.perturbed.x)), steps)
-        if chunks:
-            state = jax.lax.fori_loop(0, chunks, lambda i, state: over_chunk(state, i * chunk, chunk), state)
-        if left_over:
-            state = over_chunk(state, chunks * chunk, left_over)
-        _, init_bar, sums, xs_bar = state
-        return total.finish(sums), init_bar, xs_bar
 
-    return reverse_mode("truncated_scan", adjoint_for, unrolled, forward, backward, by_hand=by_hand)(params, r.init, xs)
+def _backward(
+    over_time: Pass, params: Any, init: Any, xs: Any, bars: tuple[Any, Any], length: int, segment: int
+) -> tuple[Any, Any, Any]:
+    """Segment by segment in order of time: forward over it, and back over it with nothing coming in from later ones."""
+    last_bar, ys_bar = bars
+    segments, left_over = divmod(length, segment)
+    # Where the params are larger than what is saved, a second array like them would be most of the memory.
+    move_each = segment * byte_count(init) < byte_count(params)
+    lengths = segment_lengths(init, segment, left_over)
+    over_time = over_time.prepared(params, init, xs, bars, lengths, move_each=move_each)
+    nothing = jax.tree.map(jnp.zeros_like, last_bar)
+
+    def over_segment(state, start, length_here):
+        carry, init_bar, sums, xs_bar = state
+        carry_bar = jax.tree.map(partial(jnp.where, start + length_here == length), last_bar, nothing)
+        next_carry, ((carry_bar, sums), xs_bar_here) = over_time.forward_and_back(
+            params, (carry_bar, sums), carry, xs, ys_bar, start, length_here
+        )
+        init_bar = jax.tree.map(partial(jnp.where, start == 0), carry_bar, init_bar)
+        # The incoming carry is a constant of the next segment's gradient: this is the truncation.
+        return jax.lax.stop_gradient(next_carry), init_bar, sums, put_window(xs_bar, xs_bar_here, start)
+
+    init_bar = nothing if length else last_bar
+    xs_bar = room(at_one_step(select(xs, over_time.adjoint.perturbed.x)), length)
+    state = init, init_bar, over_time.weights.zeros, xs_bar
+    if segments:
+        state = jax.lax.fori_loop(0, segments, lambda i, state: over_segment(state, i * segment, segment), state)
+    if left_over:
+        state = over_segment(state, segments * segment, left_over)
+    _, init_bar, sums, xs_bar = state
+    return over_time.weights.finish(sums), init_bar, xs_bar

@@ -5,7 +5,6 @@ for each step is summed over the lag, and since the contraction over time is lin
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,10 +14,10 @@ from jax.export import is_symbolic_dim
 from jaxbptt.along_time import filled
 from jaxbptt.arrays import check_count
 from jaxbptt.cells.cell import Adjoint, Cell
-from jaxbptt.scans.backward import at_last_step, back_one_lag, step_with_adjoint, unroll_forward
-from jaxbptt.scans.contraction import fit
-from jaxbptt.scans.flags import with_flags
-from jaxbptt.scans.recurrence import length_for_scan, prepare
+from jaxbptt.programs.perturbed import fit
+from jaxbptt.scans.flags import Flags
+from jaxbptt.scans.passes import Pass, at_last_step, one_pass
+from jaxbptt.scans.recurrence import prepare
 from jaxbptt.scans.reverse_mode import reverse_mode
 from jaxbptt.trees import select
 
@@ -92,40 +91,48 @@ def windowed_scan(
     """
     check_count("window", window, "it counts time steps")
     r = prepare(step, params, init, xs, length, is_first, valid)
-    with_adjoint, xs = with_flags(step_with_adjoint(step, adjoint, r), r, is_first, valid, reset_carry)
-    step, params, adjoint_for, in_turn, by_hand, *_ = with_adjoint
+    over_time, r = one_pass(step, adjoint, r, Flags(is_first, valid, reset_carry), unroll)
     length = r.length
     # More lags than time steps add zeros, and lax.scan takes no symbolic number of them.
-    lags = int(window) if is_symbolic_dim(r.length) else min(int(window), length)
+    lags = int(window) if is_symbolic_dim(length) else min(int(window), length)
 
     def run(params, init, xs):
-        return jax.lax.scan(partial(step, params), init, xs, length=length_for_scan(length), unroll=unroll)
+        return over_time.run(params, init, xs, length)
 
-    def forward(adjoint, params, init, xs):
-        return unroll_forward(adjoint, params, init, xs, length=length, unroll=unroll)
+    def forward(over_time, params, init, xs):
+        return over_time.forward(params, init, xs, length)
 
-    def backward(adjoint, params, init, xs, residuals, last_bar, ys_bar):
-        flags = adjoint.perturbed
-        residuals, ys_bar = residuals.stacked(), filled(ys_bar, length)
-        if lags == 0:
+    def backward(over_time, params, init, xs, residuals, last_bar, ys_bar):
+        if lags == 0:  # no time steps
+            flags = over_time.adjoint.perturbed
             params_bar, xs_bar = jax.tree.map(jnp.zeros_like, select((params, xs), (flags.params, flags.x)))
             return params_bar, last_bar, xs_bar
+        bars = at_last_step(last_bar, length), filled(ys_bar, length)
+        return _backward(over_time, (params, init, xs), residuals.stacked(), bars, lags)
 
-        def back(bars, ys_bar):
-            return back_one_lag(adjoint, params, residuals, xs, bars, ys_bar, in_turn=in_turn)
+    return reverse_mode("windowed_scan", over_time, run, forward, backward)(r.params, r.init, r.xs)
 
-        def one_lag_more(state, _):
-            bars, *sums = state
-            bars, *more = back(bars, jax.tree.map(jnp.zeros_like, ys_bar))
-            return (bars, *jax.tree.map(jnp.add, sums, more)), None
 
-        state = back(at_last_step(last_bar, length), ys_bar)
-        (_, init_bar, deltas), _ = jax.lax.scan(one_lag_more, state, None, length=lags - 1)
-        params_bar, xs_bar = adjoint.contract(params, residuals, xs, ys_bar, deltas)
-        return (
-            fit(params_bar, params, flags.params, "params"),
-            fit(init_bar, init, flags.carry, "init"),
-            fit(xs_bar, xs, flags.x, "xs"),
-        )
+def _backward(
+    over_time: Pass, primals: tuple[Any, Any, Any], residuals: Any, bars: tuple[Any, Any], lags: int
+) -> tuple[Any, Any, Any]:
+    """The recursion over the lag: bars of all time steps at once, of carries and ys, moved one step back `lags` times."""
+    params, init, xs = primals
+    carry_bars, ys_bar = bars
+    adjoint, flags = over_time.adjoint, over_time.adjoint.perturbed
 
-    return reverse_mode("windowed_scan", adjoint_for, run, forward, backward, by_hand=by_hand)(params, r.init, xs)
+    def one_lag_more(state, _):
+        bars, *sums = state
+        # Outputs are looked at once, at lag 0; after that all comes through the carry.
+        no_bar = jax.tree.map(jnp.zeros_like, ys_bar)
+        bars, *terms = over_time.back_one_lag(params, residuals, xs, bars, no_bar)
+        return (bars, *jax.tree.map(jnp.add, sums, terms)), None
+
+    state = over_time.back_one_lag(params, residuals, xs, carry_bars, ys_bar)
+    (_, init_bar, deltas), _ = jax.lax.scan(one_lag_more, state, None, length=lags - 1)
+    params_bar, xs_bar = adjoint.contract(params, residuals, xs, ys_bar, deltas)
+    return (
+        fit(params_bar, params, flags.params, "params"),
+        fit(init_bar, init, flags.carry, "init"),
+        fit(xs_bar, xs, flags.x, "xs"),
+    )

@@ -57,14 +57,14 @@ def pascanu(
         Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, 2013, arXiv:1211.5063, eq. 9.
     """
     r = prepare(step, params, init, xs, length)
-    traced = trace(r)
+    traced = trace(r.step, r.params, r.init, r.xs)
     flow = gradient_flow(step, params, init, xs, loss, length=length)
     carries, _, _ = unroll(r)
 
     def to_state(params, carry, x):
         return traced.step(params, carry, x)[0]
 
-    over_time = map_over_time(to_state, in_turn=traced.in_turn)
+    over_time = map_over_time(to_state, one_at_a_time=traced.one_at_a_time)
     (passed_on,) = pull(lambda carries: over_time(traced.params, carries, r.xs), (carries,), flow.adjoints)
     before, after = norm_over_time(passed_on), norm_over_time(flow.adjoints)
     ratio = jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1)
