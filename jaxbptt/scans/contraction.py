@@ -55,7 +55,7 @@ class WeightGradient:
         self,
         adjoint: PerturbedAdjoint,
         params: Any,
-        step: "StepTypes",
+        types: "StepTypes",
         lengths: Iterable[int],
         *,
         move_each: bool = False,
@@ -65,40 +65,40 @@ class WeightGradient:
         With `move_each` entries are moved for each segment: this takes more time, and no second array like the params. So
         they are where the adjoint moves them otherwise for one length than for another.
         """
-        self.flags = adjoint.perturbed
+        self._adjoint, self._types = adjoint, types
         # It may outlive the call in what JAX caches, so it knows params by shape alone and holds no array.
-        self.like = _shapes(params)
-        self.contractions = {length: self._contraction(adjoint, params, step, length) for length in sorted(lengths)}
-        first, *rest = self.contractions.values()
-        self.move_each = move_each or any(other.moves.form != first.moves.form for other in rest)
-        operands = [as_type(var.aval) for var in first.moves.operands]
-        self.zeros = totals(select(self.like, self.flags.params) if self.move_each else operands)
+        self._like = _shapes(params)
+        self._contractions = {length: self._contraction(params, length) for length in sorted(lengths)}
+        self._first, *rest = self._contractions.values()
+        self._move_each = move_each or any(other.moves.form != self._first.moves.form for other in rest)
+        wanted = select(self._like, adjoint.perturbed.params)
+        self.zeros = totals(wanted if self._move_each else _types(self._first.moves.operands))
 
     def add(
         self, params: Any, sums: Any, residuals: Any, xs: Any, ys_bar: Any, deltas: Any, length: int
     ) -> tuple[Any, Any]:
         """The sums with a segment of so many steps added, and the gradient of xs there."""
-        contraction = self.contractions[length]
+        # Another length comes up in a second derivative, which goes over all steps at once.
+        contraction = self._contractions.get(length) or self._contraction(params, length)
         terms, xs_bar = contraction(params, residuals, xs, ys_bar, deltas)
-        if self.move_each:
-            terms = self._fit(contraction.moved(terms))
-        return add_up(sums, terms), xs_bar
+        return add_up(sums, self._fit(contraction.moved(terms)) if self._move_each else terms), xs_bar
 
     def finish(self, sums: Any) -> Any:
         """The gradient of params."""
-        first = next(iter(self.contractions.values()))
-        return self._fit(sums if self.move_each else first.moved(sums))
+        return self._fit(sums if self._move_each else self._first.moved(sums))
 
     def _fit(self, params_bar: Any) -> Any:
-        return fit(params_bar, self.like, self.flags.params, "params")
+        return fit(params_bar, self._like, self._adjoint.perturbed.params, "params")
 
-    def _contraction(self, adjoint: PerturbedAdjoint, params: Any, step: "StepTypes", length: int) -> Contraction:
+    def _contraction(self, params: Any, length: int) -> Contraction:
+        flags = self._adjoint.perturbed
+
         def contract(params, residuals, xs, ys_bar, deltas):
-            params_bar, xs_bar = adjoint.contract(params, residuals, xs, filled(ys_bar, length), deltas)
-            params_bar = fit(params_bar, self.like, self.flags.params, "params", cast=False)
-            return params_bar, fit(xs_bar, xs, self.flags.x, "xs")
+            params_bar, xs_bar = self._adjoint.contract(params, residuals, xs, filled(ys_bar, length), deltas)
+            params_bar = fit(params_bar, self._like, flags.params, "params", cast=False)
+            return params_bar, fit(xs_bar, xs, flags.x, "xs")
 
-        stacked = jax.tree.map(lambda leaf: type_over_time(leaf, length), tuple(step))
+        stacked = jax.tree.map(lambda leaf: type_over_time(leaf, length), tuple(self._types))
         whole = program(contract, params, *stacked)
         found = Contraction(whole, last_moves(whole, whole.out_tree.children()[0].num_leaves))
         jax.eval_shape(lambda operands: self._fit(found.moved(operands)), _types(found.moves.operands))

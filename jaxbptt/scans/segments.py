@@ -193,9 +193,9 @@ def _lean(over_time: Pass, params: Any, carry: Any, xs: Any, ys_bar: Any) -> Ove
     def backward(state, at_t):
         new_carry, ((carry_bar, sums), xs_bar) = state
         t, (carry, stored) = at_t
-        x, y_bar = at(xs, t), filled(at(ys_bar, t))
+        x, y_bar = at((xs, ys_bar), t)
         residuals = storage.restore(stored=stored, carry=jax.tree.leaves((carry, new_carry)))
-        previous_bar, deltas = adjoint.backward(params, residuals, x, carry_bar, y_bar)
+        previous_bar, deltas = adjoint.backward(params, residuals, x, carry_bar, filled(y_bar))
         one_step = jax.tree.map(lambda leaf: leaf[None], (residuals, x, y_bar, deltas))
         sums, xs_bar_here = over_time.weights.add(params, sums, *one_step, length=1)
         bars = fit(previous_bar, carry, adjoint.perturbed.carry, "init"), sums
