@@ -125,12 +125,17 @@ def with_sizes(step: Callable[..., Any], input_size: int, output_size: int) -> C
     return step
 
 
-def check_options(dtype: Any, **initializers: Any) -> None:
-    """Raise unless the dtype has a derivative, and the initializers are functions."""
+def check_dtype(dtype: Any) -> None:
+    """Raise unless the dtype is one of floating-point numbers."""
     if not is_floating(dtype, jnp.inexact):
         raise ValueError(
             f"dtype is {dtype!r}, but params and carry are floating-point numbers: pass jnp.float32, or another."
         )
+
+
+def check_options(dtype: Any, **initializers: Any) -> None:
+    """Raise unless the dtype is one of floating-point numbers, and the initializers are functions."""
+    check_dtype(dtype)
     for name, initializer in initializers.items():
         check_callable(name, initializer, "a jax initializer, (key, shape, dtype) -> array")
 

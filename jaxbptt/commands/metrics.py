@@ -3,10 +3,10 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from jaxbptt.files import write_whole
 from jaxbptt.tasks import InputError
 
 _CSV, _JSON = (".csv",), (".jsonl", ".ndjson", ".json")
@@ -67,17 +67,6 @@ def read(path: Path) -> list[dict[str, float]]:
     else:
         rows = [json.loads(line) for line in text.splitlines()]
     return [row | {"update": int(row["update"])} for row in rows]
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is the old one or the new one whenever the process ends."""
-    target = path.resolve()
-    new = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        new.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(new, target)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def _columns(text: bool) -> tuple[str, ...]:

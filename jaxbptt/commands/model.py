@@ -11,10 +11,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxbptt.cells import CELLS
 from jaxbptt.cells.stack import stack
 from jaxbptt.commands.sources import Source
 from jaxbptt.network import network
-from jaxbptt.report import CELLS
 from jaxbptt.scans.exact import scan
 from jaxbptt.training import losses, sharding
 from jaxbptt.training.chunks import Stream

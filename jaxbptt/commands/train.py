@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 
+from jaxbptt.cells import CELLS
 from jaxbptt.commands import arguments, cluster, metrics, model, run, sources
-from jaxbptt.report import CELLS
+from jaxbptt.files import write_whole
 from jaxbptt.tasks import InputError
 from jaxbptt.training import checkpoints
 
@@ -189,7 +190,7 @@ def _draw(plot: Any, metrics_file: Path, figure_file: Path, source: sources.Sour
     picture = io.BytesIO()
     figure.savefig(picture, format=figure_file.suffix[1:], dpi=150)
     try:
-        metrics.write_whole(figure_file, picture.getvalue())
+        write_whole(figure_file, picture.getvalue())
     except OSError as error:
         raise InputError(f"--figure {figure_file} can't be written: {error.strerror or error}.") from None
 
