@@ -14,7 +14,7 @@ from jaxbptt.scans.adjoint import adjoint_scan
 
 
 class NetworkParams(NamedTuple):
-    """Parameters of a `network`: those of its cell, the read-out `W_hy [output, hidden]`, and its bias `b_y [output]` or `None`."""
+    """Parameters of a `network`: its cell's, the read-out `W_hy [output, hidden]`, and its bias `b_y [output]` or `None`."""
 
     cell: Any
     W_hy: Float[Array, "output hidden"]

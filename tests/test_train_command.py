@@ -350,7 +350,8 @@ def test_processes_that_cannot_meet(monkeypatch, capsys):
     assert run(*TEXT_RUN) == 2
     error = capsys.readouterr().err
     assert re.match(
-        r"jaxbptt train: process 1 of 2 can't connect to the others: .*Set JAX_COORDINATOR_ADDRESS to the host:port of process 0", error
+        r"jaxbptt train: process 1 of 2 can't connect to the others: .*Set JAX_COORDINATOR_ADDRESS to the host:port",
+        error,
     )
     assert error.count("\n") == 1
 
@@ -369,7 +370,10 @@ def test_processes_that_cannot_meet(monkeypatch, capsys):
         (["--npz", "short.npy"], r"short\.npy is not a readable \.npy file of plain numbers: "),
         (["--npz", "nan.npy"], r"nan\.npy is nan at \[time, feature\] = \[230, 1\]\."),
         (["--checkpoints", "data.txt"], r"--checkpoints data\.txt is a file, not a folder\."),
-        (["--checkpoints", "data.txt/run"], r"--checkpoints data\.txt/run can't be written: .*data\.txt is not a folder"),
+        (
+            ["--checkpoints", "data.txt/run"],
+            r"--checkpoints data\.txt/run can't be written: .*data\.txt is not a folder",
+        ),
         (["--metrics", "nowhere/m.csv"], r"--metrics nowhere/m\.csv can't be written: there is no folder nowhere"),
         (["--metrics", "m.txt"], r"--metrics m\.txt ends in '\.txt': use \.csv or \.jsonl\."),
         (["--metrics", "data.csv"], r"--metrics data\.csv exists and does not hold metrics of jaxbptt"),

@@ -73,9 +73,7 @@ def start(devices: int, batch: int) -> Place:
     count = ours[0] if ours else 1
     if batch % (devices * count):
         among = f"--devices {devices}" + (f" in each of {count} processes" if count > 1 else "")
-        raise InputError(
-            f"--batch {batch} can't be divided evenly over {among}: use a multiple of {devices * count}."
-        )
+        raise InputError(f"--batch {batch} can't be divided evenly over {among}: use a multiple of {devices * count}.")
     if devices > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         # JAX refuses once it has started; the devices are counted below.
         with contextlib.suppress(RuntimeError):
@@ -92,7 +90,9 @@ def start(devices: int, batch: int) -> Place:
             ) from None
     found = jax.local_devices()
     if len(found) < devices:
-        raise InputError(f"--devices {devices}: only {counted(len(found), 'device')} of kind {found[0].platform} available.")
+        raise InputError(
+            f"--devices {devices}: only {counted(len(found), 'device')} of kind {found[0].platform} available."
+        )
     if devices * count == 1:
         return Place(None, 1, True)
     chosen = []

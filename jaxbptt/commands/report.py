@@ -19,8 +19,9 @@ def add_parser(commands: Any) -> None:
     report = commands.add_parser(
         "report",
         help="take the gradient by every method, check that they agree, and show how far back it reaches",
-        description="Takes the gradient of an untrained network on your sequence by every method, prints how far the results "
-        "differ and what each costs, and writes one HTML page. Without a file it reads a module of the standard library.",
+        description="Takes the gradient of an untrained network on your sequence by every method, prints how far the "
+        "results differ and what each costs, and writes one HTML page. Without a file it reads a module of the "
+        "standard library.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     report.set_defaults(run=run)

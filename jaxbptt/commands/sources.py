@@ -97,8 +97,8 @@ def _numbers(options: argparse.Namespace, path: str) -> np.ndarray:
 def _check_length(name: str, purpose: str, steps: int, batch: int) -> None:
     if steps <= batch:
         raise tasks.InputError(
-            f"{name} has {counted(steps, 'time step')} for {purpose}, but --batch {batch} needs {batch + 1:,}, one more to predict: "
-            "use a longer file or a smaller --batch."
+            f"{name} has {counted(steps, 'time step')} for {purpose}, but --batch {batch} needs {batch + 1:,}, one more to "
+            "predict: use a longer file or a smaller --batch."
         )
 
 

@@ -1,4 +1,4 @@
-r"""`python -m jaxbptt train` trains a character model or a forecaster on the user's own file; it can be stopped at any time."""
+r"""`python -m jaxbptt train` trains a character model or a forecaster on the user's own file, and can resume."""
 
 import argparse
 import io
@@ -26,9 +26,9 @@ def add_parser(commands: Any) -> None:
         "train",
         help="train a character model or a forecaster by truncated BPTT; can be resumed after any interruption",
         description="Trains a recurrent network by truncated BPTT to predict the next character of a text or the next row "
-        "of numbers; files may be larger than memory. Ctrl-C saves, and --resume continues as if nothing had happened, bit for bit. Without a file it reads a "
-        "module of the standard library. A cluster launcher's environment (JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES "
-        "and JAX_PROCESS_ID, Slurm, Open MPI) is respected.",
+        "of numbers; files may be larger than memory. Ctrl-C saves, and --resume continues as if there had been no stop, "
+        "bit for bit. Without a file it reads a module of the standard library. A cluster launcher's environment "
+        "(JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, Slurm, Open MPI) is respected.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     train.set_defaults(run=start)
@@ -67,10 +67,23 @@ def add_parser(commands: Any) -> None:
         help="updates between two checkpoints, and between two validations",
     )
     a("--resume", action="store_true", help="continue from the newest checkpoint, with the same data and settings")
-    a("--metrics", metavar="FILE", help="file for the metrics, .csv or .jsonl, one line per update; FOLDER/metrics.csv by default")
-    a("--figure", metavar="FILE", help="file for the learning curve, .png, .svg or .pdf; FOLDER/learning-curve.png by default")
+    a(
+        "--metrics",
+        metavar="FILE",
+        help="file for the metrics, .csv or .jsonl, one line per update; FOLDER/metrics.csv by default",
+    )
+    a(
+        "--figure",
+        metavar="FILE",
+        help="file for the learning curve, .png, .svg or .pdf; FOLDER/learning-curve.png by default",
+    )
     a("--sample", type=arguments.count, default=400, metavar="N", help="bytes of text to sample at the end")
-    a("--temperature", type=arguments.at_least_zero, default=0.7, help="temperature of the sample; 0 always takes the most likely byte")
+    a(
+        "--temperature",
+        type=arguments.at_least_zero,
+        default=0.7,
+        help="temperature of the sample; 0 always takes the most likely byte",
+    )
     a("--devices", type=arguments.size, default=1, metavar="N", help="devices that share the batch, in each process")
 
 
@@ -153,7 +166,8 @@ def _check_outputs(options: argparse.Namespace, folder: Path, metrics_file: Path
     newest = checkpoints.latest(folder)
     if newest is not None and not options.resume:
         raise InputError(
-            f"--checkpoints {folder} already has a checkpoint of update {newest}: add --resume to continue from it, or name another folder."
+            f"--checkpoints {folder} already has a checkpoint of update {newest}: add --resume to continue from it, or "
+            "name another folder."
         )
     if newest is None and options.resume:
         raise InputError(f"--checkpoints {folder} has no checkpoint to resume from.")

@@ -57,10 +57,10 @@ def render(facts: Mapping[str, str], reports: Sequence[CellReport]) -> str:
         *_lags(reports),
         "<h2>The methods agree</h2>",
         "<p>The gradient of the mean loss over all steps by every exact method, against <code>jax.grad</code> through "
-        "<code>lax.scan</code>: with respect to the cell's weights, the first state and the inputs for the scans, and to the "
-        "weights alone for the other methods. The error is the largest over all leaves, "
-        "each relative to its own largest entry. Memory is what the compiler reports beyond arguments and results; "
-        "operations are counted in the traced program, each loop as often as it runs; times are medians of compiled runs.</p>",
+        "<code>lax.scan</code>: with respect to the cell's weights, the first state and the inputs for the scans, and to "
+        "the weights alone for the other methods. The error is the largest over all leaves, each relative to its own "
+        "largest entry. Memory is what the compiler reports beyond arguments and results; operations are counted in the "
+        "traced program, each loop as often as it runs; times are medians of compiled runs.</p>",
     ]
     for report in reports:
         certificate = report.certificate
@@ -73,7 +73,7 @@ def render(facts: Mapping[str, str], reports: Sequence[CellReport]) -> str:
         ]
     parts += [
         "<h2>What truncation leaves out</h2>",
-        "<p>The same gradient with some of its paths cut: <code>truncated_scan</code> cuts every K steps, "
+        "<p>The same gradient with paths cut: <code>truncated_scan</code> cuts every K steps, "
         "<code>windowed_scan</code> lets every loss reach back exactly K steps. The error is the norm of the difference "
         "from the exact gradient of all weights, relative to the norm of the exact one; the cosine is that of the angle "
         "between the two.</p>",
@@ -84,8 +84,8 @@ def render(facts: Mapping[str, str], reports: Sequence[CellReport]) -> str:
         parts += [
             "<h2>Products of Jacobians</h2>",
             "<p>Each step back multiplies the gradient by the transposed state Jacobian. Where all singular values of the "
-            "product decay, the gradient vanishes whatever the loss is; where one grows, it can explode. For an Elman network "
-            "none can exceed (γσ)^lag, with γ = 1 for tanh and σ the largest singular value of W_hh.</p>",
+            "product decay, the gradient vanishes whatever the loss is; where one grows, it can explode. For an Elman "
+            "network none can exceed (γσ)^lag, with γ = 1 for tanh and σ the largest singular value of W_hh.</p>",
             _inline(plots.plot_singular_values(values, bound_rate=rates), "Singular values against lag"),
         ]
     body = "\n".join(parts)
@@ -105,8 +105,8 @@ def _lags(reports: Sequence[CellReport]) -> list[str]:
     if not lags:
         return []
     return [
-        "<p>The gradient of the mean loss over all steps, split by lag: what the paths of each length, from a loss back to a "
-        "use of the weights, contribute to it.</p>",
+        "<p>The gradient of the mean loss over all steps, split by lag: what the paths of each length, from a loss back to "
+        "a use of the weights, contribute to it.</p>",
         _list(sentence for sentence in map(horizon_sentence, reports) if sentence),
         _inline(plots.plot_lag_contributions(lags), "Contributions to the gradient by lag"),
     ]

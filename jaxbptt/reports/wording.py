@@ -13,7 +13,7 @@ from jaxbptt.words import counted
 
 
 class Table(NamedTuple):
-    """A table in words; its first column is text, the others are numbers.
+    """A table in words.
 
     Attributes:
         head: the columns' names.
@@ -59,7 +59,8 @@ def reach_sentence(report: CellReport) -> str:
     norms = np.asarray(report.flow.norms, float)
     steps = len(norms)
     if not np.isfinite(norms).all():
-        return f"{report.name}: the gradient is not finite in {np.count_nonzero(~np.isfinite(norms))} of {counted(steps, 'step')}."
+        bad = np.count_nonzero(~np.isfinite(norms))
+        return f"{report.name}: the gradient is not finite in {bad} of {counted(steps, 'step')}."
     lag = reach(report.flow, 0.01)
     if lag is None:
         return f"{report.name}: no gradient reaches any state: the last step's loss does not depend on them."
@@ -84,7 +85,8 @@ def horizon_sentence(report: CellReport) -> str | None:
     steps = len(report.lags.norms)
     if not np.isfinite(report.lags.norms).all() or not report.horizon:
         return f"{report.name}: no horizon: the gradient of the mean loss is 0 or not finite."
-    return f"{report.name}: all but 1 % of the gradient of the mean loss comes from the last {report.horizon} of {counted(steps, 'step')}."
+    last = f"the last {report.horizon} of {counted(steps, 'step')}"
+    return f"{report.name}: all but 1 % of the gradient of the mean loss comes from {last}."
 
 
 def diagnosis_sentence(report: CellReport) -> str:
