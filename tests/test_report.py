@@ -249,3 +249,12 @@ def test_what_does_not_fit_is_left_out_and_said(monkeypatch):
     assert sum(done for _, done in seen) == len(stages)
     assert {words for words, _ in seen} >= {"gru: certificate", "gru: adjoint_scan", "gru: truncation"}
     assert "Left out: Jacobian products" in page.render({}, [result])
+
+
+@pytest.mark.parametrize("name", ["report", "train"])
+def test_help_names_the_defaults_that_there_are(capsys, name):
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    printed = capsys.readouterr().out
+    assert "(default: 0)" in " ".join(printed.split())
+    assert not re.search(r"default:\s+(None|False)", printed)

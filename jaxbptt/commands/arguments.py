@@ -8,6 +8,14 @@ from pathlib import Path
 from jaxbptt.tasks import InputError
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds to an option's help what its default is, where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_default = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if has_default else action.help
+
+
 def add_source(parser: argparse.ArgumentParser, *, npz: str) -> None:
     """The options that name the data, of which at most one is given."""
     source = parser.add_mutually_exclusive_group()

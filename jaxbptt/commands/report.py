@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
         description="Takes the gradient of an untrained network on your sequence by every method, prints how far the "
         "results differ and what each costs, and writes one HTML page. Without a file it reads a module of the "
         "standard library.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=arguments.HelpFormatter,
     )
     report.set_defaults(run=run)
     arguments.add_source(report, npz="predict the next row of an array [time] or [time, features]")

@@ -29,7 +29,7 @@ def add_parser(commands: Any) -> None:
         "of numbers; files may be larger than memory. Ctrl-C saves, and --resume continues as if there had been no stop, "
         "bit for bit. Without a file it reads a module of the standard library. A cluster launcher's environment "
         "(JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, Slurm, Open MPI) is respected.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=arguments.HelpFormatter,
     )
     train.set_defaults(run=start)
     a = train.add_argument
