@@ -11,7 +11,7 @@ from jaxbptt.training.checkpoints import CheckpointError
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and leaves with exit code 2."""
+    """Says what is wrong in one line, and exits with code 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="jaxbptt", description="The gradient of a recurrent network through time, every way.")
+    parser = _Parser(prog="jaxbptt", description="The gradient of a recurrent network through time, by every method.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     report.add_parser(commands)
     train.add_parser(commands)

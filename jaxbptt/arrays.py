@@ -1,6 +1,6 @@
-"""What is asked of arguments before anything is computed: arrays, numbers, keys, dtypes; refused by name otherwise.
+"""Checks of arguments before anything is computed: arrays, numbers, keys, dtypes; an error names the argument.
 
-And what dtype to add up in, where half precision has too few digits.
+And the dtype to accumulate in, where half precision has too few digits.
 """
 
 from operator import index
@@ -35,7 +35,7 @@ def as_numpy(value: Any) -> np.ndarray:
 
 
 def at_least_float32(dtype: Any) -> Any:
-    """What to compute and add up in: counted one by one, half precision gets no further than 2,048, or 256."""
+    """The dtype to compute and accumulate in: a sum of ones stops at 2,048 in float16, and at 256 in bfloat16."""
     if not jnp.issubdtype(dtype, jnp.inexact):
         return jnp.result_type(float)
     return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
@@ -50,7 +50,7 @@ def check_count(
         if not isinstance(value, bool) and least <= number and (most is None or number <= most):
             return
     except TypeError:
-        pass  # no whole number, or traced
+        pass  # not a whole number, or traced
     in_range = f"of at least {least}" if most is None else f"from {least} to {most}"
     raise ValueError(f"{name} is {value!r}, but {meaning}: {way_out or f'pass a whole number {in_range}'}.")
 
@@ -66,7 +66,7 @@ def is_number(value: Any, above: float, below: float = float("inf")) -> bool:
 
 
 def is_floating(dtype: Any, kind: Any = jnp.floating) -> bool:
-    """Whether it names a floating-point dtype. `None` and an array do not, though they are read as one."""
+    """Whether a value names a floating-point dtype. `None` and an array do not, though `jnp.dtype` reads them as one."""
     try:
         return dtype is not None and not getattr(dtype, "ndim", 0) and bool(jnp.issubdtype(jnp.dtype(dtype), kind))
     except TypeError:
@@ -74,7 +74,7 @@ def is_floating(dtype: Any, kind: Any = jnp.floating) -> bool:
 
 
 def check_key(key: Any) -> None:
-    """Raise unless it is a single random key, typed or raw."""
+    """Raise unless the key is a single random key, typed or raw."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if (typed and shape == ()) or (dtype == jnp.uint32 and shape is not None and len(shape) == 1 and shape[0] > 0):
@@ -86,19 +86,19 @@ def check_key(key: Any) -> None:
 
 
 def check_callable(name: str, value: Any, signature: str) -> None:
-    """Raise unless it can be called."""
+    """Raise unless the value can be called."""
     if not callable(value):
         raise TypeError(f"{name} is a {type(value).__name__}, but a function is expected: pass {signature}.")
 
 
 def check_concrete(function: str, **arguments: Any) -> None:
-    """Raise where a leaf of an argument is traced, for what looks at the numbers themselves."""
+    """Raise where a leaf of an argument is traced, for functions that look at the numbers themselves."""
     for name, tree in arguments.items():
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             if isinstance(leaf, Tracer):
                 raise TypeError(
-                    f"{function} looks at the numbers themselves, but {name}{keystr(path)} is traced: {function} is not to be "
-                    "called inside of jax.jit, jax.vmap or jax.grad. It compiles what it runs; call it with arrays."
+                    f"{function} looks at the numbers themselves, but {name}{keystr(path)} is traced: call it with arrays, "
+                    "outside jax.jit, jax.vmap and jax.grad."
                 )
 
 
@@ -110,8 +110,8 @@ def scalar_loss(loss: Any) -> Any:
         value = as_array("The loss's result", loss(*args), "a scalar")
         if value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(
-                f"The loss returned {value.dtype}{list(value.shape)}, but one real number is expected: take the sum or the mean, "
-                "in floating point."
+                f"The loss returned {value.dtype}{list(value.shape)}, but one real number is expected: take the sum or "
+                "the mean, in floating point."
             )
         return value
 

@@ -1,6 +1,6 @@
-r"""Weights from torch and back: `state_dict`s of `nn.RNN`, `nn.GRU` and `nn.LSTM`, with one or more layers.
+r"""Weights from torch and to it: `state_dict`s of `nn.RNN`, `nn.GRU` and `nn.LSTM`, with one or more layers.
 
-The layouts are the same but for the biases: torch keeps two of each, of which only the GRU's candidate needs both.
+The layouts are the same except for the biases: torch keeps two of each, of which only the GRU's candidate needs both.
 """
 
 import re
@@ -21,10 +21,10 @@ LayerParams = ElmanParams | GRUParams | LSTMParams
 def from_torch(state_dict: Any) -> tuple[LayerParams, ...]:
     r"""Turn a torch `nn.RNN`, `nn.GRU` or `nn.LSTM`, or its `state_dict`, into params, one entry a layer.
 
-    W_xh = weight_ih,  W_hh = weight_hh,  b = bias_ih + bias_hh;  for a GRU, b_n = bias_in and b_hn = bias_hn apart
+    W_xh = weight_ih,  W_hh = weight_hh,  b = bias_ih + bias_hh;  for a GRU, b_n = bias_in and b_hn = bias_hn stay separate
 
     The kind of cell follows from the shape of `weight_hh`: 1, 3 or 4 blocks of `[hidden, hidden]`. `nn.RNN` must use tanh,
-    which its `state_dict` does not tell.
+    which its `state_dict` does not record.
 
     Args:
         state_dict: the module, or names to tensors or arrays, as `module.state_dict()` gives them.
@@ -34,7 +34,7 @@ def from_torch(state_dict: Any) -> tuple[LayerParams, ...]:
         `(params,) = ...`.
 
     Raises:
-        ValueError: names missing or not of these modules, directions or projections, a shape that fits no cell, a module
+        ValueError: missing or unknown names, two directions, projections, a shape that fits no cell, a module
             with relu.
         TypeError: neither a module nor a mapping, tensors that are not floating-point.
 
@@ -58,7 +58,7 @@ def from_torch(state_dict: Any) -> tuple[LayerParams, ...]:
     foreign = [key for key in state_dict if not isinstance(key, str) or not names.fullmatch(key)]
     if foreign:
         raise ValueError(
-            f"{foreign[0]!r} is no weight of a one-directional nn.RNN, nn.GRU or nn.LSTM without projection: pass that "
+            f"{foreign[0]!r} is not a weight of a unidirectional nn.RNN, nn.GRU or nn.LSTM without projection: pass that "
             "module's own state_dict(), without a prefix, and only these names: weight_ih_l0, weight_hh_l0, bias_ih_l0, "
             "bias_hh_l0, and so on for further layers."
         )
@@ -72,18 +72,18 @@ def from_torch(state_dict: Any) -> tuple[LayerParams, ...]:
 def to_torch(params: LayerParams | Sequence[LayerParams]) -> dict[str, np.ndarray]:
     r"""Turn params into a `state_dict` for torch's `nn.RNN`, `nn.GRU` or `nn.LSTM`, as numpy arrays.
 
-    The inverse of `from_torch`: all of b goes to `bias_ih`, and `bias_hh` is zero but for a GRU's b_hn.
+    The inverse of `from_torch`: all of b goes to `bias_ih`, and `bias_hh` is zero except for a GRU's b_hn.
 
     Args:
         params: of one cell, or a sequence of them from the lowest layer up.
 
     Returns:
-        Names to arrays, of bfloat16 params in float32, which numpy has; load with
+        Names to arrays, in float32 for bfloat16 params, since numpy has no bfloat16; load with
         `module.load_state_dict({name: torch.as_tensor(array) for name, array in ...items()})`.
 
     Raises:
         ValueError: biases that do not fit the weights.
-        TypeError: params that are not those of `elman`, `gru` or `lstm`, leaves that are no arrays of numbers.
+        TypeError: params that are not those of `elman`, `gru` or `lstm`, leaves that are not arrays of numbers.
 
     Example:
         >>> import jax
@@ -138,8 +138,8 @@ def _layer_from_torch(arrays: Mapping[str, np.ndarray], layer: int) -> LayerPara
     if rows == hidden:
         return ElmanParams(*map(jnp.asarray, (W_xh, W_hh, b_ih + b_hh)))
     if rows == 3 * hidden:
-        inside, b_hn = np.split(b_hh, [2 * hidden])
-        b = b_ih + np.concatenate([inside, np.zeros_like(b_hn)])
+        b_hh_rz, b_hn = np.split(b_hh, [2 * hidden])
+        b = b_ih + np.concatenate([b_hh_rz, np.zeros_like(b_hn)])
         return GRUParams(*map(jnp.asarray, (W_xh, W_hh, b, b_hn)))
     if rows == 4 * hidden:
         return LSTMParams(*map(jnp.asarray, (W_xh, W_hh, b_ih + b_hh)))
@@ -151,7 +151,7 @@ def _layer_from_torch(arrays: Mapping[str, np.ndarray], layer: int) -> LayerPara
 def _array(key: str, value: Any) -> np.ndarray:
     if hasattr(value, "detach"):
         value = value.detach().cpu()
-        # torch hands no bfloat16 to numpy; through float32 it comes unchanged.
+        # torch can't convert bfloat16 to numpy; by way of float32 no digit changes.
         value = value.float().numpy().astype(jnp.bfloat16) if str(value.dtype) == "torch.bfloat16" else value.numpy()
     array = np.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.floating):

@@ -1,4 +1,4 @@
-r"""Backpropagation through time as a textbook writes it: the Elman network, softmax cross-entropy, every piece by name.
+r"""Backpropagation through time as a textbook writes it: the Elman network, softmax cross-entropy, every quantity by name.
 
 For reading and teaching, one line to an equation. `adjoint_scan` computes the same gradient for any step, and faster.
 """
@@ -15,7 +15,7 @@ from jaxbptt.network import NetworkParams
 
 
 class TextbookBPTT(NamedTuple):
-    """What a textbook's backward pass computes on its way, named as there; leading axes are time.
+    """What a textbook's backward pass computes, with the textbook's names; leading axes are time.
 
     Attributes:
         loss: L = Σₜ Lₜ, in nats.
@@ -75,11 +75,11 @@ def bptt(
         targets: class numbers `[time]`, or distributions over classes `[time, output]`.
 
     Returns:
-        A `TextbookBPTT` with every piece named above, in float32 at least; `.gradients` has the structure of `params`.
+        A `TextbookBPTT` with everything named above, in float32 at least; `.gradients` has the structure of `params`.
 
     Raises:
-        ValueError: shapes that do not fit together.
-        TypeError: params of something else, what is no array of numbers.
+        ValueError: shapes that do not fit together, a read-out with a bias.
+        TypeError: params of something else, arguments that are not arrays of numbers.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -87,11 +87,11 @@ def bptt(
         >>> cell = bptt.elman(3, 4)
         >>> net = bptt.network(cell, 3)
         >>> params, xs, targets = net.init(jax.random.key(0)), jnp.eye(3), jnp.array([1, 2, 0])
-        >>> pieces = bptt.bptt(params, xs, cell.initial_carry(), targets)
+        >>> result = bptt.bptt(params, xs, cell.initial_carry(), targets)
         >>> def loss(params):
         ...     _, ys = net.apply(params, cell.initial_carry(), xs)
         ...     return bptt.losses.cross_entropy(ys, targets, reduction="sum")
-        >>> bptt.compare_gradients(pieces.gradients, jax.grad(loss)(params)).agrees
+        >>> bptt.compare_gradients(result.gradients, jax.grad(loss)(params)).agrees
         True
 
     References:
@@ -100,6 +100,8 @@ def bptt(
     """
     if not isinstance(params, NetworkParams) or not isinstance(params.cell, ElmanParams):
         raise TypeError(f"params are a {type(params).__name__}, but those of network(elman(...), ...) are expected.")
+    if params.b_y is not None:
+        raise ValueError("params have a bias b_y, but yₜ = W_hy hₜ here: make them with network(..., bias=False).")
     given = {**params.cell._asdict(), "W_hy": params.W_hy, "xs": xs, "h_0": h_0}
     arrays = [as_array(name, leaf, "an array") for name, leaf in given.items()]
     W_xh, W_hh, b, W_hy, xs, h_0 = (leaf.astype(at_least_float32(leaf.dtype)) for leaf in arrays)
@@ -148,6 +150,6 @@ def _check(xs: Any, h_0: Any, targets: Any, W_xh: Any, W_hy: Any) -> None:
     for argument, (shape, allowed) in wanted.items():
         if shape not in allowed:
             raise ValueError(
-                f"{argument} has shape {shape}, but the weights ask for {' or '.join(map(str, allowed))}. "
+                f"{argument} has shape {shape}, but the weights need {' or '.join(map(str, allowed))}. "
                 "bptt takes one sequence; use jax.vmap for a batch."
             )

@@ -1,5 +1,7 @@
 """Cells compute their equations, and start as documented."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from reference import CELLS, assert_close, make_cell, problem
 
 import jaxbptt as bptt
+from jaxbptt import cells
 
 
 def sigmoid(a):
@@ -114,6 +117,98 @@ def test_network_reads_out_every_strategy():
     carry, ys = net.apply(params, cell.initial_carry((7,)), xs)
     _, hs = bptt.scan(cell, params.cell, cell.initial_carry((7,)), xs)
     assert_close(ys, jnp.einsum("oh,tbh->tbo", params.W_hy, hs))
-    assert_close(net.apply(params, cell.initial_carry((7,)), xs, scan=bptt.adjoint_scan), (carry, ys))
+    assert_close(net.apply(params, cell.initial_carry((7,)), xs, scan=bptt.checkpointed_scan), (carry, ys))
     with pytest.raises(ValueError, match="output_size is 0"):
         bptt.network(cell, 0)
+
+
+def gradients_of_network(net, params, carry, xs, **scan):
+    def loss(params, carry, xs):
+        carry, ys = net.apply(params, carry, xs, **scan)
+        return jnp.mean(jnp.sin(ys)) + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(carry))
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(params, carry, xs)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_network_is_unrolled_by_adjoint_scan(bias):
+    """With the values and gradients of scan, and without its forward mode."""
+    cell = make_cell("gru")
+    net = bptt.network(cell, 2, bias=bias)
+    params = net.init(jax.random.key(0))
+    if bias:
+        params = params._replace(b_y=jnp.array([0.3, -0.7]))
+    _, carry, xs = problem(cell, 7, (5,))
+    assert_close(
+        gradients_of_network(net, params, carry, xs), gradients_of_network(net, params, carry, xs, scan=bptt.scan)
+    )
+    outputs = lambda params: net.apply(params, carry, xs)[1]
+    text = str(jax.make_jaxpr(outputs)(params))
+    assert "custom_vjp" in text
+    assert "custom_vjp" not in str(jax.make_jaxpr(lambda p: net.apply(p, carry, xs, scan=bptt.scan))(params))
+    with pytest.raises(TypeError, match=r"jaxbptt\.scan"):
+        jax.jacfwd(outputs)(params)
+    jax.jacfwd(lambda params: net.apply(params, carry, xs, scan=bptt.scan)[1])(params)
+
+
+@pytest.mark.parametrize("batch", [(), (5,)])
+def test_bias_of_the_read_out(batch):
+    cell = make_cell("elman")
+    net, without = bptt.network(cell, 2, bias=True), bptt.network(cell, 2)
+    params = net.init(jax.random.key(0))
+    assert params.b_y.tolist() == [0, 0]
+    assert without.init(jax.random.key(0)).b_y is None
+    assert_close(params._replace(b_y=None), without.init(jax.random.key(0)))
+    params = params._replace(b_y=jnp.array([2.0, -1.0]))
+    _, carry, xs = problem(cell, 4, batch)
+
+    def outputs(params):
+        return net.apply(params, carry, xs)[1]
+
+    def by_hand(params):
+        _, hs = bptt.scan(cell, params.cell, carry, xs)
+        ys = jnp.einsum("oh,...h->...o", params.W_hy, hs)
+        return ys + jnp.broadcast_to(params.b_y, ys.shape)
+
+    assert_close(outputs(params), by_hand(params))
+    gradients, expected = (jax.grad(lambda p, f=f: jnp.sum(jnp.sin(f(p))))(params) for f in (outputs, by_hand))
+    assert_close(gradients, expected)
+    assert_close(gradients.b_y, jnp.cos(by_hand(params)).reshape(-1, 2).sum(0))
+
+
+@pytest.mark.parametrize("compute_dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize(("of_cell", "of_read_out"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_dtype_of_the_read_out(of_cell, of_read_out, compute_dtype):
+    cell = make_cell("lstm", jnp.dtype(of_cell))
+    net = bptt.network(cell, 2, bias=True, dtype=of_read_out, compute_dtype=compute_dtype)
+    params = net.init(jax.random.key(0))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params.cell)} == {of_cell}
+    assert params.W_hy.dtype == params.b_y.dtype == of_read_out
+    _, carry, xs = problem(cell, 4, (3,), dtype=jnp.dtype(of_cell))
+    new_carry, ys = net.apply(params, carry, xs)
+    assert ys.dtype == of_read_out
+    assert new_carry.h.dtype == of_cell
+    _, hs = bptt.scan(cell, params.cell, carry, xs)
+    exact = np.asarray(hs, float) @ np.asarray(params.W_hy, float).T
+    np.testing.assert_allclose(np.asarray(ys, float), exact, atol=0.03)
+    gradients = jax.grad(lambda params: jnp.sum(net.apply(params, carry, xs)[1]))(params)
+    assert jax.tree.map(lambda leaf: leaf.dtype, gradients) == jax.tree.map(lambda leaf: leaf.dtype, params)
+    np.testing.assert_array_equal(gradients.b_y, 12)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"dtype": int}, ValueError, "dtype is <class 'int'>, but params and carry are floating-point"),
+        ({"bias": None}, TypeError, "bias is None, but it says whether the read-out has a bias: pass True or False"),
+    ],
+)
+def test_options_of_the_read_out(options, error, message):
+    with pytest.raises(error, match=message):
+        inspect.unwrap(bptt.network)(make_cell("elman"), 2, **options)
+
+
+def test_cells_by_name():
+    """What the command line and the report offer."""
+    assert list(cells.CELLS) == ["elman", "gru", "lstm"]
+    assert all(make is getattr(bptt, name) for name, make in cells.CELLS.items())

@@ -66,8 +66,8 @@ def test_bfloat16(name):
             r"The biases of layer 0 have shapes \(1,\) and \(2,\), but \(2,\) is expected",
         ),
         ({}, r"The layers are numbered \[\]"),
-        ({"weight_ih_l0_reverse": np.ones((2, 2))}, r"'weight_ih_l0_reverse' is no weight of a one-directional"),
-        ({"weight_hr_l0": np.ones((2, 2))}, r"'weight_hr_l0' is no weight .* without projection"),
+        ({"weight_ih_l0_reverse": np.ones((2, 2))}, r"'weight_ih_l0_reverse' is not a weight of a unidirectional"),
+        ({"weight_hr_l0": np.ones((2, 2))}, r"'weight_hr_l0' is not a weight .* without projection"),
         ({"weight_ih_l1": np.ones((2, 2))}, r"The layers are numbered \[1\], but 0, 1, … without a gap"),
         ({"weight_ih_l0": np.ones((2, 2))}, r"'weight_hh_l0' is missing"),
         (

@@ -49,7 +49,7 @@ def test_unknown_name():
 
 # What each part of the package may import beside itself; what is in none of the folders is below all of them, but for the networks
 # and conversions in the last line.
-BASE = ("trees", "arrays", "array_types", "along_time", "words")
+BASE = ("trees", "arrays", "array_types", "along_time", "words", "files")
 ALLOWED = {
     "cells": (),
     "programs": ("cells",),
@@ -59,6 +59,8 @@ ALLOWED = {
     "tasks": (),
     "plots": ("analysis", "training"),
     "network": ("cells", "scans"),
+    "textbook": ("cells", "network"),
+    "reports": ("analysis", "cells", "network", "plots", "tasks", "textbook", "training"),
 }
 STRATEGIES = ("exact", "adjoint", "truncated", "windowed", "checkpointed")
 

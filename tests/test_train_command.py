@@ -88,10 +88,10 @@ def test_a_text_is_learnt(capsys):
     assert printed.err == ""
     characters, size = len(TEXT), len(TEXT.encode())
     assert (
-        f"data.txt: {size:,} bytes (33 different, {characters:,} characters), the last {round(size / 10)}"
+        f"data.txt: {size:,} bytes (33 different, {characters:,} characters); the last {round(size / 10)}"
         in printed.out
     )
-    assert "lstm of 6, layers: 1, parameters: " in printed.out
+    assert "lstm, hidden size 6, 1 layer, " in printed.out
     assert re.search(
         r"update 60: \d\.\d+, validation \d\.\d+ bits per character, \d+\.\d updates/s, 0:00 left", printed.out
     )
@@ -126,14 +126,14 @@ def test_numbers_are_forecast(capsys, monkeypatch):
         )
         losses[file] = [row["loss"] for row in metrics.read(Path(f"{file}.{ending}"))]
     printed = capsys.readouterr().out
-    assert "240 rows of 2 numbers, standardised by the part to learn from, the last 24 for validation" in printed
+    assert "240 rows of 2 numbers, standardised by the training data; the last 24 are for validation" in printed
     assert "mean squared error, standardised" in printed
     assert "A sample" not in printed
     np.testing.assert_allclose(losses["csv"], losses["npy"], rtol=1e-4)
     columns = "update,loss,gradient_norm,fraction_clipped,carry_norm,validation_loss"
     assert Path("csv.csv").read_text().splitlines()[0] == columns
     assert run(*SMALL, "--csv", "data.csv", "--metrics", "csv.csv", "--checkpoints", "x") == 2
-    assert "csv.csv has the metrics of another run already" in capsys.readouterr().err
+    assert "csv.csv already holds the metrics of another run" in capsys.readouterr().err
     assert Path("curve.svg").read_text().startswith("<?xml")
     (training, validation), words = drawn[-1]
     assert training == (list(range(1, 9)), losses["npy"])
@@ -141,7 +141,7 @@ def test_numbers_are_forecast(capsys, monkeypatch):
     assert words == {"measure": "mean squared error, standardised"}
 
 
-def test_only_the_part_to_learn_from_is_standardised_by():
+def test_only_the_training_data_standardises():
     values = np.arange(100.0)
     np.save("line.npy", values)
     options = _parser().parse_args(
@@ -187,7 +187,7 @@ def test_resumed_with_a_schedule_and_layers(monkeypatch, capsys):
     assert run(*arguments, "--checkpoints", "once") == 0
     whole = Path("m.jsonl").read_bytes()
     assert run(*arguments, "--checkpoints", "twice") == 2
-    assert "--metrics m.jsonl has the metrics of another run already: name another file." in capsys.readouterr().err
+    assert "--metrics m.jsonl already holds the metrics of another run: name another file." in capsys.readouterr().err
     Path("m.jsonl").unlink()
     with monkeypatch.context() as patch:
         stop_at(patch, 9)
@@ -212,7 +212,7 @@ def stop_at(monkeypatch, position, number=signal.SIGINT):
     monkeypatch.setattr(chunks.StreamIterator, "__next__", next_or_stop)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(monkeypatch, capsys):
+def test_ctrl_c_saves_and_says_how_to_resume(monkeypatch, capsys):
     arguments = [*TEXT_RUN, "--updates", "24", "--metrics", "a b.csv"]
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
@@ -221,7 +221,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(monkeypatch, capsys):
     assert signal.getsignal(signal.SIGINT) is handler
     printed = capsys.readouterr()
     assert printed.err == ""
-    assert "Stopped and saved at update 9. To go on:" in printed.out
+    assert "Stopped and saved at update 9. To resume:" in printed.out
     command = shlex.split(printed.out.strip().splitlines()[-1])
     assert command[1:4] == ["-m", "jaxbptt", "train"]
     assert command[4:] == [*arguments, "--resume"]
@@ -292,7 +292,7 @@ def test_two_processes_and_two_devices_are_as_good_as_one():
     one = in_one_go()
     outputs = [alone.communicate(timeout=300) for alone in runs]
     assert [alone.returncode for alone in runs] == [0, 0, 0], outputs
-    assert "devices: 2 (cpu)" in outputs[0][0]
+    assert "2 devices (cpu)" in outputs[0][0]
     # The library that carries their sums has a word of its own.
     assert [line for line in outputs[1][0].splitlines() if not line.startswith("[Gloo]")] == []
     Path("one.csv").write_bytes(one["metrics"])
@@ -350,7 +350,8 @@ def test_processes_that_cannot_meet(monkeypatch, capsys):
     assert run(*TEXT_RUN) == 2
     error = capsys.readouterr().err
     assert re.match(
-        r"jaxbptt train: process 1 of 2 can't join the others: .*JAX_COORDINATOR_ADDRESS=host:port of process 0", error
+        r"jaxbptt train: process 1 of 2 can't connect to the others: .*Set JAX_COORDINATOR_ADDRESS to the host:port",
+        error,
     )
     assert error.count("\n") == 1
 
@@ -362,27 +363,30 @@ def test_processes_that_cannot_meet(monkeypatch, capsys):
         (["--text", "."], r"\. can't be read: Is a directory\."),
         (["--text", "/dev/null"], r"/dev/null is not a file\."),
         (["--text", "empty.txt"], r"empty\.txt is empty\."),
-        (["--text", "short.txt"], r"short\.txt has 2 time steps to learn from, but --batch 2 needs 3"),
-        (["--text", "data.txt", "--validation", "0.003"], r"data\.txt has 1 time step to validate with"),
+        (["--text", "short.txt"], r"short\.txt has 2 time steps for training, but --batch 2 needs 3"),
+        (["--text", "data.txt", "--validation", "0.003"], r"data\.txt has 1 time step for validation"),
         (["--csv", "short.txt"], r"short\.txt has no rows of numbers"),
         (["--npz", "data.txt"], r"data\.txt is not a readable \.npz file"),
         (["--npz", "short.npy"], r"short\.npy is not a readable \.npy file of plain numbers: "),
         (["--npz", "nan.npy"], r"nan\.npy is nan at \[time, feature\] = \[230, 1\]\."),
         (["--checkpoints", "data.txt"], r"--checkpoints data\.txt is a file, not a folder\."),
-        (["--checkpoints", "data.txt/run"], r"--checkpoints data\.txt/run can't be written: .*data\.txt is no folder"),
+        (
+            ["--checkpoints", "data.txt/run"],
+            r"--checkpoints data\.txt/run can't be written: .*data\.txt is not a folder",
+        ),
         (["--metrics", "nowhere/m.csv"], r"--metrics nowhere/m\.csv can't be written: there is no folder nowhere"),
-        (["--metrics", "m.txt"], r"--metrics m\.txt ends in '\.txt': \.csv and \.jsonl are known\."),
-        (["--metrics", "data.csv"], r"--metrics data\.csv is there already, and holds no metrics of jaxbptt"),
+        (["--metrics", "m.txt"], r"--metrics m\.txt ends in '\.txt': use \.csv or \.jsonl\."),
+        (["--metrics", "data.csv"], r"--metrics data\.csv exists and does not hold metrics of jaxbptt"),
         (["--figure", "."], r"--figure \. is a folder or a device, not a file"),
         (["--figure", "f.gif"], r"--figure f\.gif ends in '\.gif'"),
-        (["--devices", "3"], r"--batch 2 can't be shared out evenly over --devices 3: make it a multiple of 3\."),
-        (["--devices", "2"], r"--devices 2: there are only 1 of kind cpu\."),
+        (["--devices", "3"], r"--batch 2 can't be divided evenly over --devices 3: use a multiple of 3\."),
+        (["--devices", "2"], r"--devices 2: only 1 device of kind cpu available\."),
         (["--schedule", "cosine", "--minutes", "1"], r"--schedule cosine needs --updates"),
-        (["--resume"], r".*jaxbptt-train holds no checkpoint: there is nothing to go on from\."),
-        (["--hidden", "0"], r"argument --hidden: 0 is too small, at least 1 is needed"),
-        (["--sample", "-1"], r"argument --sample: -1 is too small, at least 0 is needed"),
-        (["--validation", "1"], r"argument --validation: 1 is no share"),
-        (["--minutes", "0"], r"argument --minutes: 0 is too small, more than 0 is needed"),
+        (["--resume"], r"--checkpoints jaxbptt-train has no checkpoint to resume from\."),
+        (["--hidden", "0"], r"argument --hidden: 0 is too small: at least 1 is needed"),
+        (["--sample", "-1"], r"argument --sample: -1 is too small: at least 0 is needed"),
+        (["--validation", "1"], r"argument --validation: 1 is not a share"),
+        (["--minutes", "0"], r"argument --minutes: 0 is too small: more than 0 is needed"),
         (["--temperature", "-1"], r"argument --temperature: -1 is too small"),
         (["--learning-rate", "nan"], r"argument --learning-rate: nan is not finite"),
         (["--learning-rate", "fast"], r"argument --learning-rate: 'fast' is not a number"),
@@ -424,7 +428,7 @@ def test_checkpoints_that_do_not_fit(capsys, tmp_path):
         assert error.count("\n") == 1
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
-    refused(r"--checkpoints jaxbptt-train has a checkpoint of update 12 already: add --resume", *TEXT_RUN)
+    refused(r"--checkpoints jaxbptt-train already has a checkpoint of update 12: add --resume", *TEXT_RUN)
     refused(r".*step_00000012 was saved with --hidden = 6, but here it is 7\. ", *TEXT_RUN, "--hidden", "7", "--resume")
     refused(r".* was saved with --seed = 3, but here it is 4\. ", *TEXT_RUN, "--seed", "4", "--resume")
     refused(r".* was saved with data = text, \d+ bytes, sha256 ", *TEXT_RUN, "--text", "other.txt", "--resume")
@@ -450,7 +454,7 @@ def test_minutes_end_a_run(capsys):
     capsys.readouterr()
     # There is nothing left to do, and that is no error.
     assert run(*SMALL, "--updates", "1", "--validation", "0", "--text", "data.txt", "--resume") == 0
-    assert "on from update 1" in capsys.readouterr().out
+    assert "resumed at update 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("module", ["rich.console", "orbax.checkpoint", "matplotlib.figure"])

@@ -339,7 +339,7 @@ def test_what_looks_at_numbers_is_not_to_be_jitted():
     loss = lambda carry, ys: jnp.sum(ys[-1])
     lags = LagContributions({"W": jnp.ones((4, 3, 2))}, {"W": jnp.ones((3, 2))}, jnp.ones(4), None, None)
     analyses = {
-        r"diagnose_gradient looks at .*params.W_xh is traced.* not to be called inside of jax.jit": (
+        r"diagnose_gradient looks at .*params.W_xh is traced: call it with arrays, outside jax.jit": (
             lambda params: bptt.diagnose_gradient(cell, params, init, xs, loss),
             params,
         ),

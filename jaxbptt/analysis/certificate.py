@@ -19,6 +19,9 @@ from jaxbptt.trees import combine, differentiable, name, partition
 
 Scans = Mapping[str, Callable[..., Any]] | Sequence[Callable[..., Any]]
 
+COLUMNS = ("method", "relative error", "temporary KiB", "Mflop", "ms", "agrees")
+"""Heads of a certificate's table; `row_in_words` makes its rows."""
+
 
 class CertificateRow(NamedTuple):
     """One way to take the gradient, against the reference.
@@ -62,10 +65,9 @@ class Certificate(NamedTuple):
     dtype: str
 
     def __str__(self) -> str:
-        head = ("way", "largest relative error", "temporary bytes", "Mflop", "ms", "agrees")
-        table = [head, *(_cells(row) for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in table)
+        names, *cells = zip(COLUMNS, *map(row_in_words, self.rows), strict=True)
+        columns = [_padded(names, str.ljust), *(_padded(column, str.rjust) for column in cells)]
+        return "\n".join(map("  ".join, zip(*columns, strict=True)))
 
 
 def certify(
@@ -246,12 +248,17 @@ def _errors_by_leaf(label: str, gradient: Any, reference: Any) -> dict[str, floa
     return errors
 
 
-def _cells(row: CertificateRow) -> tuple[str, ...]:
-    agrees = "yes" if row.agrees else "no"
-    numbers = (
+def row_in_words(row: CertificateRow) -> tuple[str, ...]:
+    """The cells under `COLUMNS`, the same wherever a certificate is shown."""
+    return (
+        row.name,
         f"{row.largest_error:.1e}",
-        f"{row.temporary_bytes:,}",
+        f"{row.temporary_bytes / 1024:,.1f}",
         f"{row.flops / 1e6:,.2f}",
-        f"{row.seconds * 1e3:.2f}",
+        f"{row.seconds * 1e3:,.2f}",
+        "yes" if row.agrees else "NO",
     )
-    return row.name, *numbers, agrees
+
+
+def _padded(column: Sequence[str], pad: Callable[[str, int], str]) -> list[str]:
+    return [pad(cell, max(map(len, column))) for cell in column]

@@ -48,9 +48,9 @@ class Products(NamedTuple):
 
 
 def products(compute_dtype: Any) -> Products:
-    """The products in the dtype of what goes in, or with factors rounded to `compute_dtype` and sums in the first one's.
+    """The products in the dtype of their factors, or of factors rounded to `compute_dtype`, summed in that of the first.
 
-    Everything but the factors keeps its dtype: weights, carry, sums and what is computed from them.
+    Only the factors are rounded: weights, carry, sums and what is computed from them keep their dtype.
     """
     if compute_dtype is None:
         return Products(linear, lambda deltas, W: deltas @ W, weight_gradient)
@@ -73,17 +73,17 @@ def linear(
 ) -> Float[Array, "*batch out"]:
     """W v for any number of batch axes.
 
-    Without any it is written as it reads: the other form was measured to take twice the time on CPU.
+    Without any it is W v as written: v Wᵀ was measured to take twice the time on CPU.
     """
     factors = (W, v) if v.ndim == 1 else (v, W.T)
     return jnp.matmul(*factors, preferred_element_type=preferred_element_type)
 
 
 def merged(products: Products, W_hh: Any, W_xh: Any, h: Any, x: Any) -> Array:
-    """W_hh h + W_xh x as one product, with the weights side by side: for a forward that puts them so once, not at each step.
+    """W_hh h + W_xh x as one product of concatenated weights, for a forward pass that concatenates them only once.
 
     With 8 rows an LSTM took 0.87 of the time on jax 0.10 and 0.95 on 0.12, with 32 rows 0.96 and 0.94; with a single row
-    1.13 and 1.05, so there it stays two products.
+    1.13 and 1.05, so a single row takes two products.
     """
     if math.prod(h.shape[:-1]) == 1 or x.dtype != h.dtype:
         return products.linear(W_hh, h) + products.linear(W_xh, x)
@@ -96,7 +96,7 @@ def weight_gradient(
     """Σ δ vᵀ over time and batch, as one product of two matrices with time · batch rows each.
 
     Written with a reshape because the `einsum` over two leading axes was measured up to 1.5 times slower on CPU; and as
-    (Σ v δᵀ)ᵀ, since that sum of products over segments of 1,024 rows takes 0.66 to 0.85 of the time of the other.
+    (Σ v δᵀ)ᵀ, since summed over segments of 1,024 rows that product takes 0.66 to 0.85 of the time of Σ δ vᵀ.
     """
     rows = math.prod(deltas.shape[:-1])
     factors = inputs.reshape(rows, inputs.shape[-1]).T, deltas.reshape(rows, deltas.shape[-1])
@@ -120,17 +120,22 @@ def check_sizes(**sizes: int) -> None:
 
 
 def with_sizes(step: Callable[..., Any], input_size: int, output_size: int) -> Callable[..., Any]:
-    """The step with the features of x and y noted on it, for `stack`. On the step, so that another one does not have them."""
+    """The step with the sizes of x and y attached, for `stack`; a cell whose step is replaced has none."""
     step.__dict__["sizes"] = input_size, output_size
     return step
 
 
-def check_options(dtype: Any, **initializers: Any) -> None:
-    """Raise unless the dtype has a derivative, and the initializers are functions."""
+def check_dtype(dtype: Any) -> None:
+    """Raise unless the dtype is one of floating-point numbers."""
     if not is_floating(dtype, jnp.inexact):
         raise ValueError(
             f"dtype is {dtype!r}, but params and carry are floating-point numbers: pass jnp.float32, or another."
         )
+
+
+def check_options(dtype: Any, **initializers: Any) -> None:
+    """Raise unless the dtype is one of floating-point numbers, and the initializers are functions."""
+    check_dtype(dtype)
     for name, initializer in initializers.items():
         check_callable(name, initializer, "a jax initializer, (key, shape, dtype) -> array")
 
@@ -139,7 +144,8 @@ def zeros(batch_shape: Any, size: int, dtype: Any) -> Array:
     """A state of zeros, `[*batch, size]`; raises unless the axes of the batch are whole numbers."""
     if not isinstance(batch_shape, tuple | list):
         raise ValueError(
-            f"batch_shape is {batch_shape!r}, but it is a tuple of the sizes of the batch axes: pass (rows,), or () for no batch."
+            f"batch_shape is {batch_shape!r}, but it is a tuple of the sizes of the batch axes: pass "
+            "(rows,), or () for no batch."
         )
     for axis in batch_shape:
         if not jax.export.is_symbolic_dim(axis):
@@ -157,7 +163,8 @@ def check_step(kind: str, params: Any, shapes: dict[str, tuple[int, ...]], x: An
         found = getattr(getattr(params, name), "shape", None)
         if found != shape:
             raise ValueError(
-                f"{kind}: {name} has shape {found}, but {shape} is expected: pass the params that this cell's init(key) made."
+                f"{kind}: {name} has shape {found}, but {shape} is expected: pass the params that this "
+                "cell's init(key) made."
             )
     input_size, hidden_size = shapes["W_xh"][1], shapes["W_hh"][1]
     states = {

@@ -1,4 +1,4 @@
-r"""The Elman network: one tanh layer fed by its own past. The cell of the textbook, and its backward by hand."""
+r"""The Elman network: one tanh layer fed by its own past. The cell of the textbook, and its hand-written backward pass."""
 
 from typing import Any, NamedTuple
 
@@ -32,26 +32,25 @@ def elman(
 
     hₜ = tanh(W_hh hₜ₋₁ + W_xh xₜ + b),  yₜ = hₜ
 
-    Its state Jacobian is ∂hₜ/∂hₜ₋₁ = diag(1 − hₜ²) W_hh (`elman_state_jacobians`). Time O(n²) a step; the backward keeps
-    hₜ₋₁ and hₜ.
+    Its state Jacobian is ∂hₜ/∂hₜ₋₁ = diag(1 − hₜ²) W_hh (`elman_state_jacobians`). Time O(n²) a step; the backward pass
+    keeps hₜ₋₁ and hₜ.
 
     Args:
         input_size: features of x.
         hidden_size: n, the size of the state.
         dtype: of the parameters and the carry.
-        compute_dtype: what the factors of matrix products are rounded to, forward and back, such as `jnp.bfloat16`; sums,
+        compute_dtype: what the factors of matrix products are rounded to, in both passes, such as `jnp.bfloat16`; sums,
             carry and the gradients of the cell's own adjoint stay in `dtype`. Where JAX differentiates a product, as in
             `scan`, it rounds that product's gradient too. `None` rounds nothing.
-        recurrent_init: jax initializer of `W_hh`; orthogonal by default, so that no direction shrinks or grows before
-            tanh has its say.
+        recurrent_init: jax initializer of `W_hh`; orthogonal by default, so that only tanh shrinks any direction.
         input_init: jax initializer of `W_xh`; normal with variance 1/input_size by default.
 
     Returns:
         A `Cell` with `ElmanParams`; its carry is the array h `[*batch, hidden]`.
 
     Raises:
-        ValueError: a size below 1, a dtype that is not floating-point; at a step, params, a carry or an x that do not fit the
-            sizes or each other.
+        ValueError: a size below 1, a dtype that is not floating-point; at a step, params, a carry or an x that do not fit
+            the sizes or each other.
 
     Example:
         >>> import jax
@@ -138,7 +137,7 @@ def elman_state_jacobians(
     hidden = hs.shape[-1:] * 2
     if not isinstance(params, ElmanParams) or jnp.shape(params.W_hh) != hidden or not hidden:
         raise ValueError(
-            f"hs have shape {hs.shape}, which asks for ElmanParams with a W_hh of shape {hidden}: pass the params of the cell that "
-            "made the states, and hs [*time, hidden]."
+            f"hs have shape {hs.shape}, which asks for ElmanParams with a W_hh of shape {hidden}: pass the params of the "
+            "cell that made the states, and hs [*time, hidden]."
         )
     return ((1 - hs) * (1 + hs))[..., :, None] * jnp.expand_dims(params.W_hh, range(hs.ndim - 1))

@@ -1,4 +1,4 @@
-r"""The gated recurrent unit, in the form cuDNN and torch compute, and its backward by hand."""
+r"""The gated recurrent unit, in the form cuDNN and torch compute, and its hand-written backward pass."""
 
 from typing import Any, NamedTuple
 
@@ -38,19 +38,19 @@ def gru(
     nₜ = tanh(W_xn xₜ + b_n + rₜ ⊙ (W_hn hₜ₋₁ + b_hn))
     hₜ = (1 − zₜ) ⊙ nₜ + zₜ ⊙ hₜ₋₁,  yₜ = hₜ
 
-    Time O(3 n²) a step; the backward keeps hₜ₋₁, the three gates and the reset product's argument.
+    Time O(3 n²) a step; the backward pass keeps hₜ₋₁, the three gates and the reset product's argument.
 
     Args:
         input_size: features of x.
         hidden_size: n, the size of the state.
         dtype: of the parameters and the carry.
-        compute_dtype: what the factors of matrix products are rounded to, forward and back, such as `jnp.bfloat16`; sums,
+        compute_dtype: what the factors of matrix products are rounded to, in both passes, such as `jnp.bfloat16`; sums,
             carry and the gradients of the cell's own adjoint stay in `dtype`. Where JAX differentiates a product, as in
             `scan`, it rounds that product's gradient too. `None` rounds nothing.
         recurrent_init: jax initializer of each gate's `[hidden, hidden]` block of `W_hh`; orthogonal by default.
         input_init: jax initializer of each gate's block of `W_xh`; normal with variance 1/input_size by default.
-        chrono_length: time steps of the longest dependency to expect: b_z is spread so that the units keep their state for
-            up to that long (`initializers.chrono`); 0 by default.
+        chrono_length: time steps of the longest dependency to expect: b_z is spread so that the units keep their state
+            for up to that long (`initializers.chrono`); 0 by default.
 
     Returns:
         A `Cell` with `GRUParams`; its carry is the array h `[*batch, hidden]`.
@@ -121,19 +121,19 @@ def gru(
         delta_n = h_bar * (1 - z) * ((1 - n) * (1 + n))
         delta_r = delta_n * m * r * (1 - r)
         delta_z = h_bar * (h_prev - n) * z * (1 - z)
-        # Through W_hh the candidate is reached only behind the reset gate.
-        behind = jnp.concatenate([delta_r, delta_z, delta_n * r], axis=-1)
-        return h_bar * z + products.back(behind, params.W_hh), (delta_r, delta_z, delta_n)
+        # W_hh reaches the candidate only through the reset gate.
+        recurrent_deltas = jnp.concatenate([delta_r, delta_z, delta_n * r], axis=-1)
+        return h_bar * z + products.back(recurrent_deltas, params.W_hh), (delta_r, delta_z, delta_n)
 
     def contract(params, residuals, xs, ys_bar, deltas):
         hs_prev, r = residuals[:2]
-        behind = (*deltas[:2], deltas[2] * r)
-        # One product a gate: put together first, the deltas would be written a second time.
+        recurrent_deltas = (*deltas[:2], deltas[2] * r)
+        # One product per gate: to concatenate the deltas first would copy them.
         params_bar = GRUParams(
             W_xh=jnp.concatenate([products.weight_gradient(delta, xs) for delta in deltas]),
-            W_hh=jnp.concatenate([products.weight_gradient(delta, hs_prev) for delta in behind]),
+            W_hh=jnp.concatenate([products.weight_gradient(delta, hs_prev) for delta in recurrent_deltas]),
             b=jnp.concatenate([dense.sum_rows(delta) for delta in deltas]),
-            b_hn=dense.sum_rows(behind[2]),
+            b_hn=dense.sum_rows(recurrent_deltas[2]),
         )
         from_r, from_z, from_n = map(products.back, deltas, jnp.split(params.W_xh, 3))
         return params_bar, from_r + from_z + from_n

@@ -1,6 +1,6 @@
 r"""Initialisations that keep a gradient alive at the start: what a cell's `recurrent_init` and `chrono_length` ask for.
 
-jax's own initialisers fit `recurrent_init` and `input_init` as well; here is what it lacks or lays out the other way round.
+jax's own initialisers fit `recurrent_init` and `input_init` as well; here is what it lacks or lays out transposed.
 """
 
 import math
@@ -16,7 +16,7 @@ from jaxbptt.arrays import is_number
 
 
 def orthogonal(scale: float = 1.0) -> Callable[..., Array]:
-    r"""A random orthogonal matrix times a factor g: all singular values are g, so that g bounds what tanh may shrink.
+    r"""A random orthogonal matrix times a factor g: all its singular values are g, the bound of a tanh layer's Jacobian.
 
     W = g Q,  QᵀQ = I
 

@@ -1,4 +1,4 @@
-r"""Long short-term memory, and its backward by hand."""
+r"""Long short-term memory, and its hand-written backward pass."""
 
 import math
 from typing import Any, NamedTuple
@@ -45,13 +45,13 @@ def lstm(
     cₜ = fₜ ⊙ cₜ₋₁ + iₜ ⊙ gₜ
     hₜ = oₜ ⊙ tanh(cₜ),  yₜ = hₜ
 
-    Time O(4 n²) a step; the backward keeps hₜ₋₁, cₜ₋₁ and the four gates.
+    Time O(4 n²) a step; the backward pass keeps hₜ₋₁, cₜ₋₁ and the four gates.
 
     Args:
         input_size: features of x.
         hidden_size: n; the state (h, c) has 2n numbers.
         dtype: of the parameters and the carry.
-        compute_dtype: what the factors of matrix products are rounded to, forward and back, such as `jnp.bfloat16`; sums,
+        compute_dtype: what the factors of matrix products are rounded to, in both passes, such as `jnp.bfloat16`; sums,
             carry and the gradients of the cell's own adjoint stay in `dtype`. Where JAX differentiates a product, as in
             `scan`, it rounds that product's gradient too. `None` rounds nothing.
         recurrent_init: jax initializer of each gate's `[hidden, hidden]` block of `W_hh`; orthogonal by default.
@@ -104,14 +104,15 @@ def lstm(
         )
 
     def initial_carry(batch_shape: tuple[int, ...] = ()) -> LSTMState:
-        # Two arrays: a carry that is donated can't have one buffer twice.
+        # Two arrays: a donated carry can't contain the same buffer twice.
         h, c = (dense.zeros(batch_shape, hidden_size, dtype) for _ in range(2))
         return LSTMState(h, c)
 
     def checked(params, state, x):
         if not (hasattr(state, "h") and hasattr(state, "c")):
+            found = f"an array {state.shape}" if hasattr(state, "shape") else type(state).__name__
             raise TypeError(
-                f"lstm: the carry is {f'an array {state.shape}' if hasattr(state, 'shape') else type(state).__name__}, but an LSTMState(h, c) is expected: make it with "
+                f"lstm: the carry is {found}, but an LSTMState(h, c) is expected: make it with "
                 "cell.initial_carry(batch_shape)."
             )
         return dense.check_step("lstm", params, shapes, x, **{"carry.h": state.h, "carry.c": state.c})
@@ -135,7 +136,7 @@ def lstm(
         i, f, g, o = squashed(dense.add_bias(dense.merged(products, params.W_hh, params.W_xh, state.h, x), params.b))
         c = f * state.c + i * g
         h = o * jnp.tanh(c)
-        # The gates stay four arrays: saved as one and split again in the loop, they cost what the rest gains.
+        # The gates are saved as four arrays: to split one array in the backward loop costs what saving it gains.
         return (LSTMState(h, c), h), (state, i, f, g, o)
 
     def backward(params, residuals, x, state_bar, y_bar):

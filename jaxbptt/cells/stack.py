@@ -1,4 +1,4 @@
-r"""Layers in one step: a cell made of cells, and a backward made of their backwards."""
+r"""Layers in one step: a cell made of cells, and a backward pass made of theirs."""
 
 import itertools
 from collections.abc import Callable
@@ -16,9 +16,9 @@ def stack(*cells: Cell) -> Cell:
 
     cₜˡ, yₜˡ = stepˡ(θˡ, cₜ₋₁ˡ, yₜˡ⁻¹)  with  yₜ⁰ = xₜ,  and yₜ = yₜᴸ
 
-    Costs the sum of its layers. The backward runs all layers in one loop, top first; the gradients of each layer's
-    weights are still one contraction over time outside it. It keeps, beside what each layer keeps, the inputs of the
-    upper ones.
+    Costs the sum of its layers. The backward pass runs all layers in one loop, top first; the gradient of each layer's
+    weights is still one contraction over time outside it. Its residuals are those of the layers and the inputs of the upper
+    ones.
 
     Args:
         *cells: the layers, lowest first; each one's `input_size` is the `hidden_size` of the one below.
@@ -28,7 +28,7 @@ def stack(*cells: Cell) -> Cell:
 
     Raises:
         ValueError: no cells given; neighbours whose sizes do not fit, where they are built-in cells.
-        TypeError: a layer that is no `Cell`.
+        TypeError: a layer that is not a `Cell`.
 
     Example:
         >>> import jax
@@ -50,8 +50,8 @@ def stack(*cells: Cell) -> Cell:
     for layer, (below, above) in enumerate(itertools.pairwise(sizes), start=1):
         if below and above and below[1] != above[0]:
             raise ValueError(
-                f"Layer {layer} of the stack reads {above[0]} features, but layer {layer - 1} below it gives {below[1]}: its "
-                f"input_size must be the hidden_size of the layer below, {below[1]}."
+                f"Layer {layer} of the stack reads {above[0]} features, but layer {layer - 1} below it gives {below[1]}: "
+                f"its input_size must be the hidden_size of the layer below, {below[1]}."
             )
 
     def init(key: Any) -> tuple[Any, ...]:
@@ -65,8 +65,8 @@ def stack(*cells: Cell) -> Cell:
         for name, given in (("params", params), ("the carry", carry)):
             if not isinstance(given, tuple | list) or len(given) != len(cells):
                 raise TypeError(
-                    f"stack: {name} is a {type(given).__name__}, but a tuple with one entry for each of the {len(cells)} layers is "
-                    "expected: make params with cell.init(key) and the carry with cell.initial_carry(batch_shape)."
+                    f"stack: {name} is a {type(given).__name__}, but a tuple with one entry for each of the {len(cells)} "
+                    "layers is expected: make params with cell.init(key) and the carry with cell.initial_carry(batch_shape)."
                 )
 
     def step(params, carry, x):
@@ -122,7 +122,7 @@ def _stacked_adjoint(adjoints: list[Adjoint], check: Callable[..., None]) -> Adj
 
 
 def _input_bar(adjoint: Adjoint, params: Any, *at_one_step: Any) -> Any:
-    """∂L/∂x of one step, as a contraction over a time axis of length 1; the weight gradients in it are not used."""
+    """∂L/∂x of one step, as a contraction over a time axis of length 1; the weight gradients are not used."""
     _, xs_bar = adjoint.contract(params, *jax.tree.map(lambda leaf: leaf[None], at_one_step))
     _, x, _, _ = at_one_step
     return jax.tree.map(lambda leaf, leaf_bar: leaf_bar[0].astype(leaf.dtype), x, xs_bar)

@@ -1,4 +1,4 @@
-"""What the commands' options have in common: numbers that make sense, files that can be written."""
+"""What the commands' options share: checked numbers, and files that can be written."""
 
 import argparse
 import math
@@ -8,8 +8,16 @@ from pathlib import Path
 from jaxbptt.tasks import InputError
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds to an option's help what its default is, where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_default = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if has_default else action.help
+
+
 def add_source(parser: argparse.ArgumentParser, *, npz: str) -> None:
-    """The options that name the data, one of them at most."""
+    """The options that name the data, of which at most one is given."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--text", metavar="FILE", help="predict the next character of a UTF-8 text")
     source.add_argument("--csv", metavar="FILE", help="predict the next row of numeric columns")
@@ -32,7 +40,7 @@ def _at_least(least: int, text: str) -> int:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if number < least:
-        raise argparse.ArgumentTypeError(f"{number} is too small, at least {least} is needed")
+        raise argparse.ArgumentTypeError(f"{number} is too small: at least {least} is needed")
     return number
 
 
@@ -40,15 +48,15 @@ def positive(text: str) -> float:
     """A finite number above 0."""
     number = real(text)
     if number <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is too small, more than 0 is needed")
+        raise argparse.ArgumentTypeError(f"{text} is too small: more than 0 is needed")
     return number
 
 
 def share(text: str) -> float:
-    """A number from 0 up to, not including, 1."""
+    """A number of at least 0 and less than 1."""
     number = real(text)
     if not 0 <= number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share, 0 or more and less than 1 is needed")
+        raise argparse.ArgumentTypeError(f"{text} is not a share: at least 0 and less than 1 is needed")
     return number
 
 
@@ -56,7 +64,7 @@ def at_least_zero(text: str) -> float:
     """A finite number of at least 0."""
     number = real(text)
     if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is too small, 0 or more is needed")
+        raise argparse.ArgumentTypeError(f"{text} is too small: at least 0 is needed")
     return number
 
 
@@ -72,10 +80,10 @@ def real(text: str) -> float:
 
 
 def check_output(option: str, path: str | Path) -> None:
-    """Find out before the work whether a file can be written after it.
+    """Check before the work that a file can be written after it.
 
     Raises:
-        InputError: it can't, and why.
+        InputError: it can't be written, and why.
     """
     path = Path(path)
     folder = path.parent

@@ -1,4 +1,4 @@
-"""On which devices, and in how many processes, a run takes place."""
+"""The devices and the processes of a run."""
 
 import contextlib
 import os
@@ -10,8 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxbptt.tasks import InputError
+from jaxbptt.words import counted
 
-# The number of processes and the number of this one, as launchers say it, in the order in which they are asked. jax itself
+# The variables with the number of processes and the index of this one, by launcher; the first that is set counts. JAX itself
 # reads only the address, and asks Slurm and Open MPI for the rest.
 _LAUNCHERS = {
     "JAX_NUM_PROCESSES": "JAX_PROCESS_ID",
@@ -24,7 +25,7 @@ class Place(NamedTuple):
     """Where a run takes place.
 
     Attributes:
-        mesh: of the devices that share the batch, or `None` for a single one.
+        mesh: of the devices that share the batch, or `None` for a single device.
         processes: how many there are.
         first: whether this is the process that prints and writes.
     """
@@ -35,10 +36,10 @@ class Place(NamedTuple):
 
 
 def processes(environment: Mapping[str, str]) -> tuple[int, int] | None:
-    """How many processes the launcher has started, and which this is; `None` for one alone.
+    """How many processes the launcher has started, and the index of this one; `None` for a single process.
 
     Raises:
-        InputError: variables that contradict each other or are no numbers.
+        InputError: variables that contradict each other or are not numbers.
     """
     for size, rank in _LAUNCHERS.items():
         # A Slurm batch script has the number of tasks, but is not one of them unless `srun` started it.
@@ -59,24 +60,22 @@ def processes(environment: Mapping[str, str]) -> tuple[int, int] | None:
 
 
 def start(devices: int, batch: int) -> Place:
-    """Join the other processes, if there are any, and find the devices. Nothing may have run on a device before.
+    """Join the other processes, if there are any, and find the devices. Call it before anything runs on a device.
 
     Args:
         devices: in each process.
         batch: rows that all devices of all processes share.
 
     Raises:
-        InputError: too few devices, a batch that can't be shared out evenly, processes that don't find each other.
+        InputError: too few devices, a batch that can't be divided evenly, processes that can't connect.
     """
     ours = processes(os.environ)
     count = ours[0] if ours else 1
     if batch % (devices * count):
         among = f"--devices {devices}" + (f" in each of {count} processes" if count > 1 else "")
-        raise InputError(
-            f"--batch {batch} can't be shared out evenly over {among}: make it a multiple of {devices * count}."
-        )
+        raise InputError(f"--batch {batch} can't be divided evenly over {among}: use a multiple of {devices * count}.")
     if devices > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        # Refused where jax has started already: there are as many as there are.
+        # JAX refuses once it has started; the devices are counted below.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", devices)
     if ours:
@@ -86,12 +85,14 @@ def start(devices: int, batch: int) -> Place:
         except (ValueError, RuntimeError) as error:
             words = " ".join(str(error).split())[:200].rstrip(".")
             raise InputError(
-                f"process {ours[1]} of {ours[0]} can't join the others: {words}. JAX_COORDINATOR_ADDRESS=host:port of "
-                "process 0 tells all of them where to meet."
+                f"process {ours[1]} of {ours[0]} can't connect to the others: {words}. Set JAX_COORDINATOR_ADDRESS to the "
+                "host:port of process 0 in all of them."
             ) from None
     found = jax.local_devices()
     if len(found) < devices:
-        raise InputError(f"--devices {devices}: there are only {len(found)} of kind {found[0].platform}.")
+        raise InputError(
+            f"--devices {devices}: only {counted(len(found), 'device')} of kind {found[0].platform} available."
+        )
     if devices * count == 1:
         return Place(None, 1, True)
     chosen = []

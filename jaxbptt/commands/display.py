@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: a bar on a terminal, a line at each validation anywhere."""
+"""What a run shows: a progress bar on a terminal, and a line at each validation."""
 
 import math
 from types import TracebackType
@@ -12,7 +12,7 @@ from jaxbptt.commands.run import Progress
 
 
 class Display:
-    """Shows `Progress`, as a context so that the bar is gone when the run is."""
+    """Shows `Progress`; a context manager, so that the bar disappears when the run ends."""
 
     def __init__(self, console: Console, measured_in: str, updates: int | None):
         self._console, self._measured_in = console, measured_in
@@ -34,11 +34,11 @@ class Display:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        """Take it away."""
+        """Remove the bar."""
         self._bar.stop()
 
     def show(self, progress: Progress) -> None:
-        """The bar moves; a validation is a line of its own."""
+        """Move the bar, and print a line for each validation."""
         left = "" if math.isinf(progress.left) else f", {_clock(progress.left)} left"
         self._bar.update(
             self._task,

@@ -3,10 +3,10 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from jaxbptt.files import write_whole
 from jaxbptt.tasks import InputError
 
 _CSV, _JSON = (".csv",), (".jsonl", ".ndjson", ".json")
@@ -25,13 +25,13 @@ Row = Mapping[str, float | int | None]
 
 
 def check(path: Path) -> None:
-    """Find out whether the file can hold metrics, without touching it.
+    """Check that the file can hold metrics, without touching it.
 
     Raises:
-        InputError: an ending that says nothing of the format, or a file of something else.
+        InputError: an unknown file ending, or a file that holds something else.
     """
     if path.suffix not in _CSV + _JSON:
-        raise InputError(f"--metrics {path} ends in {path.suffix!r}: .csv and .jsonl are known.")
+        raise InputError(f"--metrics {path} ends in {path.suffix!r}: use .csv or .jsonl.")
     if not path.exists():
         return
     try:
@@ -41,11 +41,11 @@ def check(path: Path) -> None:
         raise InputError(f"--metrics {path} can't be read: {error}.") from None
     ours = (_header(True), _header(False)) if path.suffix in _CSV else ('{"update": ',)
     if first and not first.startswith(ours):
-        raise InputError(f"--metrics {path} is there already, and holds no metrics of jaxbptt: name another file.")
+        raise InputError(f"--metrics {path} exists and does not hold metrics of jaxbptt: name another file.")
 
 
 def begin(path: Path, update: int, *, text: bool) -> None:
-    """Keep the lines up to an update, and nothing of those after it; a new file if there is none."""
+    """Keep the lines up to an update and drop those after it; start a new file if there is none."""
     kept = [row for row in read(path) if row["update"] <= update] if update and path.exists() else []
     write_whole(path, (_header(text) if path.suffix in _CSV else "") + _lines(path, kept, text))
 
@@ -57,7 +57,7 @@ def append(path: Path, rows: Iterable[Row], *, text: bool) -> None:
 
 
 def read(path: Path) -> list[dict[str, float]]:
-    """The lines of the file, without what was not measured. A last line that was cut short is no line."""
+    """The lines of the file, without empty cells. A last line that was cut short is dropped."""
     rows = []
     text = path.read_text(encoding="utf-8")
     text = text[: text.rfind("\n") + 1]
@@ -69,19 +69,8 @@ def read(path: Path) -> list[dict[str, float]]:
     return [row | {"update": int(row["update"])} for row in rows]
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is the old one or the new one whenever the process ends."""
-    target = path.resolve()
-    new = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        new.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(new, target)
-    finally:
-        new.unlink(missing_ok=True)
-
-
 def _columns(text: bool) -> tuple[str, ...]:
-    """Numbers have no characters."""
+    """Bits per character are of texts only."""
     return COLUMNS if text else tuple(column for column in COLUMNS if "character" not in column)
 
 
@@ -100,5 +89,5 @@ def _lines(path: Path, rows: Iterable[Row], text: bool) -> str:
 
 
 def _number(value: float | int | None) -> str:
-    # Nine digits are all that float32 has.
+    # Nine significant digits give every float32 back.
     return "" if value is None else str(value) if isinstance(value, int) else f"{value:.9g}"

@@ -1,4 +1,4 @@
-"""The network that is trained, its update, what validation measures, and text that it makes up."""
+"""The network to train: its update, its validation, and the text that it samples."""
 
 import argparse
 from collections.abc import Callable
@@ -11,10 +11,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxbptt.cells import CELLS
 from jaxbptt.cells.stack import stack
 from jaxbptt.commands.sources import Source
 from jaxbptt.network import network
-from jaxbptt.report import CELLS
 from jaxbptt.scans.exact import scan
 from jaxbptt.training import losses, sharding
 from jaxbptt.training.chunks import Stream
@@ -28,7 +28,7 @@ class Model(NamedTuple):
 
     Attributes:
         state: to start from.
-        update: `(state, chunk) -> (state, metrics)`; reuses the memory of the state it is given.
+        update: `(state, chunk) -> (state, metrics)`; donates the state it is given.
         validate: `(params) -> mean loss` over the validation part, or `None`.
         sample: `(params, count, temperature, key) -> symbol numbers`.
     """
@@ -65,21 +65,21 @@ def build(options: argparse.Namespace, source: Source, mesh: Mesh | None, max_va
     key_params, key_run = jax.random.split(jax.random.key(options.seed))
     state = init(net.init(key_params), cell.initial_carry((options.batch,)), key_run)
     place: Callable[[Any], Any] = lambda chunk: chunk  # noqa: E731
-    lies: dict[str, Any] = {}
+    shardings: dict[str, Any] = {}
     if mesh is not None:
         state = sharding.shard_state(state, mesh)
         place = partial(sharding.shard_chunk, mesh=mesh)
-        # As it was: a state that came to lie in another way would be compiled for again.
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        lies = {"out_shardings": (jax.tree.map(lambda leaf: leaf.sharding, state), everywhere)}
-    compiled = jax.jit(update, donate_argnums=0, **lies)
+        # The state keeps its sharding: for another one the update would be compiled again.
+        replicated = NamedSharding(mesh, PartitionSpec())
+        shardings = {"out_shardings": (jax.tree.map(lambda leaf: leaf.sharding, state), replicated)}
+    compiled = jax.jit(update, donate_argnums=0, **shardings)
     measured = jax.jit(measure)
     carry = jax.tree.map(jnp.zeros_like, state.carry)
 
     def validate(stream: Stream, params: Any) -> float:
-        here, results = carry, []
+        validation_carry, results = carry, []
         for position in range(min(len(stream), max_validation_chunks)):
-            here, total, steps = measured(params, here, place(stream.at(position)))
+            validation_carry, total, steps = measured(params, validation_carry, place(stream.at(position)))
             results.append((total, steps))
         totals, steps = np.sum(np.array(jax.device_get(results), float), axis=0)
         return float(totals / steps)
@@ -88,16 +88,16 @@ def build(options: argparse.Namespace, source: Source, mesh: Mesh | None, max_va
     def sample(params, prompt, count, temperature, key):
         carry, outputs = net.apply(params, cell.initial_carry(), read(prompt))
 
-        def one(state, key):
+        def draw(state, key):
             carry, logits = state
-            hot = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
-            symbol = jnp.where(temperature > 0, hot, jnp.argmax(logits))
+            drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
+            symbol = jnp.where(temperature > 0, drawn, jnp.argmax(logits))
             carry, outputs = net.apply(params, carry, read(symbol[None]))
             return (carry, outputs[-1]), symbol
 
-        return jax.lax.scan(one, (carry, outputs[-1]), jax.random.split(key, count))[1]
+        return jax.lax.scan(draw, (carry, outputs[-1]), jax.random.split(key, count))[1]
 
-    def sample_here(params: Any, count: int, temperature: float, key: Any) -> np.ndarray:
+    def sample_locally(params: Any, count: int, temperature: float, key: Any) -> np.ndarray:
         local = jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), params)
         return np.asarray(sample(local, source.prompt, count, np.float32(temperature), key))
 
@@ -105,5 +105,5 @@ def build(options: argparse.Namespace, source: Source, mesh: Mesh | None, max_va
         state,
         lambda state, chunk: compiled(state, place(chunk)),
         partial(validate, source.validation) if source.validation is not None else None,
-        sample_here,
+        sample_locally,
     )

@@ -1,4 +1,4 @@
-r"""`python -m jaxbptt report` takes the gradient every way there is, on the user's own sequence."""
+r"""`python -m jaxbptt report` takes the gradient by every method, on the user's own sequence."""
 
 import argparse
 import platform
@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt import tasks
+from jaxbptt.cells import CELLS
 from jaxbptt.commands import arguments
+from jaxbptt.files import write_whole
 from jaxbptt.words import counted
 
 
@@ -16,18 +18,19 @@ def add_parser(commands: Any) -> None:
     """The command's options."""
     report = commands.add_parser(
         "report",
-        help="take the gradient every way there is, prove that they agree, and show how far back it reaches",
-        description="Takes the gradient of an untrained network on your sequence every way there is, prints how far they "
-        "are apart and what they cost, and writes one HTML page. Without a file it reads a module of the standard library.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="take the gradient by every method, check that they agree, and show how far back it reaches",
+        description="Takes the gradient of an untrained network on your sequence by every method, prints how far the "
+        "results differ and what each costs, and writes one HTML page. Without a file it reads a module of the "
+        "standard library.",
+        formatter_class=arguments.HelpFormatter,
     )
     report.set_defaults(run=run)
     arguments.add_source(report, npz="predict the next row of an array [time] or [time, features]")
-    report.add_argument("--cell", choices=("all", "elman", "gru", "lstm"), default="all", help="the recurrent cell")
+    report.add_argument("--cell", choices=("all", *CELLS), default="all", help="the recurrent cell")
     report.add_argument("--hidden", type=arguments.size, default=64, help="size of the hidden state")
-    report.add_argument("--steps", type=arguments.size, default=256, help="time steps T of a sequence")
-    report.add_argument("--batch", type=arguments.size, default=4, help="sequences side by side")
-    report.add_argument("--seed", type=int, default=0, help="of the random weights")
+    report.add_argument("--steps", type=arguments.size, default=256, help="time steps per sequence")
+    report.add_argument("--batch", type=arguments.size, default=4, help="sequences in the batch")
+    report.add_argument("--seed", type=int, default=0, help="seed of the random weights")
     report.add_argument("--output", metavar="FILE", default="jaxbptt-report.html", help="the page to write")
     report.add_argument("--float64", action="store_true", help="compute in double precision")
 
@@ -42,45 +45,43 @@ def run(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> None:
     task, facts = _task(options)
     try:
-        # Here and not at the top, since the rest of the package does without the two.
+        # Imported here, since only this command needs rich and matplotlib.
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        from jaxbptt import page
-        from jaxbptt.report import cells_of, horizon_sentence, reach_sentence, report_cell, stages
+        from jaxbptt.reports import page, report, wording
     except ModuleNotFoundError as error:
         raise tasks.InputError(f"{error.name} is not installed: pip install 'jaxbptt[report]'.") from None
 
     console = Console()
-    cells = list(cells_of(options.cell))
+    settings: dict[str, Any] = {"hidden": options.hidden, "seed": options.seed, "dtype": jnp.result_type(float)}
     columns = TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("", total=sum(stages(cell, task, options.hidden) for cell in cells), completed=-1)
+        cells = {
+            name: report.stages(name, task, **settings) for name in (CELLS if options.cell == "all" else [options.cell])
+        }
+        bar = progress.add_task("", total=sum(map(len, cells.values())))
 
-        def advance(stage: str) -> None:
-            progress.update(bar, description=stage, advance=1)
+        def show(words: str, done: int) -> None:
+            progress.update(bar, description=words, advance=done)
 
-        settings: dict[str, Any] = {"hidden": options.hidden, "seed": options.seed, "dtype": jnp.result_type(float)}
-        reports = [report_cell(cell, task, **settings, progress=advance) for cell in cells]
+        reports = [report.report_cell(name, stages, show) for name, stages in cells.items()]
         html = page.render(facts, reports)
     try:
-        page.write(options.output, html)
+        write_whole(options.output, html)
     except OSError as error:
         raise tasks.InputError(f"--output {options.output} can't be written: {error.strerror or error}.") from None
 
-    for report in reports:
-        console.print(_table(report))
-        for words in report.left_out:
+    for cell in reports:
+        title = f"{cell.name}: every method, against jax.grad through lax.scan"
+        console.print(_table(title, wording.certificate_table(cell.certificate)))
+        for words in cell.left_out:
             console.print(f"Left out: {words}.", style="dim")
-        console.print(_bias_table(report))
-    for report in reports:
-        for sentence in (
-            reach_sentence(report),
-            horizon_sentence(report),
-            f"{report.name}: {report.diagnosis.sentence}",
-        ):
-            if sentence:
-                console.print(sentence, highlight=False, soft_wrap=True)
+        title = f"{cell.name}: truncated at K steps, against the exact gradient"
+        console.print(_table(title, wording.bias_table(cell.bias)))
+    for cell in reports:
+        for sentence in wording.sentences(cell):
+            console.print(sentence, highlight=False, soft_wrap=True)
     console.print(f"\nReport: {options.output}", highlight=False, soft_wrap=True)
 
 
@@ -108,37 +109,12 @@ def _task(options: argparse.Namespace) -> tuple[tasks.NextStep, dict[str, str]]:
     return task, facts
 
 
-def _table(report: Any) -> Any:
+def _table(title: str, table: Any) -> Any:
     from rich.table import Table
 
-    table = Table(title=f"{report.name}: every way, against jax.grad through lax.scan", title_justify="left")
-    table.add_column("way", no_wrap=True)
-    for column in ("relative error", "KiB", "Mflop", "ms"):
-        table.add_column(column, justify="right")
-    table.add_column("agrees")
-    for row in report.certificate.rows:
-        table.add_row(
-            row.name,
-            f"{row.largest_error:.1e}",
-            f"{row.temporary_bytes / 1024:,.0f}",
-            f"{row.flops / 1e6:,.1f}",
-            f"{row.seconds * 1e3:,.2f}",
-            "yes" if row.agrees else "NO",
-        )
-    return table
-
-
-def _bias_table(report: Any) -> Any:
-    from rich.table import Table
-
-    bias = report.bias
-    kinds = {"truncated_scan": bias.chunked, "windowed_scan": bias.windowed}
-    table = Table(title=f"{report.name}: truncated at K steps, against the exact gradient", title_justify="left")
-    table.add_column("K", justify="right")
-    for way in kinds:
-        table.add_column(f"{way}: error", justify="right")
-        table.add_column("cosine", justify="right")
-    for i, K in enumerate(bias.lengths):
-        numbers = [(kind.relative_errors[i], kind.cosines[i]) for kind in kinds.values()]
-        table.add_row(str(K), *(cell for error, cosine in numbers for cell in (f"{error:.2g}", f"{cosine:.3f}")))
-    return table
+    shown = Table(title=title, title_justify="left")
+    for i, column in enumerate(table.head):
+        shown.add_column(column, justify="right" if i else "left", no_wrap=not i)
+    for row in table.rows:
+        shown.add_row(*row)
+    return shown

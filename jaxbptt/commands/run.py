@@ -19,7 +19,7 @@ from jaxbptt.tasks import InputError
 from jaxbptt.training import checkpoints
 from jaxbptt.training.tbptt import TrainState
 
-# Reading a number waits for the device, so numbers are read for so many updates at once.
+# Reading a number waits for the device, so the metrics of this many updates are read at once.
 READ_EVERY = 20
 
 
@@ -27,9 +27,9 @@ class Limits(NamedTuple):
     """When a run stops and what it writes.
 
     Attributes:
-        updates: in all, those before a resume among them; `None` for no limit.
-        seconds: of this start.
-        save_every: updates between two checkpoints, each with a validation before it.
+        updates: in total, including those before a resume; `None` for no limit.
+        seconds: since this start; `None` for no limit.
+        save_every: updates between two checkpoints; each is preceded by a validation.
         folder: of the checkpoints.
         metrics: the file, or `None` in a process that doesn't write it.
         settings: to save with each checkpoint.
@@ -44,13 +44,13 @@ class Limits(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Where a run is, for whoever shows it.
+    """How far a run is, and how well it does.
 
     Attributes:
-        update: so far.
-        training: mean of the measure over the updates read last.
-        validation: the measure, where it has just been taken.
-        rate: updates a second.
+        update: the number of updates so far.
+        training: mean of `Source.measure` over the updates read last.
+        validation: `Source.measure` of the validation loss, where it has just been computed.
+        rate: updates per second.
         share: of the run that is done.
         left: seconds.
     """
@@ -66,13 +66,13 @@ class Progress(NamedTuple):
 def train(
     model: Model, state: TrainState, source: Source, limits: Limits, show: Callable[[Progress], None]
 ) -> tuple[TrainState, int | None]:
-    """Update until the limit or a signal; the last state is saved.
+    """Update until a limit is reached or a signal comes; the last state is saved.
 
     Returns:
         The state, and the signal that ended the run, or `None`.
 
     Raises:
-        InputError: a loss or gradient that is not finite; the last checkpoint is from before it.
+        InputError: a loss or gradient that is not finite; nothing is saved from then on.
     """
     first = step = int(state.step)
     saved = step or -1
@@ -105,13 +105,13 @@ def train(
 def _read(
     pending: list[Any], step: int, validation: float | None, source: Source, limits: Limits
 ) -> list[dict[str, Any]]:
-    """Numbers of the updates since the last time, checked and written."""
+    """Metrics of the updates since the last read, checked and written."""
     rows = []
     for number, m in enumerate(jax.device_get(pending), start=step - len(pending) + 1):
         if not all(map(math.isfinite, (m.loss, m.gradient_norm))):
             raise InputError(
                 f"at update {number} the loss is {m.loss:g} and the gradient's norm {m.gradient_norm:g}: try a smaller "
-                "--learning-rate. The checkpoints are from before."
+                "--learning-rate. The checkpoints are from before this update."
             )
         row: dict[str, Any] = {"update": number, "loss": float(m.loss)}
         row |= {key: float(getattr(m, key)) for key in ("gradient_norm", "fraction_clipped", "carry_norm")}
@@ -131,7 +131,7 @@ def _read(
 
 
 class _Clock:
-    """Updates a second, since the first look: before it lies the time to compile."""
+    """Updates per second since the first call of `rate`: what came before includes the time to compile."""
 
     def __init__(self, now: float, update: int):
         self._start, self._looked = (now, update), False
@@ -160,7 +160,7 @@ def _progress(rows: list[dict[str, Any]], clock: _Clock, began: float, source: S
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects the first request to stop; a second one is not held back."""
+    """Collects the first signal to stop; a second one has its usual effect."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
@@ -184,14 +184,14 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _asked_to_end(step: int, first: int, began: float, limits: Limits, caught: list[int]) -> tuple[bool, int]:
-    """Whether a limit is reached, and the signal that came, or 0."""
+    """Whether a limit is reached, and the signal that came, or 0 for none."""
     ended = limits.updates is not None and step >= limits.updates
     if limits.seconds is not None and step > first:
         ended |= time.monotonic() - began >= limits.seconds
     stop = max(caught, default=0)
     if jax.process_count() == 1:
         return ended, stop
-    # Several processes have to stop at the same update, so they ask each other, but not at each one.
+    # All processes have to stop at the same update, so they exchange what they know, but not at every update.
     if step % READ_EVERY and step != limits.updates:
         return False, 0
     from jax.experimental import multihost_utils

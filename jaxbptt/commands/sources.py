@@ -1,4 +1,4 @@
-"""What a run learns from: a file, split in time, and how its values become what the network reads."""
+"""The data of a run: a file, split in time, and how its values are encoded for the network."""
 
 import argparse
 import hashlib
@@ -15,7 +15,7 @@ from jaxbptt.training import streams
 from jaxbptt.training.chunks import Stream
 from jaxbptt.words import counted
 
-# Validation looks at so many chunks at most, whatever the length of the file.
+# Validation uses at most this many chunks, however long the file is.
 MAX_VALIDATION_CHUNKS = 50
 _FINGERPRINT_BYTES = 2**20
 
@@ -25,13 +25,13 @@ class Source(NamedTuple):
 
     Attributes:
         name: of the file.
-        training: chunks of the first part.
-        validation: chunks of the last part, or `None`.
+        training: chunks of the training data, the start of the series.
+        validation: chunks of the validation data, the rest of it, or `None`.
         features: of the network's input and output.
         text: the symbols of a text, or `None` for numbers.
-        prompt: the end of the first part, encoded.
-        fingerprint: tells this file from others.
-        words: what there is, for the user.
+        prompt: the end of the training data, encoded.
+        fingerprint: distinguishes this file from others.
+        words: a description for the user.
     """
 
     name: str
@@ -65,13 +65,13 @@ def open_source(options: argparse.Namespace) -> Source:
     name = Path(path).name
     total = len(values)
     cut = total - round(total * options.validation)
-    _check_length(name, "to learn from", cut, options.batch)
+    _check_length(name, "training", cut, options.batch)
     if cut < total:
-        _check_length(name, f"to validate with (--validation {options.validation:g})", total - cut, options.batch)
+        _check_length(name, f"validation (--validation {options.validation:g})", total - cut, options.batch)
     if text is None:
         features = math.prod(values.shape[1:])
         encode = _standardiser(name, values, cut)
-        kind = f"rows of {counted(features, 'number')}, standardised by the part to learn from"
+        kind = f"rows of {counted(features, 'number')}, standardised by the training data"
     else:
         features, encode = text.features, text.encode
         kind = f"bytes ({features} different, {counted(text.characters, 'character')})"
@@ -84,7 +84,7 @@ def open_source(options: argparse.Namespace) -> Source:
         text=text,
         prompt=encode(values[max(cut - options.steps, 0) : cut]),
         fingerprint=_fingerprint(path),
-        words=f"{name}: {total:,} {kind}, the last {total - cut:,} for validation",
+        words=f"{name}: {total:,} {kind}; the last {total - cut:,} are for validation",
     )
 
 
@@ -97,8 +97,8 @@ def _numbers(options: argparse.Namespace, path: str) -> np.ndarray:
 def _check_length(name: str, purpose: str, steps: int, batch: int) -> None:
     if steps <= batch:
         raise tasks.InputError(
-            f"{name} has {counted(steps, 'time step')} {purpose}, but --batch {batch} needs {batch + 1:,}, one more to predict: "
-            "use a longer file or a smaller --batch."
+            f"{name} has {counted(steps, 'time step')} for {purpose}, but --batch {batch} needs {batch + 1:,}, one more to "
+            "predict: use a longer file or a smaller --batch."
         )
 
 

@@ -1,4 +1,4 @@
-r"""`python -m jaxbptt train` trains a character model or a forecaster on the user's own file, and can be stopped at any time."""
+r"""`python -m jaxbptt train` trains a character model or a forecaster on the user's own file, and can resume."""
 
 import argparse
 import io
@@ -10,10 +10,12 @@ from typing import Any
 
 import jax
 
+from jaxbptt.cells import CELLS
 from jaxbptt.commands import arguments, cluster, metrics, model, run, sources
-from jaxbptt.report import CELLS
+from jaxbptt.files import write_whole
 from jaxbptt.tasks import InputError
 from jaxbptt.training import checkpoints
+from jaxbptt.words import counted
 
 DEFAULT_UPDATES = 1000
 
@@ -22,12 +24,12 @@ def add_parser(commands: Any) -> None:
     """The command's options."""
     train = commands.add_parser(
         "train",
-        help="train a character model or a forecaster by truncated BPTT, and go on after any interruption",
+        help="train a character model or a forecaster by truncated BPTT; can be resumed after any interruption",
         description="Trains a recurrent network by truncated BPTT to predict the next character of a text or the next row "
-        "of numbers; files may be larger than memory. Ctrl-C saves; --resume goes on bit for bit. Without a file it reads a "
-        "module of the standard library. A cluster launcher's environment (JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES "
-        "and JAX_PROCESS_ID, Slurm, Open MPI) is respected.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "of numbers; files may be larger than memory. Ctrl-C saves, and --resume continues as if there had been no stop, "
+        "bit for bit. Without a file it reads a module of the standard library. A cluster launcher's environment "
+        "(JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, Slurm, Open MPI) is respected.",
+        formatter_class=arguments.HelpFormatter,
     )
     train.set_defaults(run=start)
     a = train.add_argument
@@ -36,40 +38,53 @@ def add_parser(commands: Any) -> None:
     )
     a("--cell", choices=tuple(CELLS), default="lstm", help="the recurrent cell")
     a("--hidden", type=arguments.size, default=256, help="size of the hidden state")
-    a("--layers", type=arguments.size, default=1, help="cells on top of each other")
-    a("--steps", type=arguments.size, default=64, help="truncation length: time steps of an update")
-    a("--batch", type=arguments.size, default=32, help="rows side by side that the file is cut into")
-    a("--learning-rate", type=arguments.positive, default=4e-3, metavar="RATE", help="of Adam")
+    a("--layers", type=arguments.size, default=1, help="number of stacked layers")
+    a("--steps", type=arguments.size, default=64, help="truncation length: time steps per update")
+    a("--batch", type=arguments.size, default=32, help="number of rows that the file is cut into, trained side by side")
+    a("--learning-rate", type=arguments.positive, default=4e-3, metavar="RATE", help="learning rate of Adam")
     a("--schedule", choices=("constant", "cosine"), default="constant", help="cosine: the rate falls to 0 at --updates")
     a(
         "--updates",
         type=arguments.size,
         metavar="N",
-        help=f"stop after so many in all; {DEFAULT_UPDATES} without --minutes",
+        help=f"stop after this many updates in total; {DEFAULT_UPDATES} if there is no --minutes",
     )
-    a("--minutes", type=arguments.positive, metavar="M", help="stop after so long a time, at the latest")
+    a("--minutes", type=arguments.positive, metavar="M", help="stop after this many minutes at the latest")
     a(
         "--validation",
         type=arguments.share,
         default=0.1,
         metavar="SHARE",
-        help="of the series, its end, not learnt from",
+        help="share of the series, at its end, held out for validation",
     )
-    a("--seed", type=int, default=0, help="of the random weights and the sample")
-    a("--checkpoints", metavar="FOLDER", default="jaxbptt-train", help="where to save")
+    a("--seed", type=int, default=0, help="seed of the random weights and of the sample")
+    a("--checkpoints", metavar="FOLDER", default="jaxbptt-train", help="folder for the checkpoints")
     a(
         "--save-every",
         type=arguments.size,
         default=200,
         metavar="N",
-        help="updates between checkpoints, and validations",
+        help="updates between two checkpoints, and between two validations",
     )
-    a("--resume", action="store_true", help="go on from the newest checkpoint, with the same data and settings")
-    a("--metrics", metavar="FILE", help=".csv or .jsonl, a line an update; FOLDER/metrics.csv by default")
-    a("--figure", metavar="FILE", help="learning curve, .png, .svg or .pdf; FOLDER/learning-curve.png by default")
-    a("--sample", type=arguments.count, default=400, metavar="N", help="bytes of text to make up at the end")
-    a("--temperature", type=arguments.at_least_zero, default=0.7, help="of the sample: 0 takes the likeliest")
-    a("--devices", type=arguments.size, default=1, metavar="N", help="that share the batch, in each process")
+    a("--resume", action="store_true", help="continue from the newest checkpoint, with the same data and settings")
+    a(
+        "--metrics",
+        metavar="FILE",
+        help="file for the metrics, .csv or .jsonl, one line per update; FOLDER/metrics.csv by default",
+    )
+    a(
+        "--figure",
+        metavar="FILE",
+        help="file for the learning curve, .png, .svg or .pdf; FOLDER/learning-curve.png by default",
+    )
+    a("--sample", type=arguments.count, default=400, metavar="N", help="bytes of text to sample at the end")
+    a(
+        "--temperature",
+        type=arguments.at_least_zero,
+        default=0.7,
+        help="temperature of the sample; 0 always takes the most likely byte",
+    )
+    a("--devices", type=arguments.size, default=1, metavar="N", help="devices that share the batch, in each process")
 
 
 def start(options: argparse.Namespace) -> int:
@@ -84,7 +99,7 @@ def start(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     try:
-        # Here and not at the top, since the rest of the package does without them.
+        # Imported here, since the rest of the package does not need them.
         import orbax.checkpoint  # noqa: F401
         from rich.console import Console
 
@@ -95,7 +110,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.updates is None and options.minutes is None:
         options.updates = DEFAULT_UPDATES
     if options.schedule == "cosine" and options.updates is None:
-        raise InputError("--schedule cosine needs --updates, at which the rate is 0.")
+        raise InputError("--schedule cosine needs --updates, after which the rate is 0.")
     folder = Path(options.checkpoints)
     metrics_file = Path(options.metrics or folder / "metrics.csv")
     figure_file = Path(options.figure or folder / "learning-curve.png")
@@ -111,9 +126,9 @@ def _train(options: argparse.Namespace) -> int:
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     done = int(state.step)
     console.print(
-        f"{options.cell} of {options.hidden}, layers: {options.layers}, parameters: {parameters:,}, "
-        f"devices: {options.devices * place.processes} ({jax.devices()[0].device_kind})"
-        + (f", on from update {done}" if done else "")
+        f"{options.cell}, hidden size {options.hidden}, {counted(options.layers, 'layer')}, {parameters:,} parameters, "
+        f"{counted(options.devices * place.processes, 'device')} ({jax.devices()[0].device_kind})"
+        + (f", resumed at update {done:,}" if done else "")
     )
     if place.first:
         try:
@@ -130,44 +145,45 @@ def _train(options: argparse.Namespace) -> int:
     if place.first:
         _draw(plot_learning_curve, metrics_file, figure_file, source)
     if stopped:
-        console.print(f"Stopped and saved at update {int(state.step)}. To go on:\n{_command(options)}")
+        console.print(f"Stopped and saved at update {int(state.step)}. To resume:\n{_command(options)}")
         return 128 + stopped
     if source.text and options.sample and place.first:
         key = jax.random.key(options.seed)
-        made_up = source.text.decode(built.sample(state.params, options.sample, options.temperature, key))
-        console.print("\nA sample, going on from the end of what was learnt from:", style="bold")
-        console.print(made_up)
+        sampled = source.text.decode(built.sample(state.params, options.sample, options.temperature, key))
+        console.print("\nA sample that continues the training text:", style="bold")
+        console.print(sampled)
     console.print(f"\nCheckpoints: {folder}\nMetrics: {metrics_file}\nLearning curve: {figure_file}")
     return 0
 
 
 def _check_outputs(options: argparse.Namespace, folder: Path, metrics_file: Path, figure_file: Path) -> None:
-    """All that would only be found out after training."""
+    """Check now what would otherwise fail only after training."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--checkpoints {folder} is a file, not a folder.")
-    there = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"--checkpoints {folder} can't be written: {there} is no folder to write to.")
+    existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"--checkpoints {folder} can't be written: {existing} is not a folder that can be written to.")
     newest = checkpoints.latest(folder)
     if newest is not None and not options.resume:
         raise InputError(
-            f"--checkpoints {folder} has a checkpoint of update {newest} already: add --resume to go on from it, or name another folder."
+            f"--checkpoints {folder} already has a checkpoint of update {newest}: add --resume to continue from it, or "
+            "name another folder."
         )
     if newest is None and options.resume:
-        raise InputError(f"--checkpoints {folder} holds no checkpoint: there is nothing to go on from.")
+        raise InputError(f"--checkpoints {folder} has no checkpoint to resume from.")
     for option, path in (("--metrics", metrics_file), ("--figure", figure_file)):
         # The folder of the checkpoints is made later.
         if path.parent != folder or folder.exists():
             arguments.check_output(option, path)
     metrics.check(metrics_file)
     if not options.resume and metrics_file.parent != folder and metrics_file.exists() and metrics.read(metrics_file):
-        raise InputError(f"--metrics {metrics_file} has the metrics of another run already: name another file.")
+        raise InputError(f"--metrics {metrics_file} already holds the metrics of another run: name another file.")
     if figure_file.suffix not in (".png", ".svg", ".pdf"):
-        raise InputError(f"--figure {figure_file} ends in {figure_file.suffix!r}: .png, .svg and .pdf are known.")
+        raise InputError(f"--figure {figure_file} ends in {figure_file.suffix!r}: use .png, .svg or .pdf.")
 
 
 def _settings(options: argparse.Namespace, source: sources.Source) -> dict[str, Any]:
-    """All that the numbers of a run depend on, but the devices, which change their rounding only."""
+    """What the numbers of a run depend on, except the devices, which change only the rounding."""
     names = ("cell", "hidden", "layers", "steps", "batch", "learning_rate", "schedule", "validation", "seed")
     settings = {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
     if options.schedule == "cosine":
@@ -189,12 +205,12 @@ def _draw(plot: Any, metrics_file: Path, figure_file: Path, source: sources.Sour
     picture = io.BytesIO()
     figure.savefig(picture, format=figure_file.suffix[1:], dpi=150)
     try:
-        metrics.write_whole(figure_file, picture.getvalue())
+        write_whole(figure_file, picture.getvalue())
     except OSError as error:
         raise InputError(f"--figure {figure_file} can't be written: {error.strerror or error}.") from None
 
 
 def _command(options: argparse.Namespace) -> str:
-    """What to type to go on."""
+    """The command that resumes the run."""
     words = [word for word in options.arguments if word != "--resume"]
     return shlex.join([Path(sys.executable).name, "-m", "jaxbptt", *words, "--resume"])

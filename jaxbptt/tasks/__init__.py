@@ -1,4 +1,4 @@
-r"""Sequences to learn from: the user's own text or numbers, and problems that are known to be hard to remember."""
+r"""Sequences to learn from: the user's own text or numbers, and problems known to need a long memory."""
 
 from jaxbptt.tasks.chaotic import lorenz as lorenz
 from jaxbptt.tasks.chaotic import lorenz_series as lorenz_series

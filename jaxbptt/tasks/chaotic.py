@@ -1,7 +1,7 @@
 r"""Chaotic series to predict one step ahead: Lorenz's three equations, and Mackey and Glass's with a delay.
 
-Their true Lyapunov exponents are known, and a network that predicts them has to have them. Both are integrated on the
-spot, so there is no file to load and no length that is too long.
+Their true Lyapunov exponents are known, and a network that predicts them has to have them. Both are integrated when
+they are asked for, so there is no file to load and no limit on the length.
 """
 
 import functools
@@ -18,7 +18,7 @@ from jaxbptt.arrays import as_array, is_number
 from jaxbptt.tasks.task import Sequences, Task, check_size, checked
 
 LORENZ_STEP = 0.01
-MACKEY_GLASS_STEPS = 10  # to a unit of time
+MACKEY_GLASS_STEPS = 10  # per unit of time
 
 
 def lorenz_series(length: int, *, dt: float = 0.01, initial: Any = None, transient: float = 10.0) -> Array:
@@ -26,10 +26,10 @@ def lorenz_series(length: int, *, dt: float = 0.01, initial: Any = None, transie
 
     dx/dt = σ(y − x),  dy/dt = x(ρ − z) − y,  dz/dt = xy − βz;  σ = 10, ρ = 28, β = 8/3
 
-    By the classical Runge–Kutta method of order 4 with equal steps of at most 0.01, so that `dt` is free.
+    By the classical Runge–Kutta method of order 4 with equal steps of at most 0.01, so that `dt` can be chosen freely.
 
     Args:
-        length: number of states, each `dt` after the one before.
+        length: number of states, `dt` apart.
         dt: time from one state to the next.
         initial: (x, y, z), `[*batch, 3]`; (1, 1, 1) in float32 by default. Its dtype is that of the computation.
         transient: time that is left out at the start. The distance to the attractor shrinks like exp(−13.7 t).
@@ -53,7 +53,7 @@ def lorenz_series(length: int, *, dt: float = 0.01, initial: Any = None, transie
     check_size("length", length, 1, "a series has a first state")
     if not is_number(dt, 0):
         raise ValueError(f"dt={dt!r}, but it is the time from one state to the next: pass a positive number.")
-    dt = float(dt)  # numpy's would settle the dtype of the computation
+    dt = float(dt)  # a numpy number would determine the dtype of the computation
     if not is_number(transient, -math.ulp(0)):
         raise ValueError(f"transient={transient!r}, but it is a time that is left out: pass 0 or more.")
     state = jnp.ones(3, jnp.float32) if initial is None else _as_float(initial)
@@ -73,8 +73,8 @@ def mackey_glass_series(length: int, *, tau: int = 17, initial: Any = None, tran
 
     dx/dt = β x(t − τ) / (1 + x(t − τ)ⁿ) − γ x(t);  β = 0.2, γ = 0.1, n = 10
 
-    By the classical Runge–Kutta method with steps of 0.1. What is needed of x(t − τ) half-way between two steps is their
-    mean, so the error is of order 2 in the step.
+    By the classical Runge–Kutta method with steps of 0.1. x(t − τ) half-way between two steps is
+    their mean, so the error is of order 2 in the step.
 
     Args:
         length: number of values.
@@ -114,7 +114,7 @@ def mackey_glass_series(length: int, *, tau: int = 17, initial: Any = None, tran
         return x, x
 
     def interval(past, _):
-        """The method of steps: on an interval of length τ, x(t − τ) is what the one before has left."""
+        """The method of steps: on an interval of length τ, x(t − τ) is the solution on the interval before."""
         now = jnp.concatenate([past[-1:], jax.lax.scan(substep, past[-1], (past[:-1], past[1:]))[1]])
         return now, now[:-1:MACKEY_GLASS_STEPS]
 
@@ -200,7 +200,7 @@ def _draw_lorenz(key, batch, length, dt):
 
 
 def _draw_mackey_glass(key, batch, length, tau):
-    # Rows forget their phase slowly, or never if the series is periodic: each starts at a time of its own.
+    # Rows forget their phase slowly, or never if the series is periodic: each starts at a random time.
     history_key, start_key = jax.random.split(key)
     history = jax.random.uniform(history_key, (batch,), jnp.float32, 0.2, 1.4)
     starts = jax.random.randint(start_key, (batch,), 0, 500, jnp.int32)

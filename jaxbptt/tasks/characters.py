@@ -10,18 +10,18 @@ from jaxbptt.words import counted
 
 
 def characters(series: Series | None = None, *, steps: int) -> Task:
-    r"""Predict the next character of a text, in stretches that start anywhere.
+    r"""Predict the next character of a text, in sequences that start anywhere in it.
 
     xs[t] = one-hot cₜ,  ys[t] = c_{t+1}
 
     Every step counts.
 
-    Baseline: each character with its frequency p in the text, whatever came before: −Σ_c p_c log p_c, the entropy of
+    Baseline: each character with its frequency p in the text, regardless of the context: −Σ_c p_c log p_c, the entropy of
     single characters.
 
     Args:
         series: a text, from `read_text`; Python's own source by default, see `read_standard_library`.
-        steps: length of the stretches.
+        steps: length of the sequences.
 
     Returns:
         A task with cross-entropy, and as many inputs and classes as the text has symbols.
@@ -51,8 +51,8 @@ def characters(series: Series | None = None, *, steps: int) -> Task:
     text = np.asarray(series.values, np.int32)
     if len(text) < steps + 1:
         raise InputError(
-            f"{series.name} has {counted(len(text), 'character')}, but steps={steps:,} needs {steps + 1:,}, one more to predict. "
-            f"Use a longer text or fewer steps."
+            f"{series.name} has {counted(len(text), 'character')}, but steps={steps:,} needs {steps + 1:,}, one more to "
+            f"predict. Use a longer text or fewer steps."
         )
     frequencies = np.bincount(text) / len(text)
     frequencies = frequencies[frequencies > 0]
@@ -61,8 +61,8 @@ def characters(series: Series | None = None, *, steps: int) -> Task:
     def sample(key, batch):
         starts = jax.random.randint(key, (batch,), 0, len(text) - steps, jnp.int32)
         time = jnp.arange(steps + 1, dtype=jnp.int32)[:, None]
-        stretch = jnp.asarray(text)[starts[None] + time]
-        xs = jax.nn.one_hot(stretch[:-1], classes, dtype=jnp.float32)
-        return Sequences(xs, stretch[1:], jnp.ones((steps, batch), bool))
+        numbers = jnp.asarray(text)[starts[None] + time]
+        xs = jax.nn.one_hot(numbers[:-1], classes, dtype=jnp.float32)
+        return Sequences(xs, numbers[1:], jnp.ones((steps, batch), bool))
 
     return Task(checked(sample), "cross_entropy", float(-np.sum(frequencies * np.log(frequencies))), classes, classes)

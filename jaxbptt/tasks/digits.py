@@ -16,11 +16,11 @@ from jaxbptt.tasks.task import Sequences, Task, checked, last_step
 
 
 class Digits(NamedTuple):
-    """Images to learn from, and others to be judged by.
+    """Images to train on, and images to test on.
 
     Attributes:
-        train: the task; it draws images of the training part, with replacement.
-        test: all images of the other part, as one batch.
+        train: the task; it draws training images, with replacement.
+        test: all test images, as one batch.
     """
 
     train: Task
@@ -34,17 +34,17 @@ def digits(*, by: Literal["rows", "pixels"] = "rows", seed: int = 0) -> Digits:
     shades, from the top left, along the rows. `xs` are 8 steps of 8 features or 64 steps of 1; `ys` is the class at every
     step, but only the last one counts.
 
-    Baseline: a guess without a look at the image. The classes are about equally frequent, so log 10.
+    Baseline: a guess without looking at the image. The classes are about equally frequent, so log 10.
 
     Args:
         by: "rows" or "pixels", what a step reads.
         seed: of the order; the same split for the same seed.
 
     Returns:
-        `train`, a task with cross-entropy, 8 or 1 inputs and 10 classes; `test`, the other images.
+        `train`, a task with cross-entropy, 8 or 1 inputs and 10 classes; `test`, the test images.
 
     Raises:
-        ValueError: `by` of another name, a seed that is no whole number.
+        ValueError: `by` of another name, a seed that is not a whole number.
         InputError: scikit-learn is not installed.
 
     Example:

@@ -1,6 +1,6 @@
 r"""Sequences to learn from: the user's own text or numbers, and real text that is on every machine.
 
-Every reader checks what it reads and says in one line what is wrong and where; nothing is repaired in silence.
+Every reader checks what it reads and says in one line what is wrong and where; nothing is repaired silently.
 """
 
 import csv
@@ -18,7 +18,7 @@ MAX_SYMBOLS = 256
 
 
 class InputError(ValueError):
-    """The data can't be used as it is; the message says what is wrong, where, and how to mend it."""
+    """The data can't be used as it is; the message says what is wrong, where, and how to fix it."""
 
 
 class Series(NamedTuple):
@@ -41,7 +41,7 @@ class Series(NamedTuple):
 
 
 class NextStep(NamedTuple):
-    """Next-step prediction on a batch of stretches of a series.
+    """Next-step prediction on a batch of sequences cut from a series.
 
     Attributes:
         xs: inputs, `[time, batch, features]`; characters as one-hot vectors.
@@ -55,7 +55,10 @@ class NextStep(NamedTuple):
 
 
 def read_text(path: str | Path) -> Series:
-    """Characters of a UTF-8 text file, but for a byte order mark. Beyond the 255 most frequent ones, all count as one more, `"\ufffd"`."""
+    r"""Characters of a UTF-8 text file, without a byte order mark.
+
+    Of more than 256, the 255 most frequent ones are kept, and all the rest become `"\ufffd"`.
+    """
     text = _decoded(path)
     kept = [symbol for symbol, _ in Counter(text).most_common(MAX_SYMBOLS)]
     if len(set(text)) > MAX_SYMBOLS:
@@ -72,7 +75,7 @@ def read_standard_library() -> Series:
 
 
 def standard_library_file() -> str:
-    """Where the text of `read_standard_library` lies."""
+    """The file that `read_standard_library` reads."""
     spec = importlib.util.find_spec("_pydecimal")
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         raise InputError("This Python has no sources of its standard library: pass a text of your own with --text.")
@@ -83,7 +86,7 @@ def read_csv(path: str | Path) -> Series:
     """Numeric columns of a comma-separated file, one row a time step, with or without a line of column names."""
     text = _decoded(path)
     try:
-        # Blank lines are no rows.
+        # Blank lines are not rows.
         rows = [(line, row) for line, row in enumerate(csv.reader(text.splitlines()), start=1) if row]
     except csv.Error as error:
         raise InputError(f"{path} is not a readable CSV file: {error}.") from None
@@ -97,7 +100,8 @@ def read_csv(path: str | Path) -> Series:
     for i, (line, row) in enumerate(rows):
         if len(row) != width:
             raise InputError(
-                f"{path}, line {line}: {counted(len(row), 'cell')}, but {counted(width, 'column')}. Give every row the same number."
+                f"{path}, line {line}: {counted(len(row), 'cell')}, but {counted(width, 'column')}. Give every row the "
+                "same number."
             )
         for column, cell in enumerate(row):
             where = f"{path}, line {line}, column {column + 1}" + (f" ({names[column].strip()})" if names else "")
@@ -131,18 +135,18 @@ def read_npz(path: str | Path) -> Series:
 
 
 def next_step(series: Series, *, steps: int, batch: int) -> NextStep:
-    """Cut `batch` stretches of `steps` + 1 values, evenly spread over the series, into inputs and what comes next."""
+    """Cut `batch` sequences of `steps` + 1 values, evenly spread over the series, into inputs and what comes next."""
     total = len(series.values)
     if total < steps + 1:
         raise InputError(
-            f"{series.name} has {counted(total, 'time step')}, but steps={steps:,} needs {steps + 1:,}, one more to predict. "
-            f"Use a longer sequence, or at most --steps {max(total - 1, 0)}."
+            f"{series.name} has {counted(total, 'time step')}, but steps={steps:,} needs {steps + 1:,}, one more to "
+            f"predict. Use a longer sequence, or at most --steps {max(total - 1, 0)}."
         )
     starts = np.linspace(0, total - steps - 1, batch).astype(int)
-    windows = np.stack([series.values[start : start + steps + 1] for start in starts], axis=1)
+    sequences = np.stack([series.values[start : start + steps + 1] for start in starts], axis=1)
     if series.symbols:
-        return NextStep(np.eye(series.features)[windows[:-1]], windows[1:], "cross_entropy")
-    return NextStep(windows[:-1], windows[1:], "mean_squared_error")
+        return NextStep(np.eye(series.features)[sequences[:-1]], sequences[1:], "cross_entropy")
+    return NextStep(sequences[:-1], sequences[1:], "mean_squared_error")
 
 
 def check_numbers(what: str, values: np.ndarray) -> None:

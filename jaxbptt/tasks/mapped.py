@@ -1,7 +1,6 @@
-r"""Sequences that are larger than memory: read where they lie in the file, piece by piece, through a memory map.
+r"""Sequences larger than memory: read from the file as they are needed, through a memory map.
 
-A text is its bytes, so that nothing needs to be decoded before it is used; what is counted and measured of a file is counted
-and measured in blocks.
+A text is its bytes, so that nothing needs to be decoded before it is used; a file is counted and measured in blocks.
 """
 
 import codecs
@@ -14,7 +13,7 @@ import numpy as np
 
 from jaxbptt.tasks.files import InputError, check_numbers
 
-# Large enough that numpy's own cost doesn't count, small enough for any machine.
+# Large enough that numpy's overhead doesn't count, small enough for any machine.
 BLOCK_BYTES = 2**22
 # The second and further bytes of a UTF-8 character.
 _LATER_BYTES = bytes(range(0x80, 0xC0))
@@ -25,7 +24,7 @@ class MappedText(NamedTuple):
 
     Attributes:
         name: of the file.
-        values: its bytes, but for a byte order mark, a memory map `[time]` of uint8.
+        values: its bytes without a byte order mark, a memory map `[time]` of uint8.
         symbols: the bytes that occur, in order; a symbol's number is its place here.
         characters: how many UTF-8 characters there are, at most one for each byte.
     """
@@ -52,12 +51,12 @@ class MappedText(NamedTuple):
         return table[np.asarray(raw)]
 
     def decode(self, numbers: np.ndarray) -> str:
-        r"""The text of symbol numbers; bytes that are no UTF-8 together become `"\ufffd"`.
+        r"""The text of symbol numbers; bytes that are not valid UTF-8 become `"\ufffd"`.
 
-        A character of which one end cuts off a part is left out.
+        A character that is cut off at either end is left out.
         """
         raw = bytes(np.array(self.symbols, np.uint8)[np.asarray(numbers)])
-        # Not told that this is the end, the decoder waits for the rest of the last character.
+        # Without final=True the decoder holds an incomplete last character back.
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return decoder.decode(raw[:3].lstrip(_LATER_BYTES) + raw[3:])
 
@@ -80,12 +79,12 @@ class MappedArray(NamedTuple):
 
 
 def map_text(path: str | Path) -> MappedText:
-    r"""The bytes of a text file of any size, as symbols to predict; UTF-8 or any other code.
+    r"""The bytes of a text file of any size, as symbols to predict; in UTF-8 or any other encoding.
 
     bits per character = bits per byte · bytes / characters
 
-    One pass over the file, in blocks of 4 MiB, finds the bytes that occur and counts the characters: all bytes but the second
-    and further ones of a UTF-8 character, which are 10xxxxxx in binary.
+    One pass over the file, in blocks of 4 MiB, finds the bytes that occur and counts the characters: all bytes but the
+    second and further ones of a UTF-8 character, which are 10xxxxxx in binary.
 
     Args:
         path: of the file.
@@ -109,7 +108,7 @@ def map_text(path: str | Path) -> MappedText:
     path = Path(path)
     try:
         if not path.is_file():
-            # Opened for its own words where there is nothing, or a folder.
+            # Opening raises the system's own error where there is nothing, or a folder.
             path.open("rb").close()
             raise InputError(f"{path} is not a file.")
         with path.open("rb") as file:
@@ -168,8 +167,8 @@ def mean_and_deviation(
     μ = 1/T Σₜ xₜ,  σ² = 1/T Σₜ (xₜ − μ)²
 
     Args:
-        values: `[time]` or `[time, features]`, as a rule a memory map; all of them have to be finite.
-        steps: T, such as the part to train on; all time steps by default.
+        values: `[time]` or `[time, features]`, usually a memory map; all of them have to be finite.
+        steps: T, such as the training data; all time steps by default.
         name: of the values, for the error.
 
     Returns:
@@ -206,13 +205,13 @@ def mean_and_deviation(
     for block in blocks(first):
         squares += ((np.asarray(block, float) / scale - mean) ** 2).sum(axis=0) / len(first)
     deviation = np.sqrt(squares)
-    # What rounding leaves of a constant is no deviation.
+    # Of a constant column, rounding leaves a deviation of a few epsilon.
     constant = deviation <= 8 * np.finfo(float).eps
     return mean * scale, np.where(constant, 1.0, deviation * scale)
 
 
 def blocks(values: np.ndarray) -> Iterator[np.ndarray]:
-    """Consecutive pieces over time, of `BLOCK_BYTES` or one time step if that is more."""
+    """Consecutive blocks along time, of `BLOCK_BYTES` or one time step if that is more."""
     length = max(BLOCK_BYTES // max(values[:1].nbytes, 1), 1)
     for start in range(0, len(values), length):
         yield values[start : start + length]

@@ -1,6 +1,6 @@
-r"""Synthetic problems in which the answer lies a known number of steps back, after Hochreiter and Schmidhuber.
+r"""Synthetic problems whose answer depends on inputs a known number of steps back, after Hochreiter and Schmidhuber.
 
-Nothing but memory helps in them, so that the loss says how far back a network, or a truncated gradient, reaches.
+Only memory helps in them, so that the loss shows how far back a network, or a truncated gradient, reaches.
 """
 
 import math
@@ -12,7 +12,7 @@ from jaxbptt.tasks.task import Sequences, Task, check_size, checked, last_step
 
 
 def adding_problem(*, steps: int = 100) -> Task:
-    r"""Add the two marked ones of many random numbers.
+    r"""Add the two marked numbers of a random sequence.
 
     y = Σₜ mₜ vₜ,  vₜ uniform in [0, 1),  mₜ ∈ {0, 1} with one marker in each half
 
@@ -61,18 +61,18 @@ def adding_problem(*, steps: int = 100) -> Task:
 
 
 def copy_memory(*, delay: int, symbols: int = 8, length: int = 10) -> Task:
-    r"""Read symbols, wait, and say them again in the same order.
+    r"""Read symbols, wait, and repeat them in the same order.
 
     xs: a₁ … a_L, delay − 1 blanks, go, L blanks;  ys: delay + L blanks, a₁ … a_L;  T = delay + 2L
 
     Symbols are drawn uniformly and are numbered from 0; class `symbols` is the blank, and input `symbols + 1`, which is
     never a target, is go. Inputs are one-hot, and every step counts.
 
-    Baseline: saying blank for delay + L steps and then each symbol with the same chance, L log(symbols) / (delay + 2L).
-    It counts steps, but remembers no symbol.
+    Baseline: predicting blank for delay + L steps and then each symbol with the same probability,
+    L log(symbols) / (delay + 2L). It counts steps, but remembers no symbol.
 
     Args:
-        delay: steps from the end of the symbols to the first that is to be said, the one with go included; Arjovsky's T.
+        delay: steps from the last symbol to the first one repeated, including the step with go; Arjovsky's T.
         symbols: number of different symbols.
         length: L, how many are to be remembered.
 
@@ -110,7 +110,7 @@ def copy_memory(*, delay: int, symbols: int = 8, length: int = 10) -> Task:
 
 
 def temporal_order(*, steps: int = 100) -> Task:
-    r"""Say in which order two symbols came, among others that mean nothing.
+    r"""Classify the order of two symbols among distractors.
 
     y = 2 s₁ + s₂,  s = 0 for X and 1 for Y:  XX, XY, YX, YY
 
@@ -158,9 +158,9 @@ def temporal_order(*, steps: int = 100) -> Task:
 
 
 def delayed_xor(*, delay: int, steps: int | None = None) -> Task:
-    r"""Say whether two neighbouring bits, some steps back, were different.
+    r"""Tell whether two neighbouring bits, a number of steps back, were different.
 
-    yₜ = x_{t−d} ⊕ x_{t−d−1},  t = d + 1 … T − 1,  xₜ ∈ {0, 1} with equal chances
+    yₜ = x_{t−d} ⊕ x_{t−d−1},  t = d + 1 … T − 1,  xₜ ∈ {0, 1} with equal probability
 
     A lag that a gradient must reach, d + 1, and nothing in between that helps: the two bits are needed together. The
     first d + 1 steps have no target and don't count.

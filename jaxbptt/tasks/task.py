@@ -1,4 +1,4 @@
-r"""What a sequence problem is: how to draw one, which loss fits, and what loss a predictor without memory has.
+r"""What a sequence problem is: how to draw one, which loss fits, and the loss of a predictor without memory.
 
 Every task is a NamedTuple made by a function; a network that beats `baseline` has remembered something.
 """
@@ -14,7 +14,7 @@ from jaxbptt.arrays import check_key
 
 
 class Sequences(NamedTuple):
-    """A batch of sequences with what is to be said about them.
+    """A batch of sequences and their targets.
 
     Attributes:
         xs: inputs, `[time, batch, features]`, float32.
@@ -46,7 +46,7 @@ class Task(NamedTuple):
 
 
 def check_size(name: str, value: int, least: int, reason: str) -> None:
-    """Refuse what is not an integer of at least `least`."""
+    """Raise unless `value` is an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} is {value!r}, but a Python integer is expected.")
     if value < least:
@@ -54,7 +54,7 @@ def check_size(name: str, value: int, least: int, reason: str) -> None:
 
 
 def checked(sample: Callable[..., Sequences]) -> Callable[..., Sequences]:
-    """`sample(key, batch)` that refuses what is no key and no number of rows."""
+    """`sample(key, batch)` that checks its key and its number of rows."""
 
     def checked_sample(key, batch):
         check_key(key)
@@ -65,5 +65,5 @@ def checked(sample: Callable[..., Sequences]) -> Callable[..., Sequences]:
 
 
 def last_step(steps: int, batch: int) -> Bool[Array, "time batch"]:
-    """The mask of an answer that is asked for once, at the end."""
+    """The mask of a target at the last step only."""
     return jnp.broadcast_to((np.arange(steps) == steps - 1)[:, None], (steps, batch))

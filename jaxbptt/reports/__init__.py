@@ -1,0 +1,1 @@
+"""The report: what is computed, how it is worded, and the page."""

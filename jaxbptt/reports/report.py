@@ -1,0 +1,174 @@
+r"""What the report contains: for each cell, the certificate, how far back the gradient reaches, and singular values.
+
+Only numbers are computed here; `wording` makes sentences and tables of them, and `page` the HTML.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbptt.analysis.certificate import Certificate, certify
+from jaxbptt.analysis.credit import LagContributions, TruncationBias, lag_contributions, truncation_bias
+from jaxbptt.analysis.diagnosis import GradientDiagnosis, diagnose_gradient
+from jaxbptt.analysis.flow import GradientFlow, gradient_flow
+from jaxbptt.analysis.horizon import effective_horizon
+from jaxbptt.analysis.jacobians import (
+    LogSingularValues,
+    jacobian_products,
+    log_singular_values,
+    state_jacobians,
+    temporal_contributions,
+)
+from jaxbptt.cells import CELLS
+from jaxbptt.cells.cell import Cell
+from jaxbptt.network import NetworkParams, network
+from jaxbptt.tasks import NextStep
+from jaxbptt.textbook import bptt
+from jaxbptt.training import losses
+
+# Dense Jacobians and a weight gradient for each time step: where they take more than this, they are left out.
+MAX_DENSE_BYTES = 2**30
+
+
+class CellReport(NamedTuple):
+    """All that the report says of one cell.
+
+    Attributes:
+        name: of the cell.
+        certificate: the gradient of the mean loss over all steps, by every exact method.
+        bias: of the truncated methods, for the same loss.
+        flow: the gradient of the last step's loss, back through time.
+        diagnosis: why that gradient became what it is, on the first row of the batch.
+        left_out: what did not fit in memory, in words.
+        lags: the gradient of the mean loss by lag, without the contributions themselves; `None` where they would not fit.
+        horizon: the lag from which on less than 1 % of that gradient is still to come, the longest over its leaves.
+        singular_values: of ∂h_T/∂hₜ on the first row of the batch, or `None` where the dense Jacobians would not fit.
+        bound_rate: γ σ_max(W_hh) for the Elman cell, `None` for the others.
+    """
+
+    name: str
+    certificate: Certificate
+    bias: TruncationBias
+    flow: GradientFlow
+    diagnosis: GradientDiagnosis
+    left_out: tuple[str, ...] = ()
+    lags: LagContributions | None = None
+    horizon: int | None = None
+    singular_values: LogSingularValues | None = None
+    bound_rate: float | None = None
+
+
+class Stage(NamedTuple):
+    """One computation of a report.
+
+    Attributes:
+        title: what is computed.
+        compute: `(show) -> fields of the CellReport`; calls `show` with the name of what it is at.
+    """
+
+    title: str
+    compute: Callable[[Callable[[str], None]], dict[str, Any]]
+
+
+def report_cell(name: str, stages: list[Stage], progress: Callable[[str, int], None]) -> CellReport:
+    """Run the stages of a cell; `progress(words, stages done)` is told what runs, and when a stage is done."""
+    fields: dict[str, Any] = {}
+    for title, compute in stages:
+        progress(f"{name}: {title}", 0)
+        fields |= compute(lambda method: progress(f"{name}: {method}", 0))
+        progress(f"{name}: {title}", 1)
+    return CellReport(name, **fields)
+
+
+def stages(name: str, task: NextStep, *, hidden: int, seed: int, dtype: Any) -> list[Stage]:
+    """What is computed for one cell, in an untrained network, on the task."""
+    batch, features = task.xs.shape[1:]
+    cell = CELLS[name](features, hidden, dtype=dtype)
+    params, W_hy, _ = network(cell, features).init(jax.random.key(seed))
+    xs, init = jnp.asarray(task.xs, dtype), cell.initial_carry((batch,))
+    targets = jnp.asarray(task.targets) if task.loss == "cross_entropy" else jnp.asarray(task.targets, dtype)
+    loss = getattr(losses, task.loss)
+    dense_bytes = _dense_bytes(cell, task)
+    dense = dense_bytes <= MAX_DENSE_BYTES
+
+    def mean_loss(carry, hs):
+        return loss(hs @ W_hy.T, targets)
+
+    def last_loss(carry, hs):
+        return losses.final_step(loss)(hs @ W_hy.T, targets)
+
+    def certificate(show):
+        gradients = {}
+        if dense:
+            gradients["Jacobian products"] = lambda params, init, xs: _by_jacobian_products(
+                cell, params, xs, lambda hs, targets: loss(hs @ W_hy.T, targets), targets
+            )
+        if name == "elman" and task.loss == "cross_entropy":
+            gradients["textbook loop"] = lambda params, init, xs: _by_textbook(params, W_hy, init, xs, targets)
+        result = certify(cell, params, init, xs, mean_loss, gradients=gradients, repeats=3, progress=show)
+        left_out = f"Jacobian products, singular values and lags: {dense_bytes / 2**30:.1f} GiB of dense matrices"
+        return {"certificate": result, "left_out": () if dense else (left_out,)}
+
+    def truncation(show):
+        lengths = [2**i for i in range(len(xs).bit_length())]
+        bias = jax.jit(lambda params, init, xs: truncation_bias(cell, params, init, xs, mean_loss, lengths=lengths))
+        return {"bias": jax.tree.map(np.asarray, bias(params, init, xs))}
+
+    def flow(show):
+        flow = jax.jit(lambda params, init, xs: gradient_flow(cell, params, init, xs, last_loss))(params, init, xs)
+        return {"flow": jax.tree.map(np.asarray, flow)}
+
+    def diagnosis(show):
+        first_row = jax.tree.map(lambda leaf: leaf[0], init), xs[:, 0]
+        loss_of_row = lambda carry, hs: loss(hs[-1] @ W_hy.T, targets[-1, 0])  # noqa: E731
+        return {"diagnosis": diagnose_gradient(cell, params, *first_row, loss_of_row)}
+
+    def by_lag(show):
+        lags = jax.jit(lambda params, init, xs: lag_contributions(cell, params, init, xs, mean_loss))(params, init, xs)
+        horizon = max(jax.tree.leaves(jax.tree.map(int, effective_horizon(lags, 0.01))))
+        return {"lags": jax.tree.map(np.asarray, lags._replace(contributions=None)), "horizon": horizon}
+
+    def singular_values(show):
+        rate = float(jnp.linalg.norm(params.W_hh, 2)) if name == "elman" else None
+        return {"singular_values": jax.jit(lambda xs: _singular_values(cell, params, xs))(xs[:, 0]), "bound_rate": rate}
+
+    always = [
+        Stage("certificate", certificate),
+        Stage("truncation", truncation),
+        Stage("gradient flow", flow),
+        Stage("diagnosis", diagnosis),
+    ]
+    of_dense = [Stage("lags", by_lag), Stage("singular values", singular_values)]
+    return always + of_dense if dense else always
+
+
+def _dense_bytes(cell: Cell, task: NextStep) -> float:
+    """Memory of one Jacobian and one weight gradient for every time step."""
+    n = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(cell.initial_carry)))
+    p = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(cell.init, jax.random.key(0))))
+    return len(task.xs) * (n * n + p) * jnp.result_type(float).itemsize
+
+
+def _by_jacobian_products(cell: Cell, params: Any, xs: Any, loss: Callable[..., Any], targets: Any) -> Any:
+    """Mean over the batch of the sum over time of each row's contributions, one row after the other."""
+
+    def row(at_row):
+        xs, targets = at_row
+        terms = temporal_contributions(cell, params, cell.initial_carry(), xs, lambda _, hs: loss(hs, targets))
+        return jax.tree.map(lambda leaf: leaf.sum(axis=0), terms.contributions)
+
+    rows = jax.lax.map(row, (jnp.moveaxis(xs, 1, 0), jnp.moveaxis(targets, 1, 0)))
+    return jax.tree.map(lambda leaf: leaf.mean(axis=0), rows)
+
+
+def _by_textbook(params: Any, W_hy: Any, init: Any, xs: Any, targets: Any) -> Any:
+    terms = jax.vmap(bptt, in_axes=(None, 1, 0, 1))(NetworkParams(params, W_hy), xs, init, targets)
+    return jax.tree.map(lambda leaf: leaf.sum(axis=0) / targets.size, terms.gradients.cell)
+
+
+def _singular_values(cell: Cell, params: Any, xs: Any) -> LogSingularValues:
+    _, J = state_jacobians(cell, params, cell.initial_carry(), xs)
+    return log_singular_values(jacobian_products(J))
