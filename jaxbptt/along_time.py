@@ -1,6 +1,6 @@
 """Reading and writing pytrees along their first axis, at positions known only when the program runs.
 
-Positions are never negative: told so, JAX leaves out the operations that count them from the end.
+Positions are never negative: told so, JAX leaves out the operations that handle negative ones.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _update = partial(jax.lax.dynamic_update_slice_in_dim, axis=0, allow_negative_in
 @partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("type",))
 @dataclass(frozen=True)
 class Zeros:
-    """Zeros of a type at every time step, in the place of an array of them: no leaf of a pytree, so no loop carries it."""
+    """Stands for an array of zeros of a type at every time step: it is no leaf of a pytree, so no loop carries it."""
 
     type: Any
 
@@ -30,7 +30,7 @@ def at_one_step(xs: Any) -> Any:
     return jax.tree.map(type_at_one_step, xs)
 
 
-def filled(tree: Any, *lengths: int) -> Any:
+def filled(tree: Any, *lengths: Any) -> Any:
     """`tree` with arrays for its `Zeros`: of one step, or of so many."""
 
     def fill(leaf):

@@ -1,7 +1,7 @@
-r"""Arrays whose types say more than a shape: how they lie on an Explicit mesh, and over which devices of a `shard_map` they vary.
+r"""Array types that say more than shape and dtype: sharding on an Explicit mesh, devices of a `shard_map`, weak types.
 
-JAX checks both at every operation, so what is made here, zeros and shapes to trace with, is of the type of what it is
-added to or stands for.
+JAX checks the first two at every operation, so zeros, and shapes to trace with, are made here with the whole type of the array
+that they are added to or stand for.
 """
 
 import math
@@ -31,24 +31,24 @@ def as_type(aval: Any) -> Any:
 
 
 def type_at_one_step(leaf: Any) -> Any:
-    """The type of an array, or of what has one, at one time step."""
+    """The type of an array `[time, ...]`, or of a type, at one time step."""
     aval = type_of(leaf)
     return as_type(aval.update(shape=aval.shape[1:], sharding=aval.sharding.update(spec=aval.sharding.spec[1:])))
 
 
-def type_over_time(leaf: Any, *lengths: int) -> Any:
-    """The type of so many arrays like this one, stacked."""
+def type_over_time(leaf: Any, *lengths: Any) -> Any:
+    """The type of arrays like this one, stacked on leading axes of these lengths."""
     aval = type_of(leaf)
     spec = jax.P(*(None,) * len(lengths), *aval.sharding.spec)
     return as_type(aval.update(shape=(*lengths, *aval.shape), sharding=aval.sharding.update(spec=spec)))
 
 
 def zeros(leaf: Any) -> Any:
-    """Zeros (or a random key) of the type of an array."""
+    """Zeros (or a random key) of the type of `leaf`."""
     aval = type_of(leaf)
     with jax.enable_x64(True):
         array = jnp.zeros(aval.shape, aval.dtype)
-    return varying_over(_laid(array, aval.sharding), varying(leaf))
+    return varying_over(_resharded(array, aval.sharding), varying(leaf))
 
 
 def type_of(leaf: Any) -> Any:
@@ -66,7 +66,7 @@ def varying(*leaves: Any) -> tuple[str, ...]:
 
 
 def is_explicit(mesh: Any) -> bool:
-    """Whether a mesh has axes over which types say how arrays lie."""
+    """Whether a mesh has Explicit axes, which shardings in types are about."""
     return AxisType.Explicit in mesh.axis_types
 
 
@@ -76,47 +76,49 @@ def varying_over(leaf: Any, axes: tuple[str, ...]) -> Any:
 
 
 def is_on_devices(leaf: Any) -> bool:
-    """Whether an array's type says anything of devices."""
+    """Whether an array's type says anything about devices."""
     return bool(varying(leaf)) or is_explicit(jax.typeof(leaf).sharding.mesh)
 
 
-def lie_like(leaf: Any, like: Any) -> Any:
-    """An array that varies over the devices that `like` varies over, and on an Explicit mesh lies like it."""
-    return _laid(varying_over(leaf, varying(like)), jax.typeof(like).sharding)
+def sharded_like(leaf: Any, like: Any) -> Any:
+    """An array that varies over the devices that `like` varies over, and on an Explicit mesh is sharded like it."""
+    return _resharded(varying_over(leaf, varying(like)), jax.typeof(like).sharding)
 
 
-def lie_by_rows(leaf: Any, flags: Any) -> Any:
-    """An array whose rows vary, and on an Explicit mesh lie, like those of flags `[time, *rows]`."""
+def sharded_by_rows(leaf: Any, flags: Any) -> Any:
+    """An array whose rows vary, and on an Explicit mesh are sharded, like those of flags `[time, *rows]`."""
     leaf, sharding = varying_over(leaf, varying(flags)), jax.typeof(flags).sharding
     if not is_explicit(sharding.mesh) or leaf.shape[: flags.ndim - 1] != flags.shape[1:]:
         return leaf
     rest = (None,) * (leaf.ndim - flags.ndim + 1)
-    return _laid(leaf, sharding.update(spec=_first(jax.typeof(leaf).sharding.spec, (*sharding.spec[1:], *rest))))
+    return _resharded(
+        leaf, sharding.update(spec=_first_given(jax.typeof(leaf).sharding.spec, (*sharding.spec[1:], *rest)))
+    )
 
 
-def lie_alike(*leaves: Any) -> Any:
-    """Arrays of one shape that on an Explicit mesh lie in one way, along each axis as the first that is spread there."""
+def sharded_alike(*leaves: Any) -> Any:
+    """Arrays of one shape, on an Explicit mesh with one sharding: along each axis that of the first that is sharded there."""
     shardings = [jax.typeof(leaf).sharding for leaf in leaves]
     explicit = [sharding for sharding in shardings if is_explicit(sharding.mesh)]
     if not explicit:
         return leaves
-    joint = explicit[0].update(spec=_first(*(sharding.spec for sharding in shardings)))
-    return [_laid(leaf, joint) for leaf in leaves]
+    joint = explicit[0].update(spec=_first_given(*(sharding.spec for sharding in shardings)))
+    return [_resharded(leaf, joint) for leaf in leaves]
 
 
 def varying_alike(tree: Any) -> Any:
     """Floating-point leaves of a tree, made to vary over all devices of a `shard_map` that any leaf varies over.
 
-    A backward written by hand has the gradients of what each device computes. Of what varies less, JAX adds them up.
+    A backward by hand returns the gradient of what each device computes; for leaves that vary over fewer axes JAX sums it.
     """
     axes = varying(*filter(is_array, jax.tree.leaves(tree)))
     return jax.tree.map(lambda leaf: varying_over(leaf, axes) if is_differentiable(leaf) else leaf, tree)
 
 
-def laid_out(fn: Callable[[Any], Any], args: Any, likes: Any) -> Any:
-    """`fn(args)`; for arrays of an Explicit mesh, whose operations say how results lie, the compiler lays them out in `fn`.
+def under_auto_axes(fn: Callable[[Any], Any], args: Any, likes: Any) -> Any:
+    """`fn(args)`; on an Explicit mesh, where each operation must know its result's sharding, the compiler chooses inside `fn`.
 
-    The results lie like `likes`, a tree of the same structure.
+    The results are sharded like `likes`, a tree of the same structure.
     """
     arrays, static = partition(args, is_array)
     meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(arrays)]
@@ -133,11 +135,11 @@ def laid_out(fn: Callable[[Any], Any], args: Any, likes: Any) -> Any:
     return automatic(arrays)
 
 
-def _first(*specs: Any) -> Any:
+def _first_given(*specs: Any) -> Any:
     return jax.P(*(next((axes for axes in along if axes is not None), None) for along in zip(*specs, strict=True)))
 
 
-def _laid(leaf: Any, sharding: Any) -> Any:
+def _resharded(leaf: Any, sharding: Any) -> Any:
     if not is_explicit(sharding.mesh) or jax.typeof(leaf).sharding == sharding:
         return leaf
     return jax.sharding.reshard(leaf, sharding)
@@ -149,7 +151,7 @@ def is_weak(leaf: Any) -> bool:
 
 
 def as_weak_as(array: Any, like: Any) -> Any:
-    """An array with the weak type of `like`, which writing into it has taken away."""
+    """An array with the weak type of `like`, which writing into an array loses."""
     if not is_weak(like) or is_weak(array):
         return array
     # Every function of jax.lax that converts makes a strong type.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxbptt.array_types import laid_out
+from jaxbptt.array_types import under_auto_axes
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.programs.linearized import linearized
 from jaxbptt.programs.perturbed import (
@@ -89,7 +89,7 @@ def _on_any_mesh(adjoint: PerturbedAdjoint) -> PerturbedAdjoint:
             return params_bar, fit(xs_bar, args[2], flags.x, "xs", cast=False)
 
         likes = select(params, flags.params), select(xs, flags.x)
-        return laid_out(bars, (params, residuals, xs, ys_bar, deltas), likes)
+        return under_auto_axes(bars, (params, residuals, xs, ys_bar, deltas), likes)
 
     return adjoint._replace(contract=contract)
 

@@ -1,7 +1,7 @@
-r"""The exact gradient in little memory: keep a few states on the way forward, compute the others again on the way back.
+r"""The exact gradient in little memory: the forward pass keeps a few states, the backward pass recomputes the others.
 
-Time is cut into segments. The way back takes one segment at a time: from the state before it, forward once more with
-what the backward needs, then the same backward pass that `adjoint_scan` runs over the whole sequence. Which states are
+Time is cut into segments. The backward pass takes one segment at a time: from the state before it, it runs forward once more
+and saves residuals, then runs the same backward pass as `adjoint_scan` does over the whole sequence. Which states are
 kept is decided inside the compiled loop, so that its size depends neither on the length nor on the number of states.
 """
 
@@ -38,36 +38,27 @@ def checkpointed_scan(
     adjoint: Adjoint | None = None,
     unroll: int | bool = 1,
 ) -> tuple[Any, Any]:
-    r"""`scan` with a reverse-mode derivative that keeps few states and computes the others again.
+    r"""`scan` with a reverse-mode derivative that keeps few states and recomputes the others.
 
     Exact: values and gradients are those of `scan`. Memory beyond xs, ys and their gradients:
 
-    - `segment_length=s`: T/s states, and what the backward needs of s steps; 2 T forward steps in all.
-    - `checkpoints=c`: c states, and what the backward needs of a segment that takes less than half as many bytes as they do. The
-      segments are taken back in the order of Griewank and Walther (`checkpoint_schedule`): with N segments of b steps,
+    - `segment_length=s`: T/s states, and the residuals of s steps; 2 T forward steps in all.
+    - `checkpoints=c`: c states, and the residuals of a segment, which take less than half as many bytes as they do. The
+      segments are reversed in the order of Griewank and Walther (`checkpoint_schedule`): with N segments of b steps,
       about b·(r·N − C(c+r, r−1) + N) forward steps, where r is the least with C(c+r, c) ≥ N.
     - neither: the s of the first that needs the least memory, near √T.
 
-    Size of the program and compile time do not grow with T, s or c. What is returned is not part of the saving: a step
-    whose y is as large as its state still returns T of them. For a long sequence, let y be what the loss needs of a step.
+    Size of the program and compile time do not grow with T, s or c. Outputs are returned in full: a step whose y is as large
+    as its state still returns T of them. For a long sequence, let y be what the loss needs of a step.
 
-    What a step does on the side, such as `jax.debug.print` or a callback, it does again each time it is computed: in a
-    gradient twice with segments, and as often as the schedule says with `checkpoints`.
+    Side effects of a step, such as `jax.debug.print` or a callback, happen each time it is computed: in a gradient twice with
+    segments, and as often as the schedule says with `checkpoints`.
 
     Args:
-        step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
-        params: θ, any pytree. Arrays that `step` closes over get their gradient as well.
-        init: c₀, any pytree of arrays.
-        xs: inputs, leaves `[time, *batch, features]`, or `None`.
+        step: as `scan`, like params, init, xs, length, is_first, valid and reset_carry.
+        params: θ; arrays that `step` closes over get their gradient as well.
         segment_length: s, time steps, at least 1; from T on, all of them are one segment.
         checkpoints: c, states kept at the same time, the first included, from 1 to T.
-        length: T, needed where `xs` is `None`.
-        is_first: booleans `[time, *batch]`, where a new sequence begins: before that xₜ is consumed the row's carry is
-            reset, and no gradient passes.
-        valid: booleans `[time, *batch]`, False where a step is padding: it is not taken, the carry is held, yₜ is 0, and
-            what stands in xₜ changes nothing. Leaves of xs that don't begin with [time, *batch] are shared by all rows.
-        reset_carry: what `is_first` resets to, like `init` or one row of it; it gets its gradient. By default zeros, and
-            typed random keys go on as they are. A key that all rows share always does.
         adjoint: the backward of one step. By default the `Cell`'s own, or else derived from `step`.
         unroll: time steps in one iteration of the compiled loops, as for `lax.scan`.
 
@@ -75,8 +66,9 @@ def checkpointed_scan(
         c_T, and the yₜ stacked on a leading time axis.
 
     Raises:
-        ValueError: both `segment_length` and `checkpoints`, `segment_length` below 1, `checkpoints` outside 1 … T; and as for `adjoint_scan`.
-        TypeError: a step that writes to a mutable array (`jax.new_ref`) from outside, in a gradient; and as for
+        ValueError: both `segment_length` and `checkpoints`, `segment_length` below 1, `checkpoints` outside 1 … T; and as
+            `adjoint_scan`.
+        TypeError: a step that writes to a mutable array (`jax.new_ref`) from outside, in a gradient; and as
             `adjoint_scan`.
 
     Example:

@@ -49,7 +49,7 @@ class Pass:
     adjoint: Any = None
     weights: Any = None
 
-    def run(self, params: Any, init: Any, xs: Any, length: int) -> tuple[Any, Any]:
+    def run(self, params: Any, init: Any, xs: Any, length: Any) -> tuple[Any, Any]:
         """Values alone, by `lax.scan`: (c_T, ys)."""
         step = partial(self.step.step, params)
         return jax.lax.scan(step, init, xs, length=length_for_scan(length), unroll=self.unroll)
@@ -70,7 +70,7 @@ class Pass:
         types = step_types(self.adjoint, params, carry, xs, bars)
         return replace(self, weights=WeightGradient(self.adjoint, params, types, lengths, move_each=move_each))
 
-    def forward(self, params: Any, init: Any, xs: Any, length: int) -> tuple[tuple[Any, Any], Residuals]:
+    def forward(self, params: Any, init: Any, xs: Any, length: Any) -> tuple[tuple[Any, Any], Residuals]:
         """`lax.scan` that saves residuals: ((c_T, ys), residuals)."""
         forward = hoisted(self.adjoint.forward, params, init, at_one_step(xs))
         (new_carry, y), residuals = forward.program.out_tree.unflatten(forward.program.results)
@@ -85,7 +85,7 @@ class Pass:
         return (carry, ys), layout.filled(stored, ys, init)
 
     def back(
-        self, params: Any, bars: Bars, residuals: Residuals, xs: Any, ys_bar: Any, init: Any, length: int
+        self, params: Any, bars: Bars, residuals: Residuals, xs: Any, ys_bar: Any, init: Any, length: Any
     ) -> tuple[Bars, Any]:
         """Back over `length` steps from `bars`, (c̄ after them, sums of the weight gradient), to those before them.
 
@@ -100,7 +100,7 @@ class Pass:
         return (fit(carry_bar, init, self.adjoint.perturbed.carry, "init"), sums), xs_bar
 
     def forward_and_back(
-        self, params: Any, bars: Bars, carry: Any, xs: Any, ys_bar: Any, start: Any, length: int
+        self, params: Any, bars: Bars, carry: Any, xs: Any, ys_bar: Any, start: Any, length: Any
     ) -> tuple[Any, tuple[Bars, Any]]:
         """Forward over `length` steps of xs from the `carry` before step `start`, and back: the carry after, and what `back` returns."""
         xs = window(xs, start, length)
@@ -135,7 +135,7 @@ def one_pass(
     return Pass(with_adjoint, unroll), r
 
 
-def segment_lengths(carry: Any, *lengths: int) -> set[int]:
+def segment_lengths(carry: Any, *lengths: Any) -> set[Any]:
     """The lengths of the segments, in time steps, that going back over these lengths has."""
     found = set()
     for length in lengths:
@@ -168,7 +168,7 @@ def divisor_near(length: int, segment: float, within: float = 1.5) -> int:
     return min(divisors, key=lambda s: abs(math.log(s / segment))) if divisors else max(1, min(round(segment), length))
 
 
-def at_last_step(bar: Any, length: int) -> Any:
+def at_last_step(bar: Any, length: Any) -> Any:
     """The gradient of the last carry as one of the carries after every step."""
     before = room(bar, length - 1)
     return jax.tree.map(lambda zeros, leaf: jnp.concatenate([zeros, leaf[None]]), before, bar)
@@ -194,7 +194,7 @@ def _recursion(over: Pass, params: Any, residuals: Residuals, xs: Any, carry_bar
 
 
 def _at_once(
-    over: Pass, length: int, params: Any, bars: Bars, residuals: Residuals, xs: Any, ys_bar: Any
+    over: Pass, length: Any, params: Any, bars: Bars, residuals: Residuals, xs: Any, ys_bar: Any
 ) -> tuple[Bars, Any]:
     """The recursion over all steps, and one contraction."""
     carry_bar, sums = bars

@@ -1,8 +1,7 @@
 r"""What every strategy asks of its arguments, checked in one place and before anything is compiled.
 
-`prepare` settles the number of time steps and makes the first carry an array of fixed dtype; `checked` watches, as the
-step is traced, that the carry keeps its structure, shapes and dtypes. Both name the leaf, what was expected and the way
-out.
+`prepare` settles the number of time steps and the dtype of the first carry. As the step is traced, the carry is checked to keep
+its structure, shapes and dtypes. Errors name the leaf, what was expected and what to do.
 """
 
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from jax.core import Tracer
 from jax.export import is_symbolic_dim
 
 from jaxbptt.along_time import at_one_step
-from jaxbptt.array_types import is_on_devices, is_weak, lie_by_rows, lie_like
+from jaxbptt.array_types import is_on_devices, is_weak, sharded_by_rows, sharded_like
 from jaxbptt.arrays import check_count
 from jaxbptt.cells.cell import Cell, step_of
 from jaxbptt.trees import is_array, is_key, is_ref, name
@@ -23,26 +22,26 @@ from jaxbptt.words import counted
 
 
 class Recurrence(NamedTuple):
-    """A step with its arguments, checked: `step(params, carry, x) -> (carry, y)` over `length` time steps."""
+    """A step with its arguments, checked: `step(params, carry, x) -> (carry, y)` over `length` time steps, a number or symbolic."""
 
     step: Callable[..., Any]
     params: Any
     init: Any
     xs: Any
-    length: int
+    length: Any
 
 
 def prepare(step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, length: Any, *flags: Any) -> Recurrence:
     """Check the arguments of a strategy, without calling `step` unless `init` holds Python numbers, or arrays lie on devices.
 
-    By `flags`, where there are any, entries of the carry will be selected.
+    Entries of the carry will be selected by `flags`, if there are any.
     """
     length = _time_steps(xs, length)
     xs = as_arrays("xs", xs)
     step = _in_own_containers(step_of(step))
     init = as_arrays("init", init)
-    for some in filter(is_array, flags):
-        init = jax.tree.map(lambda leaf, some=some: leaf if is_key(leaf) else lie_by_rows(leaf, some), init)
+    for flag in filter(is_array, flags):
+        init = jax.tree.map(lambda leaf, flag=flag: leaf if is_key(leaf) else sharded_by_rows(leaf, flag), init)
     if any(map(is_weak, jax.tree.leaves(init))):
         init = _settle_dtypes(step, params, init, xs)
     step = _checked(step)
@@ -52,7 +51,7 @@ def prepare(step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, le
 
 
 def as_arrays(root: str, tree: Any) -> Any:
-    """Arrays for all leaves; raises for a mutable one, which `jnp.asarray` would read entry by entry, without an end."""
+    """Arrays for all leaves; raises for a mutable one, which `jnp.asarray` would read entry by entry, forever."""
 
     def array(path, leaf):
         if is_ref(leaf):
@@ -117,10 +116,10 @@ def _time_steps(xs: Any, length: Any) -> int:
 
 
 def _settle_dtypes(step: Callable[..., Any], params: Any, init: Any, xs: Any) -> Any:
-    """Give Python numbers in `init` the dtype that the step makes of them, as `lax.scan` does; those it keeps stay weak."""
+    """Give Python numbers in `init` the dtype that they have after a step, as `lax.scan` does; where that is the same they stay weak."""
     result = jax.eval_shape(lambda carry, x: step(params, carry, x), init, at_one_step(xs))
     if not _is_pair(result) or jax.tree.structure(result[0]) != jax.tree.structure(init):
-        return init  # `checked` says it better, when the step is traced.
+        return init  # `_checked` has the better message, when the step is traced.
 
     def settled(leaf, to):
         return leaf.astype(to.dtype) if is_weak(leaf) and leaf.dtype != to.dtype and _keeps(leaf, to) else leaf
@@ -129,24 +128,24 @@ def _settle_dtypes(step: Callable[..., Any], params: Any, init: Any, xs: Any) ->
 
 
 def _settle_devices(step: Callable[..., Any], params: Any, init: Any, xs: Any) -> Any:
-    """Let `init` lie, and vary over devices, as what the step makes of it: zeros made for a carry don't by themselves."""
+    """Give `init` the sharding, and the devices it varies over, of the carry after a step: a carry of zeros has neither."""
     for _ in jax.tree.leaves(init):  # a leaf may be made of another one
         new, _ = jax.eval_shape(lambda carry, x: step(params, carry, x), init, at_one_step(xs))
-        init, before = jax.tree.map(lie_like, init, new), init
+        init, before = jax.tree.map(sharded_like, init, new), init
         if all(old is leaf for old, leaf in zip(*map(jax.tree.leaves, (before, init)), strict=True)):
             return init
     return init
 
 
 def _keeps(leaf: Any, to: Any) -> bool:
-    """Whether a number keeps its meaning in the new dtype: a whole one as a real one does, not the other way round."""
+    """Whether the new dtype holds the number: a real one holds a whole number, not the other way round."""
     kinds = (jnp.complexfloating, jnp.floating, jnp.integer, jnp.bool_)
     old, new = (next((i for i, kind in enumerate(kinds) if jnp.issubdtype(x.dtype, kind)), None) for x in (leaf, to))
     return old is not None and new is not None and new <= old
 
 
 def _in_own_containers(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A step may take entries out of the containers it is given; they are read after it, and it is traced again."""
+    """The step, called with copies of its containers: it may change them, and they are read after it, and traced again."""
     return lambda *args: step(*jax.tree.map(lambda leaf: leaf, args))
 
 

@@ -1,8 +1,8 @@
-r"""A recurrence with a reverse-mode derivative of its own: told what the loss does not use, and clear about forward mode.
+r"""A recurrence with a reverse-mode derivative of its own, which is told what the loss does not use.
 
-JAX's own message for `jax.jvp` of a custom derivative names neither the function nor the way out, and it comes at one of
-two moments: while the tangents are mapped (`jacfwd`), or when a program that holds them is compiled. The first is caught
-and said better. For the second, inputs pass through a marked identity, whose tangents go through an operation that can be
+It has no forward mode, and JAX's message for `jax.jvp` of a custom derivative names neither the function nor what to do. The
+error comes while the tangents are mapped (`jacfwd`), or when a program that holds them is compiled. The first is caught
+here and reworded. For the second, inputs pass through an identity whose tangents go through a primitive that can be
 transposed, which is all that reverse mode does, but not computed. One case keeps JAX's message: `jacfwd` of a function
 that was jitted before, whose tangents are mapped after this code has run.
 """
@@ -51,7 +51,7 @@ def reverse_mode(
     """
 
     def with_derivative(params, init, xs):
-        # In a list: told of zeros, JAX would put marks of its own into the containers of the user.
+        # A flat list: with symbolic zeros, JAX puts objects of its own in place of leaves, which the user's containers may refuse.
         primals = varying_alike((params, init, xs)) if over_time.step.by_hand else (params, init, xs)
         primals, treedef = jax.tree.flatten(primals)
 
@@ -60,7 +60,7 @@ def reverse_mode(
             return run(*treedef.unflatten(primals))
 
         def flat_forward(*primals):
-            # JAX calls integers perturbed too where they pass through a loop of its own.
+            # In a loop JAX calls integers perturbed as well.
             perturbed = tuple(primal.perturbed and is_differentiable(primal.value) for primal in primals)
             primals = treedef.unflatten([primal.value for primal in primals])
             differentiated = over_time.differentiated(Perturbed(*treedef.unflatten(perturbed)))

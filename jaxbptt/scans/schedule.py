@@ -1,7 +1,7 @@
 r"""When to keep a state and when to recompute it: the binomial checkpointing schedule of Griewank and Walther.
 
-`split` is the whole of it, one decision; `checkpointed_scan` takes it inside its compiled loop, `checkpoint_schedule`
-writes down all decisions for one length.
+`split` makes one decision; `checkpointed_scan` calls it inside its compiled loop, `checkpoint_schedule` lists all decisions
+for one length.
 """
 
 import re
@@ -18,15 +18,15 @@ from jaxbptt.words import counted
 
 
 class Schedule(NamedTuple):
-    """How to go back over `length` steps with at most `checkpoints` states kept.
+    """How to reverse `length` steps with at most `checkpoints` states kept.
 
     Attributes:
         length: T.
         checkpoints: c, states kept at the same time, the first one included.
-        repetitions: r, the most often that any step is computed before it is taken back.
-        forward_steps: steps computed in all, those from which a step is taken back at once included.
-        moves: what to do, in order, rows (start, stop, keep), with steps counted 0 … T − 1: from the state kept before step `start` compute up to the
-            state before step `stop`; where `keep` is 1 keep it, where it is 0 take step `stop` back from there.
+        repetitions: r, the most often that any step is recomputed before it is reversed.
+        forward_steps: steps computed in all, those included that are computed to be reversed at once.
+        moves: what to do, in order, rows (start, stop, keep), with steps counted 0 … T − 1: from the state kept before step
+            `start` compute up to the state before step `stop`; where `keep` is 1 keep it, where it is 0 reverse step `stop`.
     """
 
     length: int
@@ -37,7 +37,7 @@ class Schedule(NamedTuple):
 
 
 def checkpoint_schedule(length: int, checkpoints: int) -> Schedule:
-    r"""The order of computing, keeping and taking back that needs the fewest forward steps.
+    r"""The order of computing, keeping and reversing steps that needs the fewest forward steps.
 
     r·T − C(c+r, r−1) + T forward steps, with r the least for which C(c+r, c) ≥ T
 
@@ -58,7 +58,7 @@ def checkpoint_schedule(length: int, checkpoints: int) -> Schedule:
         >>> schedule = bptt.checkpoint_schedule(10, 3)
         >>> schedule.forward_steps, schedule.repetitions
         (25, 2)
-        >>> print(schedule.moves[:4])  # keep the states before steps 4 and 7, take back step 9, then step 8
+        >>> print(schedule.moves[:4])  # keep the states before steps 4 and 7, reverse step 9, then step 8
         [[0 4 1]
          [4 7 1]
          [7 9 0]
@@ -101,7 +101,7 @@ def repetitions(length: int, checkpoints: int) -> int:
 
 
 def first_sweep(length: int, checkpoints: int) -> list[int]:
-    """The steps before which a state is kept on the way to the end."""
+    """The steps before which the forward pass keeps a state."""
     kept = [0]
     reach = reaches(length, checkpoints) if checkpoints > 1 else None
     while length - kept[-1] > 1 and len(kept) < checkpoints:
@@ -110,7 +110,7 @@ def first_sweep(length: int, checkpoints: int) -> list[int]:
 
 
 def reaches(length: int, checkpoints: int) -> np.ndarray:
-    """C(c+r, c), the longest chain that c kept states take back with r repetitions: entries [c, r], up to `length`."""
+    """C(c+r, c), the longest chain that c kept states can reverse with r repetitions: entries [c, r], up to `length`."""
     columns = [np.ones(checkpoints + 1, np.int64)]
     while columns[-1][-1] < length:
         columns.append(np.minimum(np.cumsum(columns[-1]), length))
@@ -118,7 +118,7 @@ def reaches(length: int, checkpoints: int) -> np.ndarray:
 
 
 def split(reach: Any, length: Any, checkpoints: Any) -> Any:
-    """How many of `length` > 1 steps to compute before the next state is kept, with `checkpoints` > 1 in hand.
+    """How many of `length` > 1 steps to compute before the next state is kept, with `checkpoints` > 1 free.
 
     The largest of the optimal choices. Works on numpy and on traced integers.
     """
@@ -129,15 +129,15 @@ def split(reach: Any, length: Any, checkpoints: Any) -> Any:
 
 
 def runs(average: Fraction | int) -> AbstractContextManager[Any]:
-    """Notes of the loop traced inside how often its body runs, on average: the schedule knows, but the trace doesn't show it."""
+    """Records how often the body of the loop traced inside runs, on average: the schedule knows, the trace doesn't show it."""
     numerator, denominator = Fraction(average).as_integer_ratio()
     return jax.named_scope(f"runs_{numerator}_in_{denominator}")
 
 
 def runs_of(eqn: Any) -> Fraction | None:
-    """What `runs` has noted of a traced loop."""
-    noted = re.search(r"runs_(\d+)_in_(\d+)$", str(eqn.source_info.name_stack))
-    return Fraction(int(noted[1]), int(noted[2])) if noted else None
+    """What `runs` recorded for a traced loop."""
+    recorded = re.search(r"runs_(\d+)_in_(\d+)$", str(eqn.source_info.name_stack))
+    return Fraction(int(recorded[1]), int(recorded[2])) if recorded else None
 
 
 def check_checkpoints(checkpoints: Any, length: int) -> None:
@@ -146,5 +146,5 @@ def check_checkpoints(checkpoints: Any, length: int) -> None:
     if checkpoints > length:
         raise ValueError(
             f"checkpoints is {checkpoints}, more than the {counted(length, 'time step')}: keeping every state is "
-            f"checkpoints={length}, and then adjoint_scan does the same with less ado."
+            f"checkpoints={length}, and adjoint_scan does that more simply."
         )

@@ -1,7 +1,7 @@
-r"""Truncated BPTT in chunks: the state passes from chunk to chunk, the gradient does not.
+r"""Truncated BPTT in segments: the state passes from segment to segment, the gradient does not.
 
-Since no gradient passes, a chunk's backward needs nothing of the chunks after it. It is run in the order of time: forward
-over a chunk, back over it, on to the next. What is kept at any time is one chunk.
+So the backward pass of a segment needs nothing from the segments after it. It runs in order of time: forward over a segment,
+back over it, on to the next. The residuals of one segment are stored at any time.
 """
 
 from collections.abc import Callable
@@ -36,32 +36,22 @@ def truncated_scan(
     adjoint: Adjoint | None = None,
     unroll: int | bool = 1,
 ) -> tuple[Any, Any]:
-    r"""`scan` whose gradient is cut every K steps: truncated BPTT, the chunked kind.
+    r"""`scan` whose gradient is cut every K steps: truncated BPTT over consecutive segments.
 
     ∂cₜ₊₁/∂cₜ and ∂yₜ₊₁/∂cₜ count as 0 where t ≡ 0 (mod K), t > 0
 
-    Biased: a loss at step t reaches back to the start of its chunk, (t − 1) mod K steps; `windowed_scan` reaches equally
+    Biased: a loss at step t reaches back to the start of its segment, (t − 1) mod K steps; `windowed_scan` reaches equally
     far from every step. The values are those of `scan`. For K ≥ T the gradient is exact. The caller's `init` is never
-    cut. A second derivative is that of a loop with `stop_gradient` at the cuts. Time O(T) steps, each computed twice (a
-    step that `adjoint_scan` can't sort: twice more); memory beyond xs, ys and their gradients is that of K steps, however
-    long the sequence.
+    cut. A second derivative is that of a loop with `stop_gradient` at the cuts. Time O(T) steps, each computed twice (two
+    times more where `adjoint_scan` falls back to `jax.vjp`); memory beyond xs, ys and their gradients is that of K steps,
+    however long the sequence.
 
-    What a step does on the side, such as `jax.debug.print` or a callback, it does twice in a gradient, since it is computed
-    twice.
+    Side effects of a step, such as `jax.debug.print` or a callback, happen twice in a gradient, since it is computed twice.
 
     Args:
-        step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
-        params: θ, any pytree. Arrays that `step` closes over get their gradient as well.
-        init: c₀, any pytree of arrays.
-        xs: inputs, leaves `[time, *batch, features]`, or `None`.
+        step: as `scan`, like params, init, xs, length, is_first, valid and reset_carry.
+        params: θ; arrays that `step` closes over get their gradient as well.
         truncation_length: K, time steps; it need not divide T.
-        length: T, needed where `xs` is `None`.
-        is_first: booleans `[time, *batch]`, where a new sequence begins: before that xₜ is consumed the row's carry is
-            reset, and no gradient passes.
-        valid: booleans `[time, *batch]`, False where a step is padding: it is not taken, the carry is held, yₜ is 0, and
-            what stands in xₜ changes nothing. Leaves of xs that don't begin with [time, *batch] are shared by all rows.
-        reset_carry: what `is_first` resets to, like `init` or one row of it; it gets its gradient. By default zeros, and
-            typed random keys go on as they are. A key that all rows share always does.
         adjoint: the backward of one step. By default the `Cell`'s own, or else derived from `step`.
         unroll: time steps in one iteration of the compiled loops, as for `lax.scan`.
 
@@ -69,8 +59,8 @@ def truncated_scan(
         c_T, and the yₜ stacked on a leading time axis.
 
     Raises:
-        ValueError: `truncation_length` below 1; and as for `adjoint_scan`.
-        TypeError: a step that writes to a mutable array (`jax.new_ref`) from outside, in a gradient; and as for
+        ValueError: `truncation_length` below 1; and as `adjoint_scan`.
+        TypeError: a step that writes to a mutable array (`jax.new_ref`) from outside, in a gradient; and as
             `adjoint_scan`.
 
     Example:

@@ -1,7 +1,7 @@
-r"""Truncated BPTT with a window: every loss term reaches back equally far, whatever its place in the sequence.
+r"""Truncated BPTT with a window: every loss term reaches back equally far, wherever it is in the sequence.
 
-The backward runs over the lag, not over time: all loss terms go one step back together, W times. What the loop leaves
-for each step is summed over the lag, and since the contraction over time is linear it is taken once, of the sum.
+The recursion runs over the lag, not over time: the adjoints of all loss terms go one step back together, W times. The deltas
+of each step are summed over the lag, and since the contraction over time is linear it is taken once, of the sum.
 """
 
 from collections.abc import Callable
@@ -43,30 +43,19 @@ def windowed_scan(
     Biased, and equally so at every step; `truncated_scan` is cut at fixed times instead. The values are those of `scan`.
     For W ≥ T the gradient is exact. A loss term at step t reaches the uses of params and inputs at steps t − W + 1 … t, and
     `init` where t ≤ W. Time O(W T) steps, but of the backward only W run in sequence; memory O(T n), a few times
-    that of `adjoint_scan`.
+    that of `adjoint_scan`. A step that branches (`lax.cond`) is not mapped over time: then all W T steps run in sequence.
 
     A `jax.export` with a symbolic T runs all W lags, however short the sequence turns out to be.
 
-    Only first derivatives have the window: outputs are differentiated in full where a gradient is differentiated again.
+    Only first derivatives have the window: a second derivative is that of the outputs without a window.
 
-    The sum over lags takes it that a backward pass is linear in what comes back. A `jax.custom_vjp` in the step whose bwd is
-    not, such as one that clips or takes a sign, gets another gradient here than from `scan`, also for W ≥ T.
-
-    A step that branches (`lax.cond`) is not mapped over time, and then all W T steps run in sequence.
+    The sum over lags assumes that the backward pass is linear in the cotangents. A `jax.custom_vjp` in the step whose bwd is
+    not linear, such as one that clips or takes a sign, gets another gradient here than from `scan`, even for W ≥ T.
 
     Args:
-        step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
-        params: θ, any pytree. Arrays that `step` closes over get their gradient as well.
-        init: c₀, any pytree of arrays.
-        xs: inputs, leaves `[time, *batch, features]`, or `None`.
+        step: as `scan`, like params, init, xs, length, is_first, valid and reset_carry.
+        params: θ; arrays that `step` closes over get their gradient as well.
         window: W, time steps.
-        length: T, needed where `xs` is `None`.
-        is_first: booleans `[time, *batch]`, where a new sequence begins: before that xₜ is consumed the row's carry is
-            reset, and no gradient passes.
-        valid: booleans `[time, *batch]`, False where a step is padding: it is not taken, the carry is held, yₜ is 0, and
-            what stands in xₜ changes nothing. Leaves of xs that don't begin with [time, *batch] are shared by all rows.
-        reset_carry: what `is_first` resets to, like `init` or one row of it; it gets its gradient. By default zeros, and
-            typed random keys go on as they are. A key that all rows share always does.
         adjoint: the backward of one step, which must allow `jax.vmap`. By default the `Cell`'s own, or else derived.
         unroll: time steps in one iteration of the compiled forward loop, as for `lax.scan`.
 
@@ -74,8 +63,8 @@ def windowed_scan(
         c_T, and the yₜ stacked on a leading time axis.
 
     Raises:
-        ValueError: `window` below 1; and as for `adjoint_scan`.
-        TypeError: as for `adjoint_scan`.
+        ValueError: `window` below 1; and as `adjoint_scan`.
+        TypeError: as `adjoint_scan`.
 
     Example:
         >>> import jax, jax.numpy as jnp
