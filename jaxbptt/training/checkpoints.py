@@ -279,7 +279,7 @@ def _read_record(path: Path, step: int) -> dict[str, Any]:
         record = json.loads((path / _RECORD).read_bytes())
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path} is not a checkpoint of jaxbptt, or has lost its record: there is no {_RECORD} in it. Use another folder."
+            f"{path} is not a checkpoint of jaxbptt, or has lost its record: it has no {_RECORD}. Use another folder."
         ) from None
     except (OSError, ValueError) as error:
         raise _damaged(path, f"its record can't be read, {_one_line(error)}") from None
