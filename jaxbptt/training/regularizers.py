@@ -56,17 +56,17 @@ def pascanu(
     References:
         Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, 2013, arXiv:1211.5063, eq. 9.
     """
-    recurrence = prepare(step, params, init, xs, length)
-    traced = trace(recurrence)
+    r = prepare(step, params, init, xs, length)
+    traced = trace(r)
     flow = gradient_flow(step, params, init, xs, loss, length=length)
-    carries, _, _ = unroll(recurrence)
+    carries, _, _ = unroll(r)
 
     def to_state(params, carry, x):
         return traced.step(params, carry, x)[0]
 
     over_time = map_over_time(to_state, in_turn=traced.in_turn)
-    (through_step,) = pull(lambda carries: over_time(traced.params, carries, recurrence.xs), (carries,), flow.adjoints)
-    before, after = norm_over_time(through_step), norm_over_time(flow.adjoints)
+    (passed_on,) = pull(lambda carries: over_time(traced.params, carries, r.xs), (carries,), flow.adjoints)
+    before, after = norm_over_time(passed_on), norm_over_time(flow.adjoints)
     # The inner where keeps the division, and with it the gradient, finite where no gradient arrives.
     ratio = jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1)
     return jnp.sum((ratio - 1) ** 2).astype(flow.loss.dtype)
