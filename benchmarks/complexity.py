@@ -1,6 +1,6 @@
 """The textbook's cost table, measured: flops, bytes and seconds of BPTT against T and H, and the exponents fitted.
 
-The table says O(T·H²) time forward and backward and O(T·H) memory. Operations are counted on the traced program, each loop
+The table says O(T·H²) time forward and backward and O(T·H) memory. Operations are counted in the traced program, each loop
 as often as it runs (the compiler's own figure counts a loop's body once, whatever T is); bytes are the compiler's; seconds
 are medians of runs that take turns. Exponents are slopes of least squares in the logarithms, over the whole range.
 
@@ -36,7 +36,7 @@ def problem(steps, hidden):
 
 
 def loss(scan, cell, params, init, xs):
-    """Of the last state alone: outputs that a loss needs would take T·H bytes whatever the strategy."""
+    """A loss of the last state alone: outputs that a loss needs would take T·H bytes whatever the strategy."""
     return jnp.sum(scan(cell, params, init, xs)[0] ** 2)
 
 
@@ -66,7 +66,7 @@ def exponent(sizes, values):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs; writes nothing")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to check that it runs; writes nothing")
     quick = parser.parse_args().quick
     steps = [64, 256] if quick else [64, 256, 1024, 4096, 16384, 65536]
     hidden = [16, 64] if quick else [32, 64, 128, 256, 512, 1024]
@@ -79,7 +79,7 @@ def main():
         strategy, phase = key
         for quantity in ("flops", "seconds", "bytes"):
             if quantity == "bytes" and phase != "total":
-                continue  # a forward pass alone keeps nothing; what one keeps for the backward is in the total
+                continue  # a forward pass alone saves nothing; what it saves for the backward pass is in the total
             T, H = EXPECTED.get(f"{quantity} of {strategy}", EXPECTED[quantity])
             rows.append(
                 (
@@ -98,12 +98,14 @@ def main():
     )
     text = f"# Cost of BPTT, measured\n\n{harness.machine()}\n\n{sizes}\n\n{harness.table(head, rows)}\n"
     compiler = [over_steps[s]["scan", "total"]["compiler's flops"] for s in steps]
-    text += f"\nThe compiler's own count of flops goes with T^{exponent(steps, compiler):.2f}: it takes a loop's body once.\n"
+    growth = exponent(steps, compiler)
+    text += f"\nThe compiler's own count of flops grows as T^{growth:.2f}: it counts a loop's body once.\n"
     text += """
-Expected is the textbook's table, with the square root of T for the bytes of checkpointed_scan. What keeps the exponents from
-being whole: the product with the inputs, T·H·8, in the flops; fixed costs of small sizes, in the seconds; and in the bytes
-one more array of H² numbers, where the gradient of the weights is added up, and which outweighs what checkpointed_scan keeps of
-the states, and adjoint_scan at large H, and the segment of time that adjoint_scan works on, half of a short sequence.
+Expected is the textbook's table, with the square root of T for the bytes of checkpointed_scan. The exponents are not whole
+for three reasons. Flops: the product with the inputs, T·H·8. Seconds: fixed costs at small sizes. Bytes: the gradient of
+the weights is added up in one more array of H² numbers, which is larger than the states that checkpointed_scan keeps, and
+at large H than those of adjoint_scan; and the segment of time that adjoint_scan contracts at once is half of a short
+sequence.
 """
     print(text)
     if not quick:

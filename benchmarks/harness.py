@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine in words, compiled functions timed in turns, and tables."""
+"""What the benchmarks share: a description of the machine, functions compiled and timed in turns, and tables."""
 
 import platform
 from collections.abc import Callable, Sequence
@@ -40,7 +40,7 @@ def measure(
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table, aligned so that it reads in a terminal as well."""
+    """A Markdown table, aligned so that it can be read in a terminal as well."""
     cells = [list(map(str, row)) for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [

@@ -1,9 +1,9 @@
-"""The batch over several host devices: what whole-sequence gradients gain on a CPU with many cores.
+"""The batch sharded over several host devices: what gradients of whole sequences gain on a CPU with many cores.
 
-The loop over time runs on one core but for its larger products. Made into several devices, the CPU runs as many loops at
-once, each over its part of the batch. Value and gradient of mean((hs - target)^2) with respect to the weights, in one
+The loop over time runs on one core, except for its larger products. Split into several devices, the CPU runs as many loops
+at once, each over its own rows of the batch. Value and gradient of mean((hs - target)^2) with respect to the weights, in one
 process: on one device, and with the batch over all of them by `jax.shard_map` (the weights' gradients are added up once,
-at the end) and by `jax.jit` with sharded arguments (the compiler adds them up where it sees fit).
+at the end) and by `jax.jit` with sharded arguments (the compiler decides where to add them up).
 
     python benchmarks/host_devices.py [--quick] [--devices 2] [--repeats 7]
 """
@@ -29,11 +29,11 @@ def compare(kind, size, repeats):
         return jax.value_and_grad(loss)(params)
 
     def by_shard_map(scan):
-        def part(*args):
+        def summed(*args):
             return jax.lax.psum(gradient(scan, *args), "batch")
 
-        # Unchecked, gradients are added up here, once: else JAX adds those of `lax.scan` up at every step of the loop.
-        return jax.shard_map(part, mesh=mesh, in_specs=(P(), rows, rows), out_specs=P(), check_vma=False)
+        # check_vma=False, so that gradients are added up here, once: otherwise JAX does it at every step of `lax.scan`.
+        return jax.shard_map(summed, mesh=mesh, in_specs=(P(), rows, rows), out_specs=P(), check_vma=False)
 
     def place(spec):
         return jax.device_put(params, jax.NamedSharding(mesh, P())), *(
@@ -41,18 +41,18 @@ def compare(kind, size, repeats):
         )
 
     alone, sharded = (params, xs, targets), place(rows)
-    ways = {}
+    runs = {}
     for name, scan in (("lax.scan + jax.grad", bptt.scan), ("adjoint_scan", bptt.adjoint_scan)):
-        ways[name, "one device"] = jax.jit(partial(gradient, scan)), alone
-        ways[name, "shard_map"] = jax.jit(by_shard_map(scan)), sharded
-        ways[name, "jit, sharded"] = jax.jit(partial(gradient, scan)), sharded
-    reference = ways["lax.scan + jax.grad", "one device"][0](*alone)
-    for fn, args in ways.values():
+        runs[name, "one device"] = jax.jit(partial(gradient, scan)), alone
+        runs[name, "shard_map"] = jax.jit(by_shard_map(scan)), sharded
+        runs[name, "jit, sharded"] = jax.jit(partial(gradient, scan)), sharded
+    reference = runs["lax.scan + jax.grad", "one device"][0](*alone)
+    for fn, args in runs.values():
         assert bptt.compare_gradients(jax.device_get(fn(*args)), jax.device_get(reference)).agrees
-    seconds = harness.median_seconds([partial(fn, *args) for fn, args in ways.values()], repeats)
-    found = dict(zip(ways, seconds, strict=True))
+    seconds = harness.median_seconds([partial(fn, *args) for fn, args in runs.values()], repeats)
+    found = dict(zip(runs, seconds, strict=True))
     return [
-        (kind, size, name, *(f"{found[name, way] * 1e3:,.1f}" for way in ("one device", "shard_map", "jit, sharded")),
+        (kind, size, name, *(f"{found[name, where] * 1e3:,.1f}" for where in ("one device", "shard_map", "jit, sharded")),
          f"{found[name, 'one device'] / found[name, 'shard_map']:.2f}")
         for name in ("lax.scan + jax.grad", "adjoint_scan")
     ]  # fmt: skip
@@ -79,11 +79,11 @@ def main(options):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs; writes nothing")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to check that it runs; writes nothing")
     parser.add_argument("--repeats", type=int, default=7, help="rounds")
     parser.add_argument("--devices", type=int, default=2, help="host devices, at best as many as cores")
     options = parser.parse_args()
-    # Read when jax starts, so before it is imported.
+    # Set before jax is imported, which reads it.
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={options.devices}".strip()
 

@@ -1,7 +1,7 @@
 """One recurrent layer in every library: the contenders of the speed benchmark.
 
 Each is a layer and its parameters, on the same inputs, of the same size and with the same number of multiply-adds. Those
-that share our parameters compute the same numbers too.
+that share our parameters also compute the same numbers.
 """
 
 from collections.abc import Callable
@@ -61,7 +61,7 @@ def lstm_step(params, state, a):
     return (h, c), h
 
 
-# From what the inputs add to the gates, a = W_xh x + b, which the input product gives at each step or before the loop.
+# Steps that take a = W_xh x + b, what the inputs add to the gates; it is computed at each step or before the loop.
 STEPS = {"elman": elman_step, "gru": gru_step, "lstm": lstm_step}
 
 
@@ -76,7 +76,7 @@ def zeros(kind, size):
 
 
 def ours(kind, size):
-    """This library's, and what one writes with JAX alone, all with the same parameters."""
+    """Layers of this library, and of JAX alone, all with the same parameters."""
     cell, recurrent = CELLS[kind](size.D, size.H), STEPS[kind]
     params = cell.init(jax.random.key(0))
 
@@ -130,21 +130,21 @@ def linen(cell, T, *shape):
     return cell.apply, cell.init(jax.random.key(1), carry, x), carry, (T, *shape)
 
 
-# (step, params, init, shape of xs) of steps that are not this library's, and small ones, to see that they run.
-OTHERS = {
+# (step, params, init, shape of xs) of steps that are not this library's; and of small ones, to check that they run.
+FOREIGN_STEPS = {
     "convolutional RNN, 20/4/16×16×8": lambda: convolutional(20, 4, 16, 8),
     "flax ConvLSTM, 20/4/16×16×8": lambda: linen(nn.ConvLSTMCell(8, (3, 3)), 20, 4, 16, 16, 8),
     "flax OptimizedLSTM, 128/16/32/64": lambda: linen(nn.OptimizedLSTMCell(64), 128, 16, 32),
     "flax OptimizedLSTM, 256/32/64/128": lambda: linen(nn.OptimizedLSTMCell(128), 256, 32, 64),
 }
-QUICK_OTHERS = {
+QUICK_FOREIGN_STEPS = {
     "convolutional RNN, 4/2/5×5×2": lambda: convolutional(4, 2, 5, 2),
     "flax OptimizedLSTM, 4/2/3/4": lambda: linen(nn.OptimizedLSTMCell(4), 4, 2, 3),
 }
 
 
 def of_step(step, params, init):
-    """A step of others with JAX alone, and in the strategies that derive an adjoint for it."""
+    """A foreign step with JAX alone, and in the strategies that derive an adjoint for it."""
 
     def by(scan):
         return Layer(lambda params, xs: scan(step, params, init, xs)[1], params)
@@ -192,7 +192,7 @@ def by_haiku(kind, size):
 
 
 def by_cudnn(kind, size):
-    """JAX's binding of cuDNN, which has an LSTM only, and only on a GPU."""
+    """JAX's binding of cuDNN, which has only an LSTM, and only on a GPU."""
     from jax.experimental import rnn
 
     weights = rnn.init_lstm_weight(jax.random.key(0), size.D, size.H, 1, False)
@@ -212,7 +212,7 @@ def in_jax(kind, size):
     """All contenders that JAX compiles, by name."""
     layers = ours(kind, size)
     layers["flax.nnx.RNN"] = by_flax(kind, size)
-    if kind != "elman":  # equinox has no such cell, and haiku's has relu in place of tanh
+    if kind != "elman":  # equinox has no such cell, and haiku's has relu instead of tanh
         layers["equinox"] = by_equinox(kind, size)
         layers["haiku.dynamic_unroll"] = by_haiku(kind, size)
     if kind == "lstm" and jax.default_backend() == "gpu":
@@ -249,8 +249,8 @@ def by_torch(kind, size, params, xs, target):
 def from_torch(loss, gradients):
     """What `by_torch` returns, with the gradient in the form of our params.
 
-    The two biases of torch are added, and the gradient of each is the whole gradient of their sum: `bias_ih`'s is taken,
-    and of `bias_hh`'s only the part that a GRU has apart, b_hn.
+    torch adds its two biases, so the gradient of each is that of their sum. It is taken from `bias_ih`, and from `bias_hh`
+    only for b_hn, which a GRU does not add to the other bias.
     """
     names = "weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"
     found = {name: gradient.cpu().numpy().copy() for name, gradient in zip(names, gradients, strict=True)}
@@ -261,14 +261,14 @@ def from_torch(loss, gradients):
 
 
 def dense_products(kind, size):
-    """The floor: the multiply-adds of a layer and of its gradient as three matrix products, and no recurrence."""
+    """The floor: the multiply-adds of a layer and of its gradient as three matrix products, without a recurrence."""
     gates = {"elman": 1, "gru": 3, "lstm": 4}[kind]
     rows, columns = gates * size.H, size.D + size.H
 
     def products(weights, inputs, deltas):
         a = inputs @ weights.T
-        back = deltas @ weights[:, size.D :]
-        return a, back, deltas.T @ inputs
+        h_bar = deltas @ weights[:, size.D :]
+        return a, h_bar, deltas.T @ inputs
 
     keys = jax.random.split(jax.random.key(2), 3)
     shapes = (rows, columns), (size.T * size.B, columns), (size.T * size.B, rows)

@@ -1,6 +1,6 @@
-r"""What truncated BPTT learns, and what the update costs beside the bare gradient.
+r"""What truncated BPTT learns, and what the update costs compared with the gradient alone.
 
-- the adding problem, T = 100, with the full gradient and with one that is cut every 10 steps;
+- the adding problem, T = 100, with the full gradient and with one that is truncated every 10 steps;
 - the next character of Python's standard library, against interpolated n-gram models;
 - handwritten digits, read by rows and by pixels;
 - seconds of an update of `tbptt` against the same gradient and optimiser step written by hand.
@@ -33,17 +33,19 @@ CLIP = 1.0
 
 
 def train_on_samples(init, update, params, sample, *, updates, seed):
-    """The params after `updates` updates, each on sequences of its own; all updates are one compiled loop."""
+    """The params after `updates` updates, each on new sequences; all updates are one compiled loop."""
 
-    def one(state, key):
-        return update(state, bptt.Chunk(*sample(key)))[0], None
+    def update_once(state, key):
+        return update(state, bptt.streams.Chunk(*sample(key)))[0], None
 
     keys = jax.random.split(jax.random.key(seed), updates + 1)
-    return jax.jit(lambda state, keys: jax.lax.scan(one, state, keys)[0].params)(init(params, (), keys[0]), keys[1:])
+    return jax.jit(lambda state, keys: jax.lax.scan(update_once, state, keys)[0].params)(
+        init(params, (), keys[0]), keys[1:]
+    )
 
 
 def answer_at_the_end(net, cell, of_steps):
-    """A loss of the last step, for sequences that all begin anew."""
+    """A loss of the last step, for sequences that all start from a carry of zeros."""
     at_the_end = losses.final_step(of_steps)
 
     def loss(params, carry, chunk, *, scan, key):
@@ -74,7 +76,7 @@ def adding(*, steps, cut, hidden, updates, batch, learning_rate, seeds):
     rows = []
     for wait in (0, cut):
         sample = adding_after_a_wait(steps, wait)
-        fresh = bptt.Chunk(*sample(jax.random.key(1_000), 1_000))
+        fresh = bptt.streams.Chunk(*sample(jax.random.key(1_000), 1_000))
         for length in (None, cut):
             for seed in seeds:
                 start = time.perf_counter()
@@ -91,10 +93,10 @@ def adding(*, steps, cut, hidden, updates, batch, learning_rate, seeds):
                 rows.append((marked, reach, seed, f"{error:.4f}", f"{time.perf_counter() - start:.0f}"))
     return (
         f"## Adding problem, T = {steps}\n\n"
-        f"LSTM, n = {hidden}, {updates} updates on {batch} sequences each, Adam at {learning_rate:g}; squared error on 1,000 "
-        f"others. Always saying 1 has {1 / 6:.4f}.\n\nIf any step may be marked, some markers stand in the last chunk, and what "
-        "a network learns there it does at all steps, so the cut gradient is enough, though slower. If none does, the cut "
-        "gradient has nothing to learn from.\n\n"
+        f"LSTM, n = {hidden}, {updates} updates on {batch} sequences each, Adam at {learning_rate:g}; squared error on "
+        f"1,000 new ones. Always answering 1 has {1 / 6:.4f}.\n\nIf any step may be marked, some markers are in the last "
+        "chunk, and what a network learns there it does at all steps, so the truncated gradient is enough, though slower. "
+        "If no marker is in the last chunk, the truncated gradient has nothing to learn from.\n\n"
         + harness.table(("marked steps", "gradient over", "seed", "squared error", "s with compiling"), rows)
     )
 
@@ -109,13 +111,13 @@ class Text(NamedTuple):
 
 
 def standard_library(modules=None):
-    """The standard library's modules that are single files, one after the other by name; the last tenth is held out."""
+    """The standard library's modules that are single files, in order of their names; the last tenth is held out."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(path for path in folder.glob("*.py") if path.stem in sys.stdlib_module_names)[:modules]
     text = np.array([ord(c) for c in "".join(path.read_text("utf-8") for path in files)])
     characters, numbers, counts = np.unique(text, return_inverse=True, return_counts=True)
     frequent = counts >= 100
-    symbols = int(frequent.sum()) + 1  # the last one stands for all rare ones
+    symbols = int(frequent.sum()) + 1  # the last one stands for all rare characters
     values = np.where(frequent, np.cumsum(frequent) - 1, symbols - 1)[numbers].astype(np.int32)
     held_out = len(values) * 9 // 10
     about = (
@@ -150,7 +152,7 @@ def characters(text, *, hidden, updates, batch, chunk_length, learning_rate, war
     state = init(net.init(jax.random.key(0)), cell.initial_carry((batch,)), jax.random.key(1))
     stream = bptt.streams.rows(text.values[: text.held_out], batch=batch, chunk_length=chunk_length)
 
-    # The carry goes through all of the held-out text, in 16 rows that begin at zero.
+    # All of the held-out text, in 16 rows that start from a carry of zeros.
     held_out = bptt.streams.rows(text.values[text.held_out - 1 :], batch=16, chunk_length=500)
 
     @jax.jit
@@ -176,11 +178,11 @@ def characters(text, *, hidden, updates, batch, chunk_length, learning_rate, war
         rows.append((f"LSTM, {int(state.step):,} updates", f"{bits(state.params):.3f}", f"{seconds:.0f}"))
         print(*rows[-1], flush=True)
     return (
-        f"## Next character\n\n{text.about}\n\nn-grams: modified Kneser–Ney, fitted to all that is not held out; probabilities of "
-        f"all symbols sum to 1 within {off_one:.0e} in {len(contexts)} contexts. LSTM: n = "
-        f"{hidden}, {batch} rows, chunks of {chunk_length} steps, Adam at {learning_rate:g} with a warm-up of {warm_up} updates "
-        f"and a cosine decay over all {updates:,}; {updates * batch * chunk_length / text.held_out:.1f} times through the "
-        "text.\n\n" + harness.table(("held out", "bits per character", "s of updates"), rows)
+        f"## Next character\n\n{text.about}\n\nn-grams: modified Kneser–Ney, fitted to all that is not held out; "
+        f"probabilities of all symbols sum to 1 within {off_one:.0e} in {len(contexts)} contexts. LSTM: n = {hidden}, "
+        f"{batch} rows, chunks of {chunk_length} steps, Adam at {learning_rate:g} with a warm-up of {warm_up} updates and a "
+        f"cosine decay over all {updates:,}; {updates * batch * chunk_length / text.held_out:.1f} passes over the text.\n\n"
+        + harness.table(("held out", "bits per character", "s of updates"), rows)
     )
 
 
@@ -207,8 +209,8 @@ def digits(*, recipes, batch, seeds):
             size = f"{test.xs.shape[0]} x {test.xs.shape[2]}"
             rows.append((by, size, recipe["hidden"], recipe["updates"], seed, f"{100 * right:.1f} %", f"{seconds:.0f}"))
     return (
-        f"## Handwritten digits\n\nLSTM, {batch} of the 1,438 training images in an update, Adam with a cosine decay; share of "
-        "the 359 test images that are told right.\n\n"
+        f"## Handwritten digits\n\nLSTM, {batch} of the 1,438 training images in an update, Adam with a cosine decay; share "
+        "of the 359 test images that are classified correctly.\n\n"
         + harness.table(("read by", "steps x features", "hidden", "updates", "seed", "right", "s with compiling"), rows)
     )
 
@@ -237,21 +239,23 @@ def throughput(*, sizes, symbols, repeats):
 
         state = init(net.init(jax.random.key(0)), cell.initial_carry((batch,)), jax.random.key(1))
         xs, targets = jax.random.randint(jax.random.key(2), (2, steps, batch), 0, symbols)
-        plain = bptt.Chunk(xs, targets)
+        plain = bptt.streams.Chunk(xs, targets)
         flags = plain._replace(
             valid=jnp.ones((steps, batch), bool), is_first=jax.random.bernoulli(jax.random.key(3), 0.01, (steps, batch))
         )
-        ways = {
+        functions = {
             "by hand": by_hand,
             "update": lambda state, plain, flags, update=update: update(state, plain),
             "update, valid and is_first": lambda state, plain, flags, update=update: update(state, flags),
         }
-        found = harness.measure(ways, (state, plain, flags), repeats)
+        found = harness.measure(functions, (state, plain, flags), repeats)
         base = found["by hand"][1]
-        for way, (_, seconds) in found.items():
+        for name, (_, seconds) in found.items():
             size = f"{hidden}, {batch}, {steps}"
-            rows.append((size, way, f"{seconds * 1e3:.1f}", f"{steps * batch / seconds:,.0f}", f"{base / seconds:.3f}"))
-    head = ("n, rows, steps", "way", "ms", "characters a second", "of by hand's speed")
+            rows.append(
+                (size, name, f"{seconds * 1e3:.1f}", f"{steps * batch / seconds:,.0f}", f"{base / seconds:.3f}")
+            )
+    head = ("n, rows, steps", "update", "ms", "characters a second", "of by hand's speed")
     return (
         f"## Updates a second\n\nLSTM on {symbols} symbols, gradient by `adjoint_scan`, clipping by norm, Adam. By hand: "
         "`jax.value_and_grad` and the optimiser, on a chunk without valid and is_first. Medians of runs that take turns.\n\n"
@@ -259,8 +263,8 @@ def throughput(*, sizes, symbols, repeats):
     )
 
 
-def parts(quick):
-    """The four measurements, by name, each to be called without arguments."""
+def measurements(quick):
+    """The four measurements by name, functions without arguments."""
     if quick:
         rows = {"hidden": 8, "updates": 5, "learning_rate": 1e-2, "chrono_length": None}
         return {
@@ -305,13 +309,15 @@ def parts(quick):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; writes nothing")
-    parser.add_argument("--only", nargs="+", choices=list(parts(True)), help="these parts; writes nothing")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that it runs; writes nothing")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(measurements(True)), help="these measurements; writes nothing"
+    )
     options = parser.parse_args()
     texts = [f"# Learning, measured\n\n{harness.machine(f'optax {optax.__version__}')}"]
-    for name, part in parts(options.quick).items():
+    for name, measure in measurements(options.quick).items():
         if options.only is None or name in options.only:
-            texts.append(part())
+            texts.append(measure())
             print(texts[-1], end="\n\n", flush=True)
     if not options.quick and options.only is None:
         harness.RESULTS.mkdir(exist_ok=True)

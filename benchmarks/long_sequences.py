@@ -21,7 +21,7 @@ CELL = bptt.elman(32, 128)
 
 
 def nested(step, params, init, xs):
-    """Two levels of `lax.scan` with `jax.checkpoint` on the inner one, segments of √T: what one writes by hand."""
+    """Two levels of `lax.scan` with `jax.checkpoint` on the inner one, segments of √T, as written by hand."""
     steps = len(xs)
     segment = next(s for s in range(int(steps**0.5), 0, -1) if steps % s == 0)
 
@@ -46,7 +46,7 @@ def arguments(steps):
 
 
 def against_scan(steps, repeats):
-    ways = {
+    strategies = {
         "lax.scan + jax.grad": value_and_gradient(bptt.scan),
         "nested jax.checkpoint": value_and_gradient(nested),
         "adjoint_scan": value_and_gradient(bptt.adjoint_scan),
@@ -54,17 +54,17 @@ def against_scan(steps, repeats):
         "checkpointed_scan(checkpoints=100)": value_and_gradient(bptt.checkpointed_scan, checkpoints=100),
         "truncated_scan(truncation_length=100), biased": value_and_gradient(bptt.truncated_scan, truncation_length=100),
     }
-    found = harness.measure(ways, arguments(steps), repeats)
+    found = harness.measure(strategies, arguments(steps), repeats)
     base_cost, base = found["lax.scan + jax.grad"]
     rows = [
         (
-            way,
+            name,
             f"{cost.temporary_bytes:,}",
             f"{100 * cost.temporary_bytes / base_cost.temporary_bytes:.2f} %",
             f"{seconds * 1e3:.0f}",
             f"{seconds / base:.2f}",
         )
-        for way, (cost, seconds) in found.items()
+        for name, (cost, seconds) in found.items()
     ]
     return harness.table((f"T = {steps:,}", "temporary bytes", "of lax.scan's", "ms", "of lax.scan's"), rows)
 
@@ -72,11 +72,11 @@ def against_scan(steps, repeats):
 def against_equinox(steps, counts, repeats):
     rows = []
     for count in counts:
-        ways = {
+        contenders = {
             "equinox": value_and_gradient(by_equinox, checkpoints=count),
             "ours": value_and_gradient(bptt.checkpointed_scan, checkpoints=count),
         }
-        found = harness.measure(ways, arguments(steps), repeats)
+        found = harness.measure(contenders, arguments(steps), repeats)
         (theirs, their_seconds), (ours, seconds) = found["equinox"], found["ours"]
         rows.append(
             (
@@ -124,10 +124,10 @@ def million(steps):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs; writes nothing")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to check that it runs; writes nothing")
     quick = parser.parse_args().quick
     size = 100 if quick else 1
-    parts = [
+    sections = [
         f"# Long sequences, measured\n\n{harness.machine(f'equinox {equinox.__version__}')}",
         "One elman layer, n = 128, 32 inputs, batch 1, float32, value and gradient of a loss of the last state.",
         against_scan(100_000 // size, 2 if quick else 9),
@@ -135,7 +135,7 @@ def main():
         compile_times(1_000 // min(size, 5), 100_000 // size, 1 if quick else 5),
         million(1_000_000 // size),
     ]
-    text = "\n\n".join(parts) + "\n"
+    text = "\n\n".join(sections) + "\n"
     print(text)
     if not quick:
         harness.RESULTS.mkdir(exist_ok=True)

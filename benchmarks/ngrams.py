@@ -2,9 +2,9 @@ r"""n-gram models of a sequence of symbols, interpolated: what a recurrent chara
 
 p_n(s | c) = (N(cs) − D(N(cs)) + (Σ_s' D(N(cs'))) p_{n−1}(s | c⁻)) / Σ_s' N(cs'),  c⁻ = c without its first symbol
 
-Modified Kneser–Ney: D takes one of three discounts from a gram seen once, twice, or more often, and below the highest order
-N(g) counts not the times g was seen but the different symbols seen before it. p₁ counts every symbol once more, so nothing
-has probability 0. A context never seen leaves everything to the shorter one.
+Modified Kneser–Ney: D is one of three discounts, for grams seen once, twice, or more often. Below the highest order N(g)
+counts the different symbols seen before g, not how often g was seen. p₁ counts every symbol once more, so nothing has
+probability 0. For a context never seen, p_n is p_{n−1} of the shorter one.
 
 Chen and Goodman, An empirical study of smoothing techniques for language modeling, 1998, TR-10-98, Harvard.
 """
@@ -44,7 +44,7 @@ def fit(values: np.ndarray, symbols: int, highest: int) -> list[Model]:
     if symbols**highest > np.iinfo(np.int64).max:
         raise ValueError(f"{highest}-grams of {symbols} symbols do not fit 64 bits: lower one of the two.")
     seen = [np.unique(_codes(_windows(values, k), symbols), return_counts=True) for k in range(1, highest + 1)]
-    # Different symbols before a gram: how often it is the end of a different gram one longer.
+    # The number of different symbols before a gram is the number of different grams, one longer, that end with it.
     before = [np.unique(longer % symbols**k, return_counts=True) for k, (longer, _) in enumerate(seen[1:], start=1)]
     levels = [_level(*grams, symbols) for grams in seen[1:]]
     lower = [_level(*grams, symbols) for grams in before[1:]]
@@ -68,7 +68,7 @@ def probability(model: Model, contexts: np.ndarray, following: np.ndarray) -> np
 
 
 def bits(model: Model, values: np.ndarray, start: int) -> float:
-    """Mean of −log₂ p over values[start:], each after all that stand before it."""
+    """Mean of −log₂ p over values[start:], each given all values before it."""
     windows = _windows(values, len(model.levels) + 1)[start - len(model.levels) :]
     return float(-np.log2(probability(model, windows[:, :-1], windows[:, -1])).mean())
 
@@ -85,7 +85,7 @@ def _codes(grams: np.ndarray, symbols: int) -> np.ndarray:
 
 
 def _find(keys: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where in the sorted keys each of `wanted` stands, and whether it does."""
+    """The index of each of `wanted` in the sorted keys, and whether it is there."""
     at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return at, keys[at] == wanted
 

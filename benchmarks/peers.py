@@ -3,13 +3,13 @@
 All contenders (`layers.py`) run in one process, on the same inputs, and differentiate mean((hs - target)²) with respect to
 the parameters. Those that share our parameters have to agree in value and gradient, and all in the number of operations,
 before anything is timed. They then take turns, in a new random order in each round; figures are medians over the rounds.
-The floor is the same multiply-adds as three dense products without a recurrence. Steps of others, two convolutional ones
-among them, are run by JAX alone and by our strategies for any step.
+The floor is the same multiply-adds as three dense products without a recurrence. Steps that are not this library's, two of
+them convolutional, are run by JAX alone and by our strategies for any step.
 
     python benchmarks/peers.py [--quick] [--repeats 15] [--cells elman,gru,lstm] [--sizes 0,1,2]
     python benchmarks/peers.py --draw benchmarks/results/NAME.json
 
-Needs dm-haiku beside the extra `test`, and takes torch along where it is installed.
+Needs dm-haiku and the extra `test`, and includes torch where it is installed.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def arguments(size):
 
 
 def measured(kind, size, repeats, compiles):
-    """What is known of each contender at one size."""
+    """Figures of each contender at one size."""
     args = arguments(size)
     contenders = layers.in_jax(kind, size)
     calls, costs, compile_seconds = compiled(contenders, args, compiles)
@@ -84,7 +84,7 @@ def measured(kind, size, repeats, compiles):
 
 
 def measured_step(name, make, repeats, compiles):
-    """What is known of a step of others in each strategy; xs and what the states are held against are random."""
+    """Figures of a foreign step in each strategy; inputs and targets are random."""
     step, params, init, shape = make()
     contenders = layers.of_step(step, params, init)
     xs = jax.random.normal(jax.random.key(1), shape)
@@ -97,7 +97,7 @@ def measured_step(name, make, repeats, compiles):
 
 
 def timed(calls, costs, compile_seconds, repeats):
-    """Figures of each contender."""
+    """Times of each contender, with its costs."""
     rounds = {name: 1e3 * np.array(seconds) for name, seconds in in_turns(calls, repeats).items()}
     medians = {name: float(np.median(ms)) for name, ms in rounds.items()}
     found = {}
@@ -126,20 +126,20 @@ def check(where, calls, costs, shared):
         results[TORCH] = layers.from_torch(*results[TORCH])
     expected = jax.tree.leaves(results[BASE])
     for name in {*shared, TORCH} & set(calls):
-        for mine, right in zip(jax.tree.leaves(results[name]), expected, strict=True):
-            error = float(np.max(np.abs(mine - right)) / np.max(np.abs(right)))
+        for mine, reference in zip(jax.tree.leaves(results[name]), expected, strict=True):
+            error = float(np.max(np.abs(mine - reference)) / np.max(np.abs(reference)))
             if not error <= tolerance:
                 raise AssertionError(f"{where}: {name} differs from {BASE} by {error:.1e} of the largest entry.")
     for name, cost in costs.items():
         ratio = cost.flops / costs[BASE].flops
-        most = 1.45 if "checkpoint" in name else 1.2  # the forward is a third, and computed twice there
-        # What can't be counted: the inside of cuDNN's call, and convolutions, which make all of a step's operations nan.
+        most = 1.45 if "checkpoint" in name else 1.2  # the forward pass is a third, and is computed twice there
+        # The inside of cuDNN's call can't be counted, nor can convolutions, which make a step's operations nan.
         if name != CUDNN and not math.isnan(ratio) and not 0.8 <= ratio <= most:
             raise AssertionError(f"{where}: {name} has {ratio:.2f} times the operations of {BASE}.")
 
 
 def in_turns(calls, repeats):
-    """Seconds of each call in each round. Who comes after whom changes, since some leave the machine busy."""
+    """Seconds of each call in each round. The order changes, since some calls leave the machine busy for the next."""
     order = np.random.default_rng(0)
     seconds = {name: [] for name in calls}
     for _ in range(repeats):
@@ -148,7 +148,7 @@ def in_turns(calls, repeats):
             jax.block_until_ready(calls[name]())
             seconds[name].append(time.perf_counter() - start)
             if name == TORCH:
-                time.sleep(0.02)  # its threads go on spinning for some milliseconds
+                time.sleep(0.02)  # its threads keep spinning for some milliseconds
     return seconds
 
 
@@ -171,22 +171,22 @@ def over(values, worst):
 
 
 def summary(found):
-    """Over all layers: each contender against lax.scan, and each adjoint against others."""
+    """Over all layers: each contender against lax.scan, and each adjoint against its rivals."""
     by_layer = {f"{layer['cell']} {layer['size']}": layer["contenders"] for layer in found}
     names = list(dict.fromkeys(name for contenders in by_layer.values() for name in contenders))
 
     def compared(name):
-        def ratio(quantity, *others):
-            """To the least of the others, in each layer that has one of them."""
-            least = {w: min((c[n][quantity] for n in others if n in c), default=None) for w, c in by_layer.items()}
-            return {w: by_layer[w][name][quantity] / other for w, other in least.items() if other}
+        def ratio(quantity, *rivals):
+            """To the least of the rivals, in each layer that has one of them."""
+            least = {w: min((c[n][quantity] for n in rivals if n in c), default=None) for w, c in by_layer.items()}
+            return {w: by_layer[w][name][quantity] / best for w, best in least.items() if best}
 
-        def faster(*others):
-            return {where: 1 / value for where, value in ratio("milliseconds", *others).items()}
+        def faster(*rivals):
+            return {where: 1 / value for where, value in ratio("milliseconds", *rivals).items()}
 
         floor = {where: value for where, value in ratio("milliseconds", FLOOR).items() if where in wide}
         found = {
-            "times faster than the fastest other in JAX": (faster(*others), min),
+            "times faster than the fastest other in JAX": (faster(*in_jax), min),
             "times faster than torch": (faster(TORCH), min),
             "times the floor, B ≥ 32": (floor, max),
             "temporary bytes, of lax.scan's": (ratio("temporary bytes", BASE), max),
@@ -195,7 +195,7 @@ def summary(found):
         return {quantity: over(values, worst) for quantity, (values, worst) in found.items() if values}
 
     each = {name: over({w: c[name][FASTER] for w, c in by_layer.items() if name in c}, min) for name in names}
-    others = [name for name in names if name not in (*OURS, TORCH, FLOOR)]
+    in_jax = [name for name in names if name not in (*OURS, TORCH, FLOOR)]
     wide = {f"{layer['cell']} {layer['size']}" for layer in found if layer["B"] >= 32}
     return {FASTER: each, BEST: compared(BEST), DERIVED: compared(DERIVED)}
 
@@ -205,7 +205,8 @@ def markdown(results):
     text = [
         f"# One recurrent layer in every library, measured\n\n{results['machine']}",
         f"Value and gradient of mean((hs - target)²) with respect to the parameters, float32; medians of "
-        f"{results['rounds']} rounds, of three for compile seconds. The floor is {FLOOR}: as many multiply-adds, no recurrence.",
+        f"{results['rounds']} rounds, of three for compile seconds. The floor is {FLOOR}: as many multiply-adds, without a "
+        "recurrence.",
     ]
     columns = {"milliseconds": 1, FASTER: 1, "times the floor": 1, "compile seconds": 1, "temporary bytes": 2**20}
 
@@ -219,7 +220,7 @@ def markdown(results):
     for layer in results["layers"]:
         text.append(contenders_table(f"{layer['cell']}, T/B/D/H = {layer['size']}", layer["contenders"], columns))
     del columns["times the floor"]
-    text.append("Steps of others, with respect to their parameters:")
+    text.append("Steps that are not this library's, with respect to their parameters:")
     text += [contenders_table(of["step"], of["contenders"], columns) for of in results["steps of others"]]
     for title, of in results["summary"].items():
         head = ("layers", "geometric mean", "worst", "worst at")
@@ -235,7 +236,7 @@ def markdown(results):
 
 
 def draw(results):
-    """One panel a cell, one row a size, and in it a mark for each contender, always at the same height."""
+    """One panel for each cell, one row for each size, and in it a mark for each contender, always at the same height."""
     cells, sizes = (list(dict.fromkeys(layer[key] for layer in results["layers"])) for key in ("cell", "size"))
     names = list(dict.fromkeys(name for layer in results["layers"] for name in layer["contenders"]))
     muted = [name for name in names if name not in (BASE, BEST, DERIVED, FLOOR)]
@@ -289,7 +290,7 @@ def versions():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs; writes nothing")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to check that it runs; writes nothing")
     parser.add_argument("--repeats", type=int, default=15, help="rounds")
     parser.add_argument("--cells", default=",".join(layers.CELLS), help="some of them; writes nothing")
     parser.add_argument("--sizes", help="some of them, by index from 0; writes nothing")
@@ -310,8 +311,8 @@ def main():
             compiled(layers.in_jax(kind, TINY), arguments(TINY), compiles)
         found += [measured(kind, size, repeats, compiles) for size in chosen]
         compile_seconds += compile_times(kind, (16, 64) if options.quick else (256, 65_536), compiles)
-    others = layers.QUICK_OTHERS if options.quick else layers.OTHERS
-    steps = [measured_step(name, make, repeats, compiles) for name, make in others.items()]
+    foreign = layers.QUICK_FOREIGN_STEPS if options.quick else layers.FOREIGN_STEPS
+    steps = [measured_step(name, make, repeats, compiles) for name, make in foreign.items()]
     results = {
         "machine": harness.machine(*versions()),
         "backend": backend,

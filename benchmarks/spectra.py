@@ -1,7 +1,7 @@
-"""What spectra and lag contributions cost, next to the least they could cost.
+"""What spectra and lag contributions cost, compared with the least they could cost.
 
 The full Lyapunov spectrum against the QR factorisations and matrix products alone, without a network; the gradient split by
-lag against as many plain gradients; and the compiler's bytes of what runs matrix-free against the dense Jacobians.
+lag against as many plain gradients; and the compiler's bytes of matrix-free functions against those of dense Jacobians.
 
     python benchmarks/spectra.py [--quick]
 """
@@ -28,7 +28,7 @@ def spectra(steps, hidden, repeats):
     cell, args = problem(steps, hidden)
 
     def factorisations_alone(params, init, xs):
-        """T matrix products and T factorisations of the same size: what no sweep can do without."""
+        """T matrix products and T factorisations of the same size, which every sweep needs."""
 
         def body(Q, _):
             Q, R = jnp.linalg.qr(params.W_hh @ Q)
@@ -55,16 +55,16 @@ def lags(steps, hidden, repeats):
     def gradient(scan, params, init, xs):
         return jax.grad(lambda params: loss(*scan(cell, params, init, xs)))(params)
 
-    some = steps // 8
+    few = steps // 8
     functions = {
         "1 gradient, scan": partial(gradient, bptt.scan),
         "1 gradient, adjoint_scan": partial(gradient, bptt.adjoint_scan),
-        f"lag_contributions, {some} lags": lambda *args: bptt.lag_contributions(cell, *args, loss, max_lag=some - 1),
+        f"lag_contributions, {few} lags": lambda *args: bptt.lag_contributions(cell, *args, loss, max_lag=few - 1),
         f"lag_contributions, {steps} lags": lambda *args: bptt.lag_contributions(cell, *args, loss),
         f"truncation_bias, both kinds at {steps} lengths": lambda *args: bptt.truncation_bias(cell, *args, loss),
     }
     found = harness.measure(functions, args, repeats)
-    counts = [1, 1, some, steps, 2 * steps]
+    counts = [1, 1, few, steps, 2 * steps]
     plain = min(found["1 gradient, scan"][1], found["1 gradient, adjoint_scan"][1])
     return [
         (name, f"{seconds * 1e3:,.2f}", count, f"{seconds / count / plain:.3f}")
@@ -82,16 +82,16 @@ def memory(steps, hidden):
     rows = []
     for name, function in functions.items():
         analysis = jax.jit(function).lower(*args).compile().memory_analysis()
-        both = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+        total = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
         rows.append(
-            (name, f"{analysis.temp_size_in_bytes:,}", f"{analysis.output_size_in_bytes:,}", f"{both / 4:,.0f}")
+            (name, f"{analysis.temp_size_in_bytes:,}", f"{analysis.output_size_in_bytes:,}", f"{total / 4:,.0f}")
         )
     return rows, steps * hidden, hidden**2
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs; writes nothing")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to check that it runs; writes nothing")
     quick = parser.parse_args().quick
     sizes = (50, 32) if quick else (2_000, 256)
     lag_sizes = (32, 16) if quick else (512, 64)
@@ -114,7 +114,7 @@ The gradient by lag, T = {lag_sizes[0]}, n = {lag_sizes[1]}; the last column is 
 
 Bytes, T = {memory_sizes[0]:,}, n = {memory_sizes[1]}, where T n is {states:,} numbers and n² is {square:,}:
 
-{harness.table(("", "temporary bytes", "bytes of the results", "numbers, both together"), rows)}
+{harness.table(("", "temporary bytes", "bytes of the results", "numbers, in all"), rows)}
 """
     print(text)
     if not quick:

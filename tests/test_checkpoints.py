@@ -1,4 +1,4 @@
-"""A checkpoint comes back bit for bit, or not at all and in one line."""
+"""A checkpoint is restored bit for bit, or refused in one line."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ SETTINGS = {"hidden": 4, "data": "abc", "rate": 0.1}
 
 
 def make(seed=0, width=3):
-    """One of everything that a run's state may have."""
+    """A state with one leaf of every kind that a run may have."""
     params = {"W": jax.random.normal(jax.random.key(seed), (2, width), jnp.float32), "b": jnp.zeros(0)}
     return {
         "params": params,
@@ -44,7 +44,7 @@ def one_line(error):
     return "\n" not in str(error.value)
 
 
-def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
+def test_what_is_saved_is_restored_bit_for_bit(tmp_path):
     state = make(7)
     path = save(tmp_path / "run", 7, state, SETTINGS)
     again = restore(tmp_path / "run", make(0), SETTINGS)
@@ -56,7 +56,7 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
     np.testing.assert_array_equal(jax.random.bits(again["key"]), jax.random.bits(state["key"]))
 
 
-def test_the_newest_ones_stay(tmp_path):
+def test_the_newest_are_kept(tmp_path):
     assert latest(tmp_path / "none") is None
     for step in (1, 2, 9, 10):
         save(tmp_path, step, make(step), SETTINGS, keep=3)
@@ -65,9 +65,9 @@ def test_the_newest_ones_stay(tmp_path):
     assert int(restore(tmp_path, make(), SETTINGS)["step"]) == 10
 
 
-def test_nothing_is_written_over(tmp_path):
+def test_nothing_is_overwritten(tmp_path):
     save(tmp_path, 1, make(1), SETTINGS)
-    with pytest.raises(CheckpointError, match=r"step_00000001 is there already: a checkpoint is never written over"):
+    with pytest.raises(CheckpointError, match=r"step_00000001 exists already: a checkpoint is never overwritten"):
         save(tmp_path, 1, make(2), SETTINGS)
     assert as_bytes(restore(tmp_path, make(), SETTINGS)) == as_bytes(make(1))
 
@@ -104,7 +104,7 @@ def donated():
         (donated, r"\['bad'\] was donated or deleted: save what the update returned"),
     ],
 )
-def test_what_is_no_number_is_refused_before_a_file_is_touched(tmp_path, capfd, leaf, words):
+def test_leaves_that_are_not_numeric_are_refused_before_a_file_is_touched(tmp_path, capfd, leaf, words):
     leaf = leaf() if leaf is donated else leaf
     with pytest.raises(CheckpointError, match=r"The state can't be saved: leaf " + words) as error:
         save(tmp_path / "run", 1, {"bad": leaf, "w": jnp.ones(2)}, SETTINGS)
@@ -129,7 +129,7 @@ def test_a_state_without_numbers_and_a_traced_one(tmp_path):
     assert restore(tmp_path / "run", {"none": None, "w": 0.0}, SETTINGS) == {"none": None, "w": 2.0}
 
 
-def test_what_a_killed_process_leaves_is_no_checkpoint(tmp_path):
+def test_what_a_killed_process_leaves_is_not_a_checkpoint(tmp_path):
     save(tmp_path, 1, make(1), SETTINGS)
     for name in ("step_00000002.saving", "step_00000000.removing"):
         shutil.copytree(tmp_path / "step_00000001", tmp_path / name)
@@ -141,7 +141,7 @@ def test_what_a_killed_process_leaves_is_no_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("damage", ["remove", "cut", "flip", "empty"])
 def test_a_damaged_file_is_found(tmp_path, damage):
-    """Of every file in turn: an array store reads what is missing as zeros, and no number may differ unseen."""
+    """Each file in turn: an array store reads what is missing as zeros, and no difference may go unseen."""
     save(tmp_path / "whole", 1, make(1), SETTINGS)
     files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()]
     for file in files:
@@ -164,8 +164,8 @@ def test_a_damaged_file_is_found(tmp_path, damage):
     assert len(files) > 5
 
 
-def test_other_numbers_are_found(tmp_path):
-    """The digest alone sees it, where every file is one that was saved."""
+def test_changed_numbers_are_found(tmp_path):
+    """Only the digest can tell, since every file is one that was saved."""
     for step in (1, 2):
         save(tmp_path, step, make(step), SETTINGS)
     older, newer = tmp_path / "step_00000001", tmp_path / "step_00000002"
@@ -210,17 +210,23 @@ def test_other_settings(tmp_path, settings, words):
     assert one_line(error)
 
 
-def test_settings_and_leaves_that_json_and_jax_write_in_their_own_way(tmp_path):
+def test_settings_and_leaves_that_json_and_jax_convert(tmp_path):
     """Numbers as keys, nan, tuples, a Python number among the leaves: what can be saved can be read."""
     settings = {"layers": {2: 1, 10: 2}, "rate": float("nan"), "sizes": (1, 2)}
     save(tmp_path, np.int64(3), {"n": 3, "w": np.ones(2)}, settings)
     assert restore(tmp_path, {"n": 0, "w": np.zeros(2)}, settings)["n"] == 3
-    with pytest.raises(CheckpointError, match=r"The settings can't be saved: .*Use what JSON knows"):
+    with pytest.raises(CheckpointError, match=r"The settings can't be saved: .*Use JSON's types"):
         save(tmp_path, 4, make(), {"size": np.int64(3)})
-    wrong = {"step": -1}, {"step": True}, {"step": 4.0}, {"step": "4"}
-    for options in (*wrong, *({"step": 4, "keep": keep} for keep in (0, True, 2.5, "3"))):
-        with pytest.raises(ValueError, match="steps count from 0, and at least one checkpoint stays"):
-            save(tmp_path, state=make(), settings=SETTINGS, **options)
+    for step in (-1, True, 4.0, "4"):
+        with pytest.raises(
+            ValueError, match=f"step is {step!r}, but it counts updates: pass a whole number of at least 0"
+        ):
+            save(tmp_path, step, make(), SETTINGS)
+    for keep in (0, True, 2.5, "3"):
+        with pytest.raises(
+            ValueError, match=f"keep is {keep!r}, but it counts checkpoints: pass a whole number of at least 1"
+        ):
+            save(tmp_path, 4, make(), SETTINGS, keep=keep)
 
 
 def test_other_shapes_and_structures(tmp_path):
@@ -238,7 +244,7 @@ def test_other_shapes_and_structures(tmp_path):
         restore(tmp_path, make() | {"step": jnp.float32(0)}, SETTINGS)
 
 
-def test_nothing_and_something_else(tmp_path):
+def test_an_empty_folder_and_one_of_something_else(tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoint: there is nothing to go on from"):
         restore(tmp_path, make(), SETTINGS)
     (tmp_path / "step_00000003").mkdir()

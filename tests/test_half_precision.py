@@ -1,4 +1,4 @@
-"""What is summed over time is summed in single precision at least, whatever the recurrence is computed in."""
+"""Sums over time are in single precision at least, whatever the recurrence is computed in."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ halves = pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=["flo
 
 @halves
 def test_norms(dtype):
-    """70,000 squares of 1 are more than float16 holds, and than bfloat16 tells from 70,144."""
+    """70,000 squares of 1: float16 overflows, and bfloat16 rounds the sum to 70,144."""
     ones = jnp.ones((1, 70_000), dtype)
     root = np.sqrt(70_000)
     np.testing.assert_allclose(norms.norm(ones), root, rtol=1e-6)
@@ -68,7 +68,7 @@ def test_textbook_and_pascanu():
 
 
 def test_norms_of_an_update():
-    """Squares beyond 65,504 come out of float16 as infinities."""
+    """Squares beyond 65,504 are infinite in float16."""
 
     def loss(params, carry, chunk, *, scan, key):
         return jnp.sum(300 * params), carry

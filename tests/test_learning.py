@@ -1,4 +1,4 @@
-"""What reaches far back is learned by the full gradient and not by a cut one: the short form of benchmarks/learning.py."""
+"""Long dependencies are learned by the full gradient and not by a truncated one: a short form of benchmarks/learning.py."""
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,12 @@ def as_users_run_it(strict):
 
 
 def sample(key, batch):
-    """The adding problem, all markers before the last chunk: the answer asks for what lies behind the cut."""
+    """The adding problem with all markers before the last chunk: the answer depends on steps behind the cut."""
     xs, ys, _ = tasks.adding_problem(steps=STEPS - WAIT).sample(key, batch)
     values = jax.random.uniform(jax.random.fold_in(key, 1), (WAIT, batch, 1))
     unmarked = jnp.concatenate([values, jnp.zeros_like(values)], axis=-1)
     last = jnp.broadcast_to(jnp.arange(STEPS)[:, None] == STEPS - 1, (STEPS, batch))
-    return bptt.Chunk(jnp.concatenate([xs, unmarked]), jnp.broadcast_to(ys[:1], (STEPS, batch, 1)), mask=last)
+    return bptt.streams.Chunk(jnp.concatenate([xs, unmarked]), jnp.broadcast_to(ys[:1], (STEPS, batch, 1)), mask=last)
 
 
 @pytest.mark.parametrize("truncation_length", [None, CUT])

@@ -1,4 +1,4 @@
-"""Losses are optax's means over valid steps, and nothing that stands in the padding matters."""
+"""Losses are optax's, averaged over valid steps, and nothing in the padding matters."""
 
 import inspect
 
@@ -98,7 +98,7 @@ def test_unbatched_and_nothing_valid():
 @each_loss
 @pytest.mark.costly
 def test_half_precision_is_added_up_in_single(kind, dtype, steps):
-    """In float16 the sum overflows at 65,504 and the count with it; in bfloat16 no number above 256 is counted on."""
+    """In float16 the sum and the count overflow at 65,504; in bfloat16 a count stops at 256."""
     loss, _, _ = setup(kind)
     rng = np.random.default_rng(0)
     outputs = jnp.asarray(4 * rng.standard_normal((steps, 3)), dtype)
@@ -114,7 +114,7 @@ def test_half_precision_is_added_up_in_single(kind, dtype, steps):
 
 
 def test_a_single_step():
-    """A row of logits and one class number: no time is needed to tell what they are."""
+    """A row of logits and one class number are told apart without a time axis."""
     logits = jnp.array([0.0, 1.0, -1.0])
     expected = losses.cross_entropy(logits[None], jnp.array([2]))
     assert inspect.unwrap(losses.cross_entropy)(logits, 2) == expected
@@ -129,7 +129,7 @@ def test_ones_against_zeros_in_half_precision():
 
 @pytest.mark.parametrize("label", [-4, -1, 3])
 @pytest.mark.costly
-def test_a_label_that_is_no_class_gives_nan_and_never_another_class(label):
+def test_a_label_that_is_not_a_class_gives_nan_and_never_another_class(label):
     logits, labels = jax.random.normal(jax.random.key(0), (4, 2, 3)), jnp.zeros((4, 2), int).at[1, 0].set(label)
     value, gradient = jax.jit(jax.value_and_grad(losses.cross_entropy))(logits, labels)
     assert jnp.isnan(value)
@@ -159,7 +159,7 @@ def test_ignored_labels_and_a_mask_together():
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8])
 @pytest.mark.costly
-def test_labels_of_few_bits_and_more_classes_than_they_hold(dtype):
+def test_labels_of_few_bits_and_more_classes_than_they_can_hold(dtype):
     logits, labels = jax.random.normal(jax.random.key(0), (3, 300)), jnp.array([0, 100, 127])
     expected = losses.cross_entropy(logits, labels)
     assert losses.cross_entropy(logits, labels.astype(dtype)) == expected
@@ -207,7 +207,7 @@ def test_labels_of_few_bits_and_more_classes_than_they_hold(dtype):
         (
             lambda: inspect.unwrap(losses.cross_entropy)(jnp.ones(4), jnp.ones(4)),
             ValueError,
-            r"can't be told whether the classes are missing or the time",
+            r"can't be told whether the axis is time or classes",
         ),
         (
             lambda: losses.cross_entropy(jnp.ones((4, 0)), jnp.zeros(4, int)),
@@ -221,18 +221,18 @@ def test_labels_of_few_bits_and_more_classes_than_they_hold(dtype):
         ),
         (
             lambda: inspect.unwrap(losses.cross_entropy)(jnp.ones((4, 2)), jnp.zeros(4, int), ignore_label=-1.0),
-            TypeError,
-            r"ignore_label is -1.0, but it is a class number",
+            ValueError,
+            r"ignore_label is -1\.0, but labels of int64 are from .*: pass a whole number they can hold, or a mask",
         ),
         (
             lambda: losses.cross_entropy(jnp.ones((4, 2)), jnp.zeros(4, jnp.uint8), ignore_label=-1),
             ValueError,
-            r"ignore_label is -1, but labels of uint8 hold no such number",
+            r"ignore_label is -1, but labels of uint8 are from 0 to 255: pass a whole number they can hold, or a mask",
         ),
         (
             lambda: losses.cross_entropy(jnp.ones((4, 2)), jnp.ones((4, 2)), ignore_label=-1),
             ValueError,
-            r"ignore_label is -1, but labels of float64 hold no such number",
+            r"ignore_label is -1, but labels of float64 are distributions, not class numbers: pass a mask",
         ),
     ],
 )

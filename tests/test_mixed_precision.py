@@ -1,4 +1,4 @@
-"""Products of bfloat16 factors with float32 weights, carry and sums: what is rounded, what is not, and that nothing drifts."""
+"""Products of bfloat16 factors with float32 weights, carry and sums: what is rounded, and that nothing drifts."""
 
 import jax
 import jax.numpy as jnp
@@ -52,16 +52,16 @@ def test_gradients_are_those_of_float32_up_to_the_rounding(name):
 
     @jax.jit
     def gradients(params, xs):
-        ways = {way: (scan, cell) for way, scan in EXACT.items()} | {"float32": (bptt.scan, full)}
+        strategies = {name: (scan, cell) for name, scan in EXACT.items()} | {"float32": (bptt.scan, full)}
         loss = lambda params, xs, scan, cell: jnp.mean(scan(cell, params, init, xs)[1] ** 2)
-        return {way: jax.grad(loss, argnums=(0, 1))(params, xs, *pair) for way, pair in ways.items()}
+        return {name: jax.grad(loss, argnums=(0, 1))(params, xs, *pair) for name, pair in strategies.items()}
 
     found = gradients(params, xs)
-    for way, gradient in found.items():
+    for strategy, gradient in found.items():
         for mine, exact in zip(jax.tree.leaves(gradient), jax.tree.leaves(found["float32"]), strict=True):
             error = np.linalg.norm(mine - exact) / np.linalg.norm(exact)
-            assert error < 0.02, (way, error)
-            assert error > 1e-4 or way == "float32", "rounded factors leave a trace"
+            assert error < 0.02, (strategy, error)
+            assert error > 1e-4 or strategy == "float32", "rounded factors leave a trace"
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -77,7 +77,7 @@ def test_the_carry_does_not_drift(name):
 
 
 def test_small_increments_are_not_lost():
-    """A memory that adds up 10,000 steps of 0.001: in bfloat16 it stops where the step falls under its resolution."""
+    """A memory that adds up 10,000 steps of 0.001: in bfloat16 it stops where 0.001 is below its resolution."""
     open_gate, steps = 30.0, 10_000
 
     def total(dtype, **options):

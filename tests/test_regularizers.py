@@ -1,4 +1,4 @@
-"""Terms that keep a gradient alive: against their formulas; clipping in the recursion; first weights that keep it."""
+"""Regularisers against their formulas, clipping inside the recursion, and initial weights against vanishing gradients."""
 
 import math
 import re
@@ -31,8 +31,8 @@ def test_pascanu_is_its_formula(name, loss):
     np.testing.assert_allclose(omega, expected, rtol=1e-10)
 
 
-def test_pascanu_can_be_descended():
-    """Its gradient is right, and a step against it makes the norms of the gradient more even."""
+def test_descent_on_pascanu():
+    """Its gradient is right, and a step against it evens out the norms of the gradient over time."""
     cell = make_cell("elman")
     params, h_0, xs = problem(cell, 8)
     omega = jax.jit(lambda W: bptt.regularizers.pascanu(cell, params._replace(W_hh=W), h_0, xs, LOSSES["all steps"]))
@@ -130,7 +130,7 @@ def test_wrong_clip(clip):
         bptt.adjoint_scan(lambda w, h, x: (w * h, h), 1.0, 1.0, length=2, clip_adjoint=clip)
 
 
-def test_first_weights():
+def test_initial_weights():
     key = jax.random.key(0)
     gates = bptt.lstm(3, 5, recurrent_init=bptt.initializers.identity(0.5)).init(key).W_hh
     np.testing.assert_array_equal(gates, np.concatenate([0.5 * np.eye(5)] * 4))

@@ -1,4 +1,4 @@
-"""Chunks hold what the sequences hold, once each and in order; whatever is not a number is refused with its place."""
+"""Chunks hold every step of the sequences once and in order; what is not a number is refused with its position."""
 
 from functools import partial
 
@@ -22,8 +22,8 @@ from jaxbptt.tasks import InputError
     overlap=st.integers(0, 12),
     data=st.data(),
 )
-def test_rows_go_on_from_chunk_to_chunk(steps, batch, length, overlap, data):
-    """The valid new steps of a row, chunk after chunk, are a stretch of the series, and the rows together all of it."""
+def test_rows_continue_from_chunk_to_chunk(steps, batch, length, overlap, data):
+    """The valid new steps of a row, chunk after chunk, are consecutive; the rows together are the whole series."""
     if steps - 1 < batch:
         return
     series = np.random.default_rng(0).standard_normal((steps, 2))
@@ -48,7 +48,7 @@ def test_rows_go_on_from_chunk_to_chunk(steps, batch, length, overlap, data):
     np.testing.assert_array_equal(np.concatenate([np.array(row).reshape(-1, 2) for row in targets]), series[1:])
 
 
-def test_positions_go_on_over_epochs_and_can_be_resumed():
+def test_positions_count_through_epochs_and_can_be_resumed():
     stream = streams.rows(np.arange(14), batch=2, chunk_length=3)
     assert len(stream) == stream.chunks == len(list(stream)) == 3
     chunks = stream.start()
@@ -59,20 +59,20 @@ def test_positions_go_on_over_epochs_and_can_be_resumed():
     assert chunks.position == resumed.position == 6
 
 
-def test_targets_and_encoding_of_ones_own():
+def test_given_targets_and_encoding():
     letters = np.frombuffer(b"abcabc", np.uint8)
-    chunk = streams.rows(letters, batch=1, chunk_length=5, encode=lambda part: part - ord("a")).at(0)
+    chunk = streams.rows(letters, batch=1, chunk_length=5, encode=lambda letters: letters - ord("a")).at(0)
     assert chunk.xs[:, 0].tolist() == [0, 1, 2, 0, 1]
     assert chunk.targets[:, 0].tolist() == [1, 2, 0, 1, 2]
-    chunk = streams.rows(letters, 2.0 * np.arange(6), batch=1, chunk_length=6, encode=lambda part: part - ord("a")).at(
-        0
-    )
+    chunk = streams.rows(
+        letters, 2.0 * np.arange(6), batch=1, chunk_length=6, encode=lambda letters: letters - ord("a")
+    ).at(0)
     assert chunk.xs[:, 0].tolist() == [0, 1, 2, 0, 1, 2]
     assert chunk.targets[:, 0].tolist() == [0, 2, 4, 6, 8, 10]
 
 
-def test_a_file_is_read_where_it_is_needed(tmp_path):
-    """Of 400 MB on disk, a chunk reads its own stretches; the array is never copied."""
+def test_a_file_is_read_only_where_it_is_needed(tmp_path):
+    """Of 400 MB on disk, a chunk reads only its own steps; the array is never copied."""
     path = tmp_path / "long.npy"
     values = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(100_000_000, 1))
     values[-1] = values[50_000_000] = 1
@@ -81,9 +81,9 @@ def test_a_file_is_read_where_it_is_needed(tmp_path):
 
     class Watched(np.memmap):
         def __getitem__(self, index):
-            part = super().__getitem__(index)
-            reads.append(part.size)
-            return part
+            read = super().__getitem__(index)
+            reads.append(read.size)
+            return read
 
     mapped = np.load(path, mmap_mode="r").view(Watched)
     stream = streams.rows(mapped, batch=2, chunk_length=10)
@@ -105,9 +105,9 @@ def test_episodes_follow_each_other():
         there = np.flatnonzero(whole.mask[:, row])
         assert begins[0] == 0
         assert (there == np.arange(len(there))).all(), "padding at the end only"
-        for part in np.split(there, begins[1:]):
-            found.append((whole.xs["a"][part, row], whole.xs["b"][part, row], whole.targets[part, row]))
-    assert sorted(len(part[0]) for part in found) == sorted(lengths)
+        for steps in np.split(there, begins[1:]):
+            found.append((whole.xs["a"][steps, row], whole.xs["b"][steps, row], whole.targets[steps, row]))
+    assert sorted(len(xs) for xs, *_ in found) == sorted(lengths)
     for (xs, targets), n in zip(data, lengths, strict=True):
         assert any(
             len(a) == n and (a == xs["a"]).all() and (b == np.arange(n)).all() and (t == targets).all()
@@ -116,7 +116,7 @@ def test_episodes_follow_each_other():
 
 
 def test_sequences_of_several_dtypes_become_one():
-    """Nothing is cut off: halves stay halves, and the dtype is the same in every chunk."""
+    """No value is rounded to fit: halves stay halves, and the dtype is the same in every chunk."""
     data = [(np.array([1, 2, 3]), None), (np.array([0.5, 1.5, 2.5]), None), (np.array([9], ">i2"), None)]
     for stream in (streams.episodes(data, batch=1, chunk_length=3), streams.padded(data, batch=1)):
         chunks = list(stream)
@@ -177,7 +177,7 @@ def test_pad():
         streams.pad(bptt.Chunk(jnp.ones((2, 1)), jnp.ones((3, 1))), 4)
 
 
-def test_what_is_not_a_number_is_reported_with_its_place():
+def test_missing_and_nonfinite_values_are_reported_with_their_position():
     series = np.ones((20, 2))
     series[15, 1] = np.nan
     stream = streams.rows(series, batch=2, chunk_length=3)
@@ -209,7 +209,7 @@ def test_errors():
         (partial(streams.rows, np.array(["a", "b"]), batch=1, chunk_length=1), "values are of dtype <U1"),
         (partial(streams.rows, np.array(1.0), batch=1, chunk_length=1), r"values have shape \(\)"),
         (partial(streams.episodes, [], batch=1, chunk_length=1), "There are no sequences"),
-        (partial(streams.episodes, [pair, np.ones(3)], batch=1, chunk_length=1), r"sequences\[1\] is no pair"),
+        (partial(streams.episodes, [pair, np.ones(3)], batch=1, chunk_length=1), r"sequences\[1\] is not a pair"),
         (
             partial(streams.padded, [(np.ones(3), np.ones(2))], batch=1),
             r"sequences\[0\] has leaves of \[2, 3\] time steps",

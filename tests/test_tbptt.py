@@ -84,7 +84,7 @@ def test_updates_equal_a_loop(every, back, length):
     for number in range(min(6, row // new)):
         stop = (number + 1) * new
         first = max(stop - length, 0)
-        while before < first:  # with the params of now
+        while before < first:  # with the current params
             carry, before = net()[0].step(params.cell, carry, rows[before])[0], before + 1
         (value, carries), gradient = reference(
             params,
@@ -113,13 +113,13 @@ def test_updates_equal_a_loop(every, back, length):
 
 @pytest.mark.parametrize("name", [*EXACT, "truncated_scan", "windowed_scan"])
 @pytest.mark.costly
-def test_any_strategy_and_nothing_is_lost(name):
-    """At learning rate 0 an epoch in ragged chunks is one pass over the data: every step's loss once, and the last carries."""
-    ways = EXACT | {
+def test_every_strategy_counts_every_step_once(name):
+    """At learning rate 0, an epoch in uneven chunks adds up every step's loss once, and ends with the last carries."""
+    strategies = EXACT | {
         "truncated_scan": partial(bptt.truncated_scan, truncation_length=2),
         "windowed_scan": partial(bptt.windowed_scan, window=2),
     }
-    init, update = bptt.tbptt(loss, optax.sgd(0.0), scan=ways[name])
+    init, update = bptt.tbptt(loss, optax.sgd(0.0), scan=strategies[name])
     series = values(24)  # 23 steps: rows of 12 and 11, chunks of 5, 5 and 2
     stream = streams.rows(series, batch=BATCH, chunk_length=5)
     state, total = start(init), 0.0
@@ -129,8 +129,8 @@ def test_any_strategy_and_nothing_is_lost(name):
         total += float(metrics.loss) * chunk.mask.sum()
     cell = net()[0]
     expected, carries = 0.0, []
-    for part in (slice(0, 12), slice(12, 23)):
-        xs, targets = series[:-1][part], series[1:][part]
+    for row in (slice(0, 12), slice(12, 23)):
+        xs, targets = series[:-1][row], series[1:][row]
         carry, ys = python_loop(cell, state.params.cell, cell.initial_carry(), jnp.asarray(xs))
         expected += float(jnp.sum(jnp.mean((ys @ state.params.W_hy.T - targets) ** 2, axis=-1)))
         carries.append(carry)
@@ -173,17 +173,17 @@ def test_burn_in_has_neither_gradient_nor_loss():
         assert_close(new_state.carry, carries[-1])
 
 
-def test_what_does_not_count_is_still_taken():
-    """A task's mask says which steps count; the others are steps all the same, unless they are padding."""
+def test_masked_steps_still_update_the_carry():
+    """A task's mask says which steps count in the loss; the others update the carry too, unless they are padding."""
     init, update = bptt.tbptt(loss, optax.sgd(0.0))
     state, series = start(init), jnp.asarray(values(14)).reshape(7, BATCH, FEATURES)
     xs, targets, last = series[:-1], series[1:], jnp.zeros((6, BATCH), bool).at[-1].set(True)
-    new_state, metrics = jax.jit(update)(state, bptt.Chunk(xs, targets, last))
+    new_state, metrics = jax.jit(update)(state, streams.Chunk(xs, targets, last))
     value, carries = by_hand(state.params, state.carry, xs, targets, counted=jnp.array([5]))
     np.testing.assert_allclose(metrics.loss, value, rtol=1e-12)
     assert_close(new_state.carry, carries[-1])
     ends_early = jnp.ones((6, BATCH), bool).at[-1, 0].set(False)
-    new_state, metrics = jax.jit(update)(state, bptt.Chunk(xs, targets, last, valid=ends_early))
+    new_state, metrics = jax.jit(update)(state, streams.Chunk(xs, targets, last, valid=ends_early))
     np.testing.assert_allclose(
         metrics.loss, by_hand(state.params, state.carry[1:], xs[:, 1:], targets[:, 1:], jnp.array([5]))[0], rtol=1e-12
     )
@@ -196,7 +196,7 @@ def test_burn_in_without_inputs():
         return h, h
 
     init, update = bptt.tbptt(power, optax.sgd(1.0), burn_in=2)
-    state, metrics = update(init(jnp.array(0.5), jnp.array(1.0), jax.random.key(0)), bptt.Chunk(jnp.zeros((5, 1))))
+    state, metrics = update(init(jnp.array(0.5), jnp.array(1.0), jax.random.key(0)), streams.Chunk(jnp.zeros((5, 1))))
     np.testing.assert_allclose(metrics.loss, 0.5**5)
     np.testing.assert_allclose(0.5 - state.params, 3 * 0.5**4)  # of w³ times the 0.5² that came before
 
@@ -220,7 +220,7 @@ def test_burn_in_with_resets_and_a_reset_carry():
     assert_close(burnt.carry, jax.jit(plain_update)(plain(params, state.carry, state.key), chunk)[0].carry)
 
 
-def test_one_trace_for_an_epoch_that_ends_ragged():
+def test_one_trace_for_an_epoch_with_a_shorter_last_chunk():
     init, update = bptt.tbptt(loss, optax.adam(1e-2), truncation_length=9, update_every=4)
     update = jax.jit(chex.assert_max_traces(update, n=1))
     state = start(init)
@@ -235,7 +235,7 @@ def test_metrics():
     def linear(params, carry, chunk, *, scan, key):
         return sum(jnp.vdot(p, g) for p, g in zip(params.values(), gradient.values(), strict=True)), carry
 
-    chunk = bptt.Chunk(jnp.zeros((2, 1)))
+    chunk = streams.Chunk(jnp.zeros((2, 1)))
     zeros = jax.tree.map(jnp.zeros_like, gradient)
     for clip, clipped in ((optax.clip(3.5), 2 / 3), (optax.clip_by_global_norm(12.0), 1.0), (optax.clip(12.0), 0.0)):
         init, update = bptt.tbptt(linear, optax.sgd(1.0), clip=clip)
@@ -247,7 +247,7 @@ def test_metrics():
         assert_close(state.params, jax.tree.map(jnp.negative, clip.update(gradient, clip.init(zeros))[0]))
 
 
-def test_resumed_from_a_copy_it_goes_on_bit_for_bit():
+def test_a_resumed_run_continues_bit_for_bit():
     def noisy(params, carry, chunk, *, scan, key):
         value, carry = loss(params, carry, chunk, scan=scan, key=key)
         return value + 0.1 * jax.random.normal(key) * jnp.sum(params.W_hy), carry
@@ -278,7 +278,7 @@ def test_each_update_has_a_key_of_its_own():
     init, update = bptt.tbptt(seen, optax.sgd(0.0))
     state, found = init(jnp.ones(()), (), jax.random.key(0)), []
     for _ in range(3):
-        state, metrics = update(state, bptt.Chunk(jnp.zeros((1, 1))))
+        state, metrics = update(state, streams.Chunk(jnp.zeros((1, 1))))
         found.append(float(metrics.loss))
     assert len(set(found)) == 3
 
@@ -287,7 +287,7 @@ def test_params_without_a_derivative_are_left_alone():
     params = {"w": jnp.ones(()), "n": jnp.array(3), "key": jax.random.key(0)}
     square = lambda params, carry, chunk, *, scan, key: (params["w"] ** 2 * params["n"].astype(float), carry)
     init, update = bptt.tbptt(square, optax.adam(0.1))
-    state, _ = jax.jit(update)(init(params, (), jax.random.key(1)), bptt.Chunk(jnp.zeros((1, 1))))
+    state, _ = jax.jit(update)(init(params, (), jax.random.key(1)), streams.Chunk(jnp.zeros((1, 1))))
     assert state.params["n"] == 3
     assert state.params["w"] < 1
 
@@ -318,7 +318,7 @@ def test_weakly_typed_params_are_traced_once():
     init, update = bptt.tbptt(square, optax.adam(0.1))
     update, state = jax.jit(chex.assert_max_traces(update, n=1)), init({"w": 0.5}, (), jax.random.key(0))
     for _ in range(3):
-        state, _ = update(state, bptt.Chunk(jnp.zeros((1, 1))))
+        state, _ = update(state, streams.Chunk(jnp.zeros((1, 1))))
 
 
 def test_memory_of_a_run_does_not_grow():

@@ -1,8 +1,7 @@
 r"""A training run's state on disk, by orbax: written whole or not at all, and read back only if every byte is as it was.
 
-Beside the arrays stands a record: the settings of the run, the name, shape and dtype of every leaf, a SHA-256 of all that and of
-the numbers, and one of each file. It is needed, since the array store that orbax writes reads a piece of an array that has gone
-as zeros.
+Beside the arrays is a record: the settings of the run, the name, shape and dtype of every leaf, a SHA-256 of all that and
+of the numbers, and one of each file. It is needed because orbax's array store reads missing data as zeros.
 orbax is imported only where it is used (extra `train`).
 """
 
@@ -13,7 +12,6 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import jax
 import numpy as np
 from jax.core import ShapedArray, Tracer
 
+from jaxbptt.arrays import check_count
 from jaxbptt.trees import is_key
 
 _FORMAT = "jaxbptt checkpoint 1"
@@ -29,31 +28,31 @@ _STEP = re.compile(r"step_(\d+)")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that can't be written, read or used here; the message says why in one line."""
+    """A checkpoint that can't be written, read or used; the message says why in one line."""
 
 
 def save(
     folder: str | Path, step: int, state: Any, settings: Mapping[str, Any], *, keep: int = 3, older: bool = False
 ) -> Path:
-    """Write `folder/step_…`, whole or not at all, then remove all but the newest ones.
+    """Write `folder/step_…`, whole or not at all, then remove all but the newest checkpoints.
 
-    A process that is killed here leaves the earlier checkpoints as they were, and a temporary folder that the next `save`
+    A process killed while saving leaves the earlier checkpoints as they were, and a temporary folder that the next `save`
     removes. With several processes all of them call it, with the same arguments and a folder that all of them see.
 
     Args:
-        folder: made where it doesn't exist.
+        folder: created if it doesn't exist.
         step: names the checkpoint; larger is newer.
-        state: a pytree of arrays, typed keys of `jax.random` among them; sharded over devices and processes or not.
-        settings: what the run was started with, as JSON knows it; `restore` asks for the same.
-        keep: how many of the newest stay.
-        older: allow a step before the newest one that is there. It stays as well, but `restore` reads the newest.
+        state: a pytree of arrays, which may include typed keys of `jax.random`; sharded over devices and processes or not.
+        settings: what the run was started with, in JSON's types; `restore` asks for the same.
+        keep: how many of the newest checkpoints are kept.
+        older: allow a step before the newest one in the folder. Both are kept, but `restore` reads the newest.
 
     Returns:
         The checkpoint's own folder.
 
     Raises:
-        CheckpointError: what can't be written, such as a leaf that is no number or array; a step that is there already, or
-            is older than another. All but what only writing shows is found before a file is touched.
+        CheckpointError: a state that can't be saved, such as a leaf that is not numeric; a step that exists already or is
+            older than the newest. These are found before a file is touched; a failed write raises it too.
         ValueError: a step below 0, or `keep` below 1.
         ImportError: without orbax.
 
@@ -67,25 +66,29 @@ def save(
     """
     ocp = _orbax()
     folder = Path(folder).absolute()
-    step, settings = _checked(step, keep), _plain(settings)
+    check_count("step", step, "it counts updates", least=0)
+    check_count("keep", keep, "it counts checkpoints")
+    step, settings = int(step), _plain(settings)
     path = folder / f"step_{step:08d}"
     if path.exists():
-        raise CheckpointError(f"{path} is there already: a checkpoint is never written over. Use another folder.")
+        raise CheckpointError(f"{path} exists already: a checkpoint is never overwritten. Use another folder.")
     newest = latest(folder)
     if newest is not None and step < newest and not older:
         raise CheckpointError(
-            f"{folder} has a checkpoint of step {newest} already, and `restore` would go on from that, not from step {step}. "
-            "Use another folder, or pass older=True."
+            f"{folder} has a checkpoint of step {newest} already, and `restore` would go on from that, not from step "
+            f"{step}. Use another folder, or pass older=True."
         )
     _check_leaves(state)
     named = _named_leaves(state)
     record = _record(step, named, settings)
     record["sha256"] = _digest(record, named)
+    # Written under another name and renamed at the end, which file systems do at once or not at all. Only one process
+    # makes, renames and removes folders; the arrays are written by all, each its own shards.
     saving = path.with_name(f"{path.name}.saving")
     try:
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            _sweep(folder)
+            _remove_leftovers(folder)
             saving.mkdir()
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             checkpointer.save(saving / "state", args=ocp.args.StandardSave(_by_number(named)))
@@ -106,13 +109,13 @@ def restore(folder: str | Path, like: Any, settings: Mapping[str, Any]) -> Any:
     Args:
         folder: what `save` was given.
         like: a pytree of arrays with the shapes, dtypes and shardings wanted, such as the state that training starts from.
-        settings: to be equal to those that were saved.
+        settings: must equal those that were saved.
 
     Returns:
         The state, in the structure of `like`, every bit as it was saved.
 
     Raises:
-        CheckpointError: no checkpoint, one of something else, of other settings or shapes, or one that is damaged.
+        CheckpointError: no checkpoint; one that is damaged, or has another format, other settings or other shapes.
         ImportError: without orbax.
     """
     ocp = _orbax()
@@ -135,37 +138,24 @@ def restore(folder: str | Path, like: Any, settings: Mapping[str, Any]) -> Any:
     ]
     if _digest(record, dict(leaves)) != record["sha256"]:
         raise _damaged(path, "its numbers are not those that were saved")
-    originals, structure = jax.tree.flatten(like)
+    wanted, structure = jax.tree.flatten(like)
     return structure.unflatten(
-        jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(original)) if is_key(original) else leaf
-        for original, (_, leaf) in zip(originals, leaves, strict=True)
+        jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(one)) if is_key(one) else leaf
+        for one, (_, leaf) in zip(wanted, leaves, strict=True)
     )
 
 
 def latest(folder: str | Path) -> int | None:
-    """The step of the newest checkpoint that was written to its end; None where there is none."""
+    """The step of the newest complete checkpoint; None if there is none."""
     return max(_steps(Path(folder)), default=None)
 
 
-def _checked(step: Any, keep: int) -> int:
-    try:
-        whole = not isinstance(step, bool) and not isinstance(keep, bool) and index(step) >= 0 and index(keep) >= 1
-    except TypeError:
-        whole = False
-    if not whole:
-        raise ValueError(
-            f"step is {step!r} and keep is {keep!r}: both are whole numbers, steps count from 0, and at least one checkpoint "
-            "stays."
-        )
-    return index(step)
-
-
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings as they will be read again."""
+    """The settings as JSON will give them back."""
     try:
         return json.loads(json.dumps(dict(settings)))
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"The settings can't be saved: {_one_line(error)}. Use what JSON knows.") from None
+        raise CheckpointError(f"The settings can't be saved: {_one_line(error)}. Use JSON's types.") from None
 
 
 def _orbax() -> Any:
@@ -177,12 +167,12 @@ def _orbax() -> Any:
 
 
 def _steps(folder: Path) -> list[int]:
-    """In order. Until it is whole a checkpoint has a longer name."""
+    """Steps of the complete checkpoints, in order; an incomplete one has a longer name, which doesn't match."""
     names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     return sorted(int(match[1]) for match in map(_STEP.fullmatch, names) if match)
 
 
-def _sweep(folder: Path) -> None:
+def _remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left half written or half removed."""
     for path in folder.glob("step_*"):
         if re.fullmatch(r"step_\d+\.(saving|removing)", path.name):
@@ -190,28 +180,28 @@ def _sweep(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    # Under another name first: half a checkpoint must not look like one.
+    # Renamed first: a half-removed checkpoint must not look like a complete one.
     removing = path.with_name(f"{path.name}.removing")
     os.rename(path, removing)
     shutil.rmtree(removing)
 
 
 def _check_leaves(state: Any) -> None:
-    """Refuse what is no array of numbers, while nothing is written yet."""
+    """Refuse leaves that are not numeric, before anything is written."""
     leaves = [
         (f"leaf {jax.tree_util.keystr(path)}" if path else "it", leaf)
         for path, leaf in jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda leaf: leaf is None)[0]
     ]
     for name, leaf in leaves:
-        if leaf is not None and (wrong := _wrong(leaf)):
-            raise CheckpointError(f"The state can't be saved: {name} {wrong}.")
+        if leaf is not None and (problem := _problem(leaf)):
+            raise CheckpointError(f"The state can't be saved: {name} {problem}.")
     if not any(np.size(leaf) for _, leaf in leaves if leaf is not None):
         found = ", ".join(f"{name} is {'None' if leaf is None else 'empty'}" for name, leaf in leaves)
         raise CheckpointError(f"The state has no numbers to save: {found or 'it has no leaves'}.")
 
 
-def _wrong(leaf: Any) -> str | None:
-    """Why a leaf can't be saved."""
+def _problem(leaf: Any) -> str | None:
+    """Why a leaf can't be saved; None if it can."""
     if isinstance(leaf, Tracer):
         return "is traced: call save outside of jax.jit"
     if isinstance(leaf, jax.Array) and leaf.is_deleted():
@@ -227,7 +217,7 @@ def _wrong(leaf: Any) -> str | None:
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by path, keys as the numbers they are."""
+    """Leaves by path, random keys by their data."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
         jax.tree_util.keystr(path): jax.random.key_data(leaf) if is_key(leaf) else leaf
@@ -236,7 +226,7 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def _by_number(named: Mapping[str, Any]) -> dict[str, Any]:
-    """Names that fit any file system; the record tells which is which. Arrays without a number can't be stored."""
+    """Leaves by number: names that fit any file system, in the record's order. orbax can't store empty arrays."""
     return {f"{number:05d}": leaf for number, leaf in enumerate(named.values()) if leaf.size}
 
 
@@ -250,8 +240,8 @@ def _record(step: int, named: Mapping[str, Any], settings: Mapping[str, Any]) ->
 
 
 def _digest(record: Mapping[str, Any], named: Mapping[str, Any]) -> str:
-    parts = {key: record[key] for key in ("format", "step", "settings", "leaves")}
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    described = {key: record[key] for key in ("format", "step", "settings", "leaves")}
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for leaf in named.values():
         digest.update(np.ascontiguousarray(_on_host(leaf)).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
@@ -284,17 +274,17 @@ def _write(path: Path, text: str) -> None:
 
 
 def _read_record(path: Path, step: int) -> dict[str, Any]:
-    """The record, if it and all files are as they were: orbax doesn't read what is damaged without a word too many."""
+    """The record, if it and all files are as they were. orbax's own errors don't say what is damaged."""
     try:
         record = json.loads((path / _RECORD).read_bytes())
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path} is not a checkpoint of jaxbptt, or has lost its record: there is no {_RECORD} in it."
+            f"{path} is not a checkpoint of jaxbptt, or has lost its record: it has no {_RECORD}. Use another folder."
         ) from None
     except (OSError, ValueError) as error:
         raise _damaged(path, f"its record can't be read, {_one_line(error)}") from None
     if not isinstance(record, dict) or record.get("format") != _FORMAT:
-        raise CheckpointError(f"{path} is not a checkpoint of this version of jaxbptt.")
+        raise CheckpointError(f"{path} is not a checkpoint of this version of jaxbptt. Use another folder.")
     if not {"step", "settings", "leaves", "sha256", "files"} <= record.keys() or record["step"] != step:
         raise _damaged(path, f"its record is not that of step {step}")
     try:
@@ -308,19 +298,24 @@ def _read_record(path: Path, step: int) -> dict[str, Any]:
     return record
 
 
-def _compare(path: Path, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    settings = saved["settings"], here["settings"]
-    keys = [*here["settings"], *(key for key in saved["settings"] if key not in here["settings"])]
-    # As text, in which nan equals nan.
-    differ = [key for key in keys if len({json.dumps(each.get(key), sort_keys=True) for each in settings}) > 1]
+def _compare(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise unless two records have the same settings and leaves."""
+
+    def as_text(value):
+        return json.dumps(value, sort_keys=True)  # in which nan equals nan
+
+    there, here = saved["settings"], wanted["settings"]
+    differ = [key for key in {**here, **there} if as_text(there.get(key)) != as_text(here.get(key))]
     if differ:
-        words = (f"{key} = {settings[0].get(key)}, but here it is {settings[1].get(key)}" for key in differ)
+        words = (f"{key} = {there.get(key)}, but here it is {here.get(key)}" for key in differ)
         raise CheckpointError(f"{path} was saved with {'; '.join(words)}. Use the same, or another folder.")
-    theirs, ours = ({name: f"{dtype}{shape}" for name, shape, dtype in record["leaves"]} for record in (saved, here))
-    for name in [*ours, *theirs]:
-        if ours.get(name) != theirs.get(name):
-            there, wanted = theirs.get(name, "absent"), ours.get(name, "absent")
-            raise CheckpointError(f"{path} doesn't fit: leaf {name} is {there} in it, but {wanted} here.")
+    there, here = ({name: f"{dtype}{shape}" for name, shape, dtype in record["leaves"]} for record in (saved, wanted))
+    for name in {**here, **there}:
+        if here.get(name) != there.get(name):
+            raise CheckpointError(
+                f"{path} doesn't fit: leaf {name} is {there.get(name, 'absent')} in it, but {here.get(name, 'absent')} "
+                "here. Use another folder."
+            )
 
 
 def _damaged(path: Path, reason: str) -> CheckpointError:

@@ -1,7 +1,7 @@
-r"""Chunks, what `tbptt` updates on, and streams of them.
+r"""Chunks, which `tbptt` takes one per update, and streams of them.
 
-Row i of a chunk goes on where row i of the chunk before it stopped. A stream gives the chunk at any position, so that the
-position is all there is to save of it.
+Row i of a chunk continues row i of the chunk before. A stream gives the chunk at any position, so to resume it only the
+position has to be saved.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,16 +18,16 @@ from jaxbptt.words import counted
 
 
 class Chunk(NamedTuple):
-    """A stretch of time of a batch of sequences; leaves are `[time, batch, ...]`.
+    """Consecutive time steps of a batch of sequences; leaves are `[time, batch, ...]`.
 
     Attributes:
         xs: inputs.
         targets: what the loss compares the outputs with.
         mask: booleans `[time, batch]`, True where a step counts in the loss. `None`: all do.
         is_first: booleans `[time, batch]`, True where a new sequence begins: the row's carry is reset before that step.
-            `None`: all go on from the chunk before.
-        valid: booleans `[time, batch]`, False where a step is padding: it is not taken, the carry is held, and it does not
-            count, whatever the mask says. `None`: none is.
+            `None`: all rows continue from the chunk before.
+        valid: booleans `[time, batch]`, False where a step is padding: it is skipped, the carry is held, and it does not
+            count in the loss, whatever the mask says. `None`: no step is padding.
     """
 
     xs: Any
@@ -39,11 +39,11 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Stream:
-    """Chunks by position, epoch after epoch; all of one shape, so that what they go through is traced once.
+    """Chunks by position, epoch after epoch; all of one shape, so that a function of them is traced once.
 
     Attributes:
         read: `(epoch, index) -> Chunk` of numpy arrays.
-        chunks: in an epoch.
+        chunks: how many there are in an epoch.
     """
 
     read: Callable[[int, int], Chunk]
@@ -58,7 +58,7 @@ class Stream:
         return (self.at(position) for position in range(self.chunks))
 
     def at(self, position: int) -> Chunk:
-        """The chunk at a position, counted from 0 and on through all epochs."""
+        """The chunk at a position, counted from 0 through all epochs."""
         return self.read(*divmod(int(position), self.chunks))
 
     def start(self, position: int = 0) -> "StreamIterator":
@@ -68,7 +68,7 @@ class Stream:
 
 @dataclass
 class StreamIterator:
-    """Goes through a stream; `position` is that of the chunk that comes next, and all there is to save."""
+    """An iterator over a stream; `position` is that of the next chunk, and all that has to be saved."""
 
     stream: Stream
     position: int
@@ -85,16 +85,16 @@ class StreamIterator:
 
 
 def is_first_from_done(done: Bool[ArrayLike, " time *batch"], *, first: Any = True) -> Bool[Array, " time *batch"]:
-    r"""Where sequences begin, from where they end: one step later.
+    r"""Where sequences begin, from where the ones before them end: one step later.
 
     is_firstₜ = doneₜ₋₁
 
-    With `done` as most environments return it, of the transition that step t takes, the observation of step t + 1 is the
-    first of a new episode, and the carry is reset before it is consumed.
+    Most environments return `done` for the transition of step t. The observation of step t + 1 is then the first of a new
+    episode, and the carry is reset before it is read.
 
     Args:
         done: booleans `[time, *batch]`, True at the last step of an episode.
-        first: `done` of the step before the first one here, `[*batch]`; True where a rollout starts afresh.
+        first: `done` of the step before the first one here, `[*batch]`; True where a rollout starts.
 
     Returns:
         Booleans `[time, *batch]`.
@@ -116,25 +116,26 @@ def is_first_from_done(done: Bool[ArrayLike, " time *batch"], *, first: Any = Tr
     first = as_array("first", first, f"{done.shape[1:]} of booleans")
     if first.dtype != jnp.bool_ or first.shape not in ((), done.shape[1:]):
         raise ValueError(
-            f"first is {first.dtype}{list(first.shape)}, but booleans of shape {done.shape[1:]} are expected, or True or False."
+            f"first is {first.dtype}{list(first.shape)}, but booleans of shape {done.shape[1:]} are expected, or True or "
+            "False."
         )
     before = jnp.broadcast_to(first, done.shape[1:])[None]
     return jnp.concatenate([before, done])[: len(done)]
 
 
 def pad(chunk: Chunk, length: int) -> Chunk:
-    r"""The chunk padded to a length with steps that are not valid, for a last one that is shorter than the others.
+    r"""A chunk padded to a length with steps that are not valid, for a last chunk that is shorter than the others.
 
     Args:
         chunk: leaves `[time, batch, ...]`.
-        length: time steps, at least as many as there are.
+        length: time steps, at least as many as the chunk has.
 
     Returns:
-        A `Chunk` with leaves `[length, batch, ...]`, zeros (or the last entry, for random keys) after the end, and all flags.
+        A `Chunk` with leaves `[length, batch, ...]` and all flags; the padding is zeros, for random keys the last entry.
 
     Raises:
         ValueError: `length` is shorter than the chunk, or a leaf has no batch axis.
-        TypeError: no `Chunk`.
+        TypeError: not a `Chunk`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -149,7 +150,7 @@ def pad(chunk: Chunk, length: int) -> Chunk:
     meaning = f"the chunk has {counted(steps, 'time step')}"
     check_count("length", length, meaning, least=steps, way_out="cut it, or pad to more")
 
-    def longer(leaf):
+    def extended(leaf):
         leaf = jnp.asarray(leaf)
         if is_key(leaf):
             return leaf[jnp.minimum(jnp.arange(length), steps - 1)]
@@ -157,7 +158,7 @@ def pad(chunk: Chunk, length: int) -> Chunk:
 
     mask, valid = (jnp.ones((steps, batch), bool) if flag is None else flag for flag in (chunk.mask, chunk.valid))
     is_first = jnp.zeros((steps, batch), bool) if chunk.is_first is None else chunk.is_first
-    return jax.tree.map(longer, Chunk(chunk.xs, chunk.targets, mask, is_first, valid))
+    return jax.tree.map(extended, Chunk(chunk.xs, chunk.targets, mask, is_first, valid))
 
 
 def _time_and_batch(chunk: Chunk) -> tuple[int, int]:

@@ -1,19 +1,18 @@
 r"""Losses over time, on optax's: per step or at the last step only, with masks for sequences that end early.
 
-A masked step is taken out before the loss is computed, not multiplied by zero after, so whatever stands in the padding,
-nan included, changes neither value nor gradient. Outputs in half precision are raised to float32 first, and the loss is
-rounded to their dtype at the end: sums and counts over thousands of steps have no place in float16, nor digits in bfloat16.
+A masked step is left out before the loss is computed, not multiplied by zero afterwards, so whatever is in the padding,
+nan included, changes neither value nor gradient. Outputs in half precision are converted to float32 first, and the loss is
+rounded to their dtype at the end: sums and counts over thousands of steps overflow float16 and lose digits in bfloat16.
 """
 
 from collections.abc import Callable
-from operator import index
 from typing import Any, Literal
 
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Float
 
-from jaxbptt.arrays import as_array, at_least_float32, check_callable
+from jaxbptt.arrays import as_array, at_least_float32, check_callable, check_count
 
 Reduction = Literal["mean", "sum"]
 
@@ -34,17 +33,17 @@ def cross_entropy(
         logits: yₜ, `[time, *batch, classes]`.
         labels: class numbers `[time, *batch]` from 0 on, or distributions ŷₜ over classes with the shape of `logits`.
         mask: boolean `[time, *batch]`, True where a step counts; all of them by default.
-        ignore_label: the class number of steps that do not count, such as −1 or −100 in data made for other libraries.
+        ignore_label: the class number of steps that don't count, such as −1 or −100 in data made for other libraries.
         reduction: `"mean"` over valid steps, or `"sum"`, the Σₜ of the textbook.
 
     Returns:
-        The loss in nats, in the dtype of `logits`; 0 where no step is valid. A label that is negative or no class of
+        The loss in nats, in the dtype of `logits`; 0 where no step is valid. A label that is negative or not a class of
         `logits`, at a step that counts, makes it nan, and the gradient of that step too.
 
     Raises:
-        ValueError: shapes that do not fit, logits without classes, an `ignore_label` that the labels can't hold, a
-            reduction of another name.
-        TypeError: a mask that is not boolean, an `ignore_label` that is no whole number; what is no array of real numbers.
+        ValueError: shapes that don't fit, logits without classes, an `ignore_label` that the labels can't hold, another
+            `reduction`.
+        TypeError: a mask that is not boolean; arguments that are not arrays of real numbers.
 
     Example:
         >>> import jax.numpy as jnp
@@ -69,8 +68,8 @@ def cross_entropy(
         )
     if logits.ndim == 1 and not by_number:
         raise ValueError(
-            f"logits and labels both have shape {logits.shape}: without class numbers it can't be told whether the classes are "
-            "missing or the time. Give them [time, classes], a single step as [1, classes]."
+            f"logits and labels both have shape {logits.shape}: without class numbers it can't be told whether the axis is "
+            "time or classes. Give them [time, classes], a single step as [1, classes]."
         )
     mask = _check_mask(mask, logits.shape[:-1])
     if ignore_label is not None:
@@ -80,10 +79,10 @@ def cross_entropy(
     logits = jnp.where(mask[..., None], logits.astype(at_least_float32(dtype)), 0)
     if by_number:
         labels = jnp.where(mask, labels, 0)
-        # No number beyond its own range is compared with the labels: it would come back as another one.
+        # Compared within the labels' own range: a larger bound would wrap around in a narrow integer dtype.
         known = (labels >= 0) & (labels <= min(classes - 1, jnp.iinfo(labels.dtype).max))
         per_step = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(known, labels, 0))
-        # A product, so that the gradient is nan as well.
+        # A product, not jnp.where, so that the gradient is nan as well.
         per_step = per_step * jnp.where(known, 1, jnp.nan).astype(per_step.dtype)
     else:
         labels = jnp.where(mask[..., None], labels.astype(logits.dtype), 1 / classes)
@@ -112,8 +111,8 @@ def mean_squared_error(
         The loss, in squared units of the targets and the dtype of `outputs`; 0 where no step is valid.
 
     Raises:
-        ValueError: shapes that do not fit, outputs without features, a reduction of another name.
-        TypeError: a mask that is not boolean; what is no array of real numbers.
+        ValueError: shapes that don't fit, outputs without features, another `reduction`.
+        TypeError: a mask that is not boolean; arguments that are not arrays of real numbers.
 
     Example:
         >>> import jax.numpy as jnp
@@ -135,7 +134,7 @@ def mean_squared_error(
 
 
 def final_step(loss: Callable[..., Any]) -> Callable[..., Any]:
-    r"""The same loss on the last step only, as for classifying a whole sequence; with a mask, on each row's last valid one.
+    r"""The same loss on the last step only, to classify whole sequences; with a mask, on each row's last valid step.
 
     L = L_τ(y_τ, ŷ_τ),  τ = T, or the last t whose mask is True
 
@@ -144,11 +143,11 @@ def final_step(loss: Callable[..., Any]) -> Callable[..., Any]:
 
     Returns:
         `final_loss(outputs, targets, *, mask=None, **options)`. `targets` may have a time axis, as for `loss`, or be those
-        of the last step alone, without one. Rows without a valid step do not count.
+        of the last step alone, without one. Rows without a valid step don't count.
 
     Raises:
-        ValueError: from the returned function, shapes that do not fit.
-        TypeError: a loss that is no function.
+        ValueError: from the returned function, shapes that don't fit.
+        TypeError: a loss that is not a function.
 
     Example:
         >>> import jax.numpy as jnp
@@ -189,9 +188,10 @@ def final_step(loss: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_per_step(targets: Array, outputs: Array) -> bool:
-    """Where time and batch are as long as each other, shapes alone don't tell: class numbers of all steps are integers."""
+    """Whether targets have a time axis where shapes alone don't tell, time and batch being equally long."""
     if targets.shape == outputs.shape:
         return True
+    # [time, batch] of integers are class numbers of every step; of floats, [batch, features] of the last step.
     return targets.shape == outputs.shape[:-1] and bool(jnp.issubdtype(targets.dtype, jnp.integer))
 
 
@@ -216,18 +216,14 @@ def _real(name: str, array: Any, expected: str) -> Array:
 
 
 def _check_ignored(ignore_label: Any, dtype: Any) -> int:
-    try:
-        number = None if isinstance(ignore_label, bool) else index(ignore_label)
-    except TypeError:
-        number = None
-    if number is None:
-        raise TypeError(f"ignore_label is {ignore_label!r}, but it is a class number: pass a whole number, such as -1.")
-    if not jnp.issubdtype(dtype, jnp.integer) or not jnp.iinfo(dtype).min <= number <= jnp.iinfo(dtype).max:
+    if not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(
-            f"ignore_label is {number}, but labels of {dtype} hold no such number: pass class numbers as signed integers, "
-            "or a mask."
+            f"ignore_label is {ignore_label!r}, but labels of {dtype} are distributions, not class numbers: pass a mask."
         )
-    return number
+    least, most = int(jnp.iinfo(dtype).min), int(jnp.iinfo(dtype).max)
+    meaning = f"labels of {dtype} are from {least} to {most}"
+    check_count("ignore_label", ignore_label, meaning, least, most, "pass a whole number they can hold, or a mask")
+    return int(ignore_label)
 
 
 def _check_reduction(reduction: Any) -> None:

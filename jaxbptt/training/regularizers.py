@@ -1,4 +1,4 @@
-r"""Terms to add to a loss so that gradients neither vanish nor explode: pure functions, to be differentiated and jitted."""
+r"""Terms to add to a loss so that gradients neither vanish nor explode: pure functions that can be jitted."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,13 +25,13 @@ def pascanu(
     *,
     length: int | None = None,
 ) -> Float[Array, ""]:
-    r"""Pascanu's Ω: asks of every step that it keeps the size of the gradient that goes back through it.
+    r"""Pascanu's Ω: penalises every step that changes the size of the gradient going back through it.
 
     Ω = Σₜ (‖dₜ₊₁ᵀ Jₜ₊₁‖ / ‖dₜ₊₁‖ − 1)²,  dₜ = ∂L/∂hₜ
 
-    Unlike a penalty on the weights, it looks only at the direction in which the gradient comes. Steps which no gradient
-    reaches count as 0. Time of about three gradients, memory O(T n). Its own gradient is taken in full, through the states
-    and through d; the original leaves those out.
+    Unlike a penalty on the weights, it looks only at the direction of the gradient. Steps that no gradient reaches count
+    as 0. Time of about three gradients, memory O(T n). Its own gradient is taken in full, through the states and through d;
+    the original leaves those out.
 
     Args:
         step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
@@ -67,6 +67,7 @@ def pascanu(
     over_time = map_over_time(to_state, one_at_a_time=traced.one_at_a_time)
     (passed_on,) = pull(lambda carries: over_time(traced.params, carries, r.xs), (carries,), flow.adjoints)
     before, after = norm_over_time(passed_on), norm_over_time(flow.adjoints)
+    # The inner where keeps the division, and with it the gradient, finite where no gradient arrives.
     ratio = jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1)
     return jnp.sum((ratio - 1) ** 2).astype(flow.loss.dtype)
 
@@ -82,23 +83,23 @@ def gradient_flossing(
     burn_in: int = 0,
     qr_every: int = 1,
 ) -> Float[Array, ""]:
-    r"""Gradient flossing: keeps the largest Lyapunov exponents near 0, so that as many directions neither vanish nor explode.
+    r"""Gradient flossing: keeps the k largest Lyapunov exponents near 0; along k directions gradients then last.
 
     1/k Σ_{i≤k} λᵢ²
 
-    It needs no loss and no targets: before training, or now and then in it, a few steps of descent on this alone. The
-    gradient goes through the states and the QR factorisations. Cost: that of `lyapunov_exponents`, and about three times as
-    much with its gradient.
+    It needs no loss and no targets: minimise it alone for a few steps, before training or now and then during it. Its
+    gradient goes through the states and the QR factorisations. It costs as much as `lyapunov_exponents`, and about three
+    times that with its gradient.
 
     Args:
         step: `step(params, carry, x) -> (carry, y)`, or a `Cell`, differentiable in forward mode.
         params: θ, any pytree.
-        init: c₀ without batch axis; `jax.vmap` and a mean for a batch.
+        init: c₀ without batch axis; for a batch, use `jax.vmap` and take the mean.
         xs: inputs, leaves `[time, features]`, or `None` with `length`.
         num_exponents: k, from 1 to n.
         length: T, needed where `xs` is `None`.
-        burn_in: steps at the start that are not averaged.
-        qr_every: steps between two QR factorisations.
+        burn_in: time steps at the start that are left out of the average.
+        qr_every: time steps between two QR factorisations.
 
     Returns:
         The mean square, in (nats per step)².

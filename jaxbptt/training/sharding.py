@@ -1,7 +1,7 @@
-r"""Where a run's arrays lie on many devices: rows of a batch apart, everything else everywhere.
+r"""A training run on many devices: the rows of a batch are sharded, everything else is replicated.
 
-JAX does the rest: an `update` compiled for arrays that lie so runs each row where it is, and adds the gradients up. Who
-writes the exchange out with `jax.shard_map`, or lays arrays out on an Explicit mesh, calls the strategies as on one device.
+JAX does the rest: an `update` compiled for arrays with this sharding computes each row on its own device and adds the
+gradients up. With `jax.shard_map`, or on an Explicit mesh, the strategies are called as on one device.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from jaxbptt.words import counted
 
 
 def shard_state(state: TrainState, mesh: Mesh) -> TrainState:
-    r"""A `TrainState` on a mesh: the carry by rows over the mesh's first axis, the rest on every device.
+    r"""A `TrainState` on a mesh: the carry's rows sharded over the mesh's first axis, the rest replicated.
 
     Args:
         state: as `init` returns it; leaves of its carry are `[batch, ...]`. Every process passes the same.
@@ -29,7 +29,7 @@ def shard_state(state: TrainState, mesh: Mesh) -> TrainState:
 
     Raises:
         ValueError: a carry whose rows can't be shared out evenly.
-        TypeError: no `TrainState`, no mesh.
+        TypeError: not a `TrainState`, or not a mesh.
 
     Example:
         >>> import jax, optax
@@ -51,7 +51,7 @@ def shard_state(state: TrainState, mesh: Mesh) -> TrainState:
 
 
 def shard_chunk(chunk: Chunk, mesh: Mesh) -> Chunk:
-    r"""A `Chunk` on a mesh, by rows over the mesh's first axis.
+    r"""A `Chunk` on a mesh, its rows sharded over the mesh's first axis.
 
     Args:
         chunk: leaves `[time, batch, ...]`. Every process passes the whole chunk; each of its devices gets its rows.
@@ -62,7 +62,7 @@ def shard_chunk(chunk: Chunk, mesh: Mesh) -> Chunk:
 
     Raises:
         ValueError: rows that can't be shared out evenly.
-        TypeError: no `Chunk`, no mesh.
+        TypeError: not a `Chunk`, or not a mesh.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -79,11 +79,11 @@ def shard_chunk(chunk: Chunk, mesh: Mesh) -> Chunk:
 def _check(value: Any, expected: type, mesh: Any) -> None:
     for given, kind in ((value, expected), (mesh, Mesh)):
         if not isinstance(given, kind):
-            raise TypeError(f"Got a {type(given).__name__} where a {kind.__name__} is expected.")
+            raise TypeError(f"Got a {type(given).__name__}, but a {kind.__name__} is expected: pass one.")
 
 
 def _automatic(mesh: Mesh) -> Mesh:
-    """The same devices, where the compiler and not the program decides how what lies between is laid out."""
+    """The same devices with axes of type Auto: the compiler chooses how intermediate values are sharded."""
     return Mesh(mesh.devices, mesh.axis_names)
 
 
@@ -103,7 +103,7 @@ def _place(tree: Any, mesh: Mesh, axis: int, root: str) -> Any:
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> Any:
-    """Each process hands over what its own devices need; random keys by their data."""
+    """A leaf on the mesh; each process provides what its own devices need. Random keys are placed by their data."""
     if not is_array(leaf):
         return leaf
     if is_key(leaf):

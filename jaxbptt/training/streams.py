@@ -1,6 +1,6 @@
 r"""Sequences too long, too many or too unequal for one array, cut into chunks of one shape.
 
-Arrays are read where a chunk needs them and not before: a `numpy.memmap` is never in memory as a whole.
+An array is read only when a chunk needs it, and only there: a `numpy.memmap` is never in memory as a whole.
 """
 
 import functools
@@ -38,28 +38,29 @@ def rows(
     overlap: int = 0,
     encode: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Stream:
-    r"""One long sequence, cut into contiguous rows that run side by side.
+    r"""One long sequence, cut into contiguous rows that are read side by side.
 
-    Row i has steps i R + 1 … (i + 1) R of the N there are, R = ⌈N / batch⌉; chunk j has steps j C + 1 … (j + 1) C of each row.
+    Row i has steps i R + 1 … (i + 1) R of N, R = ⌈N / batch⌉; chunk j has steps j C + 1 … (j + 1) C of each row.
 
-    Nothing is dropped: the last rows may be shorter, and the last chunk is padded, with steps that are not valid. Carries are reset where an
-    epoch begins, since row i ends where row i + 1 began. Reading a chunk takes time and memory of its own size.
+    Nothing is dropped: the last rows may be shorter, and the last chunk is padded with steps that are not valid. Carries are
+    reset at the start of an epoch, since row i then jumps back from its end to its beginning. Reading a chunk takes time
+    and memory in proportion to its size.
 
     Args:
         values: `[time]` or `[time, features]`, integers, booleans or real numbers; an array or a `numpy.memmap`.
         targets: as long as `values`; by default the values one step later, and the last one is only a target.
         batch: rows.
         chunk_length: C, new time steps in a chunk.
-        overlap: time steps of the chunk before that each chunk begins with again, for `tbptt` with a `truncation_length`
+        overlap: time steps at the end of a chunk that the next one begins with, for `tbptt` with a `truncation_length`
             above `update_every`.
-        encode: maps a stretch of `values` to what the network reads, such as `lambda bytes: table[bytes]`.
+        encode: maps consecutive `values` to what the network reads, such as `lambda bytes: table[bytes]`.
 
     Returns:
         A `Stream` of chunks with xs and targets `[overlap + C, batch, ...]`, mask, is_first and valid.
 
     Raises:
         ValueError: sizes below 1, more rows than steps, values that are not numbers, targets of another length.
-        InputError: when a chunk is read that is not finite or has missing values, with their place.
+        InputError: when a chunk is read that has missing values or values that are not finite, with their position.
 
     Example:
         >>> import numpy as np
@@ -90,25 +91,27 @@ def rows(
     row_length = -(-steps // batch)
 
     def read(epoch: int, index: int) -> Chunk:
+        # `start`, `low` and `high` count steps of a row, `begin` steps of the whole sequence. The first chunk has no steps
+        # before it to overlap with, so its `start` is negative and its first `overlap` steps are padding.
         start = index * chunk_length - overlap
-        pieces = []
+        placed = []
         for row in range(batch):
             begin = row * row_length
             low = max(start, 0)
             high = min(start + overlap + chunk_length, row_length, steps - begin)
             if low >= high:
                 continue
-            low_here, high_here = begin + low, begin + high
             if targets is None:
-                block = _finite("values", values, low_here, high_here + 1)
-                block = block if encode is None else encode(block)
-                x, y = block[:-1], block[1:]
+                # One step more, so that the last input has a target. Encoded once: inputs and targets are the same values.
+                encoded = _finite("values", values, begin + low, begin + high + 1)
+                encoded = encoded if encode is None else encode(encoded)
+                x, y = encoded[:-1], encoded[1:]
             else:
-                x = _finite("values", values, low_here, high_here)
+                x = _finite("values", values, begin + low, begin + high)
                 x = x if encode is None else encode(x)
-                y = _finite("targets", targets, low_here, high_here)
-            pieces.append(_Piece(row, low - start, x, y, begins=low == 0))
-        return _put_together(pieces, overlap + chunk_length, batch)
+                y = _finite("targets", targets, begin + low, begin + high)
+            placed.append(_Placed(row, low - start, x, y, begins=low == 0))
+        return _assemble(placed, overlap + chunk_length, batch)
 
     return Stream(read, -(-row_length // chunk_length))
 
@@ -116,8 +119,8 @@ def rows(
 def episodes(sequences: Sequence[tuple[Any, Any]], *, batch: int, chunk_length: int) -> Stream:
     r"""Sequences of different lengths, one after the other in each row, with `is_first` where one begins.
 
-    Every episode goes whole into the row that is the shortest so far; only the ends of the rows are padded. `padded` gives each
-    sequence a row of its own.
+    Every episode is put whole into the row that is shortest so far; only the ends of the rows are padded. `padded` gives
+    each sequence a row of its own.
 
     Args:
         sequences: episodes, pairs (xs, targets) of arrays `[time, ...]`, or trees of them; targets may be `None`.
@@ -129,7 +132,7 @@ def episodes(sequences: Sequence[tuple[Any, Any]], *, batch: int, chunk_length: 
 
     Raises:
         ValueError: sizes below 1, no episodes, an empty one, one whose leaves disagree on time or with the others.
-        InputError: when a chunk is read that is not finite or has missing values, with their place.
+        InputError: when a chunk is read that has missing values or values that are not finite, with their position.
 
     Example:
         >>> import numpy as np
@@ -143,29 +146,31 @@ def episodes(sequences: Sequence[tuple[Any, Any]], *, batch: int, chunk_length: 
     """
     _check_counts(batch=batch, chunk_length=chunk_length)
     lengths, like = _lengths(sequences)
-    ends = [0] * batch
-    placed: list[list[tuple[int, int]]] = [[] for _ in range(batch)]  # for each row, (first step, episode)
+    row_lengths = [0] * batch
+    episodes_of: list[list[tuple[int, int]]] = [[] for _ in range(batch)]  # for each row, (first step, episode)
     for number, length in enumerate(lengths):
-        row = ends.index(min(ends))
-        placed[row].append((ends[row], number))
-        ends[row] += length
+        row = row_lengths.index(min(row_lengths))
+        episodes_of[row].append((row_lengths[row], number))
+        row_lengths[row] += length
 
     def read(epoch: int, index: int) -> Chunk:
         start = index * chunk_length
-        pieces = []
-        for row, row_episodes in enumerate(placed):
-            # From the last one that begins at or before the chunk.
-            for begin, number in row_episodes[max(bisect(row_episodes, (start, len(lengths))) - 1, 0) :]:
+        placed = []
+        for row, row_episodes in enumerate(episodes_of):
+            # The first episode that can reach into the chunk is the last that begins at `start` or before; the pair
+            # (start, len(lengths)) sorts right behind it.
+            first = max(bisect(row_episodes, (start, len(lengths))) - 1, 0)
+            for begin, number in row_episodes[first:]:
                 if begin >= start + chunk_length:
                     break
                 low = max(start, begin)
                 high = min(start + chunk_length, begin + lengths[number])
                 if low < high:
-                    x, y = _stretch(f"sequences[{number}]", sequences[number], low - begin, high - begin)
-                    pieces.append(_Piece(row, low - start, x, y, begins=low == begin))
-        return _put_together(pieces, chunk_length, batch, like)
+                    x, y = _read(f"sequences[{number}]", sequences[number], low - begin, high - begin)
+                    placed.append(_Placed(row, low - start, x, y, begins=low == begin))
+        return _assemble(placed, chunk_length, batch, like)
 
-    return Stream(read, -(-max(ends) // chunk_length))
+    return Stream(read, -(-max(row_lengths) // chunk_length))
 
 
 def padded(sequences: Sequence[tuple[Any, Any]], *, batch: int, seed: int | None = None) -> Stream:
@@ -173,15 +178,15 @@ def padded(sequences: Sequence[tuple[Any, Any]], *, batch: int, seed: int | None
 
     Args:
         sequences: pairs (xs, targets) of arrays `[time, ...]`, or trees of them; targets may be `None`.
-        batch: sequences in a chunk. Where their number is not a multiple of it, the rows left over have no valid step.
-        seed: of a new order in every epoch, the same at every start; `None` keeps the order given.
+        batch: sequences in a chunk. If their number is not a multiple of it, the rows left over have no valid step.
+        seed: shuffles the sequences anew in every epoch, the same way in every run; `None` keeps the order given.
 
     Returns:
         A `Stream` of chunks with xs and targets `[longest, batch, ...]`, mask, is_first and valid.
 
     Raises:
         ValueError: a batch below 1, no sequences, an empty one, one whose leaves disagree on time or with the others.
-        InputError: when a chunk is read that is not finite or has missing values, with their place.
+        InputError: when a chunk is read that has missing values or values that are not finite, with their position.
 
     Example:
         >>> import numpy as np
@@ -195,25 +200,25 @@ def padded(sequences: Sequence[tuple[Any, Any]], *, batch: int, seed: int | None
     lengths, like = _lengths(sequences)
     number_of_sequences, longest = len(lengths), max(lengths)
 
-    @functools.lru_cache(maxsize=1)
+    @functools.lru_cache(maxsize=1)  # one permutation for all chunks of an epoch
     def order(epoch: int) -> np.ndarray:
         if seed is None:
             return np.arange(number_of_sequences)
         return np.random.default_rng([seed, epoch]).permutation(number_of_sequences)
 
     def read(epoch: int, index: int) -> Chunk:
-        pieces = []
+        placed = []
         for row, place in enumerate(order(epoch)[index * batch : (index + 1) * batch]):
             number = int(place)
-            x, y = _stretch(f"sequences[{number}]", sequences[number], 0, lengths[number])
-            pieces.append(_Piece(row, 0, x, y, begins=True))
-        return _put_together(pieces, longest, batch, like)
+            x, y = _read(f"sequences[{number}]", sequences[number], 0, lengths[number])
+            placed.append(_Placed(row, 0, x, y, begins=True))
+        return _assemble(placed, longest, batch, like)
 
     return Stream(read, -(-number_of_sequences // batch))
 
 
-class _Piece(NamedTuple):
-    """A stretch of one sequence in a chunk: from time `at` on in `row`."""
+class _Placed(NamedTuple):
+    """Consecutive steps of one sequence, and where they stand in a chunk: in `row`, from time `at` on."""
 
     row: int
     at: int
@@ -222,64 +227,67 @@ class _Piece(NamedTuple):
     begins: bool
 
 
-def _put_together(pieces: list[_Piece], steps: int, batch: int, like: Any = None) -> Chunk:
-    """The pieces in their places; leaves are those of `like`, or of the first piece."""
+def _assemble(placed: list[_Placed], steps: int, batch: int, like: Any = None) -> Chunk:
+    """The chunk, zeros where nothing is placed; its leaves look like those of `like`, or of the first entry."""
     valid, is_first = np.zeros((2, steps, batch), bool)
 
-    def room(leaf):
+    def zeros(leaf):
         return np.zeros((steps, batch, *leaf.shape[1:]), leaf.dtype)
 
-    whole_xs, whole_targets = jax.tree.map(room, like or (pieces[0].xs, pieces[0].targets))
-    for row, at, xs, targets, begins in pieces:
+    chunk_xs, chunk_targets = jax.tree.map(zeros, like or (placed[0].xs, placed[0].targets))
+    for row, at, xs, targets, begins in placed:
 
         def write(to, leaf, row=row, at=at):
             to[at : at + len(leaf), row] = leaf
 
-        jax.tree.map(write, (whole_xs, whole_targets), (xs, targets))
+        jax.tree.map(write, (chunk_xs, chunk_targets), (xs, targets))
         valid[at : at + len(jax.tree.leaves(xs)[0]), row] = True
         is_first[at, row] = begins
-    return Chunk(whole_xs, whole_targets, valid, is_first, valid)
+    return Chunk(chunk_xs, chunk_targets, mask=valid, is_first=is_first, valid=valid)
 
 
 def _numbers(what: str, values: Any) -> Any:
-    """An array to read stretches of; not `np.asarray`, which would forget the mask of a masked array."""
+    """An array of numbers over time. Not by `np.asarray`, which would drop the mask of a masked array."""
     values = values if isinstance(values, np.ndarray) else as_numpy(values)
-    half = jnp.issubdtype(values.dtype, jnp.floating)  # bfloat16 is of another kind for numpy
-    if (values.dtype.kind not in "biuf" and not half) or values.dtype.itemsize > 8:
+    floating = jnp.issubdtype(values.dtype, jnp.floating)  # bfloat16 too, whose kind numpy calls V
+    if (values.dtype.kind not in "biuf" and not floating) or values.dtype.itemsize > 8:
         raise ValueError(
-            f"{what} are of dtype {values.dtype}, but integers, booleans or real numbers of at most 64 bits are expected."
+            f"{what} are of dtype {values.dtype}, but integers, booleans or real numbers of at most 64 bits are expected: "
+            "convert them."
         )
     if not values.ndim:
-        raise ValueError(f"{what} have shape (), but time is their first axis.")
+        raise ValueError(f"{what} have shape (), but time is their first axis: pass an array with one.")
     return values
 
 
 def _finite(what: str, values: Any, low: int, high: int) -> np.ndarray:
     """values[low:high], or an error that says where the first number is missing or not finite."""
-    block = values[low:high]
-    bad = np.ma.getmaskarray(block) if np.ma.isMaskedArray(block) else np.zeros(block.shape, bool)
-    block = _native(np.asarray(block))
-    if jnp.issubdtype(block.dtype, jnp.floating):
-        bad = bad | ~np.isfinite(block)
+    array = values[low:high]
+    bad = np.ma.getmaskarray(array) if np.ma.isMaskedArray(array) else np.zeros(array.shape, bool)
+    array = _native(np.asarray(array))
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        bad = bad | ~np.isfinite(array)
     if bad.any():
         place = np.argwhere(bad)[0]
-        word = "missing" if np.isfinite(block[tuple(place)]) else str(block[tuple(place)])
+        word = "missing" if np.isfinite(array[tuple(place)]) else str(array[tuple(place)])
         place[0] += low
         raise InputError(
             f"{what} {place.tolist()} is {word}: fill it in, or cut the sequence there, before it reaches the network."
         )
-    return block
+    return array
 
 
-def _stretch(what: str, sequence: tuple[Any, Any], low: int, high: int) -> tuple[Any, Any]:
-    def leaf(path, leaf):
+def _read(what: str, sequence: tuple[Any, Any], low: int, high: int) -> tuple[Any, Any]:
+    """Steps `low` to `high` of a pair (xs, targets)."""
+
+    def read_leaf(path, leaf):
         return _finite(what + jax.tree_util.keystr(path), _numbers(what, leaf), low, high)
 
-    return jax.tree_util.tree_map_with_path(leaf, tuple(sequence))
+    return jax.tree_util.tree_map_with_path(read_leaf, tuple(sequence))
 
 
 def _lengths(sequences: Sequence[tuple[Any, Any]]) -> tuple[list[int], Any]:
-    """Time steps of each, and what all of them look like: the shapes must agree, dtypes become the common one."""
+    """Time steps of each, and the leaves of all, empty: shapes must agree, dtypes are promoted to a common one."""
     if not isinstance(sequences, Sequence) or not sequences:
         raise ValueError(
             f"There are no sequences in this {type(sequences).__name__}: pass a list of at least one pair (xs, targets)."
@@ -288,28 +296,30 @@ def _lengths(sequences: Sequence[tuple[Any, Any]]) -> tuple[list[int], Any]:
     for number, sequence in enumerate(sequences):
         what = f"sequences[{number}]"
         if not isinstance(sequence, tuple | list) or len(sequence) != 2:
-            raise ValueError(f"{what} is no pair (xs, targets): pass (xs, None) where there are no targets.")
+            raise ValueError(f"{what} is not a pair (xs, targets): pass (xs, None) where there are no targets.")
         leaves = jax.tree.leaves(tuple(sequence))
         if not jax.tree.leaves(sequence[0]) or not all(np.ndim(leaf) for leaf in leaves):
             raise ValueError(f"{what} has no xs, or a leaf without a time axis: pass arrays, not lists of numbers.")
         sizes = {np.shape(leaf)[0] for leaf in leaves}
         if len(sizes) != 1 or not min(sizes):
             raise ValueError(
-                f"{what} has leaves of {sorted(sizes)} time steps: all of them must agree, and have at least 1."
+                f"{what} has leaves of {sorted(sizes)} time steps, but they must have the same number, at least 1: cut or "
+                "pad them, and leave out empty sequences."
             )
         lengths.append(sizes.pop())
         empties.append(jax.tree.map(lambda leaf, what=what: _native(_numbers(what, leaf)[:0]), tuple(sequence)))
         first, here = (jax.tree.map(lambda leaf: leaf.shape[1:], empty) for empty in (empties[0], empties[-1]))
         if first != here:
             raise ValueError(
-                f"{what} has (xs, targets) of shapes {here} at a time step, but sequences[0] has {first}: they must be the same."
+                f"{what} has (xs, targets) of shapes {here} at a time step, but sequences[0] has {first}: make them the "
+                "same."
             )
     return lengths, jax.tree.map(lambda *leaves: np.concatenate(leaves), *empties)
 
 
-def _native(block: np.ndarray) -> np.ndarray:
-    """In the machine's own byte order: JAX takes no other."""
-    return block.astype(block.dtype.newbyteorder("="), copy=False)
+def _native(array: np.ndarray) -> np.ndarray:
+    """In the machine's own byte order, the only one that JAX takes."""
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _check_counts(**counts: int) -> None:

@@ -1,7 +1,7 @@
-r"""Truncated BPTT as a pure update: the state goes on from chunk to chunk, the gradient does not.
+r"""Truncated BPTT as a pure update: the carry passes from chunk to chunk, the gradient does not.
 
-`tbptt` makes two functions in optax's style, and the loop is the user's. What makes a run is in one pytree, `TrainState`;
-saved and loaded again, it goes on as if nothing had happened.
+`tbptt` returns two functions in optax's style, and the loop is the user's. Everything a run needs is in one pytree,
+`TrainState`: saved and loaded, the run continues bit for bit.
 """
 
 from collections.abc import Callable
@@ -28,9 +28,9 @@ class TrainState(NamedTuple):
 
     Attributes:
         params: of the network, any pytree.
-        opt_state: of the clipping and the optimiser, for the params that have a derivative.
+        opt_state: states of the clipping and of the optimiser, for the differentiable params.
         carry: before the next chunk.
-        step: updates so far; where each chunk is used once, the position in the stream as well.
+        step: updates so far; where each chunk is used once, also the position in the stream.
         key: random key, split at each update.
     """
 
@@ -47,7 +47,7 @@ class Metrics(NamedTuple):
     Attributes:
         loss: before the update.
         gradient_norm: ‖dL/dθ‖₂ over all leaves, before clipping.
-        fraction_clipped: of the gradient's entries that are not 0, the share that clipping changed.
+        fraction_clipped: the share of the gradient's nonzero entries that clipping changed.
         carry_norm: ‖c‖₂ over all leaves and rows, after the chunk.
     """
 
@@ -81,43 +81,45 @@ def tbptt(
 ) -> TruncatedBPTT:
     r"""Truncated BPTT: an update every k₁ time steps, with a gradient that reaches back k₂ of them.
 
-    c, L = loss(θ, c, chunk),  θ ← θ + optimizer(clip(∂L/∂θ)),  with ∂c/∂θ = 0 for the carry that came in
+    c, L = loss(θ, c, chunk),  θ ← θ + optimizer(clip(∂L/∂θ)),  with ∂c/∂θ = 0 for the incoming carry
 
-    - neither length given: the gradient goes back to the start of the chunk (k₁ = k₂ = the chunk's length);
-    - `truncation_length` < `update_every`: it is cut inside the chunk too, every k₂ steps (`truncated_scan`), which needs
-      the memory of k₂ steps only, but computes each step twice: to save time, take shorter chunks;
-    - `truncation_length` > `update_every`: a chunk has k₂ steps, of which the first k₂ − k₁ are those that the chunk before
-      it ended with (`streams.rows(..., overlap=k₂ - k₁)`). They are run again with the params of now, the losses of the
-      last k₁ reach back into them, and only these count. Costs another k₁ steps forward, for the carry to go on with.
+    - Neither length given: the gradient goes back to the start of the chunk (k₁ = k₂ = the chunk's length).
+    - `truncation_length` < `update_every`: the gradient is also cut inside the chunk, every k₂ steps (`truncated_scan`).
+      This needs the memory of k₂ steps only, but computes each step twice: to save time, use shorter chunks.
+    - `truncation_length` > `update_every`: a chunk has k₂ steps. The first k₂ − k₁ are those that the chunk before ended
+      with (`streams.rows(..., overlap=k₂ - k₁)`); they are recomputed with the current params. Only the losses of the
+      last k₁ steps count, and their gradient reaches back through the whole chunk. It costs k₁ more forward steps, which
+      give the carry that the next chunk starts from.
 
-    One update costs what its gradient and the optimiser cost, and keeps nothing: memory does not grow with their number.
-    Chunks of one shape are traced once; pad a shorter one (`streams` do).
+    An update costs what its gradient and the optimiser cost; memory does not grow with the number of updates. Chunks of one
+    shape are traced once; pad a shorter one (`streams` do).
 
     Args:
         loss: `loss(params, carry, chunk, *, scan, key) -> (loss, carry)`. It unrolls the network with the `scan` it is
-            handed, `carry, ys = scan(step, params, carry, chunk.xs)`, which knows the chunk's `valid` and `is_first`; and
-            masks what it computes from the outputs with `chunk.mask`, as in `losses.cross_entropy(ys, chunk.targets,
-            mask=chunk.mask)`. `key` is another at every update.
-        optimizer: any of optax's, those that ask for the loss's value among them; schedules are part of it.
+            given, `carry, ys = scan(step, params, carry, chunk.xs)`, which already has the chunk's `valid` and `is_first`.
+            It masks what it computes from the outputs with `chunk.mask`, as in `losses.cross_entropy(ys, chunk.targets,
+            mask=chunk.mask)`. `key` is a new one at every update.
+        optimizer: any of optax's, including those that need the value of the loss; schedules belong to it.
         truncation_length: k₂, time steps.
-        update_every: k₁, time steps; by default the chunk's length, whatever it is.
+        update_every: k₁, time steps; by default the chunk's length.
         burn_in: time steps at the start of each chunk that only bring the carry up to date, without gradient or loss, as
             for replayed sequences with a stored state (Kapturowski et al. 2019).
         scan: the strategy; `adjoint_scan` by default. `truncation_length` < `update_every` sets it to `truncated_scan`.
-        clip: a transformation of the gradient before the optimiser, `optax.clip_by_global_norm(1.0)` or another. Only it
-            is counted in `fraction_clipped`.
+        clip: a transformation of the gradient before the optimiser, such as `optax.clip_by_global_norm(1.0)`. Only what it
+            changes counts in `fraction_clipped`.
 
     Returns:
         `init(params, carry, key) -> TrainState` and `update(state, chunk) -> (state, Metrics)`, to be jitted by the
-        caller, best with `donate_argnums=0`. A chunk is a `Chunk` with leaves `[time, batch, ...]`. Params without a
-        derivative, such as integers, are left as they are; a model with functions or flags among its leaves needs
+        caller, best with `donate_argnums=0`. A chunk is a `Chunk` with leaves `[time, batch, ...]`. Params that are not
+        differentiable, such as integers, are left unchanged; a model with functions or flags among its leaves needs
         `eqx.filter_jit` in place of `jax.jit`.
 
     Raises:
-        ValueError: lengths below 1, a `truncation_length` that cuts a `scan` of the user's, a `burn_in` where chunks
-            overlap; from `update`, a chunk of another length than they say.
-        TypeError: what is no function or no transformation of optax; from `init`, a key that is none; from `update`, a state or
-            chunk of another type, a loss that returns no pair.
+        ValueError: lengths below 1, a `truncation_length` below `update_every` together with a `scan`, a `burn_in` where
+            chunks overlap; from `update`, a chunk whose length doesn't match these options.
+        TypeError: a `loss` or `scan` that is not a function, an `optimizer` or `clip` that is not optax's; from `init`, a
+            `key` that is not a random key; from `update`, a state or chunk of another type, a loss that doesn't return a
+            pair.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -143,24 +145,18 @@ def tbptt(
         replay in distributed reinforcement learning, ICLR 2019.
     """
     check_callable("loss", loss, "loss(params, carry, chunk, *, scan, key) -> (loss, carry)")
-    for option, given in (("optimizer", optimizer), ("clip", optax.identity() if clip is None else clip)):
+    clip = optax.identity() if clip is None else clip
+    for option, given in (("optimizer", optimizer), ("clip", clip)):
         if not hasattr(given, "update"):
             raise TypeError(f"{option} is a {type(given).__name__}, but a transformation of optax's is expected.")
-    if scan is not None:
-        check_callable("scan", scan, "adjoint_scan, or another strategy")
-    overlap = _overlap(truncation_length, update_every, burn_in, scan)
-    if scan is not None:
-        strategy = scan
-    elif truncation_length is not None and overlap == 0:
-        strategy = partial(truncated_scan, truncation_length=truncation_length)
-    else:
-        strategy = adjoint_scan
-    clip = optax.identity() if clip is None else clip
-    uncounted = max(overlap, burn_in)
+    overlap = _overlap(truncation_length, update_every, burn_in)
+    strategy = _strategy(scan, truncation_length, update_every, overlap)
+    if burn_in:
+        strategy = partial(_with_burn_in, strategy, burn_in)
 
     def init(params: Any, carry: Any, key: Any) -> TrainState:
         check_key(key)
-        # Copies, since `update` may be given leave to reuse the memory of the state; some optimisers keep params in theirs.
+        # Copies, since the caller may donate the state to `update`; some optimisers keep the params in their own state.
         params, carry, key = jax.tree.map(_copied, (params, carry, key))
         trained = differentiable(params)
         opt_state = jax.tree.map(_copied, (clip.init(trained), optimizer.init(trained)))
@@ -168,9 +164,8 @@ def tbptt(
 
     def run(params: Any, carry: Any, chunk: Chunk, key: Any) -> tuple[Array, Any]:
         flags = {word: flag for word in ("valid", "is_first") if (flag := getattr(chunk, word)) is not None}
-        bound = partial(_with_burn_in, strategy, burn_in) if burn_in else strategy
-        counted = chunk._replace(mask=_counted(chunk, uncounted))
-        result = loss(params, carry, counted, scan=partial(_on_chunk, bound, flags), key=key)
+        chunk = chunk._replace(mask=_loss_mask(chunk, uncounted=max(overlap, burn_in)))
+        result = loss(params, carry, chunk, scan=partial(_on_chunk, strategy, flags), key=key)
         if not (isinstance(result, tuple) and len(result) == 2):
             raise TypeError(f"The loss returns a pair (loss, carry), but this one returned {type(result).__name__}.")
         return result
@@ -181,22 +176,23 @@ def tbptt(
                 f"update takes a TrainState, but got a {type(state).__name__}: pass what init(...) returned."
             )
         steps = _check_chunk(chunk, truncation_length, update_every, burn_in)
-        key, key_now = jax.random.split(state.key)
+        key, chunk_key = jax.random.split(state.key)
         trained, fixed = partition(state.params)
 
-        def of_trained(trained):
-            # The carry that came in is a number here, whatever it was computed from: that is the cut.
-            return run(combine(trained, fixed), state.carry, chunk, key_now)
+        def loss_of(trained):
+            # state.carry is a constant here, whatever params it was computed with: this is the truncation.
+            return run(combine(trained, fixed), state.carry, chunk, chunk_key)
 
-        (value, next_carry), gradient = jax.value_and_grad(of_trained, has_aux=True)(trained)
+        (value, next_carry), gradient = jax.value_and_grad(loss_of, has_aux=True)(trained)
         _check_carry(state.carry, next_carry)
         if overlap:
-            # The next chunk begins in the middle of this one.
-            new_part = jax.tree.map(lambda leaf: leaf[: steps - overlap], chunk)
-            next_carry = run(state.params, state.carry, new_part, key_now)[1]
+            # The next chunk starts inside this one, so the carry it needs is not the last one but that after k₁ steps.
+            before_next = jax.tree.map(lambda leaf: leaf[: steps - overlap], chunk)
+            next_carry = run(state.params, state.carry, before_next, chunk_key)[1]
         clip_state, opt_state = state.opt_state
         clipped, clip_state = clip.update(gradient, clip_state, trained)
-        extra = {"value": value, "grad": clipped, "value_fn": lambda trained: of_trained(trained)[0]}
+        # What optax passes to optimisers that take more than the gradient, such as line searches; unused, it costs nothing.
+        extra = {"value": value, "grad": clipped, "value_fn": lambda trained: loss_of(trained)[0]}
         updates, opt_state = optax.with_extra_args_support(optimizer).update(clipped, opt_state, trained, **extra)
         params = combine(optax.apply_updates(trained, updates), fixed)
         metrics = Metrics(
@@ -211,15 +207,15 @@ def tbptt(
 
 
 def _copied(leaf: Any) -> Any:
-    """A new array of a fixed dtype: that of a number would be another after the first update, and traced anew."""
+    """A new array of a fixed dtype: a weakly typed one changes its type at the first update, and would be traced twice."""
     if not is_array(leaf):
         return leaf
     copy = jnp.array(leaf, copy=True)
     return copy.astype(copy.dtype) if is_weak(copy) else copy
 
 
-def _overlap(truncation_length: Any, update_every: Any, burn_in: Any, scan: Any) -> int:
-    """How many steps a chunk shares with the one before it; raises where the options make no sense together."""
+def _overlap(truncation_length: Any, update_every: Any, burn_in: Any) -> int:
+    """How many steps a chunk shares with the one before it."""
     if truncation_length is not None:
         check_count("truncation_length", truncation_length, "it counts time steps")
     if update_every is not None:
@@ -228,19 +224,30 @@ def _overlap(truncation_length: Any, update_every: Any, burn_in: Any, scan: Any)
     overlap = max(truncation_length - update_every, 0) if truncation_length and update_every else 0
     if overlap and burn_in:
         raise ValueError(
-            f"burn_in={burn_in} was given with truncation_length={truncation_length} above update_every={update_every}, whose "
-            "chunks begin with steps that are run again anyway: leave one of them out."
-        )
-    if scan is not None and truncation_length is not None and not overlap and truncation_length != update_every:
-        raise ValueError(
-            f"truncation_length={truncation_length} cuts inside a chunk, which is a strategy of its own, and scan is another: "
-            "leave one of them out, or pass scan=partial(truncated_scan, truncation_length=...)."
+            f"burn_in={burn_in} was given with truncation_length={truncation_length} above update_every={update_every}, "
+            "whose chunks already begin with steps that only bring the carry up to date: leave one of them out."
         )
     return overlap
 
 
+def _strategy(scan: Any, truncation_length: Any, update_every: Any, overlap: int) -> Callable[..., Any]:
+    """The scan given, or the one that the lengths ask for."""
+    if scan is not None:
+        check_callable("scan", scan, "adjoint_scan, or another strategy")
+    if truncation_length is None or overlap:
+        return adjoint_scan if scan is None else scan
+    if scan is None:
+        return partial(truncated_scan, truncation_length=truncation_length)
+    if truncation_length != update_every:
+        raise ValueError(
+            f"truncation_length={truncation_length} cuts inside a chunk, which is done by truncated_scan, and another scan "
+            "was given: leave one of them out, or pass scan=partial(truncated_scan, truncation_length=...)."
+        )
+    return scan
+
+
 def _check_chunk(chunk: Any, truncation_length: Any, update_every: Any, burn_in: int) -> int:
-    """Time steps of a chunk, if it has as many as the lengths say."""
+    """The number of time steps of a chunk; raises unless it is what the options ask for."""
     if not isinstance(chunk, Chunk):
         raise TypeError(f"update takes a Chunk(xs, targets, ...), but got a {type(chunk).__name__}.")
     sizes = {jnp.shape(leaf)[0] if jnp.ndim(leaf) else 0 for leaf in jax.tree.leaves(chunk)}
@@ -252,15 +259,15 @@ def _check_chunk(chunk: Any, truncation_length: Any, update_every: Any, burn_in:
     if update_every is not None:
         expected = max(truncation_length or 0, update_every)
         if steps != expected:
-            more = f", the last {update_every} of them new (streams.rows(..., overlap=...))" * (expected > update_every)
+            new = f", the last {update_every} of them new (streams.rows(..., overlap=...))" * (expected > update_every)
             raise ValueError(
-                f"The chunk has {counted(steps, 'time step')}, but update_every={update_every} and truncation_length={truncation_length} "
-                f"take chunks of {expected}{more}: cut it, or pad it with streams.pad."
+                f"The chunk has {counted(steps, 'time step')}, but update_every={update_every} and "
+                f"truncation_length={truncation_length} take chunks of {expected}{new}: cut it, or pad it with streams.pad."
             )
     elif truncation_length is not None and steps < truncation_length:
         raise ValueError(
-            f"The chunk has {counted(steps, 'time step')}, but truncation_length is {truncation_length}: a gradient that reaches back "
-            "beyond the chunk needs update_every as well, and chunks that overlap."
+            f"The chunk has {counted(steps, 'time step')}, but truncation_length is {truncation_length}: a gradient that "
+            "reaches back beyond the chunk needs update_every as well, and chunks that overlap."
         )
     if burn_in >= steps:
         raise ValueError(
@@ -284,27 +291,28 @@ def _check_carry(before: Any, after: Any) -> None:
             )
 
 
-def _counted(chunk: Chunk, uncounted: int) -> Any:
-    """The chunk's mask for the loss: neither padding nor the first steps count."""
+def _loss_mask(chunk: Chunk, uncounted: int) -> Any:
+    """Where a step counts in the loss: not in padding, nor in the first `uncounted` steps. `None` if all do."""
     masks = [mask for mask in (chunk.mask, chunk.valid) if mask is not None]
     if uncounted:
         like = masks[0] if masks else jnp.empty(jax.tree.leaves((chunk.is_first, chunk.targets, chunk.xs))[0].shape[:2])
-        steps = jnp.arange(len(like)) >= uncounted
-        masks.append(jnp.broadcast_to(steps.reshape(-1, *(1,) * (like.ndim - 1)), like.shape))
+        counts = jnp.arange(len(like)) >= uncounted
+        masks.append(jnp.broadcast_to(counts.reshape(-1, *(1,) * (like.ndim - 1)), like.shape))
     return reduce(jnp.logical_and, masks) if masks else None
 
 
 def _on_chunk(
     scan: Callable[..., Any], flags: Any, step: Any, params: Any, init: Any, *args: Any, **options: Any
 ) -> Any:
-    """`scan` with the flags of a chunk, where the call has none of its own."""
+    """`scan` with the flags of a chunk, except those that the call gives itself."""
     flags = {word: flag for word, flag in flags.items() if word not in options}
     rows: Any = next((jnp.shape(flag)[1:2] for flag in flags.values()), ())
     for path, leaf in jax.tree_util.tree_leaves_with_path(differentiable(init)):
         if jnp.shape(leaf)[: len(rows)] != rows:
             raise ValueError(
-                f"The chunk has {rows[0]} rows, but {name('carry', path)} has shape {jnp.shape(leaf)}: rows are its first axis. "
-                f"Begin with a carry of as many, such as cell.initial_carry(({rows[0]},)), or cut the stream into as many."
+                f"The chunk has {rows[0]} rows, but {name('carry', path)} has shape {jnp.shape(leaf)}: rows are its first "
+                f"axis. Start from a carry with as many, such as cell.initial_carry(({rows[0]},)), or change the stream's "
+                "batch."
             )
     return scan(step, params, init, *args, **flags, **options)
 
@@ -320,27 +328,28 @@ def _with_burn_in(
     length: int | None = None,
     **options: Any,
 ) -> tuple[Any, Any]:
-    """`scan` whose first steps have no gradient, neither through the carry nor through their outputs."""
+    """`scan` whose first `burn_in` steps have no gradient, neither through the carry nor through their outputs."""
     lengths = (None, None) if length is None else (burn_in, length - burn_in)
     along_time = {word: options.pop(word) for word in ("valid", "is_first") if word in options}
-    before = jax.tree.map(lambda leaf: leaf[:burn_in], (xs, along_time))
-    after = jax.tree.map(lambda leaf: leaf[burn_in:], (xs, along_time))
+    xs_before, flags_before = jax.tree.map(lambda leaf: leaf[:burn_in], (xs, along_time))
+    xs_after, flags_after = jax.tree.map(lambda leaf: leaf[burn_in:], (xs, along_time))
+    # The options of a strategy say how its gradient is taken; of them only the carry at a reset changes values.
     resets = {"reset_carry": options["reset_carry"]} if "reset_carry" in options else {}
-    carry, ys = jax.lax.stop_gradient(
-        exact_scan(step, params, init, before[0], length=lengths[0], **before[1], **resets)
+    carry, ys_before = jax.lax.stop_gradient(
+        exact_scan(step, params, init, xs_before, length=lengths[0], **flags_before, **resets)
     )
-    carry, more_ys = scan(step, params, carry, after[0], length=lengths[1], **after[1], **options)
-    return carry, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), ys, more_ys)
+    carry, ys_after = scan(step, params, carry, xs_after, length=lengths[1], **flags_after, **options)
+    return carry, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), ys_before, ys_after)
 
 
 def _norm(tree: Any) -> Array:
-    """Of all leaves together. As optax's clipping computes it, so that the compiler finds one where there are two."""
+    """‖·‖₂ over all leaves. Written as optax's clipping writes it, so that the compiler merges the two."""
     wide = [leaf.astype(at_least_float32(leaf.dtype)) for leaf in jax.tree.leaves(tree)]
     return jnp.sqrt(sum((jnp.sum(jnp.real(leaf.conj() * leaf)) for leaf in wide), 0.0))
 
 
 def _fraction_changed(before: Any, after: Any) -> Array:
-    """The share of the entries that are not 0 and were changed."""
+    """The share of the nonzero entries that were changed."""
     pairs = list(zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
     changed = sum(jnp.sum(old != new) for old, new in pairs)
     entries = sum(jnp.sum(old != 0) for old, _ in pairs)
