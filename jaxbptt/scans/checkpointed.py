@@ -126,7 +126,8 @@ def _gradients_by_scan(over_time: Pass, length: int) -> Callable[..., Any]:
         diff, nondiff = partition((params, init, xs), flags=tuple(flags))
 
         def outputs(*diff):
-            carry, ys = over_time.run(*combine(diff, nondiff), length)
+            params, init, xs = combine(diff, nondiff)
+            carry, ys = over_time.run(params, init, xs, length)
             # `None` where no gradient comes back
             ys = jax.tree.map(lambda leaf, bar: None if bar is None else leaf, ys, ys_bar)
             return select(carry, flags.carry), ys

@@ -22,13 +22,13 @@ from jaxbptt.words import counted
 
 
 class Recurrence(NamedTuple):
-    """A step with its arguments, checked: `step(params, carry, x) -> (carry, y)` over `length` time steps, a number or symbolic."""
+    """A step with its arguments, checked: `step(params, carry, x) -> (carry, y)` over `length` time steps."""
 
     step: Callable[..., Any]
     params: Any
     init: Any
     xs: Any
-    length: Any
+    length: int
 
 
 def prepare(step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, length: Any, *flags: Any) -> Recurrence:
