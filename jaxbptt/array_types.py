@@ -1,7 +1,7 @@
 r"""Array types that say more than shape and dtype: sharding on an Explicit mesh, devices of a `shard_map`, weak types.
 
-JAX checks the first two at every operation, so zeros, and shapes to trace with, are made here with the whole type of the array
-that they are added to or stand for.
+JAX checks the first two at every operation, so zeros, and shapes to trace with, are made here with the whole type of the
+array that they are added to or stand for.
 """
 
 import math
@@ -97,7 +97,7 @@ def sharded_by_rows(leaf: Any, flags: Any) -> Any:
 
 
 def sharded_alike(*leaves: Any) -> Any:
-    """Arrays of one shape, on an Explicit mesh with one sharding: along each axis that of the first that is sharded there."""
+    """Arrays of one shape, on an Explicit mesh with one sharding: on each axis that of the first that is sharded there."""
     shardings = [jax.typeof(leaf).sharding for leaf in leaves]
     explicit = [sharding for sharding in shardings if is_explicit(sharding.mesh)]
     if not explicit:
@@ -116,7 +116,7 @@ def varying_alike(tree: Any) -> Any:
 
 
 def under_auto_axes(fn: Callable[[Any], Any], args: Any, likes: Any) -> Any:
-    """`fn(args)`; on an Explicit mesh, where each operation must know its result's sharding, the compiler chooses inside `fn`.
+    """`fn(args)`; on an Explicit mesh, where operations must know their result's sharding, the compiler chooses inside `fn`.
 
     The results are sharded like `likes`, a tree of the same structure.
     """

@@ -23,7 +23,7 @@ def is_ref(leaf: Any) -> bool:
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf is an array or a real number, and not a function, a flag or a size that a model keeps among its params."""
+    """Whether a leaf is an array or a real number, not a function, a flag or a size that a model keeps among its params."""
     return (hasattr(leaf, "dtype") and not is_ref(leaf)) or isinstance(leaf, float | complex)
 
 

@@ -97,8 +97,8 @@ def _on_any_mesh(adjoint: PerturbedAdjoint) -> PerturbedAdjoint:
 def _derivation(traced: TracedStep) -> Callable[[Perturbed], PerturbedAdjoint]:
     """The adjoint of a traced step for given leaves, derived once."""
     derived: dict[Any, PerturbedAdjoint] = {}
-    # What a custom_vjp with symbolic zeros saves may differ by what is perturbed, as it does of a strategy inside the step, and
-    # JAX remembers the structure that was traced last: so it is differentiated with respect to the same leaves throughout.
+    # What a custom_vjp with symbolic zeros saves may depend on what is perturbed, as for a strategy inside the step, and JAX
+    # remembers the structure that was traced last: so it is differentiated with respect to the same leaves throughout.
     together = "symbolic_zeros" in traced.primitives
     first = len(traced.shapes[0].leaves)
 
@@ -127,7 +127,7 @@ def _derivation(traced: TracedStep) -> Callable[[Perturbed], PerturbedAdjoint]:
 
 
 def _by_vjp(traced: TracedStep, perturbed: Perturbed, *, together: bool) -> PerturbedAdjoint:
-    """For a step that can't be sorted: backward and contract by `jax.vjp`, which recomputes the step in both, from the carries.
+    """For a step that can't be sorted: backward and contract by `jax.vjp`, both of which recompute the step from its carry.
 
     With `together` both differentiate with respect to all that is perturbed, and take of it what they need.
     """

@@ -1,7 +1,7 @@
 r"""The one evaluator of traced programs. A hook, `run`, says what becomes of each equation; by default it is computed.
 
-Whatever rewrites a program is such a hook: opening calls that only wrap a function, reading a weight in another layout, putting
-in another value for a variable.
+Whatever rewrites a program is such a hook: opening calls that only wrap a function, reading a weight in another layout,
+substituting another value for a variable.
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,7 @@
 r"""A step whose input has flags beside x: `is_first`, where its row is reset, and `valid`, where it is a step at all.
 
-Values and cotangents are selected by row, never multiplied by a flag: 0·∞ is nan. The params are (params of the step, carry to
-reset to, carry and input that padded steps run on).
+Values and cotangents are selected by row, never multiplied by a flag: 0·∞ is nan. The params are (params of the step,
+carry to reset to, carry and input that padded steps run on).
 """
 
 from typing import Any
@@ -74,8 +74,8 @@ def rematerialised_selects(step: Any) -> Any:
     """The same step, with what `select_rows` makes rematerialised: JAX would save a copy of all inputs as residuals."""
 
     def selecting_step(params, carry, x):
-        arrays, others = partition((params, carry, x), is_array)
-        closed, shapes = jax.make_jaxpr(lambda arrays: step(*combine(arrays, others)), return_shape=True)(arrays)
+        arrays, static = partition((params, carry, x), is_array)
+        closed, shapes = jax.make_jaxpr(lambda arrays: step(*combine(arrays, static)), return_shape=True)(arrays)
         run = jaxpr_as_fun(closed)
         if not closed.effects:  # an effect would happen twice
             run = jax.checkpoint(run, prevent_cse=False, policy=_is_saved)
@@ -138,8 +138,8 @@ def _present(valid: Any, tree: Any) -> Any:
         leaf = jnp.asarray(leaf)
         if not has_rows(leaf, valid.shape):
             raise ValueError(
-                f"{name('y', path)} has shape {leaf.shape} at a time step, but valid has {valid.shape} there: let every leaf "
-                "of y begin with the batch axes, or pass valid as [time]."
+                f"{name('y', path)} has shape {leaf.shape} at a time step, but valid has {valid.shape} there: let every "
+                "leaf of y begin with the batch axes, or pass valid as [time]."
             )
         return select_rows(valid, leaf, jnp.zeros_like(leaf))
 

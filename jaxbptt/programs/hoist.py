@@ -1,7 +1,7 @@
 r"""What need not run inside a loop: equations of the params alone are hoisted above it, moves of entries are sunk below it.
 
-XLA moves little across the border of a loop. A transposed weight is folded into the product that reads it, which then pays for
-it at every step; a sum over segments of transposed products is transposed in every segment.
+XLA moves little across the border of a loop. A transposed weight is folded into the product that reads it, which then pays
+for it at every step; a sum over segments of transposed products is transposed in every segment.
 """
 
 import math

@@ -1,4 +1,4 @@
-r"""The adjoint of any step, from its linearisation: the recurrent part transposed in a loop, the parallel part once, after it.
+r"""The adjoint of any step, from its linearisation: the recurrent part transposed in a loop, the parallel part after it.
 
 Nothing of the step is computed twice but cheap equations, which are rematerialised from residuals.
 """

@@ -68,7 +68,8 @@ def fit(bar: Any, primal: Any, flags: Any, root: str, *, cast: bool = True) -> A
         aval = jax.typeof(primal)
         if bar is None:
             raise ValueError(
-                f"The adjoint has no gradient of {name(root, path)}: return one for each leaf, None for those without a derivative."
+                f"The adjoint has no gradient of {name(root, path)}: return one for each leaf, None for those without a "
+                "derivative."
             )
         bar = jnp.asarray(bar)
         if bar.shape != aval.shape:
@@ -100,7 +101,7 @@ def everything(params: Any, carry: Any, x: Any) -> Perturbed:
 
 
 def spread(step: Callable[..., Any], perturbed: Perturbed, primals: Any) -> Perturbed:
-    """The same, with the leaves of the carry that tangents reach at some step, first perturbed or not.
+    """The same, with all leaves of the carry that have a tangent at any step, whether they have one at the first or not.
 
     `primals` are the shapes of (params, carry, x) at one step.
     """
@@ -115,7 +116,7 @@ def spread(step: Callable[..., Any], perturbed: Perturbed, primals: Any) -> Pert
 
 
 def leading_to(step: Callable[..., Any], perturbed: Perturbed, primals: Any, carry_used: Any, ys_used: Any) -> Any:
-    """Flags for the leaves of the carry whose tangents reach what a loss uses: the last carry, or outputs of any step."""
+    """Flags for the leaves of the carry whose tangents reach what a loss uses of the last carry, or of outputs at any step."""
     nothing = jax.tree.map(lambda _: False, perturbed)
     treedef = jax.tree.structure(perturbed.carry)
 
@@ -127,7 +128,7 @@ def leading_to(step: Callable[..., Any], perturbed: Perturbed, primals: Any, car
 
 
 def leading_by_trace(jaxpr: Any, first: int, perturbed_carry: Any, carry_used: Any, ys_used: Any) -> Any:
-    """The same, for all that values reach in the trace of a step: more than tangents do, and nothing is differentiated.
+    """The same by data dependence in the trace of a step, without differentiating it: this may flag more leaves.
 
     The carry's leaves are inputs of the trace from number `first` on.
     """
@@ -143,12 +144,13 @@ def leading_by_trace(jaxpr: Any, first: int, perturbed_carry: Any, carry_used: A
 
 
 def _leading(reached: Callable[[int], set[int]], perturbed_carry: Any, carry_used: Any, ys_used: Any) -> Any:
-    """Flags for the leaves of the carry that lead to an end, from the numbers of what leaf i reaches of (carry, y) in one step."""
+    """Flags for the leaves of the carry that lead to what is used; `reached(i)` is what leaf i reaches in one step."""
     candidates, treedef = jax.tree.flatten(perturbed_carry)
     count = len(candidates)
     used = [a and b for a, b in zip(candidates, jax.tree.leaves(carry_used), strict=True)]
     ends = {count + i for i, flag in enumerate(jax.tree.leaves(ys_used)) if flag}
     reaches = {i: reached(i) for i in range(count) if candidates[i] and not used[i]}
+    # A leaf is used if in one step it reaches an output that is, or a leaf of the carry that is: until nothing changes.
     while True:
         ends.update(i for i in range(count) if used[i])
         found = [used[i] or bool(ends.intersection(reaches.get(i, ()))) for i in range(count)]

@@ -87,7 +87,7 @@ class ByDependence(NamedTuple):
 
 
 def by_dependence(eqns: Iterable[Any], variables: Iterable[Any], *, with_effects: bool = False) -> ByDependence:
-    """Sort equations by whether they depend on these variables alone; one with effects, such as a print, only if asked for."""
+    """Sort equations by whether they depend on these variables alone; those with effects, such as a print, only if asked."""
     known, unknown, variables = [], [], set(variables)
     for eqn in eqns:
         if (with_effects or not has_effects(eqn)) and all_in(eqn.invars, variables):

@@ -79,7 +79,7 @@ class SortedStep(NamedTuple):
         return evaluate(self.cheap_eqns, env | dict(zip(self.residual_vars, residuals, strict=True)))
 
     def for_outputs(self, carry_used: Any, ys_used: Any) -> "SortedStep":
-        """What of it leads to the leaves of (carry, y) that are flagged; of the carry's leaves, those alone have a tangent."""
+        """Only what leads to the leaves of (carry, y) that are flagged; of the carry, those alone have a tangent."""
         _, y = self.outputs
         has_tangent = every_leaf(jax.tree.map(lambda var: var.aval, y))
         flagged = _flat(carry_used, self.perturbed.carry) + _flat(ys_used, has_tangent)
@@ -98,7 +98,7 @@ class SortedStep(NamedTuple):
 
 
 def sort_step(traced: TracedStep, perturbed: Perturbed) -> SortedStep | None:
-    """Linearise a traced step and sort its equations; `None` where a tangent goes through a loop, a branch or a custom_vjp."""
+    """Linearise a traced step and sort its equations; `None` if a tangent goes through a loop, a branch or a custom_vjp."""
     whole = _with_tangents(traced, perturbed)
     count = len(jax.tree.leaves(traced.shapes))
     input_vars = jax.tree.unflatten(jax.tree.structure(traced.shapes), whole.inputs[:count])

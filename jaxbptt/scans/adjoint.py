@@ -52,8 +52,8 @@ def adjoint_scan(
     each step, we fall back to `jax.vjp` and recompute the step twice. A step that branches (`lax.cond`) is contracted one
     step at a time: mapped over time, both branches would run.
 
-    Only what is differentiated and leads to what the loss uses needs a derivative; for the rest nothing is computed, and so no
-    0 · inf. In a step of an outer `lax.scan` all of the carry counts as both: there JAX takes a custom derivative whole.
+    Only what is differentiated and leads to what the loss uses needs a derivative; for the rest nothing is computed, so there
+    is no 0 · inf. In a step of an outer `lax.scan` all of the carry counts as both: there JAX takes a custom derivative whole.
 
     With `clip_adjoint` the recursion itself is clipped, c̄ₜ₋₁ ← clip(c̄ₜ₋₁) at each step, and not the sum at the end: an
     explosion is stopped where it begins. The gradient is then biased, and exact again where nothing is clipped.
@@ -105,7 +105,7 @@ def adjoint_scan(
         # rematerialises them every iteration.
         xs, ys_bar = jax.tree.map(jax.lax.optimization_barrier, (xs, ys_bar))
         over_time = over_time.prepared(params, init, xs, (carry_bar, ys_bar), segment_lengths(init, length))
-        bars = carry_bar, over_time.weights.zeros
+        bars = carry_bar, over_time.weights.zeros()
         (init_bar, sums), xs_bar = over_time.back(params, bars, residuals, xs, ys_bar, init, length)
         return over_time.weights.finish(sums), init_bar, xs_bar
 

@@ -51,8 +51,8 @@ def checkpointed_scan(
     Size of the program and compile time do not grow with T, s or c. Outputs are returned in full: a step whose y is as large
     as its state still returns T of them. For a long sequence, let y be what the loss needs of a step.
 
-    Side effects of a step, such as `jax.debug.print` or a callback, happen each time it is computed: in a gradient twice with
-    segments, and as often as the schedule says with `checkpoints`.
+    Side effects of a step, such as `jax.debug.print` or a callback, happen each time it is computed: in a gradient twice
+    with segments, and as often as the schedule says with `checkpoints`.
 
     Args:
         step: as `scan`, like params, init, xs, length, is_first, valid and reset_carry.
@@ -142,8 +142,8 @@ def check_options(length: int, segment_length: Any, checkpoints: Any) -> None:
     """Raise where the options make no sense."""
     if segment_length is not None and checkpoints is not None:
         raise ValueError(
-            f"Both segment_length={segment_length} and checkpoints={checkpoints} were given: pass the first to keep one state "
-            "in so many steps, the second to keep so many states, or neither."
+            f"Both segment_length={segment_length} and checkpoints={checkpoints} were given: pass the first to keep one "
+            "state in so many steps, the second to keep so many states, or neither."
         )
     if checkpoints is not None:
         schedule.check_checkpoints(checkpoints, length or checkpoints)

@@ -46,9 +46,6 @@ class WeightGradient:
     """The gradient of params as it is added up over segments of time.
 
     Built once for a backward pass, from shapes, and traced once for each length of a segment.
-
-    Attributes:
-        zeros: the sums to start with, in single precision at least.
     """
 
     def __init__(
@@ -66,13 +63,16 @@ class WeightGradient:
         they are where the adjoint moves them otherwise for one length than for another.
         """
         self._adjoint, self._types = adjoint, types
-        # It may outlive the call in what JAX caches, so it knows params by shape alone and holds no array.
+        # JAX keeps it with the derivative of `Pass.back`, so it knows params by shape alone and holds no array or tracer.
         self._like = _shapes(params)
         self._contractions = {length: self._contraction(params, length) for length in sorted(lengths)}
         self._first, *rest = self._contractions.values()
         self._move_each = move_each or any(other.moves.form != self._first.moves.form for other in rest)
-        wanted = select(self._like, adjoint.perturbed.params)
-        self.zeros = totals(wanted if self._move_each else _types(self._first.moves.operands))
+
+    def zeros(self) -> Any:
+        """The sums to start with, in single precision at least."""
+        like_params = select(self._like, self._adjoint.perturbed.params)
+        return totals(like_params if self._move_each else _types(self._first.moves.operands))
 
     def add(
         self, params: Any, sums: Any, residuals: Any, xs: Any, ys_bar: Any, deltas: Any, length: int

@@ -144,7 +144,8 @@ def _check_flags(flags_name: str, flags: Any, r: Recurrence) -> Any:
         )
     if not flags.ndim or flags.shape[0] != r.length:
         raise ValueError(
-            f"{flags_name} has shape {flags.shape}, but the sequence has {counted(r.length, 'time step')}: time is its first axis."
+            f"{flags_name} has shape {flags.shape}, but the sequence has {counted(r.length, 'time step')}: time is its "
+            "first axis."
         )
     batch = flags.shape[1:]
     for path, leaf in jax.tree_util.tree_leaves_with_path(r.init):
@@ -190,8 +191,8 @@ def _check_reset_carry(reset_carry: Any, init: Any, batch: tuple[int, ...]) -> A
             whole = leaf
         if whole.shape != target.shape:
             raise ValueError(
-                f"{name('reset_carry', path)} has shape {leaf.shape}, which does not fit that of init, {target.shape}: pass a "
-                "carry like init, or one row of it."
+                f"{name('reset_carry', path)} has shape {leaf.shape}, which does not fit that of init, {target.shape}: pass "
+                "a carry like init, or one row of it."
             )
         return sharded_like(whole, target)
 
@@ -203,7 +204,7 @@ def _zeros(path: Any, leaf: Any) -> Any:
         return None
     if leaf.dtype == jnp.uint32 and leaf.shape[-1:] in ((2,), (4,)):
         raise ValueError(
-            f"{name('init', path)} has dtype uint32 and shape {leaf.shape}, as a raw random key has, which has no zero: pass a "
-            "typed key, jax.random.wrap_key_data(key), which is not reset; or reset_carry, the carry to reset to."
+            f"{name('init', path)} has dtype uint32 and shape {leaf.shape}, as a raw random key has, which has no zero: pass "
+            "a typed key, jax.random.wrap_key_data(key), which is not reset; or reset_carry, the carry to reset to."
         )
     return jnp.zeros_like(leaf)

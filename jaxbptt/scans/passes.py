@@ -102,7 +102,10 @@ class Pass:
     def forward_and_back(
         self, params: Any, bars: Bars, carry: Any, xs: Any, ys_bar: Any, start: Any, length: Any
     ) -> tuple[Any, tuple[Bars, Any]]:
-        """Forward over `length` steps of xs from the `carry` before step `start`, and back: the carry after, and what `back` returns."""
+        """Forward over `length` steps of xs from the `carry` before step `start`, and back.
+
+        Returns the carry after them, and what `back` returns.
+        """
         xs = window(xs, start, length)
         (after, _), residuals = self.forward(params, carry, xs, length)
         return after, self.back(params, bars, residuals, xs, window(ys_bar, start, length), carry, length)
@@ -121,8 +124,8 @@ class Pass:
         """Raise where a strategy that recomputes steps in its backward pass would write to a mutable array once more."""
         if self.step.mutable:
             raise TypeError(
-                f"{self.step.mutable} is mutable (a Ref), and {strategy} recomputes each step in its backward pass, so that it "
-                "would be written to twice: take the gradient with adjoint_scan or jaxbptt.scan, which run each step once."
+                f"{self.step.mutable} is mutable (a Ref), and {strategy} recomputes each step in its backward pass, so that "
+                "it would be written to twice: take the gradient with adjoint_scan or jaxbptt.scan, which run each step once."
             )
 
 

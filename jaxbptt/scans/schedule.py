@@ -129,7 +129,7 @@ def split(reach: Any, length: Any, checkpoints: Any) -> Any:
 
 
 def runs(average: Fraction | int) -> AbstractContextManager[Any]:
-    """Records how often the body of the loop traced inside runs, on average: the schedule knows, the trace doesn't show it."""
+    """Records how often the body of the loop traced inside runs, on average, which the trace doesn't show."""
     numerator, denominator = Fraction(average).as_integer_ratio()
     return jax.named_scope(f"runs_{numerator}_in_{denominator}")
 

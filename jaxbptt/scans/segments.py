@@ -108,7 +108,7 @@ def backward(
     over_segment = _lean(over_time, params, last, xs, ys_bar) if cut.lean else _at_once(over_time, params, xs, ys_bar)
 
     xs_bar = room(at_one_step(select(xs, over_time.adjoint.perturbed.x)), cut.length)
-    state = (carry_bar, over_time.weights.zeros), xs_bar
+    state = (carry_bar, over_time.weights.zeros()), xs_bar
     if cut.left_over:
         state = over_segment(state, last, cut.segments * cut.segment, cut.left_over)
 

@@ -127,7 +127,7 @@ def _backward(
 
     init_bar = nothing if length else last_bar
     xs_bar = room(at_one_step(select(xs, over_time.adjoint.perturbed.x)), length)
-    state = init, init_bar, over_time.weights.zeros, xs_bar
+    state = init, init_bar, over_time.weights.zeros(), xs_bar
     if segments:
         state = jax.lax.fori_loop(0, segments, lambda i, state: over_segment(state, i * segment, segment), state)
     if left_over:
