@@ -105,8 +105,8 @@ def adjoint_scan(
         # rematerialises them every iteration.
         xs, ys_bar = jax.tree.map(jax.lax.optimization_barrier, (xs, ys_bar))
         over_time = over_time.prepared(params, init, xs, (carry_bar, ys_bar), segment_lengths(init, length))
-        bars = carry_bar, over_time.weights.zeros()
-        (init_bar, sums), xs_bar = over_time.back(params, bars, residuals, xs, ys_bar, init, length)
+        bar_and_sums = carry_bar, over_time.weights.zeros()
+        (init_bar, sums), xs_bar = over_time.back(params, bar_and_sums, residuals, xs, ys_bar, init, length)
         return over_time.weights.finish(sums), init_bar, xs_bar
 
     return reverse_mode("adjoint_scan", over_time, run, forward, backward)(r.params, r.init, r.xs)

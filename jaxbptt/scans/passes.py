@@ -28,7 +28,8 @@ from jaxbptt.scans.recurrence import Recurrence, length_for_scan
 from jaxbptt.scans.residuals import Residuals, stored_once
 from jaxbptt.trees import differentiable, differentiated_as
 
-Bars = tuple[Any, Any]
+Bars = tuple[Any, Any]  # of the last carry and of ys
+BarAndSums = tuple[Any, Any]  # of a carry, and the sums of the weight gradient over the steps after it
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Pass:
     def prepared(
         self, params: Any, carry: Any, xs: Any, bars: Bars, lengths: Iterable[int], *, move_each: bool = False
     ) -> "Pass":
-        """For going back over segments of these lengths, with bars (c̄_T, ȳ) of these shapes."""
+        """For going back over segments of these lengths, with bars of these shapes."""
         types = step_types(self.adjoint, params, carry, xs, bars)
         return replace(self, weights=WeightGradient(self.adjoint, params, types, lengths, move_each=move_each))
 
@@ -85,9 +86,9 @@ class Pass:
         return (carry, ys), layout.filled(stored, ys, init)
 
     def back(
-        self, params: Any, bars: Bars, residuals: Residuals, xs: Any, ys_bar: Any, init: Any, length: Any
-    ) -> tuple[Bars, Any]:
-        """Back over `length` steps from `bars`, (c̄ after them, sums of the weight gradient), to those before them.
+        self, params: Any, bar_and_sums: BarAndSums, residuals: Residuals, xs: Any, ys_bar: Any, init: Any, length: Any
+    ) -> tuple[BarAndSums, Any]:
+        """Back over `length` steps from (c̄ after them, sums of the weight gradient) to those before them.
 
         Returns them and the gradient of xs. `ys_bar` may have `Zeros` for leaves.
         """
@@ -96,19 +97,19 @@ class Pass:
         # A derivative of reads at computed positions would be writes to as many arrays; of the plain loop it is a loop.
         plain = segment >= length or self.adjoint.mutates
         back = at_once if plain else differentiated_as(at_once, in_segments)
-        (carry_bar, sums), xs_bar = back(params, bars, residuals, xs, ys_bar)
+        (carry_bar, sums), xs_bar = back(params, bar_and_sums, residuals, xs, ys_bar)
         return (fit(carry_bar, init, self.adjoint.perturbed.carry, "init"), sums), xs_bar
 
     def forward_and_back(
-        self, params: Any, bars: Bars, carry: Any, xs: Any, ys_bar: Any, start: Any, length: Any
-    ) -> tuple[Any, tuple[Bars, Any]]:
+        self, params: Any, bar_and_sums: BarAndSums, carry: Any, xs: Any, ys_bar: Any, start: Any, length: Any
+    ) -> tuple[Any, tuple[BarAndSums, Any]]:
         """Forward over `length` steps of xs from the `carry` before step `start`, and back.
 
         Returns the carry after them, and what `back` returns.
         """
         xs = window(xs, start, length)
         (after, _), residuals = self.forward(params, carry, xs, length)
-        return after, self.back(params, bars, residuals, xs, window(ys_bar, start, length), carry, length)
+        return after, self.back(params, bar_and_sums, residuals, xs, window(ys_bar, start, length), carry, length)
 
     def back_one_lag(self, params: Any, residuals: Any, xs: Any, bars: Any, ys_bar: Any) -> tuple[Any, Any, Any]:
         """All time steps one step back at once: `bars` of the carries after each step, moved to those before it.
@@ -197,10 +198,10 @@ def _recursion(over: Pass, params: Any, residuals: Residuals, xs: Any, carry_bar
 
 
 def _at_once(
-    over: Pass, length: Any, params: Any, bars: Bars, residuals: Residuals, xs: Any, ys_bar: Any
-) -> tuple[Bars, Any]:
+    over: Pass, length: Any, params: Any, bar_and_sums: BarAndSums, residuals: Residuals, xs: Any, ys_bar: Any
+) -> tuple[BarAndSums, Any]:
     """The recursion over all steps, and one contraction."""
-    carry_bar, sums = bars
+    carry_bar, sums = bar_and_sums
     body, storage = _recursion(over, params, residuals, xs, carry_bar, ys_bar)
     stacked = residuals.stacked()
     carry_bar, stored = jax.lax.scan(
@@ -212,18 +213,25 @@ def _at_once(
 
 
 def _in_segments(
-    over: Pass, segment: int, length: int, params: Any, bars: Bars, residuals: Residuals, xs: Any, ys_bar: Any
-) -> tuple[Bars, Any]:
+    over: Pass,
+    segment: int,
+    length: int,
+    params: Any,
+    bar_and_sums: BarAndSums,
+    residuals: Residuals,
+    xs: Any,
+    ys_bar: Any,
+) -> tuple[BarAndSums, Any]:
     """The same with a contraction for each segment, added to the sums while what it reads is in the cache."""
-    body, storage = _recursion(over, params, residuals, xs, bars[0], ys_bar)
+    body, storage = _recursion(over, params, residuals, xs, bar_and_sums[0], ys_bar)
 
-    def back(bars, start, length):
+    def back(bar_and_sums, start, length):
         def at_t(state, _):
             t, carry_bar = state
             carry_bar, deltas = body(carry_bar, (residuals.at(t), at(xs, t), at(ys_bar, t)))
             return (t - 1, carry_bar), deltas
 
-        carry_bar, sums = bars
+        carry_bar, sums = bar_and_sums
         last = start + length - 1, carry_bar
         (_, carry_bar), stored = jax.lax.scan(at_t, last, None, length=length, reverse=True, unroll=over.unroll)
         xs_here, ys_bar_here = window((xs, ys_bar), start, length)
@@ -232,17 +240,18 @@ def _in_segments(
         return (carry_bar, sums), xs_bar
 
     def back_over_segment(state, _):
-        start, bars = state
-        bars, xs_bar = back(bars, start, segment)
-        return (start - segment, bars), xs_bar
+        start, bar_and_sums = state
+        bar_and_sums, xs_bar = back(bar_and_sums, start, segment)
+        return (start - segment, bar_and_sums), xs_bar
 
     segments, left_over = divmod(length, segment)
     start, last_xs_bar = jnp.array(segments * segment, jnp.int32), []
     if left_over:
-        bars, xs_bar = back(bars, start, left_over)
+        bar_and_sums, xs_bar = back(bar_and_sums, start, left_over)
         last_xs_bar = [xs_bar]
-    (_, bars), xs_bar = jax.lax.scan(back_over_segment, (start - segment, bars), None, length=segments, reverse=True)
+    state = start - segment, bar_and_sums
+    (_, bar_and_sums), xs_bar = jax.lax.scan(back_over_segment, state, None, length=segments, reverse=True)
     xs_bar = jax.tree.map(lambda leaf: leaf.reshape(segments * segment, *leaf.shape[2:]), xs_bar)
     if last_xs_bar:
         xs_bar = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), xs_bar, *last_xs_bar)
-    return bars, xs_bar
+    return bar_and_sums, xs_bar

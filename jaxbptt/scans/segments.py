@@ -17,7 +17,7 @@ from jaxbptt.array_types import as_weak_as
 from jaxbptt.programs.perturbed import fit
 from jaxbptt.programs.program import arrays_of, program
 from jaxbptt.scans import schedule
-from jaxbptt.scans.passes import Bars, Pass, segment_lengths
+from jaxbptt.scans.passes import BarAndSums, Bars, Pass, segment_lengths
 from jaxbptt.scans.residuals import Storage, stored_once
 from jaxbptt.trees import select
 
@@ -98,9 +98,7 @@ def forward(over_time: Pass, params: Any, init: Any, xs: Any, cut: Layout) -> tu
     return (carry, jax.tree.map(as_weak_as, ys, y)), (states, last)
 
 
-def backward(
-    over_time: Pass, params: Any, states: Any, xs: Any, bars: tuple[Any, Any], cut: Layout
-) -> tuple[Any, Any, Any]:
+def backward(over_time: Pass, params: Any, states: Any, xs: Any, bars: Bars, cut: Layout) -> tuple[Any, Any, Any]:
     """Gradients of params, init and xs, from those of the last carry and ys, and what `forward` kept."""
     (states, last), (carry_bar, ys_bar) = states, bars
     lengths = {1} if cut.lean else segment_lengths(last, cut.segment, cut.left_over)
@@ -168,16 +166,19 @@ def _recompute(over_time: Pass, params: Any, xs: Any, stack: Any, number: Any, c
     return (states, starts, top - (starts[top] == number).astype(jnp.int32)), carry
 
 
-OverSegment = Callable[[tuple[Bars, Any], Any, Any, int], tuple[Bars, Any]]
+# ((carry_bar, sums), xs_bar) after a segment, the carry before it, its start and length, to those before the segment.
+OverSegment = Callable[[tuple[BarAndSums, Any], Any, Any, int], tuple[BarAndSums, Any]]
 
 
 def _at_once(over_time: Pass, params: Any, xs: Any, ys_bar: Any) -> OverSegment:
     """How a segment is recomputed from the carry before it and reversed: with one contraction for all of it."""
 
     def over_segment(state, carry, start, length):
-        bars, xs_bar = state
-        _, (bars, xs_bar_here) = over_time.forward_and_back(params, bars, carry, xs, ys_bar, start, length)
-        return bars, put_window(xs_bar, xs_bar_here, start)
+        bar_and_sums, xs_bar = state
+        _, (bar_and_sums, xs_bar_here) = over_time.forward_and_back(
+            params, bar_and_sums, carry, xs, ys_bar, start, length
+        )
+        return bar_and_sums, put_window(xs_bar, xs_bar_here, start)
 
     return over_segment
 
@@ -198,8 +199,8 @@ def _lean(over_time: Pass, params: Any, carry: Any, xs: Any, ys_bar: Any) -> Ove
         previous_bar, deltas = adjoint.backward(params, residuals, x, carry_bar, filled(y_bar))
         one_step = jax.tree.map(lambda leaf: leaf[None], (residuals, x, y_bar, deltas))
         sums, xs_bar_here = over_time.weights.add(params, sums, *one_step, length=1)
-        bars = fit(previous_bar, carry, adjoint.perturbed.carry, "init"), sums
-        return (carry, (bars, put_window(xs_bar, xs_bar_here, t))), None
+        bar_and_sums = fit(previous_bar, carry, adjoint.perturbed.carry, "init"), sums
+        return (carry, (bar_and_sums, put_window(xs_bar, xs_bar_here, t))), None
 
     def over_segment(state, carry, start, length):
         steps = start + jnp.arange(length, dtype=jnp.int32)

@@ -16,7 +16,7 @@ from jaxbptt.array_types import byte_count
 from jaxbptt.arrays import check_count
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.flags import Flags
-from jaxbptt.scans.passes import Pass, one_pass, segment_lengths
+from jaxbptt.scans.passes import Bars, Pass, one_pass, segment_lengths
 from jaxbptt.scans.recurrence import check_known_length, prepare
 from jaxbptt.scans.reverse_mode import reverse_mode
 from jaxbptt.trees import combine, partition, select
@@ -104,7 +104,7 @@ def truncated_scan(
 
 
 def _backward(
-    over_time: Pass, params: Any, init: Any, xs: Any, bars: tuple[Any, Any], length: int, segment: int
+    over_time: Pass, params: Any, init: Any, xs: Any, bars: Bars, length: int, segment: int
 ) -> tuple[Any, Any, Any]:
     """Segment by segment in order of time: forward over it, and back over it with nothing coming in from later ones."""
     last_bar, ys_bar = bars
