@@ -1,6 +1,6 @@
 """Methods of taking the gradient of a recurrence through time, and the analysis of that gradient.
 
-Here are the functions, and the types a user makes. The types of results are in `analysis`, `scans`, `textbook` and `training`.
+Functions, and the types that users make; those of results are in `analysis`, `scans`, `textbook` and `training`.
 """
 
 import importlib as _importlib

@@ -23,7 +23,11 @@ def last(h, ys):
 @pytest.mark.parametrize(
     ("scales", "cause", "words"),
     [
-        ((0.3, 0.1), "weights", "vanishes, mainly because of its weights and gates, which shrink it even without saturation"),
+        (
+            (0.3, 0.1),
+            "weights",
+            "vanishes, mainly because of its weights and gates, which shrink it even without saturation",
+        ),
         ((1.0, 5.0), "saturation", "vanishes, mainly because of saturation"),
         ((1.5, 1e-15), "explosion", "explodes"),
         ((1.0, 0.01), "steady", "stays within a factor of 100"),

@@ -409,7 +409,10 @@ def test_nothing_to_draw_is_no_error(values, several):
     resolved = np.ones((n, n), bool)
     drawings = [
         (plots.plot_gradient_flow, bptt.analysis.GradientFlow(*[values] * len(bptt.analysis.GradientFlow._fields))),
-        (plots.plot_truncation_bias, bptt.analysis.TruncationBias(np.arange(1, n + 1), *[bptt.analysis.BiasCurve(values, values)] * 2)),
+        (
+            plots.plot_truncation_bias,
+            bptt.analysis.TruncationBias(np.arange(1, n + 1), *[bptt.analysis.BiasCurve(values, values)] * 2),
+        ),
         (plots.plot_lag_contributions, bptt.analysis.LagContributions(None, None, values, values, values)),
         (plots.plot_singular_values, bptt.analysis.LogSingularValues(square, resolved)),
         (plots.plot_lyapunov_spectrum, spectrum(values, errors=np.inf)),

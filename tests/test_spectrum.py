@@ -122,7 +122,7 @@ def test_what_rounding_has_drowned_is_said_to_be(name):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_what_is_lost_in_one_step_stays_lost(dtype):
-    """Errors are added up as roots of sums, what is tolerated goes with the logarithm: over many steps it came to allow anything."""
+    """Errors add up as roots of sums, the tolerance grows with the logarithm: over many steps it could allow any error."""
     rng = np.random.default_rng(0)
     J = math.exp(-10) * np.stack([[orthogonal(rng, 2) for _ in range(2_000)]] * 4)
     J[0] = 0
@@ -251,14 +251,15 @@ def test_half_precision_and_integers_are_multiplied_in_full(dtype):
 def test_what_is_no_state_vector():
     step = lambda p, h, x: (h, None)
     for function in (bptt.jacobian_operators, bptt.lyapunov_exponents):
-        with pytest.raises(TypeError, match=r"init\[0\] has dtype complex128: but a state vector is real"):
+        with pytest.raises(TypeError, match=r"init\[0\] has dtype complex128, but a state vector is real"):
             function(step, None, (jnp.ones(2, complex),), length=3)
         with pytest.raises(ValueError, match="init has no differentiable numbers, so there is no state"):
             function(step, None, jnp.array(1), length=3)
         cell = make_cell("lstm")
         params, init, xs = problem(cell, 3, (5,))
         with pytest.raises(
-            ValueError, match=r"init\.h has shape \(5, 4\), which is \(4,\) with batch axes: all rows together would count as one state"
+            ValueError,
+            match=r"init\.h has shape \(5, 4\), which is \(4,\) with batch axes: all rows together would count as one state",
         ):
             function(cell, params, init, xs)
     with pytest.raises(TypeError, match="J has dtype complex128: pass real Jacobians"):
@@ -271,7 +272,7 @@ def test_wrong_arguments():
         with pytest.raises(ValueError, match=r"J has shape \(3, 2\), but \[time, n, n\] is expected"):
             inspect.unwrap(function)(J[:, 0])
     for probes in (0, 3, 1.5, True):
-        with pytest.raises(ValueError, match=r"probes is .*, but there are 1 to 2 directions"):
+        with pytest.raises(ValueError, match=r"probes is .*, but there are 2 directions to probe: pass 1 to 2"):
             inspect.unwrap(bptt.log_norms)(J, probes=probes)
     with pytest.raises(ValueError, match="key draws the random probes: pass probes as well"):
         bptt.log_norms(J, key=jax.random.key(0))

@@ -20,7 +20,7 @@ _SQUASHING = {"tanh": (1.0, 2.0), "logistic": (0.25, 1.0)}
 def relative_slopes(traced: TracedStep) -> Callable[..., dict[str, Array]]:
     """`(params, carry, x) -> {name: mean slope over the units, relative to the largest slope}`, in the order of the trace.
 
-    Computed from the pre-activation, since 1 − tanh² rounds small slopes to 0. Functions inside branches and loops are not seen.
+    Computed from the pre-activation, since 1 − tanh² rounds small slopes to 0. Branches and loops are not looked into.
     """
 
     def slopes(params, carry, x):

@@ -89,8 +89,8 @@ def certify(
     error of a leaf = max|g − g_ref| / max|g_ref|,  with g_ref by `jax.grad` through `scan`
 
     Gradients are with respect to params, init and xs. Unlike most functions here it compiles what it is given, since the
-    costs are those of compiled programs; don't call it inside `jit`. Run times are medians over `repeats` rounds in which the
-    methods take turns. Costs one compilation and `repeats` + 1 runs a method.
+    costs are those of compiled programs; don't call it inside `jit`. Run times are medians over `repeats` rounds in which
+    the methods take turns. Costs one compilation and `repeats` + 1 runs a method.
 
     Args:
         step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
@@ -102,7 +102,7 @@ def certify(
             adjoint derived, and with the `Cell`'s own where there is one, and `checkpointed_scan`.
         gradients: further methods, which are no scans, by name: `(params, init, xs) -> ∂L/∂params`.
         length: T, needed where `xs` is `None`.
-        is_first: booleans `[time, *batch]`, as for `scan`; passed to every strategy, as are the next two where they are given.
+        is_first: booleans `[time, *batch]`, as for `scan`; passed to every strategy, like the next two where given.
         valid: booleans `[time, *batch]`, as for `scan`.
         reset_carry: what `is_first` resets to, as for `scan`.
         repeats: rounds of timing.
@@ -112,7 +112,8 @@ def certify(
         A `Certificate`, whose first row is `scan` itself.
 
     Raises:
-        ValueError: no repeats, two methods of one name, a gradient of another structure or shape; whatever the strategies raise.
+        ValueError: no repeats, two methods of one name, a gradient of another structure or shape; and
+            whatever the strategies raise.
         TypeError: traced arguments, a strategy, loss or gradient that is not a function.
 
     Example:
@@ -164,8 +165,8 @@ def certify(
     repeated = [label for label in dict.fromkeys(labels) if labels.count(label) > 1]
     if repeated:
         raise ValueError(
-            f"More than one method is called {repeated[0]!r}: pass scans as a mapping with a name for each; 'scan' itself is "
-            "the reference, and always included."
+            f"More than one method is called {repeated[0]!r}: pass scans as a mapping with a name for each; 'scan' itself "
+            "is the reference, and always included."
         )
 
     calls, costs, results = [], [], []

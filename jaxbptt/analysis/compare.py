@@ -198,7 +198,10 @@ def _low_rank(difference: np.ndarray, noise: float) -> str | None:
     if rank == 0 or rank > min(difference.shape) // 2:
         return None
     terms = "one outer product" if rank == 1 else f"{rank} outer products"
-    return f"perhaps a missing step: the difference is {terms}, what one time step, or the longest lag, adds for {rank} row(s)"
+    rows = counted(rank, "row")
+    return (
+        f"perhaps a missing step: the difference is {terms}, which one time step, or the longest lag, adds for {rows}"
+    )
 
 
 def _leaves_or_none(contributions: Any, reference: Any) -> Sequence[Any]:

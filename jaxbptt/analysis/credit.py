@@ -237,8 +237,8 @@ def input_saliency(
     """
     if not jax.tree.leaves(differentiable(xs)):
         raise ValueError(
-            "xs has no differentiable leaf, so no gradient reaches it: pass one-hot vectors or embeddings as inputs in place "
-            "of integers."
+            "xs has no differentiable leaf, so no gradient reaches it: pass one-hot vectors or embeddings as inputs, not "
+            "integers."
         )
     check_callable("losses", losses, "losses(carry, ys) -> [time]")
     u = unroll(step, params, init, xs, None, None)

@@ -1,8 +1,8 @@
 r"""Why a gradient vanishes, explodes or is not finite: the possible causes separated, in numbers and in one sentence.
 
-The rate at which a gradient changes in the backward pass is split into three terms, which add up to the observed rate: what
-the weights would do with every tanh and σ at its steepest, what saturation takes away, and the rest, due to misalignment with
-the leading Lyapunov direction.
+The rate at which a gradient changes in the backward pass is split into three terms, which add up to the observed rate:
+what the weights would do with every tanh and σ at its steepest, what saturation takes away, and the rest, due to
+misalignment with the leading Lyapunov direction.
 """
 
 import math
@@ -36,7 +36,7 @@ _POWER_ITERATIONS = 30
 
 
 class GradientRates(NamedTuple):
-    """Growth of a gradient per step of the backward pass, in nats, and its terms: `observed = weights + saturation + alignment`.
+    """Growth of a gradient per backward step, in nats, and its terms: `observed = weights + saturation + alignment`.
 
     Attributes:
         observed: mean of log(‖Jₜᵀ dₜ‖ / ‖dₜ‖).
@@ -57,8 +57,8 @@ class GradientDiagnosis(NamedTuple):
 
     Attributes:
         sentence: the diagnosis in plain words.
-        cause: "weights", "saturation" or "alignment" for a gradient that vanishes; "explosion"; "steady"; "cut" where one step
-            takes it to exactly 0; "no gradient" where no step passes any back; "forward" or "backward", the pass in which
+        cause: "weights", "saturation" or "alignment" for a gradient that vanishes; "explosion"; "steady"; "cut" where
+            one step takes it to exactly 0; "no gradient" where no step passes any back; "forward" or "backward", the pass in which
             the first value that is not finite appears.
         rates: the growth of the gradient per step, and its terms.
         exponents: the leading Lyapunov exponents of the state, driven by the inputs, `[k]`.
@@ -99,8 +99,8 @@ def diagnose_gradient(
 
     mean log(‖Jₜᵀ dₜ‖/‖dₜ‖) = λ₁° + (λ₁ − λ₁°) + rest
 
-    with dₜ = ∂L/∂hₜ, λ₁ the leading Lyapunov exponent and λ₁° the same with every slope of tanh and σ at its largest: the terms
-    are those of the weights, of saturation and of alignment. Unlike most functions here it compiles what it computes, one
+    with dₜ = ∂L/∂hₜ, λ₁ the leading Lyapunov exponent and λ₁° the same with every slope of tanh and σ at its largest. The
+    three terms are those of weights, saturation and alignment. Unlike most functions here it compiles what it computes, one
     program for each step and loss, reused when the same functions are passed again; don't call it inside `jit`. Time O(T)
     steps, one forward pass for all of it, and Lyapunov exponents of a few directions; memory O(T n).
 

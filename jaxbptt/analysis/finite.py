@@ -16,7 +16,7 @@ class BadEntry(NamedTuple):
 
     Attributes:
         leaf: its name, as in `carry.h`, `ys`, `params.W_hh`, `xs`, `∂L/∂carry.h`, `∂L/∂params.W_hh`, `loss`.
-        time_index: the entry along time, from 0: `xs[time_index]` is the input of that step; `None` for leaves without a time axis.
+        time_index: the entry along time, from 0: `xs[time_index]` is the input of that step; `None` without a time axis.
         value: "nan" or "inf".
     """
 

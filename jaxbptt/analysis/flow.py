@@ -93,7 +93,9 @@ def flow_and_trajectory(r: Recurrence, loss: Callable[..., Any]) -> tuple[Gradie
     """The gradient flow, and the states of its one forward pass."""
     loss = scalar_loss(loss)
     if not jax.tree.leaves(differentiable(r.init)):
-        raise ValueError("init has no differentiable leaf, so there is no state that a gradient could reach: start from floating-point numbers.")
+        raise ValueError(
+            "init has no differentiable leaf, so no gradient can reach the states: start from floating-point numbers."
+        )
     traced = trace(r)
     read = readout(traced)
     # Two zeros are added to the state after each step, one for the output only and one for the next step only: the
@@ -147,4 +149,6 @@ def flow_and_trajectory(r: Recurrence, loss: Callable[..., Any]) -> tuple[Gradie
 
 def _add(carry: Any, probe: Any) -> Any:
     """`None` in the probe where the carry has a non-differentiable leaf."""
-    return jax.tree.map(lambda leaf, p: leaf if p is None else leaf + p, carry, probe, is_leaf=lambda leaf: leaf is None)
+    return jax.tree.map(
+        lambda leaf, p: leaf if p is None else leaf + p, carry, probe, is_leaf=lambda leaf: leaf is None
+    )

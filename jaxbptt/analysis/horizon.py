@@ -1,4 +1,4 @@
-r"""How far back is far enough: the lag beyond which contributions to the gradient are negligible, measured or extrapolated."""
+r"""How far back is far enough: the lag beyond which contributions are negligible, measured or extrapolated."""
 
 import math
 from typing import Any, NamedTuple
@@ -85,8 +85,8 @@ def adaptive_truncation_length(
 
     B(K) bounds the bias ‖g_K − g‖ by the triangle inequality, and the difference on the right bounds ‖g‖ from below. The L
     lags that were computed are used as they are. Longer ones are assumed to fall geometrically: β by least squares to
-    log‖G⁽ˡ⁾‖ over lags l ≥ τ, C the least for which C βˡ is above all of those. With β ≥ 1 nothing bounds the longer lags, and
-    there is no window.
+    log‖G⁽ˡ⁾‖ over lags l ≥ τ, C the least for which C βˡ is above all of those. With β ≥ 1 nothing bounds the longer lags,
+    and there is no window.
 
     Args:
         lags: from `lag_contributions`, with a `max_lag` well below T: the longer the lag, the fewer of the T steps have it.
@@ -134,12 +134,14 @@ def adaptive_truncation_length(
         return AdaptiveTruncation(None, math.nan, math.inf, "No bound: the gradient is not finite.")
     beta, scale = _decay(norms, tau)
     if math.isnan(beta):
-        reason = f"No bound: from lag {tau} on only one lag contributes, and fitting a decay takes two. Compute more lags."
+        reason = (
+            f"No bound: from lag {tau} on only one lag contributes, and fitting a decay takes two. Compute more lags."
+        )
         return AdaptiveTruncation(None, beta, math.inf, reason)
     if beta >= 1:
         reason = (
-            f"No bound: from lag {tau} on the contributions do not fall, they go with {beta:.4g} to the power of the lag, and "
-            "nothing bounds longer lags."
+            f"No bound: from lag {tau} on the contributions do not fall, they go with {beta:.4g} to the power of the lag, "
+            "and nothing bounds longer lags."
         )
         return AdaptiveTruncation(None, beta, math.inf, reason)
 
@@ -149,9 +151,7 @@ def adaptive_truncation_length(
     reached = np.append(0.0, np.asarray(jax.lax.map(tree_norm, partial_sums), float))
     at_least = float(np.max(reached - rest))  # ‖g‖ is not smaller than that
     if not at_least > 0:
-        reason = (
-            f"No bound: what may lie beyond lag {count - 1} is as large as everything up to it. Compute more lags than {count}."
-        )
+        reason = f"No bound: what may lie beyond lag {count - 1} is as large as all before it. Compute more than {count} lags."
         return AdaptiveTruncation(None, beta, math.inf, reason)
     enough = np.flatnonzero(rest[1:] <= relative_bias * at_least)
     if enough.size:

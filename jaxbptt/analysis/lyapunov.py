@@ -65,10 +65,10 @@ def lyapunov_exponents(
 
     λᵢ = 1/(N Δt) Σₜ log|Rₜ,ᵢᵢ|,  Jₜ Qₜ₋₁ = Qₜ Rₜ,  Jₜ = ∂cₜ/∂cₜ₋₁,  N = T − burn_in
 
-    λ₁ > 0: perturbations, and gradients in the backward pass, grow by e^λ₁ a step in all but exceptional directions. λ₁ < 0:
-    all of them shrink. The sum of all n is the mean of log|det Jₜ|, whatever the frame, as long as all are resolved. Pure, to
-    be jitted; `jax.vmap` for a batch; differentiable in params, init and xs (the gradient keeps O(T n k)). Time O(T n² k + T n k²/m) for k exponents and a
-    factorisation every m steps, memory O(n k) beyond the results.
+    λ₁ > 0: perturbations, and gradients in the backward pass, grow by e^λ₁ a step in all but exceptional directions.
+    λ₁ < 0: all of them shrink. The sum of all n is the mean of log|det Jₜ|, whatever the frame, as long as all are
+    resolved. Pure, to be jitted; `jax.vmap` for a batch; differentiable in params, init and xs (the gradient keeps O(T n k)). Time
+    O(T n² k + T n k²/m) for k exponents and a factorisation every m steps, memory O(n k) beyond the results.
 
     Args:
         step: `step(params, carry, x) -> (carry, y)`, or a `Cell`, differentiable in forward mode: no `jax.custom_vjp` in it.
@@ -185,7 +185,7 @@ def _spectrum(
     qr_every: int,
     time_step: Any,
 ) -> LyapunovSpectrum:
-    """From log|Rᵢᵢ| and its rounding error at each factorisation, over `measured` time steps of a state of `size` numbers."""
+    """From log|Rᵢᵢ| and its rounding error at each factorisation, over `measured` time steps of `size` numbers each."""
     k = growth.shape[1]
     steps = jnp.minimum(jnp.arange(1, len(growth) + 1) * qr_every, measured)
     exponents = growth.sum(axis=0) / (measured * time_step)

@@ -32,8 +32,9 @@ class Plan(NamedTuple):
         name: of the strategy.
         options: of the strategy.
         fits: whether it fits the budget.
-        predicted_bytes: temporary memory beyond arguments and results; where nothing fits, the least that any strategy needs.
-        forward_steps: steps computed for one gradient, recomputed ones included; where nothing fits, by the strategy that needs least.
+        predicted_bytes: temporary memory beyond arguments and results; where nothing fits, the least of all strategies.
+        forward_steps: steps computed for one gradient, recomputed ones included; where nothing fits, for the
+            strategy of least memory.
         reason: why this strategy, in words; where nothing fits, what would.
     """
 
@@ -181,7 +182,9 @@ def _what_would_fit(case: _Case, least: Plan, steps: int, memory_bytes: float) -
         number = max(number // 4, 1)
         need = _temporary_bytes(case, partial(truncated_scan, truncation_length=number))
         if need <= memory_bytes:
-            return f"{message} The biased truncated_scan fits, for example with truncation_length={number}: {_size(need)}."
+            return (
+                f"{message} The biased truncated_scan fits, for example with truncation_length={number}: {_size(need)}."
+            )
     return (
         f"{message} Truncation does not help: with truncation_length=1 it needs {_size(need)}, for one step and what the "
         "loss reads. If the loss reads the outputs of all steps, let the step return only what the loss needs."

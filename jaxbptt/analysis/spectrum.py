@@ -32,13 +32,13 @@ def singular_values(
 
     Backwards in time, Jₜᵀ Q = Q′ R: the diagonals of R are summed as logarithms, so the range of floats limits neither
     length nor condition number. Two sweeps serve every s. Time O(T n³), about three times that of the factorisations of
-    one sweep (measured, n = 256); memory O(n²) for each s beyond J, or beyond the O(T n) of `JacobianOperators`, of which only
-    `pull` is used. Don't differentiate it; `lyapunov_exponents` can be differentiated.
+    one sweep (measured, n = 256); memory O(n²) for each s beyond J, or beyond the O(T n) of `JacobianOperators`, of which
+    only `pull` is used. Don't differentiate it; `lyapunov_exponents` can be differentiated.
 
-    A value is `resolved` if its direction is not lost to rounding at the size of ‖Jₜ‖ at any step, and if a second sweep finds
-    the same value: to 0.005 + |log σᵢ|/20,000 in the logarithm. The second sweep starts from another frame, with noise of
-    8 eps added at each step: where one direction grows past another that was larger before, rounding is amplified, and the
-    two sweeps differ.
+    A value is `resolved` if its direction is not lost to rounding at the size of ‖Jₜ‖ at any step, and if a second sweep
+    finds the same value: to 0.005 + |log σᵢ|/20,000 in the logarithm. The second sweep starts from another frame, with noise
+    of 8 eps added at each step: where one direction grows past another that was larger before, rounding is amplified, and
+    the two sweeps differ.
 
     Args:
         J: Jacobians in order of time, `[time, n, n]`, or `jacobian_operators` of a step.
@@ -57,7 +57,7 @@ def singular_values(
         >>> import jaxbptt as bptt
         >>> J = jnp.tile(jnp.array([[2.0, 1.0], [0.0, 0.5]]), (1_000, 1, 1))
         >>> log_values, resolved = bptt.singular_values(J)
-        >>> print((log_values / 1_000 / jnp.log(2)).round(2), resolved)  # 2 and 1/2 to the power of 1,000, outside float range
+        >>> print((log_values / 1_000 / jnp.log(2)).round(2), resolved)  # 2 and 1/2 to the power of 1,000
         [ 1. -1.] [ True  True]
 
     References:
@@ -73,7 +73,7 @@ def singular_values(
         or not ((starts >= 0) & (starts < J.length)).all()
     ):
         raise ValueError(
-            f"start is {start!r}, but with T = {counted(J.length, 'Jacobian')} a product starts after 0 to {J.length - 1} steps."
+            f"start is {start!r}, but with {counted(J.length, 'Jacobian')} a product starts after 0 to {J.length - 1} steps."
         )
     chosen, places = np.unique(starts, return_inverse=True)
     slots = np.full(J.length, len(chosen))
@@ -87,7 +87,10 @@ def singular_values(
             product, kept = state
             noise = size * jax.random.rademacher(jax.random.fold_in(key, t), (J.size, J.size), J.dtype)
             product = multiply(product, lambda Q: J.pull(at_t, Q), noise)
-            return (product, jax.tree.map(lambda stored, leaf: stored.at[slot].set(leaf, mode="drop"), kept, product)), None
+            return (
+                product,
+                jax.tree.map(lambda stored, leaf: stored.at[slot].set(leaf, mode="drop"), kept, product),
+            ), None
 
         first = Sweep.start(J.size, J.dtype, key)
         kept = jax.tree.map(lambda leaf: jnp.zeros((len(chosen), *leaf.shape), leaf.dtype), first)
@@ -113,9 +116,9 @@ def log_norms(
 
     in the Frobenius norm, √Σσᵢ²: it is between σ₁ and √n σ₁. Rescaled at every step, so any T is safe. Exact by default, in
     time O(T² n³) and memory O(T n²). With r `probes`, orthonormal random directions in place of all n, it is an estimate,
-    √(n/r) times the norm of their products with the Jacobians, in time O(T² n² r) and memory O(T n r). Its square is unbiased. For a
-    product of rank one, which long products approach, the logarithm has a standard error of about 1/√(2r) from ten probes
-    on and is low by about 1/(2r) on average; for others both are smaller.
+    √(n/r) times the norm of their products with the Jacobians, in time O(T² n² r) and memory O(T n r). Its square is
+    unbiased. For a product of rank one, which long products approach, the logarithm has a standard error of about 1/√(2r)
+    from ten probes on, and is low by about 1/(2r) on average; for other products both are smaller.
 
     Args:
         J: Jacobians in order of time, `[time, n, n]`, or `jacobian_operators` of a step, which can be pushed.

@@ -90,8 +90,8 @@ def _checked(text: str, name: str, values: Any) -> np.ndarray:
     which = f"saliency {name!r}" if name else "saliency"
     if np.shape(values) != (len(text),):
         raise ValueError(
-            f"{which} has shape {np.shape(values)}, but text has {counted(len(text), 'character')}: pass one number for each, "
-            f"[{len(text)}], such as one row of the result of input_saliency."
+            f"{which} has shape {np.shape(values)}, but text has {counted(len(text), 'character')}: pass one number for "
+            f"each, [{len(text)}], such as one row of the result of input_saliency."
         )
     values = finite(values)
     if (values < 0).any():
@@ -125,7 +125,7 @@ def _draw(axes: Axes, text: str, places: np.ndarray, values: np.ndarray, shades:
 
 
 def _ink(shade: Any, *, quiet: bool) -> tuple[float, ...]:
-    """Black on light, white on dark, by the relative luminance at which both have the same contrast; quiet: half the contrast."""
+    """Black on light, white on dark, by the relative luminance at which both have equal contrast; quiet: half of it."""
     channels = np.array(to_rgb(shade))
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
     ink = np.zeros(3) if linear @ [0.2126, 0.7152, 0.0722] > 0.179 else np.ones(3)

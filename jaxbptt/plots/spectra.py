@@ -1,4 +1,4 @@
-r"""Figures of Jacobians: what they do to perturbations of the state, and to gradients, over one step, many, or in the long run.
+r"""Figures of Jacobians: what they do to perturbations of the state, over one step, over many, and in the long run.
 
 None of them depends on a loss.
 """
