@@ -41,7 +41,7 @@ def test_rows_of_a_cell():
     assert certificate.rows[0].largest_error == 0
     lines = str(certificate).splitlines()
     assert len(lines) == 1 + len(certificate.rows)
-    assert lines[0].split() == ["way", "largest", "relative", "error", "temporary", "bytes", "Mflop", "ms", "agrees"]
+    assert lines[0].split() == ["method", "largest", "relative", "error", "temporary", "bytes", "Mflop", "ms", "agrees"]
 
 
 @pytest.mark.slow

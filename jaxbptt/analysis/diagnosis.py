@@ -58,8 +58,8 @@ class GradientDiagnosis(NamedTuple):
     Attributes:
         sentence: the diagnosis in plain words.
         cause: "weights", "saturation" or "alignment" for a gradient that vanishes; "explosion"; "steady"; "cut" where
-            one step takes it to exactly 0; "no gradient" where no step passes any back; "forward" or "backward", the pass in which
-            the first value that is not finite appears.
+            one step takes it to exactly 0; "no gradient" where no step passes any back; "forward" or
+            "backward", the pass in which the first value that is not finite appears.
         rates: the growth of the gradient per step, and its terms.
         exponents: the leading Lyapunov exponents of the state, driven by the inputs, `[k]`.
         standard_errors: of the exponents, `[k]`.

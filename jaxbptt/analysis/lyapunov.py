@@ -67,8 +67,9 @@ def lyapunov_exponents(
 
     λ₁ > 0: perturbations, and gradients in the backward pass, grow by e^λ₁ a step in all but exceptional directions.
     λ₁ < 0: all of them shrink. The sum of all n is the mean of log|det Jₜ|, whatever the frame, as long as all are
-    resolved. Pure, to be jitted; `jax.vmap` for a batch; differentiable in params, init and xs (the gradient keeps O(T n k)). Time
-    O(T n² k + T n k²/m) for k exponents and a factorisation every m steps, memory O(n k) beyond the results.
+    resolved. Pure, to be jitted; `jax.vmap` for a batch; differentiable in params, init and xs (the gradient keeps
+    O(T n k)). Time O(T n² k + T n k²/m) for k exponents and a factorisation every m steps, memory O(n k) beyond the
+    results.
 
     Args:
         step: `step(params, carry, x) -> (carry, y)`, or a `Cell`, differentiable in forward mode: no `jax.custom_vjp` in it.

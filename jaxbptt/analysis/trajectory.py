@@ -45,7 +45,8 @@ class Trajectory(NamedTuple):
 
     def push(self, at_t: Any, V: Array) -> Array:
         """Jₜ V, in forward mode."""
-        return step_and_push(self.recurrence, *at_t, V)[1]
+        carry, x = at_t
+        return step_and_push(self.recurrence, carry, x, V)[1]
 
     def pull(self, at_t: Any, U: Array) -> Array:
         """Jₜᵀ U, in reverse mode."""
