@@ -125,7 +125,7 @@ def test_no_bound():
     # 0.99 falls, but so slowly that twenty lags say little about the whole.
     slow = bptt.adaptive_truncation_length(decaying({"w": 0.99}, {"w": 1.0}, lags=20))
     assert slow.window is None
-    assert "what may lie beyond lag 19 is as large as all before it" in slow.reason
+    assert "what may lie beyond lag 19 is as large as all up to it" in slow.reason
     lags = decaying({"w": 0.5}, {"w": 1.0}, lags=20)
     alone = bptt.adaptive_truncation_length(lags._replace(norms=lags.norms.at[10:19].set(0)))
     assert alone.window is None

@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 
 import nbformat
+import optax
 import pytest
 from nbclient import NotebookClient
 

@@ -227,7 +227,7 @@ def test_eigenvalues():
 
 @pytest.mark.parametrize("start", [3, -1, 1.5, [0, 3]])
 def test_wrong_start(start):
-    with pytest.raises(ValueError, match=r"start is .*, but with T = 3 Jacobians a product starts after 0 to 2 steps"):
+    with pytest.raises(ValueError, match=r"start is .*, but with 3 Jacobians a product starts after 0 to 2 steps"):
         inspect.unwrap(bptt.singular_values)(jnp.zeros((3, 2, 2)), start=start)
 
 

@@ -151,7 +151,9 @@ def adaptive_truncation_length(
     reached = np.append(0.0, np.asarray(jax.lax.map(tree_norm, partial_sums), float))
     at_least = float(np.max(reached - rest))  # ‖g‖ is not smaller than that
     if not at_least > 0:
-        reason = f"No bound: what may lie beyond lag {count - 1} is as large as all up to it. Compute more than {count}."
+        reason = (
+            f"No bound: what may lie beyond lag {count - 1} is as large as all up to it. Compute more than {count}."
+        )
         return AdaptiveTruncation(None, beta, math.inf, reason)
     enough = np.flatnonzero(rest[1:] <= relative_bias * at_least)
     if enough.size:
