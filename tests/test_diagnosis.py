@@ -7,6 +7,10 @@ import pytest
 from reference import make_cell, problem
 
 import jaxbptt as bptt
+from jaxbptt.analysis.flow import flow_and_trajectory
+from jaxbptt.analysis.lyapunov import spectrum_along
+from jaxbptt.analysis.operators import operators_along
+from jaxbptt.analysis.trajectory import prepare_state
 
 
 def set_up(scale_weights=1.0, scale_inputs=1.0, steps=60):
@@ -218,6 +222,19 @@ def test_params_that_are_no_arrays():
     np.testing.assert_allclose(found.rates, bptt.diagnose_gradient(cell, params, h_0, xs, last).rates, atol=1e-12)
 
 
+def test_random_key_and_counter_in_the_carry():
+    cell, params, h_0, xs = set_up(steps=6)
+
+    def step(params, carry, x):
+        h, key, t = carry
+        h, y = cell.step(params, h, x)
+        return (h, jax.random.split(key)[0], t + 1), (y, t)
+
+    carry = h_0, jax.random.key(0), 0
+    found = bptt.diagnose_gradient(step, params, carry, xs, lambda carry, ys: last(carry[0], ys[0]))
+    np.testing.assert_allclose(found.rates, bptt.diagnose_gradient(cell, params, h_0, xs, last).rates, atol=1e-12)
+
+
 def test_no_gradient_and_no_time_steps():
     cell, params, h_0, xs = set_up(steps=5)
     found = bptt.diagnose_gradient(cell, params, h_0, xs, lambda h, ys: 0 * jnp.sum(h))
@@ -225,3 +242,18 @@ def test_no_gradient_and_no_time_steps():
     assert "the loss does not depend on any earlier state" in found.sentence
     with pytest.raises(ValueError, match="A sequence without time steps has no gradient through time"):
         bptt.diagnose_gradient(cell, params, h_0, xs[:0], last)
+
+
+def test_states_of_the_gradient_flow_are_those_of_the_step():
+    """The diagnosis takes everything at the states of its one forward pass; exponents are those of `lyapunov_exponents`."""
+    cell, params, h_0, xs = set_up(steps=6)
+    r = prepare_state(cell, params, h_0, xs, None)
+    flow, trajectory = flow_and_trajectory(r, last)
+    _, hs = bptt.scan(cell, params, h_0, xs)
+    np.testing.assert_allclose(trajectory.new_carries, hs, rtol=1e-12)
+    np.testing.assert_allclose(trajectory.carries, jnp.concatenate([h_0[None], hs[:-1]]), rtol=1e-12)
+    np.testing.assert_allclose(flow.norms, bptt.gradient_flow(cell, params, h_0, xs, last).norms, rtol=1e-12)
+    spectrum = spectrum_along(operators_along(trajectory), 3)
+    expected = bptt.lyapunov_exponents(cell, params, h_0, xs, num_exponents=3)
+    for name, value in expected._asdict().items():
+        np.testing.assert_allclose(getattr(spectrum, name), value, rtol=1e-9, err_msg=name)

@@ -31,16 +31,14 @@ def test_types_of_results_live_in_namespaces():
     types_at_the_top = {name for name in dir(bptt) if isinstance(getattr(bptt, name), type) and name[0] != "_"}
     assert types_at_the_top == set(made_by_users.split())
     results = "Certificate CertificateRow GradientComparison LeafComparison BiasCurve LagContributions TruncationBias"
-    results += (
-        " GradientDiagnosis GradientRates BadEntry GradientFlow AdaptiveTruncation LogSingularValues ScaledProducts"
-    )
-    results += " TemporalContributions LyapunovSpectrum JacobianOperators Plan"
+    results += " GradientDiagnosis GradientRates BadEntry GradientFlow AdaptiveTruncation LogSingularValues"
+    results += " ScaledProducts TemporalContributions LyapunovSpectrum JacobianOperators Plan"
     assert {name for name, value in vars(bptt.analysis).items() if isinstance(value, type)} == set(results.split())
     assert bptt.scans.Schedule is type(bptt.checkpoint_schedule(3, 2))
-    assert {bptt.training.Metrics, bptt.training.TruncatedBPTT, bptt.training.Chunk} <= set(
-        vars(bptt.training).values()
-    )
-    assert bptt.textbook.TextbookBPTT
+    assert isinstance(bptt.tbptt(lambda *_: (0.0, ()), optax.sgd(0.1)), bptt.training.TruncatedBPTT)
+    assert (bptt.training.Chunk, bptt.training.TrainState) == (bptt.Chunk, bptt.TrainState)
+    assert hasattr(bptt.training, "Metrics")
+    assert hasattr(bptt.textbook, "TextbookBPTT")
 
 
 def test_functions_of_the_analysis_are_those_at_the_top():

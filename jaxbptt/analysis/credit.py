@@ -220,7 +220,7 @@ def input_saliency(
         `[chosen, time]`: entry [t, s] for the loss of step t and the input of step s; 0 where s comes after t.
 
     Raises:
-        ValueError: non-differentiable inputs, `losses` that return no vector, steps outside of it; as for `scan`.
+        ValueError: non-differentiable inputs, `losses` that return no vector, steps outside it; as for `scan`.
 
     Example:
         >>> import jax.numpy as jnp

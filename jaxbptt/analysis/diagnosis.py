@@ -27,7 +27,7 @@ from jaxbptt.analysis.trajectory import prepare_state
 from jaxbptt.arrays import check_callable, check_concrete, check_count
 from jaxbptt.cells.cell import Cell, step_of
 from jaxbptt.programs.trace import trace
-from jaxbptt.trees import combine, is_array, partition
+from jaxbptt.trees import combine, differentiable, is_array, partition
 from jaxbptt.words import counted
 
 # A gradient that shrinks or grows by less than this factor over the whole sequence counts as steady.
@@ -177,8 +177,8 @@ class _Numbers(NamedTuple):
     """All that is computed, before it is interpreted.
 
     Attributes:
-        carries: after every step.
-        ys: the outputs.
+        carries: after every step, differentiable leaves.
+        ys: the outputs, differentiable leaves.
         flow: the `GradientFlow`.
         passed_on: ‖Jₜᵀ dₜ‖, `[time]`.
         leading: growth of the leading direction at each step, a factor, `[time]`.
@@ -229,8 +229,8 @@ def _numbers(
     leading, direction = _leading(J)
     spectrum = spectrum_along(J, min(num_exponents, J.size))
     return _Numbers(
-        carries=trajectory.new_carries,
-        ys=trajectory.ys,
+        carries=differentiable(trajectory.new_carries),
+        ys=differentiable(trajectory.ys),
         flow=flow,
         passed_on=norm(passed_on, (1,)),
         leading=leading,

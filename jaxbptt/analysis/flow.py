@@ -23,7 +23,7 @@ class GradientFlow(NamedTuple):
     Attributes:
         loss: L.
         adjoints: dₜ = ∂L/∂hₜ in full, like the carry with leaves `[time, *leaf]`.
-        immediate: aₜ, the part of it through yₜ alone (at the last step also through the final carry).
+        immediate: aₜ, the term of it through yₜ alone (at the last step also through the final carry).
         norms: ‖dₜ‖ over all of the state, `[time]`.
         immediate_norms: ‖aₜ‖, `[time]`.
         contribution_norms: like the params with leaves `[time]`: the norm of what step t adds to that leaf's gradient.

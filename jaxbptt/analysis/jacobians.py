@@ -70,7 +70,7 @@ def state_jacobians(
 
     Args:
         step: `step(params, carry, x) -> (carry, y)`, or a `Cell`, differentiable in forward mode: no `jax.custom_vjp` in it.
-        params: any pytree, handed to every step.
+        params: any pytree, passed to every step.
         init: c₀; non-differentiable leaves (counters, keys) are carried along but are no part of the state vector.
         xs: inputs, leaves `[time, features]`, or `None`.
         length: T, needed where `xs` is `None`.

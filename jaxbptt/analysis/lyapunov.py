@@ -73,7 +73,7 @@ def lyapunov_exponents(
 
     Args:
         step: `step(params, carry, x) -> (carry, y)`, or a `Cell`, differentiable in forward mode: no `jax.custom_vjp` in it.
-        params: any pytree, handed to every step.
+        params: any pytree, passed to every step.
         init: c₀ without batch axis; its differentiable leaves together are the state.
         xs: inputs, leaves `[time, features]`, or `None` with `length`.
         length: T, needed where `xs` is `None`. Burn-in included.

@@ -49,7 +49,7 @@ def jacobian_operators(
     Args:
         step: `step(params, carry, x) -> (carry, y)`, or a `Cell`. A step with a `jax.custom_vjp` in it can be pulled, not
             pushed.
-        params: any pytree, handed to every step.
+        params: any pytree, passed to every step.
         init: c₀; non-differentiable leaves are carried along but are no part of the state vector.
         xs: inputs, leaves `[time, features]`, or `None`.
         length: T, needed where `xs` is `None`.

@@ -129,7 +129,7 @@ def log_norms(
         `[time, time]`: entry [t, s] for the states after those steps, as in `surviving_paths`.
 
     Raises:
-        ValueError: J not `[time, n, n]`, `probes` outside of 1 … n, a key without `probes`.
+        ValueError: J not `[time, n, n]`, `probes` outside 1 … n, a key without `probes`.
 
     Example:
         >>> import jax.numpy as jnp

@@ -18,7 +18,7 @@ from jaxbptt.plots.figure import COLOURS, DASHES, by_name, colour, label_axes, l
 def plot_gradient_flow(flows: GradientFlow | Mapping[str, GradientFlow]) -> Figure:
     r"""Gradient magnitude against time step, log scale; several cells in one panel.
 
-    ‖∂L/∂hₜ‖ (line) and, for a loss at more than the last step, the part through yₜ alone (dots)
+    ‖∂L/∂hₜ‖ (line) and, for a loss at more than the last step, the term through yₜ alone (dots)
 
     Steps where the norm is exactly 0 are left out, since it has no logarithm.
 
