@@ -1,44 +1,32 @@
-"""The gradient of a recurrence through time, in every way worth having, and what happened to it on the way back."""
+"""Methods of taking the gradient of a recurrence through time, and the analysis of that gradient.
+
+Functions, and the types that users make; those of results are in `analysis`, `scans`, `textbook` and `training`.
+"""
 
 import importlib as _importlib
 from typing import Any as _Any
 
+from jaxbptt import analysis as analysis
 from jaxbptt import interop as interop
+from jaxbptt import scans as scans
 from jaxbptt import tasks as tasks
-from jaxbptt.analysis.certificate import Certificate as Certificate
-from jaxbptt.analysis.certificate import CertificateRow as CertificateRow
+from jaxbptt import training as training
 from jaxbptt.analysis.certificate import certify as certify
-from jaxbptt.analysis.compare import GradientComparison as GradientComparison
-from jaxbptt.analysis.compare import LeafComparison as LeafComparison
 from jaxbptt.analysis.compare import compare_gradients as compare_gradients
-from jaxbptt.analysis.credit import BiasCurve as BiasCurve
-from jaxbptt.analysis.credit import LagContributions as LagContributions
-from jaxbptt.analysis.credit import TruncationBias as TruncationBias
 from jaxbptt.analysis.credit import input_saliency as input_saliency
 from jaxbptt.analysis.credit import lag_contributions as lag_contributions
 from jaxbptt.analysis.credit import truncation_bias as truncation_bias
-from jaxbptt.analysis.diagnosis import GradientDiagnosis as GradientDiagnosis
-from jaxbptt.analysis.diagnosis import GradientRates as GradientRates
 from jaxbptt.analysis.diagnosis import diagnose_gradient as diagnose_gradient
-from jaxbptt.analysis.finite import BadEntry as BadEntry
-from jaxbptt.analysis.flow import GradientFlow as GradientFlow
 from jaxbptt.analysis.flow import gradient_flow as gradient_flow
-from jaxbptt.analysis.horizon import AdaptiveTruncation as AdaptiveTruncation
 from jaxbptt.analysis.horizon import adaptive_truncation_length as adaptive_truncation_length
 from jaxbptt.analysis.horizon import effective_horizon as effective_horizon
-from jaxbptt.analysis.jacobians import LogSingularValues as LogSingularValues
-from jaxbptt.analysis.jacobians import ScaledProducts as ScaledProducts
-from jaxbptt.analysis.jacobians import TemporalContributions as TemporalContributions
 from jaxbptt.analysis.jacobians import jacobian_products as jacobian_products
-from jaxbptt.analysis.jacobians import log_singular_values as log_singular_values
+from jaxbptt.analysis.jacobians import product_log_singular_values as product_log_singular_values
 from jaxbptt.analysis.jacobians import state_jacobians as state_jacobians
 from jaxbptt.analysis.jacobians import temporal_contributions as temporal_contributions
-from jaxbptt.analysis.lyapunov import LyapunovSpectrum as LyapunovSpectrum
 from jaxbptt.analysis.lyapunov import lyapunov_exponents as lyapunov_exponents
-from jaxbptt.analysis.operators import JacobianOperators as JacobianOperators
 from jaxbptt.analysis.operators import jacobian_operators as jacobian_operators
 from jaxbptt.analysis.paths import surviving_paths as surviving_paths
-from jaxbptt.analysis.plan import Plan as Plan
 from jaxbptt.analysis.plan import plan as plan
 from jaxbptt.analysis.spectrum import jacobian_eigenvalues as jacobian_eigenvalues
 from jaxbptt.analysis.spectrum import log_norms as log_norms
@@ -61,11 +49,9 @@ from jaxbptt.network import network as network
 from jaxbptt.scans.adjoint import adjoint_scan as adjoint_scan
 from jaxbptt.scans.checkpointed import checkpointed_scan as checkpointed_scan
 from jaxbptt.scans.exact import scan as scan
-from jaxbptt.scans.schedule import Schedule as Schedule
 from jaxbptt.scans.schedule import checkpoint_schedule as checkpoint_schedule
 from jaxbptt.scans.truncated import truncated_scan as truncated_scan
 from jaxbptt.scans.windowed import windowed_scan as windowed_scan
-from jaxbptt.textbook import TextbookBPTT as TextbookBPTT
 from jaxbptt.textbook import bptt as bptt
 from jaxbptt.training import checkpoints as checkpoints
 from jaxbptt.training import losses as losses
@@ -73,9 +59,7 @@ from jaxbptt.training import regularizers as regularizers
 from jaxbptt.training import sharding as sharding
 from jaxbptt.training import streams as streams
 from jaxbptt.training.chunks import Chunk as Chunk
-from jaxbptt.training.tbptt import Metrics as Metrics
 from jaxbptt.training.tbptt import TrainState as TrainState
-from jaxbptt.training.tbptt import TruncatedBPTT as TruncatedBPTT
 from jaxbptt.training.tbptt import tbptt as tbptt
 
 __version__ = "0.1.0"

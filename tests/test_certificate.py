@@ -1,4 +1,4 @@
-"""The certificate measures what it says, and a wrong gradient does not pass it."""
+"""The certificate measures what it says, and finds a wrong gradient."""
 
 import math
 
@@ -98,10 +98,10 @@ def test_any_step_with_leaves_that_have_no_derivative():
     assert set(certificate.rows[1].errors) == {"params['w']", "init[0]", "xs['signal']"}
 
 
-def test_other_ways_and_length():
-    way = {"by hand": lambda w, h_0, xs: 3 * w**2 * h_0}
+def test_other_methods_and_length():
+    by_hand = {"by hand": lambda w, h_0, xs: 3 * w**2 * h_0}
     step = lambda w, h, x: (w * h, None)
-    certificate = bptt.certify(step, 0.2, 0.9, None, lambda h, ys: h, gradients=way, length=3, repeats=1)
+    certificate = bptt.certify(step, 0.2, 0.9, None, lambda h, ys: h, gradients=by_hand, length=3, repeats=1)
     row = certificate.rows[-1]
     assert row.name == "by hand"
     assert row.agrees
@@ -168,9 +168,9 @@ def test_names_are_unique_and_the_reference_is_scan():
     def scan(*a, **kw):
         return jax.tree.map(lambda leaf: 2 * leaf, bptt.scan(*a, **kw))
 
-    with pytest.raises(ValueError, match="More than one way is called 'scan'"):
+    with pytest.raises(ValueError, match="More than one method is called 'scan'"):
         bptt.certify(*args, length=3, scans=[scan])
-    with pytest.raises(ValueError, match="More than one way is called '<lambda>'"):
+    with pytest.raises(ValueError, match="More than one method is called '<lambda>'"):
         bptt.certify(*args, length=3, scans=[lambda *a, **kw: scan(*a, **kw), lambda *a, **kw: scan(*a, **kw)])
 
 

@@ -266,7 +266,7 @@ def test_saliency_is_the_norm_of_input_gradients(name):
 def test_wrong_saliency():
     cell = make_cell("elman")
     params, init, xs = problem(cell, 4)
-    with pytest.raises(ValueError, match="xs has no leaf with a derivative, so no gradient reaches it: pass one-hot"):
+    with pytest.raises(ValueError, match="xs has no differentiable leaf, so no gradient reaches it: pass one-hot"):
         bptt.input_saliency(lambda p, h, x: (h, h), params, init, jnp.arange(4), lambda h, ys: ys)
     with pytest.raises(ValueError, match=r"losses returned an array of shape \(4, 4\): return one loss for each step"):
         bptt.input_saliency(cell, params, init, xs, lambda h, ys: ys)
@@ -323,7 +323,7 @@ def test_measures_are_of_the_params_alone():
     closing = lambda b, h, x: ((h := jnp.tanh(W @ h + x + b)), h)
     lags = bptt.lag_contributions(closing, jnp.ones(3), jnp.zeros(3), xs, loss_of_all)
     np.testing.assert_allclose(lags.norms, jnp.linalg.norm(lags.contributions, axis=1), rtol=1e-12)
-    with pytest.raises(ValueError, match="params has no leaf with a derivative: pass what the step learns as params"):
+    with pytest.raises(ValueError, match="params has no differentiable leaf: pass what the step learns as params"):
         bptt.lag_contributions(lambda _, h, x: (W @ h, h), None, jnp.zeros(3), xs, loss_of_all)
 
 

@@ -7,6 +7,10 @@ import pytest
 from reference import make_cell, problem
 
 import jaxbptt as bptt
+from jaxbptt.analysis.flow import flow_and_trajectory
+from jaxbptt.analysis.lyapunov import spectrum_along
+from jaxbptt.analysis.operators import operators_along
+from jaxbptt.analysis.trajectory import prepare_state
 
 
 def set_up(scale_weights=1.0, scale_inputs=1.0, steps=60):
@@ -23,8 +27,12 @@ def last(h, ys):
 @pytest.mark.parametrize(
     ("scales", "cause", "words"),
     [
-        ((0.3, 0.1), "weights", "vanishes, mostly for its weights"),
-        ((1.0, 5.0), "saturation", "vanishes, mostly for saturation"),
+        (
+            (0.3, 0.1),
+            "weights",
+            "vanishes, mainly because of its weights and gates, which shrink it even without saturation",
+        ),
+        ((1.0, 5.0), "saturation", "vanishes, mainly because of saturation"),
         ((1.5, 1e-15), "explosion", "explodes"),
         ((1.0, 0.01), "steady", "stays within a factor of 100"),
     ],
@@ -52,13 +60,13 @@ def test_planted_causes(scales, cause, words):
     assert ((found.alignment >= 0) & (found.alignment <= 1 + 1e-12)).all()
 
 
-def test_gradient_across_the_direction_that_lasts():
+def test_gradient_misaligned_with_the_leading_direction():
     """One direction is kept for ever, and the loss looks at the other."""
     W = jnp.diag(jnp.array([1.0, 0.5]))
     step = lambda W, h, x: (W @ h, None)
     found = bptt.diagnose_gradient(step, W, jnp.ones(2), None, lambda h, ys: h[1], length=40)
     assert found.cause == "alignment"
-    assert "since it lies across the direction that lasts" in found.sentence
+    assert "mainly because it is misaligned with the leading Lyapunov direction" in found.sentence
     np.testing.assert_allclose(found.rates.observed, np.log(0.5), rtol=1e-12)
     assert found.alignment[-1] < 1e-9
     along = bptt.diagnose_gradient(step, W, jnp.ones(2), None, lambda h, ys: h[0], length=40)
@@ -127,14 +135,14 @@ def plant(where, cell, params, h_0, xs):
 def test_where_the_forward_pass_breaks(where, leaf, index):
     found = bptt.diagnose_gradient(*plant(where, *set_up()), last)
     assert found.cause == "forward"
-    assert found.forward == bptt.BadEntry(leaf, index, where[1])
+    assert found.forward == bptt.analysis.BadEntry(leaf, index, where[1])
     assert found.sentence.startswith("The forward pass is not finite: the first " + where[1])
     assert ("time step 18 of 60" in found.sentence) == (index is not None)
 
 
 def test_loss_that_breaks():
     found = bptt.diagnose_gradient(*set_up(steps=5), lambda h, ys: jnp.log(-jnp.sum(h**2)))
-    assert (found.cause, found.forward) == ("forward", bptt.BadEntry("loss", None, "nan"))
+    assert (found.cause, found.forward) == ("forward", bptt.analysis.BadEntry("loss", None, "nan"))
 
 
 @pytest.mark.slow
@@ -155,7 +163,7 @@ def test_where_the_backward_pass_breaks():
         "∂L/∂carry",
         30,
     )
-    assert "The forward pass is finite, the backward pass is not: coming from the end, the first" in found.sentence
+    assert "The forward pass is finite, the backward pass is not: it starts at the end, and the first" in found.sentence
     assert "∂L/∂carry[30], at time step 31 of 60" in found.sentence
 
     def through_weights(params, h, inputs):
@@ -187,7 +195,7 @@ def test_a_step_that_cuts_the_gradient():
     keep = jnp.ones(100).at[50].set(0)
     found = bptt.diagnose_gradient(step, 1.0, 0.0, keep, lambda h, ys: h)
     assert found.cause == "cut"
-    assert found.sentence.startswith("Time step 51 of 100 passes nothing on")
+    assert found.sentence.startswith("Time step 51 of 100 passes no gradient back")
     np.testing.assert_allclose([*found.rates, np.log(found.bound_rate)], 0, atol=1e-12)
 
 
@@ -214,6 +222,19 @@ def test_params_that_are_no_arrays():
     np.testing.assert_allclose(found.rates, bptt.diagnose_gradient(cell, params, h_0, xs, last).rates, atol=1e-12)
 
 
+def test_random_key_and_counter_in_the_carry():
+    cell, params, h_0, xs = set_up(steps=6)
+
+    def step(params, carry, x):
+        h, key, t = carry
+        h, y = cell.step(params, h, x)
+        return (h, jax.random.split(key)[0], t + 1), (y, t)
+
+    carry = h_0, jax.random.key(0), 0
+    found = bptt.diagnose_gradient(step, params, carry, xs, lambda carry, ys: last(carry[0], ys[0]))
+    np.testing.assert_allclose(found.rates, bptt.diagnose_gradient(cell, params, h_0, xs, last).rates, atol=1e-12)
+
+
 def test_no_gradient_and_no_time_steps():
     cell, params, h_0, xs = set_up(steps=5)
     found = bptt.diagnose_gradient(cell, params, h_0, xs, lambda h, ys: 0 * jnp.sum(h))
@@ -221,3 +242,18 @@ def test_no_gradient_and_no_time_steps():
     assert "the loss does not depend on any earlier state" in found.sentence
     with pytest.raises(ValueError, match="A sequence without time steps has no gradient through time"):
         bptt.diagnose_gradient(cell, params, h_0, xs[:0], last)
+
+
+def test_states_of_the_gradient_flow_are_those_of_the_step():
+    """The diagnosis takes everything at the states of its one forward pass; exponents are those of `lyapunov_exponents`."""
+    cell, params, h_0, xs = set_up(steps=6)
+    r = prepare_state(cell, params, h_0, xs, None)
+    flow, trajectory = flow_and_trajectory(r, last)
+    _, hs = bptt.scan(cell, params, h_0, xs)
+    np.testing.assert_allclose(trajectory.new_carries, hs, rtol=1e-12)
+    np.testing.assert_allclose(trajectory.carries, jnp.concatenate([h_0[None], hs[:-1]]), rtol=1e-12)
+    np.testing.assert_allclose(flow.norms, bptt.gradient_flow(cell, params, h_0, xs, last).norms, rtol=1e-12)
+    spectrum = spectrum_along(operators_along(trajectory), 3)
+    expected = bptt.lyapunov_exponents(cell, params, h_0, xs, num_exponents=3)
+    for name, value in expected._asdict().items():
+        np.testing.assert_allclose(getattr(spectrum, name), value, rtol=1e-9, err_msg=name)

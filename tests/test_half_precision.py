@@ -30,7 +30,7 @@ def test_logarithms_of_a_product(dtype):
     J = jnp.full((5_000, 1, 1), 0.75, dtype)
     products = bptt.jacobian_products(J)
     np.testing.assert_allclose(float(products.log_scales[0]), 4_999 * np.log(0.75), rtol=1e-6)
-    values, _ = bptt.log_singular_values(products)
+    values, _ = bptt.product_log_singular_values(products)
     np.testing.assert_allclose(float(values[0, 0]), 4_999 * np.log(0.75), rtol=1e-6)
 
 
@@ -45,7 +45,7 @@ def test_sums_over_lags(dtype):
     expected = LagContributions(wide, wide.sum(), wide, None, None)
     for eps in (0.5, 0.1):
         assert abs(bptt.effective_horizon(lags, eps) - bptt.effective_horizon(expected, eps)) <= 5
-    mine, theirs = (bptt.adaptive_truncation_length(some, relative_bias=0.1).length for some in (lags, expected))
+    mine, theirs = (bptt.adaptive_truncation_length(some, relative_bias=0.1).window for some in (lags, expected))
     assert abs(mine - theirs) <= 5
 
 

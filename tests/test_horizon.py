@@ -64,13 +64,13 @@ def test_wrong_eps(eps):
 
 @pytest.mark.parametrize("relative_bias", [0.3, 0.01, 1e-6])
 def test_geometric_decay_gives_the_smallest_window(relative_bias):
-    """Rate β: the bias of a window of K steps is β^K. The certificate knows ‖g‖ from the lags computed only."""
+    """Rate β: the bias of a window of K steps is β^K. The bound knows ‖g‖ only from the lags that were computed."""
     found = bptt.adaptive_truncation_length(decaying({"w": 0.8}, {"w": 1.0}, lags=30), relative_bias=relative_bias)
     np.testing.assert_allclose(found.decay_rate, 0.8, rtol=1e-10)
-    assert 0.8**found.length <= found.bound <= relative_bias
+    assert 0.8**found.window <= found.bound <= relative_bias
     assert found.bound / 0.8 > relative_bias  # one step less would not do
-    assert f"A window of {found.length} steps" in found.reason
-    assert ("beyond the 30 lags" in found.reason) == (found.length > 30)
+    assert f"A window of {found.window} steps" in found.reason
+    assert ("beyond the 30 lags" in found.reason) == (found.window > 30)
 
 
 def test_bound_holds_for_a_network():
@@ -81,8 +81,8 @@ def test_bound_holds_for_a_network():
     loss = lambda h, ys: jnp.sum(jnp.sin(ys))
     lags = jax.jit(lambda *args: bptt.lag_contributions(cell, *args, loss, max_lag=11))(*args)
     found = bptt.adaptive_truncation_length(lags, relative_bias=0.05)
-    assert found.length is not None
-    bias = jax.jit(lambda *args: bptt.truncation_bias(cell, *args, loss, lengths=[found.length]))(*args)
+    assert found.window is not None
+    bias = jax.jit(lambda *args: bptt.truncation_bias(cell, *args, loss, lengths=[found.window]))(*args)
     assert bias.windowed.relative_errors[0] <= found.bound <= 0.05
 
 
@@ -93,7 +93,7 @@ def test_decay_is_an_upper_envelope():
     lags = lags._replace(norms=norms[:20], contributions={"w": norms[:20]})
     for relative_bias in (0.3, 0.1, 0.01):
         found = bptt.adaptive_truncation_length(lags, relative_bias=relative_bias)
-        left_out = norms[found.length :].sum() / norms.sum()
+        left_out = norms[found.window :].sum() / norms.sum()
         assert left_out <= found.bound <= relative_bias
 
 
@@ -105,7 +105,7 @@ def test_lags_that_contribute_nothing_are_no_end(max_lag):
     measure = lambda w: bptt.lag_contributions(swap, w, (0.0, 0.0), None, loss, max_lag=max_lag, length=1_000)
     lags = jax.jit(measure)(1.0)
     found = bptt.adaptive_truncation_length(lags)
-    assert found.length is None
+    assert found.window is None
     np.testing.assert_allclose(found.decay_rate, np.sqrt(0.99), rtol=1e-9)
 
 
@@ -117,28 +117,28 @@ def test_horizon_is_not_moved_by_the_rounding_of_the_sum():
     assert max(int(K) for K in jax.tree.leaves(effective_horizon(lags))) <= 30
 
 
-def test_no_certificate():
+def test_no_bound():
     growing = bptt.adaptive_truncation_length(decaying({"w": 1.01}, {"w": 1.0}, lags=20, steps=100))
-    assert growing.length is None
+    assert growing.window is None
     assert growing.bound == np.inf
-    assert "No certificate: from lag 10 on the contributions do not fall" in growing.reason
+    assert "No bound: from lag 10 on the contributions do not fall" in growing.reason
     # 0.99 falls, but so slowly that twenty lags say little about the whole.
     slow = bptt.adaptive_truncation_length(decaying({"w": 0.99}, {"w": 1.0}, lags=20))
-    assert slow.length is None
-    assert "what may lie beyond lag 19 is as large as all before it" in slow.reason
+    assert slow.window is None
+    assert "what may lie beyond lag 19 is as large as all up to it" in slow.reason
     lags = decaying({"w": 0.5}, {"w": 1.0}, lags=20)
     alone = bptt.adaptive_truncation_length(lags._replace(norms=lags.norms.at[10:19].set(0)))
-    assert alone.length is None
-    assert "a single one contributes anything" in alone.reason
+    assert alone.window is None
+    assert "only one lag contributes" in alone.reason
     broken = bptt.adaptive_truncation_length(lags._replace(norms=lags.norms.at[3].set(jnp.nan)))
-    assert broken.length is None
+    assert broken.window is None
     assert "not finite" in broken.reason
 
 
 def test_a_gradient_that_ends_needs_no_extrapolation():
     """Nothing is passed on, so one step has it all."""
     found = bptt.adaptive_truncation_length(decaying({"w": 0.0}, {"w": 1.0}, lags=10), relative_bias=1e-9)
-    assert (found.length, found.decay_rate, found.bound) == (1, 0.0, 0.0)
+    assert (found.window, found.decay_rate, found.bound) == (1, 0.0, 0.0)
 
 
 def test_wrong_arguments():

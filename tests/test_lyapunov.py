@@ -254,7 +254,10 @@ def test_matrix_free_memory():
     [
         ({"num_exponents": 0}, "num_exponents is 0, but a state of 3 numbers has 1 to 3 exponents"),
         ({"num_exponents": 4}, "num_exponents is 4, but a state of 3 numbers has 1 to 3 exponents"),
-        ({"burn_in": 5}, "burn_in is 5, but of 5 time steps at least one has to be left: pass 0 to 4"),
+        (
+            {"burn_in": 5},
+            "burn_in is 5, but of 5 time steps at least one has to be left: pass a whole number from 0 to 4",
+        ),
         ({"burn_in": -1}, "burn_in is -1"),
         ({"qr_every": 0}, "qr_every is 0, but it counts time steps"),
         ({"time_step": -0.1}, "time_step is -0.1, but it is the time that a step stands for"),

@@ -135,7 +135,7 @@ ANALYSIS = {
     "gradient_flow": lambda *args: bptt.gradient_flow(*args, mean_square),
     "state_jacobians": bptt.state_jacobians,
     "jacobian_products": lambda *args: bptt.jacobian_products(bptt.state_jacobians(*args)[1]),
-    "log_singular_values": lambda *args: bptt.log_singular_values(
+    "product_log_singular_values": lambda *args: bptt.product_log_singular_values(
         bptt.jacobian_products(bptt.state_jacobians(*args)[1])
     ),
     "jacobian_operators": lambda *args: bptt.log_norms(bptt.jacobian_operators(*args)),

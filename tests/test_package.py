@@ -3,9 +3,11 @@
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import nbformat
+import optax
 import pytest
 from nbclient import NotebookClient
 
@@ -21,6 +23,28 @@ def test_contract_names():
     names += " gradient_flow lag_contributions certify compare_gradients ElmanParams GRUParams LSTMParams LSTMState"
     assert [name for name in names.split() if not hasattr(bptt, name)] == []
     assert callable(bptt.plots.plot_gradient_flow)
+
+
+def test_types_of_results_live_in_namespaces():
+    """At the top are functions, and of types only those that users make."""
+    made_by_users = "Cell Adjoint ElmanParams GRUParams LSTMParams LSTMState Network NetworkParams Chunk TrainState"
+    types_at_the_top = {name for name in dir(bptt) if isinstance(getattr(bptt, name), type) and name[0] != "_"}
+    assert types_at_the_top == set(made_by_users.split())
+    results = "Certificate CertificateRow GradientComparison LeafComparison BiasCurve LagContributions TruncationBias"
+    results += " GradientDiagnosis GradientRates BadEntry GradientFlow AdaptiveTruncation LogSingularValues"
+    results += " ScaledProducts TemporalContributions LyapunovSpectrum JacobianOperators Plan"
+    assert {name for name, value in vars(bptt.analysis).items() if isinstance(value, type)} == set(results.split())
+    assert bptt.scans.Schedule is type(bptt.checkpoint_schedule(3, 2))
+    assert isinstance(bptt.tbptt(lambda *_: (0.0, ()), optax.sgd(0.1)), bptt.training.TruncatedBPTT)
+    assert (bptt.training.Chunk, bptt.training.TrainState) == (bptt.Chunk, bptt.TrainState)
+    assert hasattr(bptt.training, "Metrics")
+    assert hasattr(bptt.textbook, "TextbookBPTT")
+
+
+def test_functions_of_the_analysis_are_those_at_the_top():
+    for name, value in vars(bptt.analysis).items():
+        if isinstance(value, types.FunctionType):
+            assert getattr(bptt, name) is value, name
 
 
 def test_import_is_light_and_changes_nothing():

@@ -84,7 +84,7 @@ def test_nothing_exact_fits():
     plan = bptt.plan(cell, *args, memory_bytes=least.predicted_bytes - 1, loss=last_state)
     assert (plan.fits, plan.scan, plan.predicted_bytes) == (False, None, least.predicted_bytes)
     assert re.search(r"No exact strategy fits .*: the least is checkpointed_scan with checkpoints=1", plan.reason)
-    assert re.search(r"Biased, truncated_scan with truncation_length=\d+ fits, for example: .* bytes", plan.reason)
+    assert re.search(r"The biased truncated_scan fits, for example with truncation_length=\d+: .* bytes", plan.reason)
     nothing = bptt.plan(cell, *args, memory_bytes=1000, loss=all_outputs)
     assert "Truncation does not help: with truncation_length=1 it needs" in nothing.reason
 

@@ -89,7 +89,7 @@ def test_certificate():
 
 def test_singular_values():
     J = jnp.tile(jnp.diag(jnp.array([0.9, 0.1])), (30, 1, 1))
-    values = bptt.log_singular_values(bptt.jacobian_products(J))
+    values = bptt.product_log_singular_values(bptt.jacobian_products(J))
     figure = plots.plot_singular_values({"one": values, "two": values}, bound_rate={"one": 0.95})
     one, two = figure.axes
     assert one.get_title() == "one"
@@ -135,8 +135,8 @@ def test_surviving_paths():
 def bias(lengths, windowed, chunked=None, array=jnp.asarray):
     """Relative errors of both kinds; cosines are 1 less half of them."""
     curves = (np.asarray(errors, float) for errors in (windowed, windowed if chunked is None else chunked))
-    curves = (bptt.BiasCurve(array(errors), array(1 - errors / 2)) for errors in curves)
-    return bptt.TruncationBias(array(np.asarray(lengths)), *curves)
+    curves = (bptt.analysis.BiasCurve(array(errors), array(1 - errors / 2)) for errors in curves)
+    return bptt.analysis.TruncationBias(array(np.asarray(lengths)), *curves)
 
 
 @pytest.mark.parametrize("array", [jnp.asarray, np.asarray])
@@ -185,7 +185,7 @@ def test_truncation_bias_of_what_bptt_returns():
 
 def lags(norms, array=jnp.asarray):
     norms = np.asarray(norms, float)
-    return bptt.LagContributions(None, None, array(norms), array(norms / 2), array(1 - norms / 4))
+    return bptt.analysis.LagContributions(None, None, array(norms), array(norms / 2), array(1 - norms / 4))
 
 
 @pytest.mark.parametrize("array", [jnp.asarray, np.asarray])
@@ -226,7 +226,7 @@ def spectrum(exponents, errors=0.1, resolved=True, array=jnp.asarray):
     exponents = np.asarray(exponents, float)
     k = len(exponents)
     fields = exponents, np.full(k, errors), np.broadcast_to(resolved, k), exponents[None], np.array([9])
-    return bptt.LyapunovSpectrum(*map(array, fields), array(0.0), array(0.0))
+    return bptt.analysis.LyapunovSpectrum(*map(array, fields), array(0.0), array(0.0))
 
 
 @pytest.mark.parametrize("array", [jnp.asarray, np.asarray])
@@ -408,10 +408,13 @@ def test_nothing_to_draw_is_no_error(values, several):
     square = np.broadcast_to(values, (n, n))
     resolved = np.ones((n, n), bool)
     drawings = [
-        (plots.plot_gradient_flow, bptt.GradientFlow(*[values] * len(bptt.GradientFlow._fields))),
-        (plots.plot_truncation_bias, bptt.TruncationBias(np.arange(1, n + 1), *[bptt.BiasCurve(values, values)] * 2)),
-        (plots.plot_lag_contributions, bptt.LagContributions(None, None, values, values, values)),
-        (plots.plot_singular_values, bptt.LogSingularValues(square, resolved)),
+        (plots.plot_gradient_flow, bptt.analysis.GradientFlow(*[values] * len(bptt.analysis.GradientFlow._fields))),
+        (
+            plots.plot_truncation_bias,
+            bptt.analysis.TruncationBias(np.arange(1, n + 1), *[bptt.analysis.BiasCurve(values, values)] * 2),
+        ),
+        (plots.plot_lag_contributions, bptt.analysis.LagContributions(None, None, values, values, values)),
+        (plots.plot_singular_values, bptt.analysis.LogSingularValues(square, resolved)),
         (plots.plot_lyapunov_spectrum, spectrum(values, errors=np.inf)),
         (plots.plot_eigenvalues, square),
         (plots.plot_log_norms, square),
@@ -425,9 +428,9 @@ def test_nothing_to_draw_is_no_error(values, several):
 def test_one_step_is_seen():
     one = jnp.ones(1)
     for figure in (
-        plots.plot_gradient_flow(bptt.GradientFlow(*[one] * len(bptt.GradientFlow._fields))),
+        plots.plot_gradient_flow(bptt.analysis.GradientFlow(*[one] * len(bptt.analysis.GradientFlow._fields))),
         plots.plot_lag_contributions(lags([1.0])),
-        plots.plot_singular_values(bptt.LogSingularValues(jnp.zeros((1, 2)), jnp.ones((1, 2), bool))),
+        plots.plot_singular_values(bptt.analysis.LogSingularValues(jnp.zeros((1, 2)), jnp.ones((1, 2), bool))),
     ):
         lines = [line for axes in figure.axes for line in axes.lines]
         assert lines

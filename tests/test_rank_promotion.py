@@ -61,7 +61,7 @@ def calls():
     return {
         "state_jacobians": lambda: bptt.state_jacobians(*one),
         "temporal_contributions": lambda: bptt.temporal_contributions(*one, loss),
-        "jacobian_products": lambda: bptt.log_singular_values(bptt.jacobian_products(J)),
+        "jacobian_products": lambda: bptt.product_log_singular_values(bptt.jacobian_products(J)),
         "singular_values": lambda: bptt.singular_values(J, start=[0, 2]),
         "singular_values of operators": lambda: bptt.singular_values(bptt.jacobian_operators(*one)),
         "log_norms": lambda: bptt.log_norms(J),

@@ -190,7 +190,7 @@ def test_one_repeated_character(tmp_path):
 
 def flow_of(norms):
     norms = np.asarray(norms, np.float32)
-    return bptt.GradientFlow(0, None, None, norms, None, None, None, None, None)
+    return bptt.analysis.GradientFlow(0, None, None, norms, None, None, None, None, None)
 
 
 def sentence(norms):

@@ -67,12 +67,12 @@ def test_ten_thousand_steps_of_a_linear_network(dtype):
 def test_several_starts_and_the_stored_products():
     J = np.random.default_rng(3).standard_normal((12, 4, 4))
     values, resolved = bptt.singular_values(J, start=[5, 0, 11, 5])
-    stored = bptt.log_singular_values(bptt.jacobian_products(J))
+    stored = bptt.product_log_singular_values(bptt.jacobian_products(J))
     assert values.shape == resolved.shape == (4, 4)
-    np.testing.assert_allclose(values[0], stored.values[4], rtol=1e-9)
-    np.testing.assert_allclose(values[2], stored.values[10], rtol=1e-9)
+    np.testing.assert_allclose(values[0], stored.log_values[4], rtol=1e-9)
+    np.testing.assert_allclose(values[2], stored.log_values[10], rtol=1e-9)
     np.testing.assert_array_equal(values[0], values[3])
-    np.testing.assert_allclose(values[1], bptt.singular_values(J).values, rtol=1e-12)
+    np.testing.assert_allclose(values[1], bptt.singular_values(J).log_values, rtol=1e-12)
 
 
 UNRESOLVED = {
@@ -122,7 +122,7 @@ def test_what_rounding_has_drowned_is_said_to_be(name):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_what_is_lost_in_one_step_stays_lost(dtype):
-    """Errors are added up as roots of sums, what is tolerated goes with the logarithm: over many steps it came to allow anything."""
+    """Errors add up as roots of sums, the tolerance grows with the logarithm: over many steps it could allow any error."""
     rng = np.random.default_rng(0)
     J = math.exp(-10) * np.stack([[orthogonal(rng, 2) for _ in range(2_000)]] * 4)
     J[0] = 0
@@ -147,7 +147,7 @@ def test_matrix_free_equals_dense(name):
 
     values, norms, eigenvalues = jax.jit(matrix_free)(*args)
     dense = jax.jit(lambda J: bptt.singular_values(J, start=[0, 20]))(J)
-    np.testing.assert_allclose(values.values, dense.values, rtol=1e-9)
+    np.testing.assert_allclose(values.log_values, dense.log_values, rtol=1e-9)
     np.testing.assert_allclose(norms, bptt.log_norms(J), rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(eigenvalues, bptt.jacobian_eigenvalues(J), rtol=1e-6, atol=1e-9)
 
@@ -227,7 +227,7 @@ def test_eigenvalues():
 
 @pytest.mark.parametrize("start", [3, -1, 1.5, [0, 3]])
 def test_wrong_start(start):
-    with pytest.raises(ValueError, match=r"start is .*, but with T = 3 Jacobians a product starts after 0 to 2 steps"):
+    with pytest.raises(ValueError, match=r"start is .*, but with 3 Jacobians a product starts after 0 to 2 steps"):
         inspect.unwrap(bptt.singular_values)(jnp.zeros((3, 2, 2)), start=start)
 
 
@@ -242,7 +242,7 @@ def test_half_precision_and_integers_are_multiplied_in_full(dtype):
     W = J[0]
     step = lambda W, h, x: (W @ h, None)
     J = bptt.jacobian_operators(step, W, jnp.ones(2, dtype), length=5)
-    np.testing.assert_allclose(bptt.singular_values(J).values, [5 * math.log(2), 0], atol=0.05)
+    np.testing.assert_allclose(bptt.singular_values(J).log_values, [5 * math.log(2), 0], atol=0.05)
     spectrum = bptt.lyapunov_exponents(step, W, jnp.ones(2, dtype), length=40, burn_in=30)
     assert spectrum.exponents.dtype == jnp.float32
     np.testing.assert_allclose(spectrum.exponents, [math.log(2), 0], atol=0.05)
@@ -251,14 +251,15 @@ def test_half_precision_and_integers_are_multiplied_in_full(dtype):
 def test_what_is_no_state_vector():
     step = lambda p, h, x: (h, None)
     for function in (bptt.jacobian_operators, bptt.lyapunov_exponents):
-        with pytest.raises(TypeError, match=r"init\[0\] has dtype complex128: a state vector is real"):
+        with pytest.raises(TypeError, match=r"init\[0\] has dtype complex128, but a state vector is real"):
             function(step, None, (jnp.ones(2, complex),), length=3)
-        with pytest.raises(ValueError, match="init has no numbers with a derivative: there is no state to follow"):
+        with pytest.raises(ValueError, match="init has no differentiable numbers, so there is no state"):
             function(step, None, jnp.array(1), length=3)
         cell = make_cell("lstm")
         params, init, xs = problem(cell, 3, (5,))
         with pytest.raises(
-            ValueError, match=r"init\.h has shape \(5, 4\), with batch axes before \(4,\): the state would be"
+            ValueError,
+            match=r"init\.h has shape \(5, 4\), which is \(4,\) with batch axes: all rows together would count as one state",
         ):
             function(cell, params, init, xs)
     with pytest.raises(TypeError, match="J has dtype complex128: pass real Jacobians"):
@@ -271,7 +272,7 @@ def test_wrong_arguments():
         with pytest.raises(ValueError, match=r"J has shape \(3, 2\), but \[time, n, n\] is expected"):
             inspect.unwrap(function)(J[:, 0])
     for probes in (0, 3, 1.5, True):
-        with pytest.raises(ValueError, match=r"probes is .*, but there are 1 to 2 directions"):
+        with pytest.raises(ValueError, match=r"probes is .*, but there are 2 directions to probe: pass 1 to 2"):
             inspect.unwrap(bptt.log_norms)(J, probes=probes)
     with pytest.raises(ValueError, match="key draws the random probes: pass probes as well"):
         bptt.log_norms(J, key=jax.random.key(0))

@@ -122,8 +122,8 @@ def functions():
         "from_torch": (bptt.interop.from_torch, {"state_dict": bptt.interop.to_torch(params)}, {"state_dict": set()}),
         "to_torch": (bptt.interop.to_torch, {"params": params}, {"params": set()}),
         "jacobian_products": (bptt.jacobian_products, {"J": J}, {"J": set()}),
-        "log_singular_values": (
-            bptt.log_singular_values,
+        "product_log_singular_values": (
+            bptt.product_log_singular_values,
             {"products": bptt.analysis.jacobians.ScaledProducts(J, jnp.ones(4))},
             {"products": set()},
         ),

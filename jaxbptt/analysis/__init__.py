@@ -1,1 +1,40 @@
-"""What happened to the gradient on its way back."""
+"""What happened to the gradient in the backward pass: all functions of the analysis, and the types of their results."""
+
+from jaxbptt.analysis.certificate import Certificate as Certificate
+from jaxbptt.analysis.certificate import CertificateRow as CertificateRow
+from jaxbptt.analysis.certificate import certify as certify
+from jaxbptt.analysis.compare import GradientComparison as GradientComparison
+from jaxbptt.analysis.compare import LeafComparison as LeafComparison
+from jaxbptt.analysis.compare import compare_gradients as compare_gradients
+from jaxbptt.analysis.credit import BiasCurve as BiasCurve
+from jaxbptt.analysis.credit import LagContributions as LagContributions
+from jaxbptt.analysis.credit import TruncationBias as TruncationBias
+from jaxbptt.analysis.credit import input_saliency as input_saliency
+from jaxbptt.analysis.credit import lag_contributions as lag_contributions
+from jaxbptt.analysis.credit import truncation_bias as truncation_bias
+from jaxbptt.analysis.diagnosis import GradientDiagnosis as GradientDiagnosis
+from jaxbptt.analysis.diagnosis import GradientRates as GradientRates
+from jaxbptt.analysis.diagnosis import diagnose_gradient as diagnose_gradient
+from jaxbptt.analysis.finite import BadEntry as BadEntry
+from jaxbptt.analysis.flow import GradientFlow as GradientFlow
+from jaxbptt.analysis.flow import gradient_flow as gradient_flow
+from jaxbptt.analysis.horizon import AdaptiveTruncation as AdaptiveTruncation
+from jaxbptt.analysis.horizon import adaptive_truncation_length as adaptive_truncation_length
+from jaxbptt.analysis.horizon import effective_horizon as effective_horizon
+from jaxbptt.analysis.jacobians import LogSingularValues as LogSingularValues
+from jaxbptt.analysis.jacobians import ScaledProducts as ScaledProducts
+from jaxbptt.analysis.jacobians import TemporalContributions as TemporalContributions
+from jaxbptt.analysis.jacobians import jacobian_products as jacobian_products
+from jaxbptt.analysis.jacobians import product_log_singular_values as product_log_singular_values
+from jaxbptt.analysis.jacobians import state_jacobians as state_jacobians
+from jaxbptt.analysis.jacobians import temporal_contributions as temporal_contributions
+from jaxbptt.analysis.lyapunov import LyapunovSpectrum as LyapunovSpectrum
+from jaxbptt.analysis.lyapunov import lyapunov_exponents as lyapunov_exponents
+from jaxbptt.analysis.operators import JacobianOperators as JacobianOperators
+from jaxbptt.analysis.operators import jacobian_operators as jacobian_operators
+from jaxbptt.analysis.paths import surviving_paths as surviving_paths
+from jaxbptt.analysis.plan import Plan as Plan
+from jaxbptt.analysis.plan import plan as plan
+from jaxbptt.analysis.spectrum import jacobian_eigenvalues as jacobian_eigenvalues
+from jaxbptt.analysis.spectrum import log_norms as log_norms
+from jaxbptt.analysis.spectrum import singular_values as singular_values

@@ -69,7 +69,7 @@ def unroll(
     if r.length == 0:
         raise ValueError("A sequence without time steps has no lags: pass at least one step.")
     if loss is not None and not jax.tree.leaves(differentiable(params)):
-        raise ValueError("params has no leaf with a derivative: pass what the step learns as params, not in a closure.")
+        raise ValueError("params has no differentiable leaf: pass what the step learns as params, not in a closure.")
     over_time, r = one_pass(step, None, r, Flags(), unroll=1)
     over_time = over_time.differentiated(everything(r.params, r.init, r.xs))
     results, residuals = over_time.forward(r.params, r.init, r.xs, r.length)

@@ -1,4 +1,4 @@
-r"""The proof on the user's own data: every way to take the gradient, how far apart they are, and what each one costs."""
+r"""Methods of taking the gradient compared on the user's own data: how far their results differ, and what each one costs."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -24,13 +24,13 @@ COLUMNS = ("method", "relative error", "temporary KiB", "Mflop", "ms", "agrees")
 
 
 class CertificateRow(NamedTuple):
-    """One way to take the gradient, against the reference.
+    """One method of taking the gradient, checked against the reference.
 
     Attributes:
         name: of the strategy.
         agrees: whether value and every leaf are within the certificate's tolerance.
-        value_error: |L − L_ref| / |L_ref|; nan for a way that gives the gradient only.
-        errors: leaf to max|g − g_ref| / max|g_ref|, for leaves of params, and of init and xs where the way gives them.
+        value_error: |L − L_ref| / |L_ref|; nan for a method that gives the gradient only.
+        errors: leaf to max|g − g_ref| / max|g_ref|, for leaves of params, and of init and xs where the method gives them.
         largest_error: the largest of `errors`.
         temporary_bytes: the compiler's peak of memory beyond arguments and results.
         flops: floating-point operations, each loop counted as often as it runs; nan where they can't be counted.
@@ -52,11 +52,11 @@ class CertificateRow(NamedTuple):
 
 
 class Certificate(NamedTuple):
-    """Every way on the same data. Prints as a table.
+    """Every method on the same data. Prints as a table.
 
     Attributes:
-        rows: a `CertificateRow` for each way; the reference, `scan`, is the first.
-        tolerance: the relative error up to which a way agrees, by the dtype of the gradient.
+        rows: a `CertificateRow` for each method; the reference, `scan`, is the first.
+        tolerance: the relative error up to which a method agrees, by the dtype of the gradient.
         dtype: of the gradient.
     """
 
@@ -86,12 +86,13 @@ def certify(
     repeats: int = 5,
     progress: Callable[[str], None] | None = None,
 ) -> Certificate:
-    r"""Take value and gradient every way there is, on the same data, and measure how they differ and what they cost.
+    r"""Check that all methods of taking value and gradient agree on the same data, and measure what each one costs.
 
     error of a leaf = max|g − g_ref| / max|g_ref|,  with g_ref by `jax.grad` through `scan`
 
-    Gradients are with respect to params, init and xs. Every way is compiled; run times are medians over `repeats` rounds
-    in which the ways take turns. Costs a compilation and `repeats` + 1 runs a way.
+    Gradients are with respect to params, init and xs. Unlike most functions here it compiles what it is given, since the
+    costs are those of compiled programs; don't call it inside `jit`. Run times are medians over `repeats` rounds in which
+    the methods take turns. Costs one compilation and `repeats` + 1 runs a method.
 
     Args:
         step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
@@ -101,20 +102,21 @@ def certify(
         loss: `loss(carry, ys) -> scalar`, of the last carry and all outputs.
         scans: the strategies, by name or as a sequence of functions. By default every exact one: `adjoint_scan` with the
             adjoint derived, and with the `Cell`'s own where there is one, and `checkpointed_scan`.
-        gradients: further ways that are not a scan, by name: `(params, init, xs) -> ∂L/∂params`.
+        gradients: further methods, which are no scans, by name: `(params, init, xs) -> ∂L/∂params`.
         length: T, needed where `xs` is `None`.
-        is_first: booleans `[time, *batch]`, as for `scan`; handed to every strategy, as are the next two where they are given.
+        is_first: booleans `[time, *batch]`, as for `scan`; passed to every strategy, like the next two where given.
         valid: booleans `[time, *batch]`, as for `scan`.
         reset_carry: what `is_first` resets to, as for `scan`.
         repeats: rounds of timing.
-        progress: called with the name of each way before it is compiled.
+        progress: called with the name of each method before it is compiled.
 
     Returns:
         A `Certificate`, whose first row is `scan` itself.
 
     Raises:
-        ValueError: no repeats, two ways of one name, a gradient of another structure or shape. What the strategies raise comes through.
-        TypeError: traced arguments, what is no function.
+        ValueError: no repeats, two methods of one name, a gradient of another structure or shape; and
+            whatever the strategies raise.
+        TypeError: traced arguments, a strategy, loss or gradient that is not a function.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -134,7 +136,7 @@ def certify(
     check_concrete("certify", params=params, init=init, xs=xs)
     loss = scalar_loss(loss)
     check_count("repeats", repeats, "at least one round of timing is needed")
-    # What is no float (counters, keys, functions among the params) is the same for every way and stays outside.
+    # Non-differentiable leaves (counters, keys, functions among the params) are the same for every method.
     diff, nondiff = partition((params, init, xs))
     options = {"is_first": is_first, "valid": valid, "reset_carry": reset_carry}
     options = {word: option for word, option in options.items() if option is not None}
@@ -146,8 +148,8 @@ def certify(
 
         return jax.value_and_grad(unrolled_loss)
 
-    def gradient_only(way):
-        return lambda diff: (math.nan, (differentiable(way(*combine(diff, nondiff))), None, None))
+    def gradient_only(method):
+        return lambda diff: (math.nan, (differentiable(method(*combine(diff, nondiff))), None, None))
 
     if scans is not None and not isinstance(scans, Mapping | Sequence):
         raise TypeError(f"scans is a {type(scans).__name__}: pass the strategies by name, or a sequence of them.")
@@ -156,24 +158,24 @@ def certify(
             f"gradients is a {type(gradients).__name__}: pass functions (params, init, xs) -> gradient by name."
         )
     strategies = _exact_strategies(step) if scans is None else _named(scans)
-    ways = [("scan", value_and_gradient(scan))]
-    ways += [(label, value_and_gradient(strategy)) for label, strategy in strategies if strategy is not scan]
-    ways += [(label, gradient_only(way)) for label, way in (gradients or {}).items()]
-    for label, way in [*strategies, *(gradients or {}).items()]:
-        check_callable(f"The way {label!r}", way, "a strategy, or (params, init, xs) -> gradient")
-    labels = [label for label, _ in ways]
+    methods = [("scan", value_and_gradient(scan))]
+    methods += [(label, value_and_gradient(strategy)) for label, strategy in strategies if strategy is not scan]
+    methods += [(label, gradient_only(method)) for label, method in (gradients or {}).items()]
+    for label, method in [*strategies, *(gradients or {}).items()]:
+        check_callable(f"The method {label!r}", method, "a strategy, or (params, init, xs) -> gradient")
+    labels = [label for label, _ in methods]
     repeated = [label for label in dict.fromkeys(labels) if labels.count(label) > 1]
     if repeated:
         raise ValueError(
-            f"More than one way is called {repeated[0]!r}: pass scans as a mapping with a name for each; 'scan' itself is the "
-            "reference, and always there."
+            f"More than one method is called {repeated[0]!r}: pass scans as a mapping with a name for each; 'scan' itself "
+            "is the reference, and always included."
         )
 
     calls, costs, results = [], [], []
-    for label, way in ways:
+    for label, method in methods:
         if progress is not None:
             progress(label)
-        compiled, cost = compile_and_cost(way, diff)
+        compiled, cost = compile_and_cost(method, diff)
         calls.append(lambda compiled=compiled: compiled(diff))
         costs.append(cost)
         results.append(jax.tree.map(np.asarray, compiled(diff)))
@@ -188,7 +190,7 @@ def certify(
         errors = _errors_by_leaf(label, gradient, reference)
         value_agrees = value_error <= bound or i >= len(labels) - given
         agrees = value_agrees and all(error <= bound for error in errors.values())
-        # numpy's maximum keeps a nan, Python's drops it.
+        # numpy's maximum keeps nan, Python's drops it.
         largest = float(np.max([0.0, *errors.values()]))
         rows.append(
             CertificateRow(

@@ -1,4 +1,4 @@
-r"""Why a gradient differs: leaf by leaf, with the likely cause in words."""
+r"""Where and why two gradients differ: leaf by leaf, with the likely cause in words."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ _UNKNOWN = "no single cause found"
 
 
 class LeafComparison(NamedTuple):
-    """One leaf of a gradient against the reference.
+    """One leaf of a gradient, compared with the reference.
 
     Attributes:
         leaf: its name.
@@ -25,7 +25,7 @@ class LeafComparison(NamedTuple):
         relative_error: max|g − g_ref| / max|g_ref|; nan where the shapes differ.
         cosine: of the angle between the two; nan where the shapes differ or one is 0.
         ratio: the factor c for which c · g_ref is nearest to g.
-        cause: the likely cause, in words; "agrees" where there is none to look for.
+        cause: the likely cause, in words; "agrees" where the leaf agrees.
     """
 
     leaf: str
@@ -42,7 +42,7 @@ class GradientComparison(NamedTuple):
     Attributes:
         leaves: a `LeafComparison` for each.
         agrees: whether all leaves do.
-        cause: the likely causes of those that do not.
+        cause: the likely causes for the leaves that do not.
     """
 
     leaves: tuple[LeafComparison, ...]
@@ -66,13 +66,13 @@ def compare_gradients(
 ) -> GradientComparison:
     r"""Compare a gradient with a reference, leaf by leaf, and name the likely cause where they differ.
 
-    Causes that two gradients alone give away: nan, all zero, the wrong sign, a constant factor, a transpose, the term of
+    Causes that the two gradients alone show: nan, all zero, the wrong sign, a constant factor, a transpose, the term of
     one time step missing (a difference of low rank). With `temporal`, which time step is missing or counted twice, and
     whether the factor is T; with `lags`, after how many lags the paths are cut, one lag short of all included.
 
     Args:
         mine: the gradient in question, a pytree of arrays.
-        reference: the one to hold it against, of the same structure.
+        reference: the gradient to compare it with, of the same structure.
         temporal: from `temporal_contributions`, of the reference.
         lags: from `lag_contributions`, of the reference.
 
@@ -82,7 +82,7 @@ def compare_gradients(
 
     Raises:
         ValueError: trees of different structure.
-        TypeError: traced arguments, contributions of something else.
+        TypeError: traced arguments, contributions of the wrong type.
 
     Example:
         >>> import jax.numpy as jnp
@@ -191,14 +191,17 @@ def _factor(ratio: float, steps: int | None) -> str:
 
 
 def _low_rank(difference: np.ndarray, noise: float) -> str | None:
-    """A step adds one outer product δ hᵀ for each row of the batch: a few missing ones leave a difference of low rank."""
+    """A step adds one outer product δ hᵀ for each row of the batch: a few missing steps leave a difference of low rank."""
     if difference.ndim != 2:
         return None
     rank = int(np.sum(np.linalg.svd(difference, compute_uv=False) > noise))
     if rank == 0 or rank > min(difference.shape) // 2:
         return None
     terms = "one outer product" if rank == 1 else f"{rank} outer products"
-    return f"perhaps a missing step: the difference is {terms}, what one time step, or the longest lag, adds for {rank} row(s)"
+    rows = counted(rank, "row")
+    return (
+        f"perhaps a missing step: the difference is {terms}, which one time step, or the longest lag, adds for {rows}"
+    )
 
 
 def _leaves_or_none(contributions: Any, reference: Any) -> Sequence[Any]:
@@ -208,6 +211,6 @@ def _leaves_or_none(contributions: Any, reference: Any) -> Sequence[Any]:
 
 
 def _wide(array: Any) -> np.ndarray:
-    """In double precision, so that the comparison itself rounds nothing."""
+    """In double precision, so that the comparison itself adds no rounding errors."""
     array = np.asarray(array)
     return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)

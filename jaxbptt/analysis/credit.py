@@ -1,7 +1,7 @@
-r"""Credit by lag: how far back the gradient comes from, what cutting it short costs, and which inputs it goes to.
+r"""Credit by lag: how far back the gradient comes from, what truncation costs, and which inputs it reaches.
 
-All of it goes over the same backward steps as the strategies in `scans`: a forward pass that keeps residuals, taken once,
-and then `Adjoint.backward` over it, for all time steps at once or for many cuts of the gradient at once.
+Everything uses the same backward steps as the strategies in `scans`: one forward pass that saves residuals, and then
+`Adjoint.backward` on them, for all time steps at once or for many truncation lengths at once.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from jaxbptt.words import counted
 
 
 class LagContributions(NamedTuple):
-    """The gradient by lag: what paths of each length from a loss term back to a use of the weights add to it.
+    """The gradient by lag: what paths of each length, from a loss term back to a use of the weights, add to it.
 
     Attributes:
         contributions: G⁽ˡ⁾, like the params, leaves `[lag, *leaf]`; over all lags they sum to ∂L/∂params.
@@ -74,7 +74,7 @@ def lag_contributions(
     max_lag: int | None = None,
     length: int | None = None,
 ) -> LagContributions:
-    r"""Split the gradient by lag: how far back, in time steps, the weights were used.
+    r"""Split the gradient by lag: by how many time steps before the loss the weights were used.
 
     G⁽ˡ⁾ = Σₜ (∂⁺hₜ₋ₗ/∂θ)ᵀ Aₗ[t],  A₀[t] = aₜ,  Aₗ₊₁[t] = Jₜ₋ₗᵀ Aₗ[t]
 
@@ -87,11 +87,11 @@ def lag_contributions(
         init: c₀, any pytree of arrays.
         xs: inputs, leaves `[time, *batch, features]`, or `None` with `length`.
         loss: `loss(carry, ys) -> scalar`, of the last carry and all outputs.
-        max_lag: the longest lag; T − 1, which is all of them, by default.
+        max_lag: the longest lag; T − 1, for all of them, by default.
         length: T, needed where `xs` is `None`.
 
     Returns:
-        `LagContributions`, with `max_lag + 1` entries; leaves without a derivative are `None`.
+        `LagContributions`, with `max_lag + 1` entries; non-differentiable leaves are `None`.
 
     Raises:
         ValueError: `max_lag` below 0 or above T − 1; as for `scan`.
@@ -116,8 +116,8 @@ def lag_contributions(
     check_count("max_lag", longest, meaning, least=0, most=u.length - 1)
     gradient = gradients(u, u.length)[0]
 
-    def measure(more, together):
-        return (more, tree_norm(more), *_distance(together, gradient))
+    def measure(contribution, partial_sum):
+        return (contribution, tree_norm(contribution), *_distance(partial_sum, gradient))
 
     contributions, *measures = map_over_lags(u, longest + 1, measure)
     return LagContributions(contributions, gradient, *measures)
@@ -137,9 +137,9 @@ def truncation_bias(
 
     ‖g_K − g‖ / ‖g‖ and the cosine of g_K and g,  K = 1 … T
 
-    Windowed: g_K is the sum of the contributions of the lags below K, so one scan over the lag has all K. Chunked: the
-    backward pass is run for each K, several side by side over one forward pass. Time of about as many gradients as
-    there are lengths, plus max K for the windows; memory O(T n + p), a few times.
+    Windowed: g_K is the sum of the contributions of the lags below K, so one scan over the lag gives all K. Chunked: one
+    backward pass for each K, several in parallel, after one forward pass. Time of about one gradient for each length, plus
+    max K for the windows; memory O(T n + p), a few times.
 
     Args:
         step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
@@ -154,7 +154,7 @@ def truncation_bias(
         `TruncationBias`; nan throughout where the exact gradient is 0.
 
     Raises:
-        ValueError: a K outside of 1 … T; as for `scan`.
+        ValueError: a K outside 1 … T; as for `scan`.
 
     Example:
         >>> import jaxbptt as bptt
@@ -184,7 +184,7 @@ def truncation_bias(
             f"lengths is {lengths!r}, but {counted(u.length, 'time step')} can be cut every 1 to {u.length} of them."
         )
     gradient = gradients(u, u.length)[0]
-    windowed = map_over_lags(u, int(chosen.max()), lambda more, together: _distance(together, gradient))
+    windowed = map_over_lags(u, int(chosen.max()), lambda _, partial_sum: _distance(partial_sum, gradient))
     lengths_array = jnp.asarray(chosen)
     chunked = u.map(lambda K: _distance(gradients(u, K)[0], gradient), lengths_array)
     return TruncationBias(
@@ -205,13 +205,13 @@ def input_saliency(
 
     ‖∂Lₜ/∂xₛ‖,  s = 1 … T, for chosen t
 
-    One forward pass, and a backward pass for each t, several side by side. Time O(T) steps for each t, memory O(T n).
+    One forward pass, and a backward pass for each t, several in parallel. Time O(T) steps for each t, memory O(T n).
 
     Args:
         step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
         params: any pytree.
         init: c₀, any pytree of arrays.
-        xs: inputs, leaves `[time, *batch, features]`, with a derivative; for tokens, their one-hot vectors or embeddings.
+        xs: inputs, differentiable leaves `[time, *batch, features]`; for tokens, their one-hot vectors or embeddings.
             The norm is taken over all axes but time.
         losses: `losses(carry, ys) -> [time]`, one loss for each step.
         steps: which entries of `losses`, from 0; all of them by default.
@@ -220,7 +220,7 @@ def input_saliency(
         `[chosen, time]`: entry [t, s] for the loss of step t and the input of step s; 0 where s comes after t.
 
     Raises:
-        ValueError: inputs without a derivative, `losses` that are no vector, steps outside of it; as for `scan`.
+        ValueError: non-differentiable inputs, `losses` that return no vector, steps outside it; as for `scan`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -237,8 +237,8 @@ def input_saliency(
     """
     if not jax.tree.leaves(differentiable(xs)):
         raise ValueError(
-            "xs has no leaf with a derivative, so no gradient reaches it: pass one-hot vectors or embeddings as inputs in "
-            "place of integers."
+            "xs has no differentiable leaf, so no gradient reaches it: pass one-hot vectors or embeddings as inputs, not "
+            "integers."
         )
     check_callable("losses", losses, "losses(carry, ys) -> [time]")
     u = unroll(step, params, init, xs, None, None)

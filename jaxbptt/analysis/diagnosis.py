@@ -1,8 +1,8 @@
-r"""Why a gradient vanished, exploded or is no number: the causes told apart, in numbers and in one sentence.
+r"""Why a gradient vanishes, explodes or is not finite: the possible causes separated, in numbers and in one sentence.
 
-The rate at which a gradient changes on its way back is split in three, and the parts add up to what was observed: what the
-weights would do with every tanh and σ at its steepest, what their flatness takes away, and what is left to how the
-gradient lies to the direction that lasts longest.
+The rate at which a gradient changes in the backward pass is split into three terms, which add up to the observed rate:
+what the weights would do with every tanh and σ at its steepest, what saturation takes away, and the rest, due to
+misalignment with the leading Lyapunov direction.
 """
 
 import math
@@ -16,41 +16,34 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from jaxbptt.analysis.activations import opened, relative_slopes
+from jaxbptt.analysis.activations import relative_slopes, without_saturation
 from jaxbptt.analysis.finite import BadEntry, first_bad_backward, first_bad_forward
-from jaxbptt.analysis.flow import gradient_flow
-from jaxbptt.analysis.lyapunov import lyapunov_exponents
+from jaxbptt.analysis.flow import flow_and_trajectory
+from jaxbptt.analysis.lyapunov import spectrum_along
 from jaxbptt.analysis.norms import norm
-from jaxbptt.analysis.operators import (
-    JacobianOperators,
-    jacobian_operators,
-    prepare_state,
-    state_size,
-    step_and_push,
-    unroll,
-)
+from jaxbptt.analysis.operators import JacobianOperators, operators_along
 from jaxbptt.analysis.sweep import random_frame
+from jaxbptt.analysis.trajectory import prepare_state
 from jaxbptt.arrays import check_callable, check_concrete, check_count
 from jaxbptt.cells.cell import Cell, step_of
 from jaxbptt.programs.trace import trace
-from jaxbptt.scans.recurrence import Recurrence
-from jaxbptt.trees import combine, is_array, partition
+from jaxbptt.trees import combine, differentiable, is_array, partition
 from jaxbptt.words import counted
 
-# Over the whole sequence a gradient may shrink or grow by this factor and still count as steady.
+# A gradient that shrinks or grows by less than this factor over the whole sequence counts as steady.
 _STEADY = 100.0
 _POWER_ITERATIONS = 30
 
 
 class GradientRates(NamedTuple):
-    """What a gradient grows by at each step back, in nats, and its parts: `observed = weights + saturation + alignment`.
+    """Growth of a gradient per backward step, in nats, and its terms: `observed = weights + saturation + alignment`.
 
     Attributes:
         observed: mean of log(‖Jₜᵀ dₜ‖ / ‖dₜ‖).
         weights: leading Lyapunov exponent with the slope of every tanh and σ at its largest.
-        saturation: the leading Lyapunov exponent, less that.
-        alignment: what was observed, less the leading Lyapunov exponent: below 0 where the gradient has little in the
-            direction that lasts longest.
+        saturation: the leading Lyapunov exponent, less `weights`.
+        alignment: `observed`, less the leading Lyapunov exponent: below 0 where the gradient is misaligned with the leading
+            Lyapunov direction.
     """
 
     observed: float
@@ -60,24 +53,24 @@ class GradientRates(NamedTuple):
 
 
 class GradientDiagnosis(NamedTuple):
-    """What happened to a gradient on its way back, and why.
+    """What happened to a gradient in the backward pass, and why.
 
     Attributes:
-        sentence: all of it in plain words.
-        cause: "weights", "saturation" or "alignment" of a gradient that vanishes; "explosion"; "steady"; "cut" where a step
-            takes it to exactly 0, "no gradient" where none passes at all; "forward" or "backward" where it is not finite,
-            by the pass in which that began.
-        rates: how much the gradient grows a step, and the parts of it.
+        sentence: the diagnosis in plain words.
+        cause: "weights", "saturation" or "alignment" for a gradient that vanishes; "explosion"; "steady"; "cut" where
+            one step takes it to exactly 0; "no gradient" where no step passes any back; "forward" or
+            "backward", the pass in which the first value that is not finite appears.
+        rates: the growth of the gradient per step, and its terms.
         exponents: the leading Lyapunov exponents of the state, driven by the inputs, `[k]`.
         standard_errors: of the exponents, `[k]`.
-        slopes: by tanh and σ in the order of the step, so by layer and gate: the mean slope over units and time, as a part
-            of its largest value; 0 is saturated.
-        alignment: |cos| of dₜ and the direction in which the past has grown most, `[time]`; 1/√n is that of a random one, nan
+        slopes: for each tanh and σ in the order of the step, so by layer and gate: the mean slope over units and time,
+            relative to its largest value; 0 is saturated.
+        alignment: |cos| of dₜ and the leading Lyapunov direction at step t, `[time]`; about 1/√n for a random direction, nan
             where dₜ is 0.
-        bound_rate: γσ: no gradient can grow faster than (γσ)^lag. The geometric mean over time of the largest singular
+        bound_rate: γσ, where no gradient can grow faster than (γσ)^lag. The geometric mean over time of the largest singular
             value of the Jacobian with every slope at its largest: σ_max(W_hh) for an Elman cell.
-        forward: where the forward pass, or what goes into it, stops being finite, or `None`.
-        backward: where the backward pass does, coming from the end, or `None`.
+        forward: the first value that is not finite in the forward pass or its arguments, or `None`.
+        backward: the first one in the backward pass, which starts at the end of the sequence, or `None`.
     """
 
     sentence: str
@@ -106,9 +99,10 @@ def diagnose_gradient(
 
     mean log(‖Jₜᵀ dₜ‖/‖dₜ‖) = λ₁° + (λ₁ − λ₁°) + rest
 
-    with dₜ = ∂L/∂hₜ, λ₁ the leading Lyapunov exponent and λ₁° the same with every slope of tanh and σ at its largest: weights,
-    saturation, alignment. Compiled once for a step and a loss, so pass the same functions again; not to be called inside of
-    `jit`. Time O(T) steps and Lyapunov exponents of a few directions, memory O(T n).
+    with dₜ = ∂L/∂hₜ, λ₁ the leading Lyapunov exponent and λ₁° the same with every slope of tanh and σ at its largest. The
+    three terms are those of weights, saturation and alignment. Unlike most functions here it compiles what it computes, one
+    program for each step and loss, reused when the same functions are passed again; don't call it inside `jit`. Time O(T)
+    steps, one forward pass for all of it, and Lyapunov exponents of a few directions; memory O(T n).
 
     Args:
         step: `step(params, carry, x) -> (carry, y)`, or a `Cell`, differentiable in forward mode: no `jax.custom_vjp` in it.
@@ -120,11 +114,11 @@ def diagnose_gradient(
         num_exponents: how many Lyapunov exponents to report, at most n.
 
     Returns:
-        A `GradientDiagnosis` of numbers; those that don't exist for a gradient that is 0 or not finite are nan.
+        A `GradientDiagnosis` in numpy; numbers that a gradient of 0, or one that is not finite, does not have are nan.
 
     Raises:
         ValueError: as for `jacobian_operators`; a sequence without time steps, `num_exponents` below 1.
-        TypeError: as for `jacobian_operators`; traced arguments, a loss that is no function.
+        TypeError: as for `jacobian_operators`; traced arguments, a loss that is not a function.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -147,15 +141,15 @@ def diagnose_gradient(
     r = prepare_state(step, params, init, xs, length)
     if r.length == 0:
         raise ValueError("A sequence without time steps has no gradient through time: pass at least one step.")
-    arrays, others = partition((r.params, r.init, r.xs), by=is_array)
-    leaves, treedef = jax.tree.flatten(others)
+    arrays, not_arrays = partition((r.params, r.init, r.xs), by=is_array)
+    leaves, treedef = jax.tree.flatten(not_arrays)
     static = step_of(step), loss, num_exponents, r.length, treedef, tuple(leaves)
     try:
         hash(static)
-        found = _compiled(*static, arrays)
+        results = _compiled(*static, arrays)
     except TypeError:
-        found = jax.jit(partial(_numbers, *static))(arrays)
-    numbers = jax.tree.map(np.asarray, found)
+        results = jax.jit(partial(_numbers, *static))(arrays)
+    numbers = jax.tree.map(np.asarray, results)
     forward = first_bad_forward(r, numbers.carries, numbers.ys, numbers.flow.loss)
     backward = first_bad_backward(numbers.flow)
     rates, bound_rate = _rates(numbers)
@@ -180,14 +174,28 @@ def diagnose_gradient(
 
 
 class _Numbers(NamedTuple):
-    """All that is computed, before it is interpreted."""
+    """All that is computed, before it is interpreted.
+
+    Attributes:
+        carries: after every step, differentiable leaves.
+        ys: the outputs, differentiable leaves.
+        flow: the `GradientFlow`.
+        passed_on: ‖Jₜᵀ dₜ‖, `[time]`.
+        leading: growth of the leading direction at each step, a factor, `[time]`.
+        leading_unsaturated: the same with every slope at its largest.
+        largest: the largest singular value of each Jacobian with every slope at its largest, `[time]`.
+        alignment: |cos| of dₜ and the leading direction, `[time]`.
+        exponents: Lyapunov exponents, `[k]`.
+        standard_errors: of the exponents.
+        slopes: relative slopes by tanh and σ, each `[time]`.
+    """
 
     carries: Any
     ys: Any
     flow: Any
     passed_on: Any
     leading: Any
-    leading_opened: Any
+    leading_unsaturated: Any
     largest: Any
     alignment: Any
     exponents: Any
@@ -201,61 +209,55 @@ def _numbers(
     num_exponents: int,
     length: int,
     treedef: Any,
-    others: tuple[Any, ...],
+    static_leaves: tuple[Any, ...],
     arrays: Any,
 ) -> _Numbers:
-    """Params, init and xs come apart: arrays, and what is none and part of the program."""
-    params, init, xs = combine(arrays, treedef.unflatten(others))
+    """One forward pass, that of the gradient flow; all the rest is taken at its states.
+
+    Params, init and xs come in two halves: arrays, and leaves that are no arrays and belong to the compiled program.
+    """
+    params, init, xs = combine(arrays, treedef.unflatten(static_leaves))
     r = prepare_state(step, params, init, xs, length)
-    arguments: dict[str, Any] = {"length": length}
     traced = trace(r.step, r.params, r.init, r.xs)
-    without_saturation = r._replace(step=opened(traced), params=traced.params)
-    jacobians = jacobian_operators(r.step, r.params, r.init, r.xs, **arguments)
-    at_steepest = jacobian_operators(*without_saturation[:4], **arguments)
-    _, new_carries, ys = unroll(r)
-    flow = gradient_flow(r.step, r.params, r.init, r.xs, loss, **arguments)
-    d = jax.vmap(lambda adjoint: ravel_pytree(adjoint)[0])(flow.adjoints).astype(jacobians.dtype)
-    passed_on = jax.lax.map(lambda at: jacobians.pull(at[0], at[1][:, None])[:, 0], (jacobians.at, d))
-    leading, direction = _leading(r)
-    leading_opened, _ = _leading(without_saturation)
-    spectrum = lyapunov_exponents(
-        r.step, r.params, r.init, r.xs, num_exponents=min(num_exponents, jacobians.size), **arguments
-    )
-
-    def slopes(at_t):
-        return relative_slopes(traced)(traced.params, *at_t)
-
+    flow, trajectory = flow_and_trajectory(r, loss)
+    J = operators_along(trajectory)
+    # The step with every slope at its largest computes the same states: only its derivatives differ.
+    unsaturated = r._replace(step=without_saturation(traced), params=traced.params)
+    J_unsaturated = operators_along(trajectory._replace(recurrence=unsaturated))
+    d = jax.vmap(lambda adjoint: ravel_pytree(adjoint)[0])(flow.adjoints).astype(J.dtype)
+    passed_on = jax.lax.map(lambda at: J.pull(at[0], at[1][:, None])[:, 0], (J.at, d))
+    leading, direction = _leading(J)
+    spectrum = spectrum_along(J, min(num_exponents, J.size))
     return _Numbers(
-        carries=new_carries,
-        ys=ys,
+        carries=differentiable(trajectory.new_carries),
+        ys=differentiable(trajectory.ys),
         flow=flow,
         passed_on=norm(passed_on, (1,)),
         leading=leading,
-        leading_opened=leading_opened,
-        largest=jax.lax.map(partial(_largest_singular_value, at_steepest), jacobians.at),
+        leading_unsaturated=_leading(J_unsaturated)[0],
+        largest=jax.lax.map(partial(_largest_singular_value, J_unsaturated), J.at),
         alignment=jnp.abs(jnp.sum(direction * (d / norm(d, (1,))[:, None]), axis=1)),
         exponents=spectrum.exponents,
         standard_errors=spectrum.standard_errors,
-        slopes=jax.lax.map(slopes, jacobians.at),
+        slopes=jax.lax.map(lambda at_t: relative_slopes(traced)(traced.params, *at_t), J.at),
     )
 
 
-# Compiled once for a step and a loss, and not at each call.
+# Compiled once for each step and loss, not at each call.
 _compiled = jax.jit(_numbers, static_argnums=range(6))
 
 
-def _leading(r: Recurrence) -> tuple[Array, Array]:
+def _leading(J: JacobianOperators) -> tuple[Array, Array]:
     """Growth of the leading direction at each step, a factor, and the direction after it, of norm 1."""
 
-    def body(state, x):
-        carry, v = step_and_push(r, state[0], x, state[1])
-        grown = norm(v)
-        v = jnp.where(grown > 0, v / jnp.where(grown > 0, grown, 1), first)  # what was taken to 0 starts again
-        return (carry, v), (grown, v[:, 0])
+    def body(v, at_t):
+        v = J.push(at_t, v)
+        growth = norm(v)
+        v = jnp.where(growth > 0, v / jnp.where(growth > 0, growth, 1), first)  # restarted where J takes it to 0
+        return v, (growth, v[:, 0])
 
-    size, dtype = state_size(r.init)
-    first = random_frame(size, 1, dtype)
-    return jax.lax.scan(body, (r.init, first), r.xs, length=r.length)[1]
+    first = random_frame(J.size, 1, J.dtype)
+    return jax.lax.scan(body, first, J.at)[1]
 
 
 def _largest_singular_value(J: JacobianOperators, at_t: Any) -> Array:
@@ -271,21 +273,21 @@ def _largest_singular_value(J: JacobianOperators, at_t: Any) -> Array:
 
 
 def _rates(numbers: _Numbers) -> tuple[GradientRates, float]:
-    """Means over the same steps: those where a gradient arrives, is passed on, and no direction is taken to 0."""
+    """Means over the same steps: those which a gradient reaches and passes, and where no leading direction is taken to 0."""
     d, passed_on = np.asarray(numbers.flow.norms, float), np.asarray(numbers.passed_on, float)
-    counted = (d > 0) & (passed_on > 0) & (numbers.leading > 0) & (numbers.leading_opened > 0)
+    counted = (d > 0) & (passed_on > 0) & (numbers.leading > 0) & (numbers.leading_unsaturated > 0)
 
     def mean_log(values):
         return float(np.log(np.asarray(values, float)[counted]).mean()) if counted.any() else math.nan
 
     observed = mean_log(passed_on) - mean_log(d)
-    leading, steepest = mean_log(numbers.leading), mean_log(numbers.leading_opened)
+    leading, steepest = mean_log(numbers.leading), mean_log(numbers.leading_unsaturated)
     rates = GradientRates(observed, steepest, leading - steepest, observed - leading)
     return rates, math.exp(mean_log(numbers.largest))
 
 
 def _cut_at(numbers: _Numbers) -> int | None:
-    """The last step which takes the gradient to exactly 0, and not for want of range."""
+    """The last step that takes the gradient to exactly 0, underflow excepted."""
     tiny = max(float(jnp.finfo(leaf.dtype).tiny) for leaf in jax.tree.leaves(numbers.flow.adjoints))
     cuts = np.flatnonzero((numbers.flow.norms > tiny**0.5) & (numbers.passed_on == 0))
     return int(cuts[-1]) if cuts.size else None
@@ -306,42 +308,46 @@ def _cause(
         return "steady"
     if rates.observed > 0:
         return "explosion"
-    parts = rates._asdict()
-    return min(("weights", "saturation", "alignment"), key=lambda part: parts[part])
+    terms = rates._asdict()
+    return min(("weights", "saturation", "alignment"), key=lambda term: terms[term])
 
 
-def _sentence(found: GradientDiagnosis, length: int, cut_at: int | None, underflows: int) -> str:
-    """In plain words; the first `underflows` steps have a gradient of exactly 0."""
-    bad = found.forward or found.backward
+def _sentence(diagnosis: GradientDiagnosis, length: int, cut_at: int | None, underflows: int) -> str:
+    """The diagnosis in plain words; the first `underflows` steps have a gradient of exactly 0."""
+    bad = diagnosis.forward or diagnosis.backward
     if bad is not None:
         at = bad.time_index
         where = "" if at is None else f"[{at}], at time step {at + 1} of {length}"
-        if found.cause == "forward":
+        if diagnosis.cause == "forward":
             return f"The forward pass is not finite: the first {bad.value} is in {bad.leaf}{where}."
         return (
-            f"The forward pass is finite, the backward pass is not: coming from the end, the first {bad.value} is in "
+            f"The forward pass is finite, the backward pass is not: it starts at the end, and the first {bad.value} is in "
             f"{bad.leaf}{where}."
         )
-    if found.cause == "no gradient":
-        return f"No gradient passes from step to step: the loss does not depend on any earlier state of the {counted(length, 'step')}."
-    if found.cause == "cut" and cut_at is not None:
+    if diagnosis.cause == "no gradient":
         return (
-            f"Time step {cut_at + 1} of {length} passes nothing on: its Jacobian takes the gradient to exactly 0, as a reset "
-            "or a unit that is switched off does. Nothing before it can be learned from what comes after."
+            "No gradient passes from step to step: the loss does not depend on any earlier state of the "
+            f"{counted(length, 'step')}."
         )
-    rates = found.rates
-    flat = min(found.slopes.items(), key=lambda item: item[1], default=None)
-    flattest = "" if flat is None else f", the flattest is {flat[0]} at {flat[1]:.2f} of its steepest"
-    verb = {"steady": "stays within a factor of 100", "explosion": "explodes"}.get(found.cause, "vanishes")
+    if diagnosis.cause == "cut" and cut_at is not None:
+        return (
+            f"Time step {cut_at + 1} of {length} passes no gradient back: its Jacobian takes it to exactly 0, as a reset or "
+            "a unit that is switched off does. From losses after it, nothing before it can be learned."
+        )
+    rates = diagnosis.rates
+    flat = min(diagnosis.slopes.items(), key=lambda item: item[1], default=None)
+    flattest = "" if flat is None else f" (most saturated: {flat[0]}, at {flat[1]:.2f} of its largest slope)"
+    verb = {"steady": "stays within a factor of 100", "explosion": "explodes"}.get(diagnosis.cause, "vanishes")
     because = {
-        "weights": ", mostly for its weights and gates, which shrink it without any saturation",
-        "saturation": ", mostly for saturation",
-        "alignment": ", mostly since it lies across the direction that lasts",
-    }.get(found.cause, "")
-    lost = f" It is exactly 0 before time step {underflows + 1}." if underflows else ""
+        "weights": ", mainly because of its weights and gates, which shrink it even without saturation",
+        "saturation": ", mainly because of saturation",
+        "alignment": ", mainly because it is misaligned with the leading Lyapunov direction",
+    }.get(diagnosis.cause, "")
+    underflow = f" It is exactly 0 before time step {underflows + 1}." if underflows else ""
     return (
-        f"Over {counted(length, 'step')} the gradient {verb}{because}: it changes by {rates.observed:+.3f} nats a step; weights and gates "
-        f"alone would give {rates.weights:+.3f}, saturation {rates.saturation:+.3f}{flattest}, alignment "
-        f"{rates.alignment:+.3f}. Along the direction that lasts longest it would be {rates.weights + rates.saturation:+.3f}, "
-        f"and by the bound of the weights at most {math.log(found.bound_rate):+.3f}.{lost}"
+        f"Over {counted(length, 'step')} the gradient {verb}{because}: it changes by {rates.observed:+.3f} nats a step, of "
+        f"which weights and gates give {rates.weights:+.3f}, saturation {rates.saturation:+.3f}{flattest}, and alignment "
+        f"{rates.alignment:+.3f}. Along the leading Lyapunov direction it would change by "
+        f"{rates.weights + rates.saturation:+.3f}; its upper bound, set by the weights, is "
+        f"{math.log(diagnosis.bound_rate):+.3f}.{underflow}"
     )

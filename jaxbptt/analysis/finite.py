@@ -1,4 +1,4 @@
-r"""Where a nan or an infinity came in first: forward and backward apart, by leaf and time step."""
+r"""Where the first nan or infinity appears in the forward pass and in the backward pass, by leaf and time step."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,11 +12,11 @@ from jaxbptt.trees import differentiable, name
 
 
 class BadEntry(NamedTuple):
-    """Where something is no finite number first.
+    """The first value that is not finite.
 
     Attributes:
         leaf: its name, as in `carry.h`, `ys`, `params.W_hh`, `xs`, `∂L/∂carry.h`, `∂L/∂params.W_hh`, `loss`.
-        time_index: the entry along time, from 0: `xs[time_index]` is what that step consumed; `None` for what has no time axis.
+        time_index: the entry along time, from 0: `xs[time_index]` is the input of that step; `None` without a time axis.
         value: "nan" or "inf".
     """
 
@@ -26,7 +26,7 @@ class BadEntry(NamedTuple):
 
 
 def first_bad_forward(r: Recurrence, carries: Any, ys: Any, loss: Any) -> BadEntry | None:
-    """The earliest in time; what has no time comes before all, the loss after."""
+    """The earliest in time; leaves without a time axis come before all steps, the loss after them."""
     found = [
         *_bad_entries("params", r.params),
         *_bad_entries("init", r.init),
@@ -40,7 +40,7 @@ def first_bad_forward(r: Recurrence, carries: Any, ys: Any, loss: Any) -> BadEnt
 
 
 def first_bad_backward(flow: GradientFlow) -> BadEntry | None:
-    """The latest in time, which is the first on the way back."""
+    """The latest in time, which is the first in the backward pass."""
     found = [
         *_bad_entries("∂L/∂carry", flow.adjoints, over_time=True, backward=True),
         *_bad_entries("∂L/∂params", flow.contribution_norms, over_time=True, backward=True),
@@ -52,7 +52,7 @@ def first_bad_backward(flow: GradientFlow) -> BadEntry | None:
 
 
 def _bad_entries(root: str, tree: Any, *, over_time: bool = False, backward: bool = False) -> Iterator[BadEntry]:
-    """For each leaf with an entry that is not finite: the first one, or coming from the end the last one."""
+    """For each leaf with an entry that is not finite: the first one, or the last one for the backward pass."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(differentiable(tree)):
         values = np.asarray(leaf)
         values = values if np.issubdtype(values.dtype, np.inexact) else values.astype(np.float32)  # bfloat16

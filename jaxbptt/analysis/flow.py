@@ -1,4 +1,4 @@
-r"""Credit by time step: how much gradient reaches each state, and what each step adds to that of the weights."""
+r"""Credit by time step: how much gradient reaches each state, and what each step adds to the gradient of the weights."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,10 +9,11 @@ from jaxtyping import Array, Float
 
 from jaxbptt.analysis.norms import norm, norm_over_time
 from jaxbptt.analysis.readout import readout
+from jaxbptt.analysis.trajectory import Trajectory
 from jaxbptt.arrays import scalar_loss
 from jaxbptt.cells.cell import Cell
 from jaxbptt.programs.trace import trace
-from jaxbptt.scans.recurrence import prepare
+from jaxbptt.scans.recurrence import Recurrence, prepare
 from jaxbptt.trees import combine, differentiable, partition, pull
 
 
@@ -22,7 +23,7 @@ class GradientFlow(NamedTuple):
     Attributes:
         loss: L.
         adjoints: dₜ = ∂L/∂hₜ in full, like the carry with leaves `[time, *leaf]`.
-        immediate: aₜ, the part of it through yₜ alone (at the last step also through the final carry).
+        immediate: aₜ, the term of it through yₜ alone (at the last step also through the final carry).
         norms: ‖dₜ‖ over all of the state, `[time]`.
         immediate_norms: ‖aₜ‖, `[time]`.
         contribution_norms: like the params with leaves `[time]`: the norm of what step t adds to that leaf's gradient.
@@ -68,7 +69,7 @@ def gradient_flow(
         length: T, needed where `xs` is `None`.
 
     Returns:
-        A `GradientFlow`; leaves without a derivative are `None`.
+        A `GradientFlow`; non-differentiable leaves are `None`.
 
     Raises:
         ValueError, TypeError: as for `scan`.
@@ -85,14 +86,20 @@ def gradient_flow(
     References:
         Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, 2013, arXiv:1211.5063.
     """
+    return flow_and_trajectory(prepare(step, params, init, xs, length), loss)[0]
+
+
+def flow_and_trajectory(r: Recurrence, loss: Callable[..., Any]) -> tuple[GradientFlow, Trajectory]:
+    """The gradient flow, and the states of its one forward pass."""
     loss = scalar_loss(loss)
-    r = prepare(step, params, init, xs, length)
     if not jax.tree.leaves(differentiable(r.init)):
-        raise ValueError("init has no leaf with a derivative: there is no state that a gradient could reach.")
+        raise ValueError(
+            "init has no differentiable leaf, so no gradient can reach the states: start from floating-point numbers."
+        )
     traced = trace(r.step, r.params, r.init, r.xs)
     read = readout(traced)
-    # Two zeros are added to the state after each step, one that only the output sees and one that only the next step
-    # does: the gradients with respect to them are the two parts of ∂L/∂hₜ.
+    # Two zeros are added to the state after each step, one for the output only and one for the next step only: the
+    # gradients with respect to them are the two terms of ∂L/∂hₜ.
     zeros = jax.tree.map(lambda leaf: jnp.zeros((r.length, *leaf.shape), leaf.dtype), differentiable(r.init))
 
     def probed_step(params, carry, inputs):
@@ -125,7 +132,8 @@ def gradient_flow(
 
     immediate = jax.tree.map(lambda a, r_t: a.at[-1:].add(r_t[-1:]), through_output, through_next)
     adjoints = jax.tree.map(jnp.add, through_output, through_next)
-    return GradientFlow(
+    new_carries = jax.tree.map(lambda before, last: jnp.concatenate([before, last[None]])[1:], carries, carry)
+    flow = GradientFlow(
         loss=value,
         adjoints=adjoints,
         immediate=immediate,
@@ -136,7 +144,11 @@ def gradient_flow(
         init_gradients=init_bar,
         input_gradients=xs_bar,
     )
+    return flow, Trajectory(r, carries, new_carries, ys)
 
 
-def _add(carry: Any, more: Any) -> Any:
-    return jax.tree.map(lambda leaf, m: leaf if m is None else leaf + m, carry, more, is_leaf=lambda leaf: leaf is None)
+def _add(carry: Any, probe: Any) -> Any:
+    """`None` in the probe where the carry has a non-differentiable leaf."""
+    return jax.tree.map(
+        lambda leaf, p: leaf if p is None else leaf + p, carry, probe, is_leaf=lambda leaf: leaf is None
+    )

@@ -1,4 +1,4 @@
-r"""How far back is far enough: the lag beyond which the gradient has nothing more to say, measured or extrapolated."""
+r"""How far back is far enough: the lag beyond which contributions are negligible, measured or extrapolated."""
 
 import math
 from typing import Any, NamedTuple
@@ -14,35 +14,35 @@ from jaxbptt.words import counted
 
 
 class AdaptiveTruncation(NamedTuple):
-    """The truncation length that keeps the bias small, if the decay of the gradient over the lag allows to say one.
+    """The window that keeps the bias small, where the contributions decay with the lag.
 
     Attributes:
-        length: K, time steps, for `windowed_scan(window=K)`; `None` where there is no certificate.
-        decay_rate: β, by which the contributions fall from lag to lag, fitted; nan where nothing could be fitted.
-        bound: on the relative bias at K; infinite where there is no certificate.
+        window: K, time steps, for `windowed_scan(window=K)`; `None` where there is no bound.
+        decay_rate: β, the fitted factor by which contributions fall from lag to lag; nan where there are too few to fit.
+        bound: on the relative bias at K; infinite where there is none.
         reason: in one sentence.
     """
 
-    length: int | None
+    window: int | None
     decay_rate: float
     bound: float
     reason: str
 
 
 def effective_horizon(lags: LagContributions, eps: float | None = None) -> Any:
-    r"""The lag from which on what is still to come is under a fraction ε of the whole, for each leaf of the params.
+    r"""The smallest window that misses less than a fraction ε of the gradient, for each leaf of the params.
 
     min { K : ‖∂L/∂θ − Σ_{l<k} G⁽ˡ⁾‖ < ε ‖∂L/∂θ‖ for all k ≥ K }
 
-    So a window of that many steps has all but ε of the gradient. By default ε is that of the leaf's dtype: what lies
-    beyond changes no digit of the gradient, and can't be learned from it. Time and memory O(L p).
+    By default ε is the machine epsilon of the leaf's dtype: longer lags change no digit of the gradient, so nothing can be
+    learned from them. Time and memory O(L p).
 
     Args:
         lags: from `lag_contributions`.
         eps: ε, between 0 and 1; machine epsilon of each leaf by default.
 
     Returns:
-        Whole numbers, like the params: lags from 1 on, and one more than there are lags where those do not suffice; 0 for a
+        Whole numbers, like the params: windows from 1 on, one more than there are lags where those do not suffice; 0 for a
         gradient of 0.
 
     Raises:
@@ -62,14 +62,14 @@ def effective_horizon(lags: LagContributions, eps: float | None = None) -> Any:
     def horizon(contributions, gradient):
         own_eps = float(jnp.finfo(gradient.dtype).eps)
         contributions, gradient = _wide(contributions), _wide(gradient)
-        # Added up from the far end, where the small ones are: the difference of two large sums would be rounding.
+        # Summed from the longest lag, where terms are small: the difference of two large sums would be rounding.
         beyond = gradient - contributions.sum(axis=0)
         noise = 8 * own_eps * (norm(gradient) + norm(contributions))
         beyond = jnp.where(norm(beyond) > noise, beyond, jnp.zeros_like(beyond))
         rest = beyond[None] + jax.lax.cumsum(contributions, reverse=True)
         sizes = jax.lax.map(norm, jnp.concatenate([rest, beyond[None]]))
         large = sizes >= (own_eps if eps is None else eps) * norm(gradient)
-        # The first lag after which none is large: tails need not fall evenly.
+        # The first lag after which none is large: tails need not fall monotonically.
         last = len(large) - jnp.argmax(large[::-1])
         return jnp.where(jnp.any(large) & (norm(gradient) > 0), last, 0)
 
@@ -79,20 +79,20 @@ def effective_horizon(lags: LagContributions, eps: float | None = None) -> Any:
 def adaptive_truncation_length(
     lags: LagContributions, *, relative_bias: float = 0.1, fit_from: int | None = None
 ) -> AdaptiveTruncation:
-    r"""The smallest window whose relative bias is certified to be at most δ, from the first lags alone.
+    r"""The `window=` of `windowed_scan` for a relative bias of at most δ, from the first lags alone.
 
     K = min { K : B(K) ≤ δ · maxⱼ (‖Σ_{l<j} G⁽ˡ⁾‖ − B(j)) },  B(K) = Σ_{K≤l<L} ‖G⁽ˡ⁾‖ + C βᴸ/(1 − β)
 
     B(K) bounds the bias ‖g_K − g‖ by the triangle inequality, and the difference on the right bounds ‖g‖ from below. The L
-    lags that were computed count as they are. Those beyond are assumed to fall geometrically: β by least squares to
-    log‖G⁽ˡ⁾‖ over lags l ≥ τ, C the least for which C βˡ is above all of those. With β ≥ 1 nothing bounds what is still to
-    come, and there is no certificate.
+    lags that were computed are used as they are. Longer ones are assumed to fall geometrically: β by least squares to
+    log‖G⁽ˡ⁾‖ over lags l ≥ τ, C the least for which C βˡ is above all of those. With β ≥ 1 nothing bounds the longer lags,
+    and there is no window.
 
     Args:
         lags: from `lag_contributions`, with a `max_lag` well below T: the longer the lag, the fewer of the T steps have it.
-            Of concrete arrays: not inside of `jit`.
+            Concrete arrays: not inside `jit`.
         relative_bias: δ, of ‖g_K − g‖ / ‖g‖.
-        fit_from: τ, the lag from which the decay is taken to be geometric; half of the lags by default.
+        fit_from: τ, the lag from which the decay is assumed geometric; half of the lags by default.
 
     Returns:
         `AdaptiveTruncation`; K may lie beyond the lags that were computed.
@@ -104,11 +104,11 @@ def adaptive_truncation_length(
         >>> import jaxbptt as bptt
         >>> halves = lambda w, h, x: (w + 0.5 * h, None)
         >>> lags = bptt.lag_contributions(halves, 1.0, 0.0, None, lambda h, ys: h, max_lag=8, length=1_000)
-        >>> bptt.adaptive_truncation_length(lags, relative_bias=0.01).length  # 0.5⁷ = 0.008
+        >>> bptt.adaptive_truncation_length(lags, relative_bias=0.01).window  # 0.5⁷ = 0.008
         7
         >>> sums = lambda w, h, x: (w + h, None)
         >>> lags = bptt.lag_contributions(sums, 1.0, 0.0, None, lambda h, ys: h, max_lag=8, length=1_000)
-        >>> print(bptt.adaptive_truncation_length(lags).length)  # nothing is ever forgotten
+        >>> print(bptt.adaptive_truncation_length(lags).window)  # nothing is ever forgotten
         None
 
     References:
@@ -131,15 +131,17 @@ def adaptive_truncation_length(
         way_out=f"pass at most {count - 2}, or compute more lags",
     )
     if not np.isfinite(norms).all():
-        return AdaptiveTruncation(None, math.nan, math.inf, "No certificate: the gradient is not finite.")
+        return AdaptiveTruncation(None, math.nan, math.inf, "No bound: the gradient is not finite.")
     beta, scale = _decay(norms, tau)
     if math.isnan(beta):
-        reason = f"No certificate: from lag {tau} on a single one contributes anything, and a decay takes two. Compute more lags."
+        reason = (
+            f"No bound: from lag {tau} on only one lag contributes, and fitting a decay takes two. Compute more lags."
+        )
         return AdaptiveTruncation(None, beta, math.inf, reason)
     if beta >= 1:
         reason = (
-            f"No certificate: from lag {tau} on the contributions do not fall, they go with {beta:.4g} to the power of the "
-            "lag, and nothing bounds what is still to come."
+            f"No bound: from lag {tau} on the contributions do not fall, they go with {beta:.4g} to the power of the lag, "
+            "and nothing bounds longer lags."
         )
         return AdaptiveTruncation(None, beta, math.inf, reason)
 
@@ -149,7 +151,9 @@ def adaptive_truncation_length(
     reached = np.append(0.0, np.asarray(jax.lax.map(tree_norm, partial_sums), float))
     at_least = float(np.max(reached - rest))  # ‖g‖ is not smaller than that
     if not at_least > 0:
-        reason = f"No certificate: what may lie beyond lag {count - 1} is as large as all before it. Compute more lags than {count}."
+        reason = (
+            f"No bound: what may lie beyond lag {count - 1} is as large as all up to it. Compute more than {count}."
+        )
         return AdaptiveTruncation(None, beta, math.inf, reason)
     enough = np.flatnonzero(rest[1:] <= relative_bias * at_least)
     if enough.size:
@@ -158,8 +162,11 @@ def adaptive_truncation_length(
     else:
         K = count + math.ceil(math.log(relative_bias * at_least / beyond) / math.log(beta))
         bound = beyond * beta ** (K - count) / at_least
-    where = "" if enough.size else f", beyond the {counted(count, 'lag')} that were computed"
-    reason = f"A window of {counted(K, 'step')}{where} has a relative bias of at most {bound:.2g}, if the decay by {beta:.4g} a lag goes on."
+    beyond_computed = "" if enough.size else f", beyond the {counted(count, 'lag')} that were computed"
+    reason = (
+        f"A window of {counted(K, 'step')}{beyond_computed} has a relative bias of at most {bound:.2g}, if the decay by "
+        f"{beta:.4g} a lag continues."
+    )
     return AdaptiveTruncation(K, beta, bound, reason)
 
 
@@ -169,7 +176,7 @@ def _check_lags(lags: Any) -> None:
 
 
 def _wide(leaf: Any) -> Any:
-    """What is added up over lags."""
+    """In float32 at least, to be summed over lags."""
     return leaf.astype(at_least_float32(leaf.dtype))
 
 
@@ -178,7 +185,7 @@ def _decay(norms: np.ndarray, tau: int) -> tuple[float, float]:
     lags = np.flatnonzero(norms > 0)
     lags = lags[lags >= tau]
     if not lags.size:
-        return 0.0, 0.0  # nothing over all of the range: there is nothing to extrapolate
+        return 0.0, 0.0  # no contribution in the whole range, so nothing to extrapolate
     if lags.size == 1:
         return math.nan, math.nan
     logs = np.log(norms[lags])

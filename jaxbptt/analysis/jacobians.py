@@ -1,7 +1,7 @@
-r"""State Jacobians, their products, and the gradient put together from them: the chain rule through time, literally.
+r"""State Jacobians, their products, and the gradient computed from them: the chain rule through time, literally.
 
-The third road to the gradient. It shares nothing with the backward scans: Jacobians come from forward mode, one dense
-matrix a step, and are multiplied. It costs n times as much, and shows what the others only pass on.
+A third method of taking the gradient, independent of the backward scans: Jacobians come from forward mode, one dense matrix
+a step, and are multiplied. It costs n times as much, and shows the Jacobians that the scans only multiply by.
 """
 
 from collections.abc import Callable
@@ -13,10 +13,11 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from jaxbptt.analysis.norms import norm
-from jaxbptt.analysis.operators import dense_jacobians, state_vector, unroll
+from jaxbptt.analysis.operators import dense_jacobians
+from jaxbptt.analysis.trajectory import Trajectory, state_vector, trajectory_of
 from jaxbptt.arrays import at_least_float32, scalar_loss
 from jaxbptt.cells.cell import Cell
-from jaxbptt.scans.recurrence import Recurrence, prepare
+from jaxbptt.scans.recurrence import prepare
 from jaxbptt.trees import combine, differentiable, partition, pull
 
 
@@ -33,14 +34,14 @@ class ScaledProducts(NamedTuple):
 
 
 class LogSingularValues(NamedTuple):
-    """Singular values of products of Jacobians, as natural logarithms, largest first.
+    """Natural logarithms of the singular values of products of Jacobians, largest first.
 
     Attributes:
-        values: log σᵢ.
+        log_values: log σᵢ.
         resolved: False where rounding may have drowned σᵢ.
     """
 
-    values: Float[Array, "*products n"]
+    log_values: Float[Array, "*products n"]
     resolved: Bool[Array, "*products n"]
 
 
@@ -69,8 +70,8 @@ def state_jacobians(
 
     Args:
         step: `step(params, carry, x) -> (carry, y)`, or a `Cell`, differentiable in forward mode: no `jax.custom_vjp` in it.
-        params: any pytree, handed to every step.
-        init: c₀; leaves without a derivative (counters, keys) are carried along but are no part of the state vector.
+        params: any pytree, passed to every step.
+        init: c₀; non-differentiable leaves (counters, keys) are carried along but are no part of the state vector.
         xs: inputs, leaves `[time, features]`, or `None`.
         length: T, needed where `xs` is `None`.
 
@@ -88,9 +89,8 @@ def state_jacobians(
         >>> hs.shape, J.shape
         ((3, 2), (3, 2, 2))
     """
-    r = prepare(step, params, init, xs, length)
-    carries, new_carries, _ = unroll(r)
-    return new_carries, _jacobians(r, carries)
+    trajectory = trajectory_of(prepare(step, params, init, xs, length))
+    return trajectory.new_carries, _jacobians(trajectory)
 
 
 def jacobian_products(J: Float[ArrayLike, "time n n"]) -> ScaledProducts:
@@ -100,7 +100,7 @@ def jacobian_products(J: Float[ArrayLike, "time n n"]) -> ScaledProducts:
 
     Order matters: later steps stand on the left. Entry `[t]` belongs to the same step as `J[t]`, so the last one is the
     identity, and ∂h_T/∂h₀ is the first one times `J[0]`. Each product is divided by its norm, whose logarithm is kept.
-    Time O(T n³), memory O(T n²). Exact in the leading direction; see `log_singular_values` for the others.
+    Time O(T n³), memory O(T n²). Exact in the leading direction; see `product_log_singular_values` for the others.
 
     Args:
         J: Jacobians Jₜ = ∂hₜ/∂hₜ₋₁ in order of time, `[time, n, n]`.
@@ -122,7 +122,7 @@ def jacobian_products(J: Float[ArrayLike, "time n n"]) -> ScaledProducts:
     n = J.shape[1]
 
     def body(matrix, jacobian):
-        # Both factors are brought to at most 1 first: entries near the largest float would overflow in the sum.
+        # Both factors are scaled to at most 1 first: entries near the largest float would overflow in the sum.
         size = jnp.max(jnp.abs(jacobian), initial=0)
         size = jnp.where(size > 0, size, 1)
         product, growth = _normalise(matrix @ (jacobian / size))
@@ -136,26 +136,26 @@ def jacobian_products(J: Float[ArrayLike, "time n n"]) -> ScaledProducts:
     return ScaledProducts(matrices, jax.lax.cumsum(later, reverse=True))
 
 
-def log_singular_values(products: ScaledProducts) -> LogSingularValues:
+def product_log_singular_values(products: ScaledProducts) -> LogSingularValues:
     r"""Singular values of products of Jacobians, as logarithms, with a mask of those that can be trusted.
 
     log σᵢ(∂h_T/∂hₜ),  i = 1 … n
 
-    Time O(T n³), memory O(T n²). A stored product knows its directions only relative to the largest: below
-    n·eps·σ₁ for each factor its singular values are rounding noise, and so they are in all products made from it; `resolved`
-    says so. `singular_values` resolves them, for chosen steps.
+    Time O(T n³), memory O(T n²). A stored product holds its directions only relative to the largest: below
+    n·eps·σ₁ for each factor its singular values are rounding noise, as are those of all products made from it; `resolved`
+    is False there. `singular_values` resolves them, for chosen steps.
 
     Args:
         products: from `jacobian_products`.
 
     Returns:
-        `LogSingularValues(values [time, n], resolved [time, n])`, largest first; −∞ where a value is exactly 0.
+        `LogSingularValues(log_values [time, n], resolved [time, n])`, largest first; −∞ where a value is exactly 0.
 
     Example:
         >>> import jax.numpy as jnp
         >>> import jaxbptt as bptt
         >>> J = jnp.tile(jnp.diag(jnp.array([1.0, 0.01])), (9, 1, 1))
-        >>> bptt.log_singular_values(bptt.jacobian_products(J)).resolved[:, 1].tolist()
+        >>> bptt.product_log_singular_values(bptt.jacobian_products(J)).resolved[:, 1].tolist()
         [False, False, False, False, False, True, True, True, True]
     """
     if not isinstance(products, ScaledProducts):
@@ -163,9 +163,9 @@ def log_singular_values(products: ScaledProducts) -> LogSingularValues:
     matrices = products.matrices
     sigma = jnp.linalg.svd(matrices.astype(at_least_float32(matrices.dtype)), compute_uv=False)
     steps, n = sigma.shape
-    factors = jnp.arange(steps, 0, -1, dtype=sigma.dtype)  # each leaves its rounding error behind
+    factors = jnp.arange(steps, 0, -1, dtype=sigma.dtype)  # each adds its rounding error
     floor = n * jnp.finfo(sigma.dtype).eps * factors[:, None] * sigma[:, :1]
-    # What a product has lost, the longer ones made from it don't know either, however large their value is.
+    # A value that a product has lost is lost in all longer products made from it too, however large it looks there.
     resolved = jax.lax.cummin((sigma > floor).astype(jnp.int8), reverse=True).astype(bool)
     return LogSingularValues(jnp.log(sigma) + products.log_scales[:, None], resolved)
 
@@ -196,7 +196,7 @@ def temporal_contributions(
         length: T, needed where `xs` is `None`.
 
     Returns:
-        `TemporalContributions`; leaves without a derivative are `None`.
+        `TemporalContributions`; non-differentiable leaves are `None`.
 
     Raises:
         ValueError, TypeError: as for `scan`.
@@ -214,13 +214,13 @@ def temporal_contributions(
     """
     loss = scalar_loss(loss)
     r = prepare(step, params, init, xs, length)
-    carries, new_carries, ys = unroll(r)
-    last = jax.tree.map(lambda start, after: after[-1] if r.length else start, r.init, new_carries)
-    diff, nondiff = partition((last, ys))
+    trajectory = trajectory_of(r)
+    carries = trajectory.carries
+    diff, nondiff = partition((trajectory.last_carry, trajectory.ys))
     carry_bar, ys_bar = jax.grad(lambda diff: loss(*combine(diff, nondiff)))(diff)
-    J = _jacobians(r, carries)
+    J = _jacobians(trajectory)
 
-    def output_part(carry, x, y_bar):
+    def through_output(carry, x, y_bar):
         """(∂yₜ/∂cₜ₋₁)ᵀ ȳₜ, in forward mode."""
         flat, state_of = state_vector(carry)
 
@@ -231,12 +231,12 @@ def temporal_contributions(
         return jax.jacfwd(weighted_output)(flat)
 
     def body(adjoint, at_t):
-        jacobian, through_output = at_t
-        return adjoint @ jacobian + through_output, adjoint
+        jacobian, immediate = at_t
+        return adjoint @ jacobian + immediate, adjoint
 
     last_adjoint, unravel = ravel_pytree(carry_bar)
-    through_outputs = jax.vmap(output_part)(carries, r.xs, ys_bar)
-    _, adjoints = jax.lax.scan(body, last_adjoint, (J, through_outputs), reverse=True)
+    immediate = jax.vmap(through_output)(carries, r.xs, ys_bar)
+    _, adjoints = jax.lax.scan(body, last_adjoint, (J, immediate), reverse=True)
 
     def term(at_t):
         carry, x, adjoint, y_bar = at_t
@@ -246,7 +246,9 @@ def temporal_contributions(
     return TemporalContributions(jax.lax.map(term, (carries, r.xs, adjoints, ys_bar)), adjoints)
 
 
-def _jacobians(r: Recurrence, carries: Any) -> Array:
+def _jacobians(trajectory: Trajectory) -> Array:
+    r = trajectory.recurrence
+
     def jacobian(carry, x):
         flat, state_of = state_vector(carry)
 
@@ -255,7 +257,7 @@ def _jacobians(r: Recurrence, carries: Any) -> Array:
 
         return jax.jacfwd(next_state)(flat)
 
-    return jax.vmap(jacobian)(carries, r.xs)
+    return jax.vmap(jacobian)(*trajectory.at)
 
 
 def _normalise(matrix: Array) -> tuple[Array, Array]:

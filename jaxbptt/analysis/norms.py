@@ -1,6 +1,6 @@
-r"""Euclidean norms that neither overflow nor underflow on the way: a gradient of 1e-30 squared is 0 in float32.
+r"""Euclidean norms whose squares neither overflow nor underflow: a gradient of 1e-30 squared is 0 in float32.
 
-Of numbers in half precision they are taken and returned in float32.
+Norms of numbers in half precision are computed and returned in float32.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def tree_norm(tree: Any) -> Array:
 
 
 def cosine(a: Any, b: Any) -> Array:
-    """Of the angle between two trees as vectors; nan where one of them is 0."""
+    """The cosine of the angle between two trees as vectors; nan where one of them is 0."""
     a_norm, b_norm = tree_norm(a), tree_norm(b)
 
     def product(x, y):
@@ -52,6 +52,6 @@ def _wide(array: Array) -> Array:
 
 
 def _stack(leaves: list[Array]) -> Array:
-    """Of one dtype: the widest."""
+    """Stacked, in the widest of their dtypes."""
     dtype = max((leaf.dtype for leaf in leaves), key=lambda dtype: dtype.itemsize)
     return jnp.stack([leaf.astype(dtype) for leaf in leaves])

@@ -1,25 +1,22 @@
-r"""State Jacobians as linear maps: J V and Jᵀ U by differentiating the step, without ever forming a matrix.
+r"""State Jacobians as linear maps: J V and Jᵀ U by differentiating the step, without forming a matrix.
 
-A dense J for every step takes O(T n²) memory. Everything that only multiplies by Jacobians is written against the two
-functions here, and runs on dense ones too.
+A dense J for every step takes O(T n²) memory. Whatever only multiplies by Jacobians takes the two functions here, and dense
+Jacobians too.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float
 
+from jaxbptt.analysis.trajectory import Trajectory, prepare_state, state_size, trajectory_of
 from jaxbptt.arrays import as_array, at_least_float32
 from jaxbptt.cells.cell import Cell
-from jaxbptt.scans.recurrence import Recurrence, prepare
-from jaxbptt.trees import combine, differentiable, name, partition
 
 
 class JacobianOperators(NamedTuple):
-    """J₁ … J_T as linear maps of n-vectors, the columns of a matrix all at once. Make it where you use it, inside of `jit`.
+    """J₁ … J_T as linear maps of n-vectors, the columns of a matrix all at once. Make it inside the `jit` that uses it.
 
     Attributes:
         push: `(at_t, V [n, k]) -> Jₜ V`, in forward mode.
@@ -41,7 +38,7 @@ class JacobianOperators(NamedTuple):
 def jacobian_operators(
     step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any = None, *, length: int | None = None
 ) -> JacobianOperators:
-    r"""Unroll a recurrence and hand out the Jacobian of every step as a linear map, in place of `state_jacobians`.
+    r"""Unroll a recurrence, with the Jacobian of every step as a linear map: `state_jacobians` without the matrices.
 
     V ↦ Jₜ V,  U ↦ Jₜᵀ U,  Jₜ = ∂cₜ/∂cₜ₋₁
 
@@ -51,17 +48,17 @@ def jacobian_operators(
     Args:
         step: `step(params, carry, x) -> (carry, y)`, or a `Cell`. A step with a `jax.custom_vjp` in it can be pulled, not
             pushed.
-        params: any pytree, handed to every step.
-        init: c₀; leaves without a derivative are carried along but are no part of the state vector.
+        params: any pytree, passed to every step.
+        init: c₀; non-differentiable leaves are carried along but are no part of the state vector.
         xs: inputs, leaves `[time, features]`, or `None`.
         length: T, needed where `xs` is `None`.
 
     Returns:
-        `JacobianOperators`, to stand wherever J `[time, n, n]` does: `singular_values`, `log_norms`,
-        `jacobian_eigenvalues`.
+        `JacobianOperators`, which `singular_values`, `log_norms` and `jacobian_eigenvalues` take in place of J
+        `[time, n, n]`.
 
     Raises:
-        ValueError: batch axes in the carry of a `Cell`, a carry without a number that has a derivative; as for `scan`.
+        ValueError: batch axes in the carry of a `Cell`, a carry without differentiable numbers; as for `scan`.
         TypeError: a complex carry; as for `scan`.
 
     Example:
@@ -69,29 +66,22 @@ def jacobian_operators(
         >>> import jaxbptt as bptt
         >>> cell = bptt.gru(3, 5)
         >>> args = cell.init(jax.random.key(0)), cell.initial_carry(), jnp.ones((2_000, 3))
-        >>> values = jax.jit(lambda *args: bptt.singular_values(bptt.jacobian_operators(cell, *args)).values)(*args)
+        >>> values = jax.jit(lambda *args: bptt.singular_values(bptt.jacobian_operators(cell, *args)).log_values)(*args)
         >>> values.shape, bool(jnp.isfinite(values).all())
         ((5,), True)
     """
-    r = prepare_state(step, params, init, xs, length)
-    carries, _, _ = unroll(r)
+    return operators_along(trajectory_of(prepare_state(step, params, init, xs, length)))
+
+
+def operators_along(trajectory: Trajectory) -> JacobianOperators:
+    """The Jacobians of every step of a trajectory as linear maps."""
+    r = trajectory.recurrence
     size, dtype = state_size(r.init)
-
-    def push(at_t, V):
-        carry, x = at_t
-        return step_and_push(r, carry, x, V)[1]
-
-    def pull(at_t, U):
-        carry, x = at_t
-        flat, state_of = state_vector(carry)
-        _, vjp = jax.vjp(lambda flat: state_vector(r.step(r.params, state_of(flat), x)[0])[0], flat)
-        return jax.vmap(lambda u: vjp(u)[0], 1, 1)(U.astype(flat.dtype)).astype(U.dtype)
-
-    return JacobianOperators(push, pull, (carries, r.xs), r.length, size, dtype)
+    return JacobianOperators(trajectory.push, trajectory.pull, trajectory.at, r.length, size, dtype)
 
 
 def as_operators(J: JacobianOperators | Float[ArrayLike, "time n n"]) -> JacobianOperators:
-    """Dense Jacobians as linear maps; what is one already stays as it is."""
+    """Dense Jacobians as linear maps; `JacobianOperators` are returned as they are."""
     if isinstance(J, JacobianOperators):
         return J
     J = dense_jacobians(J)
@@ -107,64 +97,6 @@ def dense_jacobians(J: Any) -> Array:
         )
     if jnp.iscomplexobj(J):
         raise TypeError(
-            f"J has dtype {J.dtype}: pass real Jacobians, with real and imaginary parts as states of their own."
+            f"J has dtype {J.dtype}: pass real Jacobians, of a state with real and imaginary parts as separate numbers."
         )
     return J.astype(at_least_float32(J.dtype))
-
-
-def prepare_state(step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, length: int | None) -> Recurrence:
-    """`prepare`, for what takes the carry as one state vector: real, not empty, and without batch axes as far as one can see."""
-    r = prepare(step, params, init, xs, length)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(differentiable(r.init)):
-        if jnp.iscomplexobj(leaf):
-            raise TypeError(
-                f"{name('init', path)} has dtype {leaf.dtype}: a state vector is real, carry real and imaginary parts apart."
-            )
-    if sum(leaf.size for leaf in jax.tree.leaves(differentiable(r.init))) == 0:
-        raise ValueError(
-            "init has no numbers with a derivative: there is no state to follow. Start from floating-point numbers."
-        )
-    if isinstance(step, Cell):
-        one = jax.eval_shape(step.initial_carry)
-        for (path, leaf), row in zip(jax.tree_util.tree_leaves_with_path(r.init), jax.tree.leaves(one), strict=False):
-            if leaf.ndim > row.ndim:
-                raise ValueError(
-                    f"{name('init', path)} has shape {leaf.shape}, with batch axes before {row.shape}: the state would be that of "
-                    "all rows together. Pass one row of init and xs, or use jax.vmap."
-                )
-    return r
-
-
-def state_size(carry: Any) -> tuple[int, Any]:
-    """Numbers in the state vector, and the dtype to multiply Jacobians in."""
-    flat, _ = state_vector(carry)
-    return flat.size, at_least_float32(flat.dtype)
-
-
-def unroll(r: Recurrence) -> tuple[Any, Any, Any]:
-    """Carries before and after every step, and the outputs."""
-
-    def body(carry, x):
-        new_carry, y = r.step(r.params, carry, x)
-        return new_carry, (carry, new_carry, y)
-
-    return jax.lax.scan(body, r.init, r.xs, length=r.length)[1]
-
-
-def state_vector(carry: Any) -> tuple[Array, Callable[[Array], Any]]:
-    """The carry as one vector, and back; leaves without a derivative stay outside of it."""
-    diff, nondiff = partition(carry)
-    flat, unravel = ravel_pytree(diff)
-    return flat, lambda flat: combine(unravel(flat), nondiff)
-
-
-def step_and_push(r: Recurrence, carry: Any, x: Any, V: Array) -> tuple[Any, Array]:
-    """One step, and J V at it: the new carry costs nothing beside the derivative."""
-    flat, state_of = state_vector(carry)
-
-    def next_state(flat):
-        new_carry, _ = r.step(r.params, state_of(flat), x)
-        return ravel_pytree(differentiable(new_carry))[0], new_carry
-
-    _, jvp, new_carry = jax.linearize(next_state, flat, has_aux=True)
-    return new_carry, jax.vmap(jvp, 1, 1)(V.astype(flat.dtype)).astype(V.dtype)

@@ -1,4 +1,4 @@
-"""Which paths of the gradient a strategy keeps, found by asking it."""
+"""Which paths of the gradient a strategy keeps, found by differentiating through it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +13,8 @@ from jaxbptt.arrays import check_callable, check_count
 def surviving_paths(strategy: Callable[..., Any], length: int, **options: Any) -> Bool[Array, "time time"]:
     r"""Which ∂Lₜ/∂hₛ a strategy keeps, read off its derivative.
 
-    The strategy unrolls hₛ = hₛ₋₁ + xₛ, in which every ∂hₜ/∂hₛ with s ≤ t is 1: what its gradient of hₜ with respect to xₛ
-    has instead of a 1 has been cut. Costs T gradients of T steps.
+    The strategy unrolls hₛ = hₛ₋₁ + xₛ, in which every ∂hₜ/∂hₛ with s ≤ t is 1. A path is cut where its gradient of hₜ with
+    respect to xₛ is 0 instead. Costs T gradients of T steps.
 
     Args:
         strategy: `truncated_scan`, `windowed_scan`, or any other of the same signature.
@@ -22,11 +22,11 @@ def surviving_paths(strategy: Callable[..., Any], length: int, **options: Any) -
         **options: passed to the strategy: `truncation_length=4`, `is_first=flags`.
 
     Returns:
-        Booleans `[time, time]`: entry [t, s] for the loss of step t and the state after step s. Without a cut it is all
-        that lies on and below the diagonal.
+        Booleans `[time, time]`: entry [t, s] for the loss of step t and the state after step s. Without a cut,
+        all entries on and below the diagonal.
 
     Raises:
-        ValueError: `length` below 1. What the strategy raises comes through.
+        ValueError: `length` below 1; whatever the strategy raises.
 
     Example:
         >>> import jaxbptt as bptt

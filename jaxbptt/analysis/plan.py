@@ -1,4 +1,4 @@
-r"""Which exact strategy a memory budget allows: compiled for the shapes at hand, so that the bytes are the compiler's."""
+r"""The exact strategy that fits a memory budget: compiled for the given shapes, so that the bytes are the compiler's."""
 
 from collections.abc import Callable
 from functools import partial
@@ -32,9 +32,10 @@ class Plan(NamedTuple):
         name: of the strategy.
         options: of the strategy.
         fits: whether it fits the budget.
-        predicted_bytes: temporary memory beyond arguments and results; where nothing fits, the least that is needed.
-        forward_steps: steps computed for one gradient, those computed again included; where nothing fits, for that least.
-        reason: why this one, and where nothing fits what would, in words.
+        predicted_bytes: temporary memory beyond arguments and results; where nothing fits, the least of all strategies.
+        forward_steps: steps computed for one gradient, recomputed ones included; where nothing fits, for the
+            strategy of least memory.
+        reason: why this strategy, in words; where nothing fits, what would.
     """
 
     scan: Callable[..., Any] | None
@@ -62,8 +63,9 @@ def plan(
     r"""The exact strategy with the fewest forward steps that fits a memory budget.
 
     Tried in this order: the hand-written backward of a `Cell`, `scan`, `checkpointed_scan` with the segment of least memory
-    (every step twice), `checkpointed_scan` with as many checkpoints as fit. Bytes are those of the compiled gradient with
-    respect to params and init, beyond arguments and results, at the full length: a few compilations, and no run.
+    (every step twice), `checkpointed_scan` with as many checkpoints as fit. Unlike most functions here it compiles the
+    gradient for each candidate, and runs none: bytes are those of the compiled gradient with respect to params and init,
+    beyond arguments and results, at the full length.
 
     Args:
         step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.
@@ -99,8 +101,8 @@ def plan(
     if not is_number(memory_bytes, 0):
         raise ValueError(f"memory_bytes is {memory_bytes!r}, but a gradient needs some: pass the bytes there are.")
     flags = {"is_first": is_first, "valid": valid, "reset_carry": reset_carry}
-    arrays, others = partition((params, init, xs, flags), by=is_array)
-    case = _Case(step, arrays, others, _sum_of_squares if loss is None else scalar_loss(loss), length)
+    arrays, not_arrays = partition((params, init, xs, flags), by=is_array)
+    case = _Case(step, arrays, not_arrays, _sum_of_squares if loss is None else scalar_loss(loss), length)
     steps = _look(case, lambda r, _: r.length)
     tried = []
 
@@ -111,7 +113,7 @@ def plan(
         return tried[-1]
 
     if isinstance(step, Cell) and step.adjoint is not None:
-        best = attempt(adjoint_scan, steps, "every step is computed once, and the backward is the cell's own")
+        best = attempt(adjoint_scan, steps, "every step is computed once, and the backward pass is the cell's own")
         if best.fits:
             return _explained(best, memory_bytes)
     best = attempt(scan, steps, "every step is computed once")
@@ -132,17 +134,17 @@ def plan(
 
 
 class _Case(NamedTuple):
-    """What is to be differentiated: params, init, xs and flags. `arrays` may be shapes, `others` is what is no array."""
+    """The problem: params, init, xs and flags, as arrays (or their shapes) and as leaves that are no arrays."""
 
     step: Any
     arrays: Any
-    others: Any
+    not_arrays: Any
     loss: Callable[..., Any]
     length: Any
 
 
 def _most_checkpoints(case: _Case, attempt: Callable[..., Plan], steps: int, memory_bytes: float) -> Plan:
-    """As many checkpoints as fit, or nearly: bracketed by doubling, then narrowed to a tenth."""
+    """The largest number of checkpoints that fits, to a tenth: bracketed by doubling, then narrowed."""
 
     def with_checkpoints(number):
         cut = _cut(case, number)
@@ -162,28 +164,30 @@ def _most_checkpoints(case: _Case, attempt: Callable[..., Plan], steps: int, mem
             above, most = candidate, number
         if above is None:
             number = min(2 * number, most - 1)
-        else:  # bytes are nearly a straight line in the number of states
+        else:  # bytes are nearly linear in the number of states
             share = (memory_bytes - best.predicted_bytes) / max(above.predicted_bytes - best.predicted_bytes, 1)
             number = min(max(fewest + int(share * (most - fewest)), fewest + 1), most - 1)
     return best
 
 
 def _what_would_fit(case: _Case, least: Plan, steps: int, memory_bytes: float) -> str:
-    nothing = (
+    message = (
         f"No exact strategy fits {_size(memory_bytes)}: the least is {least.name}{_options(least.options)}, which needs "
         f"{_size(least.predicted_bytes)}."
     )
     if case.loss is _sum_of_squares:
-        nothing += " No loss was given, so one of all outputs was assumed: pass loss= where yours reads less."
+        message += " No loss was given, so one that reads all outputs was assumed: pass loss= if yours reads less."
     number, need = steps, memory_bytes
     while number > 1:
         number = max(number // 4, 1)
         need = _temporary_bytes(case, partial(truncated_scan, truncation_length=number))
         if need <= memory_bytes:
-            return f"{nothing} Biased, truncated_scan with truncation_length={number} fits, for example: {_size(need)}."
+            return (
+                f"{message} The biased truncated_scan fits, for example with truncation_length={number}: {_size(need)}."
+            )
     return (
-        f"{nothing} Truncation does not help: with truncation_length=1 it needs {_size(need)}, for one step and what the "
-        "loss reads. Where that is the outputs of all steps, let the step return only what the loss needs of it."
+        f"{message} Truncation does not help: with truncation_length=1 it needs {_size(need)}, for one step and what the "
+        "loss reads. If the loss reads the outputs of all steps, let the step return only what the loss needs."
     )
 
 
@@ -208,7 +212,7 @@ def _temporary_bytes(case: _Case, scan: Callable[..., Any]) -> int:
     """Of the gradient with respect to params and init, compiled."""
 
     def value_and_gradient(arrays):
-        params, init, xs, flags = combine(arrays, case.others)
+        params, init, xs, flags = combine(arrays, case.not_arrays)
         diff, nondiff = partition((params, init))
 
         def unrolled_loss(diff):
@@ -245,7 +249,7 @@ def _look(case: _Case, at: Callable[[Recurrence, dict[str, Any]], Any]) -> Any:
     seen = []
 
     def look(arrays):
-        params, init, xs, flags = combine(arrays, case.others)
+        params, init, xs, flags = combine(arrays, case.not_arrays)
         seen.append(at(prepare(case.step, params, init, xs, case.length), flags))
 
     jax.eval_shape(look, case.arrays)

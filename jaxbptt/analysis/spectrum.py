@@ -1,6 +1,6 @@
-r"""Long products of state Jacobians in numbers that can be trusted: singular values, norms between all pairs of steps.
+r"""Long products of state Jacobians without loss to rounding: singular values, and norms between all pairs of steps.
 
-And the eigenvalues of single steps, which tell the growth over many only where all Jacobians share their eigenvectors.
+And eigenvalues of single Jacobians, which give the growth over many steps only where all share their eigenvectors.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ from jaxbptt.analysis.sweep import RESOLUTION, Sweep, decompose, multiply, rando
 from jaxbptt.arrays import as_numpy, check_concrete, check_count, check_key
 from jaxbptt.words import counted
 
-# Size of the noise that shows what rounding does, in eps: larger than rounding, so that the two sweeps rarely agree by chance.
+# Noise added to the second sweep to show what rounding does, in eps: above rounding, so that the two rarely agree by chance.
 _NOISE = 8
-# Of a logarithm of thousands four digits are enough, though they are less than 1 % of the value itself.
+# Four digits of a logarithm are enough, also of one in the thousands.
 _DIGITS = 1e-4
 
 
@@ -30,33 +30,34 @@ def singular_values(
 
     log σᵢ(∂h_T/∂hₛ),  ∂h_T/∂hₛ = J_T J_{T−1} … J_{s+1},  i = 1 … n
 
-    Backwards in time, Jₜᵀ Q = Q′ R: the diagonals of R are summed as logarithms, so neither length nor condition number
-    is limited by the range of floats. Two sweeps serve every s. Time O(T n³), about three times that of the factorisations of
-    one sweep (measured, n = 256); memory O(n²) for each s beyond J, or beyond the O(T n) of `JacobianOperators`, of which only
-    `pull` is used. Not to be differentiated; `lyapunov_exponents` can be.
+    Backwards in time, Jₜᵀ Q = Q′ R: the diagonals of R are summed as logarithms, so the range of floats limits neither
+    length nor condition number. Two sweeps serve every s. Time O(T n³), about three times that of the factorisations of
+    one sweep (measured, n = 256); memory O(n²) for each s beyond J, or beyond the O(T n) of `JacobianOperators`, of which
+    only `pull` is used. Don't differentiate it; `lyapunov_exponents` can be differentiated.
 
-    A value is `resolved` if its direction was not lost beside ‖Jₜ‖ at any step, and if a second sweep has the same one: to
-    0.005 + |log σᵢ|/20,000 in the logarithm. The second starts from another frame, with noise of 8 eps added at each step:
-    where one direction grows past another that was larger before, rounding is amplified, and the two part.
+    A value is `resolved` if its direction is not lost to rounding at the size of ‖Jₜ‖ at any step, and if a second sweep
+    finds the same value: to 0.005 + |log σᵢ|/20,000 in the logarithm. The second sweep starts from another frame, with noise
+    of 8 eps added at each step: where one direction grows past another that was larger before, rounding is amplified, and
+    the two sweeps differ.
 
     Args:
         J: Jacobians in order of time, `[time, n, n]`, or `jacobian_operators` of a step.
-        start: s, how many steps come before the product: 0 for all of J. Or several.
+        start: s, the number of steps before the product: 0 for all of J. Or several of them.
 
     Returns:
-        `LogSingularValues(values [n], resolved [n])`, largest first, or `[s, n]` for several s; finite wherever
-        J is. Where not resolved, the value may be noise.
+        `LogSingularValues(log_values [n], resolved [n])`, largest first, or `[s, n]` for several s; finite wherever
+        J is. A value that is not resolved may be noise.
 
     Raises:
-        ValueError: J not `[time, n, n]`; a start that is no whole number in 0 … T − 1.
+        ValueError: J not `[time, n, n]`; a start that is not a whole number in 0 … T − 1.
         TypeError: a complex J.
 
     Example:
         >>> import jax.numpy as jnp
         >>> import jaxbptt as bptt
         >>> J = jnp.tile(jnp.array([[2.0, 1.0], [0.0, 0.5]]), (1_000, 1, 1))
-        >>> values, resolved = bptt.singular_values(J)
-        >>> print((values / 1_000 / jnp.log(2)).round(2), resolved)  # 2 and 1/2 to the power of 1,000: never in float range
+        >>> log_values, resolved = bptt.singular_values(J)
+        >>> print((log_values / 1_000 / jnp.log(2)).round(2), resolved)  # 2 and 1/2 to the power of 1,000
         [ 1. -1.] [ True  True]
 
     References:
@@ -72,7 +73,7 @@ def singular_values(
         or not ((starts >= 0) & (starts < J.length)).all()
     ):
         raise ValueError(
-            f"start is {start!r}, but with T = {counted(J.length, 'Jacobian')} a product starts after 0 to {J.length - 1} steps."
+            f"start is {start!r}, but with {counted(J.length, 'Jacobian')} a product starts after 0 to {J.length - 1} steps."
         )
     chosen, places = np.unique(starts, return_inverse=True)
     slots = np.full(J.length, len(chosen))
@@ -83,38 +84,41 @@ def singular_values(
 
         def body(state, inputs):
             at_t, slot, t = inputs
-            so_far, kept = state
+            product, kept = state
             noise = size * jax.random.rademacher(jax.random.fold_in(key, t), (J.size, J.size), J.dtype)
-            so_far = multiply(so_far, lambda Q: J.pull(at_t, Q), noise)
-            return (so_far, jax.tree.map(lambda all, one: all.at[slot].set(one, mode="drop"), kept, so_far)), None
+            product = multiply(product, lambda Q: J.pull(at_t, Q), noise)
+            return (
+                product,
+                jax.tree.map(lambda stored, leaf: stored.at[slot].set(leaf, mode="drop"), kept, product),
+            ), None
 
         first = Sweep.start(J.size, J.dtype, key)
-        room = jax.tree.map(lambda leaf: jnp.zeros((len(chosen), *leaf.shape), leaf.dtype), first)
+        kept = jax.tree.map(lambda leaf: jnp.zeros((len(chosen), *leaf.shape), leaf.dtype), first)
         steps = J.at, jnp.asarray(slots), jnp.arange(J.length)
-        (_, kept), _ = jax.lax.scan(body, (first, room), steps, reverse=True)
+        (_, kept), _ = jax.lax.scan(body, (first, kept), steps, reverse=True)
         return jax.lax.map(decompose, kept)
 
     keys = jax.random.split(jax.random.key(0), 2)
-    values, errors = jax.lax.map(sweep, (keys, jnp.asarray([0, _NOISE * jnp.finfo(J.dtype).eps], J.dtype)))
-    apart = jnp.abs(values[0] - values[1])
-    tolerance = RESOLUTION + _DIGITS * jnp.abs(values[0])
-    resolved = (errors[0] < tolerance) & (apart < tolerance / 2)
+    log_values, errors = jax.lax.map(sweep, (keys, jnp.asarray([0, _NOISE * jnp.finfo(J.dtype).eps], J.dtype)))
+    difference = jnp.abs(log_values[0] - log_values[1])
+    tolerance = RESOLUTION + _DIGITS * jnp.abs(log_values[0])
+    resolved = (errors[0] < tolerance) & (difference < tolerance / 2)
     shape = (*np.shape(start), J.size)
-    return LogSingularValues(values[0][places].reshape(shape), resolved[places].reshape(shape))
+    return LogSingularValues(log_values[0][places].reshape(shape), resolved[places].reshape(shape))
 
 
 def log_norms(
     J: JacobianOperators | Float[ArrayLike, "time n n"], *, probes: int | None = None, key: Array | None = None
 ) -> Float[Array, "time time"]:
-    r"""How much of each state is left in each later one: the norms of all products of Jacobians, as logarithms.
+    r"""How strongly each state influences each later one: the norms of all products of Jacobians, as logarithms.
 
     log ‖∂hₜ/∂hₛ‖_F,  s ≤ t;  −∞ for s > t
 
-    in the Frobenius norm, √Σσᵢ²: it is between σ₁ and √n σ₁. Scaled as it goes, so that any T is safe. Exact by default, in
+    in the Frobenius norm, √Σσᵢ²: it is between σ₁ and √n σ₁. Rescaled at every step, so any T is safe. Exact by default, in
     time O(T² n³) and memory O(T n²). With r `probes`, orthonormal random directions in place of all n, it is an estimate,
-    √(n/r) times the norm of what becomes of them: in time O(T² n² r) and memory O(T n r). Its square is unbiased. For a
-    product of rank one, which long ones come close to, the logarithm has a standard error of about 1/√(2r) from ten probes
-    on and is low by about 1/(2r) on average; for others both are smaller.
+    √(n/r) times the norm of their products with the Jacobians, in time O(T² n² r) and memory O(T n r). Its square is
+    unbiased. For a product of rank one, which long products approach, the logarithm has a standard error of about 1/√(2r)
+    from ten probes on, and is low by about 1/(2r) on average; for other products both are smaller.
 
     Args:
         J: Jacobians in order of time, `[time, n, n]`, or `jacobian_operators` of a step, which can be pushed.
@@ -125,7 +129,7 @@ def log_norms(
         `[time, time]`: entry [t, s] for the states after those steps, as in `surviving_paths`.
 
     Raises:
-        ValueError: J not `[time, n, n]`, `probes` outside of 1 … n, a key without `probes`.
+        ValueError: J not `[time, n, n]`, `probes` outside 1 … n, a key without `probes`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -166,8 +170,8 @@ def jacobian_eigenvalues(J: JacobianOperators | Float[ArrayLike, "time n n"]) ->
 
     μᵢ(Jₜ),  i = 1 … n
 
-    They tell growth over many steps only where the Jacobians share their eigenvectors: `lyapunov_exponents` does so always.
-    Time O(T n³), one matrix at a time. On devices other than the CPU only where JAX has the decomposition.
+    They give the growth over many steps only where the Jacobians share their eigenvectors; `lyapunov_exponents` always does.
+    Time O(T n³), one matrix at a time. Beyond the CPU, only on devices for which JAX has the decomposition.
 
     Args:
         J: Jacobians in order of time, `[time, n, n]`, or `jacobian_operators` of a step, which can be pushed.

@@ -1,10 +1,10 @@
-r"""A long product of matrices, kept so that none of its singular values is lost: QR sweep and Jacobi rotations.
+r"""A long product of matrices in a form that keeps all its singular values: QR sweep and Jacobi rotations.
 
-A stored product knows its small singular values only down to eps of the largest. Here the product is never stored: it is
-kept as Q · diag(e^d) · U, with Q orthogonal, d logarithms and the rows of U of norm 1, brought up to date by one QR
-factorisation a step (Benettin's sweep). Singular values of diag(e^d) · U then come from Jacobi rotations of its rows, which
-are accurate for each value relative to itself, however far apart they are. What rounding has done to them is
-shown by a second sweep from another frame, with more noise added at each step than rounding makes.
+A product stored as a matrix resolves singular values only down to eps of the largest. So it is stored as
+Q · diag(e^d) · U, with Q orthogonal, d logarithms and the rows of U of norm 1, updated by one QR factorisation a step
+(Benettin's sweep). The singular values of diag(e^d) · U then come from Jacobi rotations of its rows, which are accurate for
+each value relative to itself, however far apart the values are. A second sweep, from another frame and with noise above
+rounding added at each step, shows what rounding has done to them.
 """
 
 import math
@@ -18,18 +18,18 @@ from jaxtyping import Array, Float
 
 from jaxbptt.analysis.norms import norm
 
-# A rounding error of a logarithm beyond this, and the value counts as unresolved.
+# A value whose logarithm has a larger rounding error than this counts as unresolved.
 RESOLUTION = 0.01
-# Beyond this in a single factorisation, and what stands there may be nothing but rounding: the direction is lost, and no
-# number of steps before or after, over which errors are summed or averaged, brings it back.
+# A direction with a larger rounding error than this in a single factorisation is lost: it may be nothing but rounding, and
+# that stays so however many other steps errors are summed or averaged over.
 LOST = 0.1
 _MAX_ROTATIONS = 30
 
 
 def random_frame(size: int, columns: int, dtype: jnp.dtype, key: Array | None = None) -> Float[Array, "n k"]:
-    """Orthonormal random columns; the same ones each time without a key.
+    """Orthonormal random columns; without a key always the same ones.
 
-    A frame of unit vectors would never leave the subspaces that a diagonal or triangular Jacobian keeps to itself.
+    A frame of unit vectors would never leave the invariant subspaces of a diagonal or triangular Jacobian.
     """
     key = jax.random.key(0) if key is None else key
     return jnp.linalg.qr(jax.random.normal(key, (size, columns), dtype))[0]
@@ -47,7 +47,7 @@ class Sweep(NamedTuple):
 
     Attributes:
         Q: orthogonal.
-        d: logarithms of the norms of rows, as a sum with its rounding error, `[2, n]`.
+        d: logarithms of the norms of rows, each as a sum and its rounding error, `[2, n]`.
         U: upper triangular, rows of norm 1.
         variance: of each d, from the rounding of every factorisation; infinite where one has lost the direction.
     """
@@ -70,15 +70,15 @@ class Sweep(NamedTuple):
 
 def multiply(sweep: Sweep, matrix: Callable[[Array], Array], noise: Float[Array, "n n"]) -> Sweep:
     """The sweep of (matrix · product), with `noise` added to matrix · Q, relative to its largest entry."""
-    moved = matrix(sweep.Q)
-    Q, R = jnp.linalg.qr(moved + jnp.max(jnp.abs(moved), initial=0) * noise)
+    product = matrix(sweep.Q)
+    Q, R = jnp.linalg.qr(product + jnp.max(jnp.abs(product), initial=0) * noise)
     info = jnp.finfo(R.dtype)
-    # Under the floor there is nothing but noise, and no logarithm of 0.
+    # Below the floor there is only noise; it also avoids the logarithm of 0.
     floor = jnp.maximum(info.eps**2 * norm(R), info.tiny)
     diagonal = jnp.maximum(jnp.abs(jnp.diagonal(R)), floor)
     logs = jnp.log(diagonal)
-    # R diag(e^d) = diag(e^(d + logs)) M. With the largest directions first no entry of M is large; where one overtakes
-    # another by more than floats can hold, rounding has drowned the two of them, and the bound keeps M finite.
+    # R diag(e^d) = diag(e^(d + logs)) M. With the largest directions first, no entry of M is large. Where one
+    # direction overtakes another by more than floats can hold, rounding has drowned both, and the limit keeps M finite.
     limit = math.log(info.max) / 4
     M = R / diagonal[:, None] * jnp.exp(jnp.minimum(_differences(sweep.d).T, limit))
     U = jnp.triu(M) @ sweep.U
@@ -92,11 +92,11 @@ def multiply(sweep: Sweep, matrix: Callable[[Array], Array], noise: Float[Array,
     )
 
 
-def _add(total: Array, more: Array) -> Array:
-    """Kahan's sum: after thousands of steps the logarithms would be rounded where their differences matter."""
-    more = more - total[1]
-    new = total[0] + more
-    return jnp.stack([new, (new - total[0]) - more])
+def _add(total: Array, term: Array) -> Array:
+    """Kahan's sum: over thousands of steps, a plain sum would lose the digits in which the logarithms differ."""
+    term = term - total[1]
+    new = total[0] + term
+    return jnp.stack([new, (new - total[0]) - term])
 
 
 def _differences(total: Array) -> Array:
@@ -110,20 +110,20 @@ def decompose(sweep: Sweep) -> tuple[Array, Array]:
     eps = jnp.finfo(dtype).eps
 
     def rotate(pairs, state):
-        """Make the rows of each pair orthogonal; the pairs have no row in common."""
+        """Make the rows of each pair orthogonal; no two pairs share a row."""
         d, U, off = state
         i, j = jnp.where(d[pairs[0]] >= d[pairs[1]], pairs, pairs[::-1])
         ratio = jnp.exp(2 * (d[j] - d[i]))
         cosine = jnp.sum(U[i] * U[j], axis=1)
         below = 1 - ratio + jnp.sqrt((1 - ratio) ** 2 + 4 * ratio * cosine**2)
-        # The tangent of the angle, over e^(dⱼ − dᵢ): it stays finite where the rows are far apart in size.
+        # The tangent of the angle divided by e^(dⱼ − dᵢ): finite even where the rows differ greatly in size.
         slope = jnp.where(cosine == 0, 0, 2 * cosine / jnp.where(below == 0, 1, below))
         c = 1 / jnp.sqrt(1 + ratio * slope**2)
         turned = jnp.stack([U[i] + (ratio * slope)[:, None] * U[j], U[j] - slope[:, None] * U[i]]) * c[None, :, None]
         size = jnp.maximum(norm(turned, (2,)), jnp.finfo(dtype).tiny)
-        both = jnp.stack([i, j])
+        rows = jnp.stack([i, j])
         off = jnp.maximum(off, jnp.max(jnp.abs(cosine), initial=0))
-        return d.at[both].add(jnp.log(size)), U.at[both].set(turned / size[..., None]), off
+        return d.at[rows].add(jnp.log(size)), U.at[rows].set(turned / size[..., None]), off
 
     def over_all_pairs(state):
         d, U, _, count = state
@@ -131,11 +131,11 @@ def decompose(sweep: Sweep) -> tuple[Array, Array]:
         d, U, off = jax.lax.fori_loop(0, len(rounds), lambda k, s: rotate(rounds[k], s), (d, U, jnp.zeros((), dtype)))
         return d, U, off, count + 1
 
-    def turning(state):
+    def not_orthogonal(state):
         return (state[2] > n * eps) & (state[3] < _MAX_ROTATIONS)
 
     d, _, off, _ = jax.lax.while_loop(
-        turning, over_all_pairs, (_differences(sweep.d)[:, 0], sweep.U, jnp.ones((), dtype), 0)
+        not_orthogonal, over_all_pairs, (_differences(sweep.d)[:, 0], sweep.U, jnp.ones((), dtype), 0)
     )
     order = jnp.argsort(-d)
     error = jnp.where(off <= n * eps, jnp.sqrt(sweep.variance), jnp.inf)
@@ -143,7 +143,7 @@ def decompose(sweep: Sweep) -> tuple[Array, Array]:
 
 
 def _rounds(n: int) -> np.ndarray:
-    """All pairs of n rows, as rounds of pairs without a row in common: `[round, 2, pair]`, as in a round-robin tournament."""
+    """All pairs of n rows, in rounds of disjoint pairs, as in a round-robin tournament: `[round, 2, pair]`."""
     players = n + n % 2
     rounds = []
     for k in range(players - 1):

@@ -1,7 +1,7 @@
 r"""Figures from analysis results. Each function returns a new matplotlib `Figure` and touches no global state.
 
 Colours are Okabe and Ito's, which colour-blind readers tell apart, and lines in one panel differ in dash or marker too.
-What is not a number, not finite, or 0 on a logarithmic axis is left out. Needs the extra `report`.
+Values that are not finite, or 0 on a logarithmic axis, are left out. Needs the extra `report`.
 """
 
 from jaxbptt.plots.figure import COLOURS as COLOURS

@@ -1,6 +1,6 @@
-r"""What all figures share: colours, panels, labels, legends and axes. Here, so that they look like one set.
+r"""Colours, panels, labels, legends and axes that all figures share.
 
-Figures are made without pyplot, which keeps every figure it makes and has settings for all of them.
+Figures are made without pyplot, which holds on to every figure it makes and has global settings.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 NEUTRAL = "#c9c9c9"
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "d", "v", "P")
-# More points than this on a curve, and markers run into each other.
+# With more points than this on a curve, markers run into each other.
 FEW = 12
 
 
@@ -39,17 +39,17 @@ def label_axes(axes: Axes, title: str, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def legend_below(figure: Figure, *panels: Axes, columns: int = 4, more: Any = ()) -> None:
-    """One legend for all panels, under them, where it covers no data. Each text once; none without texts.
+def legend_below(figure: Figure, *panels: Axes, columns: int = 4, handles: Any = ()) -> None:
+    """One legend for all panels, below them, where it covers no data; each label once.
 
     Args:
         figure: gets the legend.
-        *panels: whose lines are named in it.
-        columns: at most so many texts in a row.
-        more: further handles, which no panel has.
+        *panels: whose labelled lines it shows.
+        columns: the most labels in a row.
+        handles: further handles, which no panel has.
     """
     named = {text: line for axes in panels for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    named |= {handle.get_label(): handle for handle in more}
+    named |= {handle.get_label(): handle for handle in handles}
     if named:
         ncols = min(len(named), columns)
         figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=ncols, frameon=False)
@@ -66,37 +66,37 @@ def by_name(results: Any) -> dict[str, Any]:
 
 
 def finite(values: Any) -> np.ndarray:
-    """Real values, nan in place of what is infinite."""
+    """Real values, with nan for those that are not finite."""
     values = np.asarray(values, float)
     return np.where(np.isfinite(values), values, np.nan)
 
 
 def positive(values: Any) -> np.ndarray:
-    """What has a place on a logarithmic axis, nan in place of the rest."""
+    """Values that can be drawn on a logarithmic axis, with nan for the others."""
     values = finite(values)
     return np.where(values > 0, values, np.nan)
 
 
 def extremes(arrays: Any) -> tuple[float, float] | None:
-    """The least and the largest finite value of several arrays; None where there is none."""
+    """The least and the largest finite value of several arrays; `None` if there is none."""
     values = np.concatenate([finite(array).ravel() for array in arrays])
     values = values[np.isfinite(values)]
     return (float(values.min()), float(values.max())) if values.size else None
 
 
 def power_of_ten(power: float, _: Any = None) -> str:
-    """The text of a tick, for values that are drawn as logarithms since floats may not hold them."""
+    """The label of a tick, for values drawn as logarithms since they may be outside the range of floats."""
     return f"$10^{{{power:g}}}$"
 
 
 def step_ticks(*axes: Axis) -> None:
-    """A few whole numbers, also where there is a single step."""
+    """Ticks at a few whole numbers, even for a single step."""
     for axis in axes:
         axis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
 
 
 def length_axis(axes: Axes, lengths: np.ndarray) -> None:
-    """A logarithmic axis of numbers of time steps: ticks at the lengths themselves if there is room for them.
+    """A logarithmic axis of numbers of time steps, with ticks at the lengths themselves if there is room for them.
 
     Args:
         axes: whose x axis it is.

@@ -1,6 +1,6 @@
-r"""How the gradient fares on its way back through time, and how every way to take it compares with the exact one.
+r"""Figures of the gradient through time, and of the methods of taking it against the reference.
 
-Here are the figures about gradients as they are computed; what a cut would do to them is in `truncation`.
+Figures of truncated gradients are in `truncation`.
 """
 
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ from jaxbptt.plots.figure import COLOURS, DASHES, by_name, colour, label_axes, l
 
 
 def plot_gradient_flow(flows: GradientFlow | Mapping[str, GradientFlow]) -> Figure:
-    r"""Gradient magnitude against time step, log scale; several cells beside each other.
+    r"""Gradient magnitude against time step, log scale; several cells in one panel.
 
-    ‖∂L/∂hₜ‖ (line) and, for a loss at more than the last step, the part through yₜ alone (dots)
+    ‖∂L/∂hₜ‖ (line) and, for a loss at more than the last step, the term through yₜ alone (dots)
 
-    Steps where the norm is exactly 0 are left out, since a logarithm has no place for them.
+    Steps where the norm is exactly 0 are left out, since it has no logarithm.
 
     Args:
         flows: from `gradient_flow`, or several by name.
@@ -55,7 +55,7 @@ def plot_gradient_flow(flows: GradientFlow | Mapping[str, GradientFlow]) -> Figu
 
 
 def plot_certificate(certificate: Certificate) -> Figure:
-    """Every way to take the gradient: its largest relative error, temporary memory and run time, side by side.
+    """Largest relative error, temporary memory and run time of every method of taking the gradient, in three panels.
 
     Args:
         certificate: from `certify`. The tolerance is drawn as a line; an error of exactly 0 is written out.

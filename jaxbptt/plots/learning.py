@@ -1,4 +1,4 @@
-r"""How training went: the loss after every update, and now and then on data that the network doesn't learn from."""
+r"""Learning curves: the training loss at every update, and the validation loss at some of them."""
 
 from typing import Any
 
@@ -9,20 +9,20 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from jaxbptt.plots.figure import COLOURS, FEW, finite, label_axes, legend_below, new_figure, step_ticks
 from jaxbptt.words import counted
 
-# The line through the noise has about so many points that do not share an update.
+# The running mean at each update is over 1/50 of all updates.
 _MEANS = 50
 
 
 def plot_learning_curve(training: Any, validation: Any = None, *, measure: str = "loss") -> Figure:
     r"""Loss against update: training (every update, and its running mean) and validation.
 
-    The mean at an update is that of the last n/50 updates, of n in all. The axis is logarithmic where it spans more than a decade.
-    What is not finite is left out.
+    The mean at an update is over the last n/50 of all n updates. The axis is logarithmic where losses span more than a
+    decade. Values that are not finite are left out.
 
     Args:
         training: pair of arrays, the numbers of the updates and the loss at each.
         validation: a pair of the same kind, or `None`.
-        measure: what the numbers are, such as `"bits per character"`; the label of the axis.
+        measure: what is measured, such as `"bits per character"`; the label of the axis.
 
     Returns:
         A matplotlib `Figure`.
@@ -79,10 +79,10 @@ def _pair(name: str, pair: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _running_mean(losses: np.ndarray, window: int) -> np.ndarray:
-    """Of the last `window` values at each place, those that are nan left out."""
-    known = np.isfinite(losses)
-    total = np.cumsum(np.concatenate([np.zeros(window), np.where(known, losses, 0)]))
-    count = np.cumsum(np.concatenate([np.zeros(window), known]))
+    """The mean of the last `window` values at each update, without those that are nan."""
+    is_finite = np.isfinite(losses)
+    total = np.cumsum(np.concatenate([np.zeros(window), np.where(is_finite, losses, 0)]))
+    count = np.cumsum(np.concatenate([np.zeros(window), is_finite]))
     count = count[window:] - count[:-window]
     with np.errstate(invalid="ignore"):
         return np.where(count > 0, (total[window:] - total[:-window]) / np.maximum(count, 1), np.nan)

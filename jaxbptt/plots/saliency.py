@@ -1,6 +1,6 @@
-r"""Saliency over text: which characters a loss depends on, on the characters themselves.
+r"""Saliency over text: each character shaded by how much a loss depends on it.
 
-Apart from the rest, as it draws writing and not curves: layout, ink and fonts are matters of its own.
+Separate from the other figures since it draws text, which takes layout, ink and fonts of its own.
 """
 
 from typing import Any
@@ -25,12 +25,12 @@ _WIDTH, _HEIGHT = 0.145, 0.25
 
 
 def plot_text_saliency(text: str, saliency: Any, *, per_line: int = 64) -> Figure:
-    r"""Text with every character shaded by what it mattered for a loss, from 0 to the largest value.
+    r"""Text with every character shaded by its saliency for a loss, from 0 to the largest value.
 
     ‖∂Lₜ/∂xₛ‖ behind the s-th character
 
-    Newline, tab and space are drawn as ↵, → and ·, characters that the font lacks as □. Lines end after a newline, and
-    where they are full. Boxes whose saliency is not finite are grey.
+    Newline, tab and space are drawn as ↵, → and ·, characters that the font lacks as □. Lines break after a newline,
+    and where they are full. Boxes whose saliency is not finite are grey.
 
     Args:
         text: T characters.
@@ -90,8 +90,8 @@ def _checked(text: str, name: str, values: Any) -> np.ndarray:
     which = f"saliency {name!r}" if name else "saliency"
     if np.shape(values) != (len(text),):
         raise ValueError(
-            f"{which} has shape {np.shape(values)}, but text has {counted(len(text), 'character')}: pass one number for each, "
-            f"[{len(text)}]. Of the result of input_saliency that is one row."
+            f"{which} has shape {np.shape(values)}, but text has {counted(len(text), 'character')}: pass one number for "
+            f"each, [{len(text)}], such as one row of the result of input_saliency."
         )
     values = finite(values)
     if (values < 0).any():
@@ -125,7 +125,7 @@ def _draw(axes: Axes, text: str, places: np.ndarray, values: np.ndarray, shades:
 
 
 def _ink(shade: Any, *, quiet: bool) -> tuple[float, ...]:
-    """Black on light and white on dark, by the relative luminance at which both have the same contrast; quiet: half of it."""
+    """Black on light, white on dark, by the relative luminance at which both have equal contrast; quiet: half of it."""
     channels = np.array(to_rgb(shade))
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
     ink = np.zeros(3) if linear @ [0.2126, 0.7152, 0.0722] > 0.179 else np.ones(3)

@@ -1,6 +1,6 @@
-r"""What Jacobians do to perturbations of the state, and so to gradients: over one step, over many, and in the long run.
+r"""Figures of Jacobians: what they do to perturbations of the state, over one step, over many, and in the long run.
 
-Apart from the gradients themselves, since none of it depends on a loss.
+None of them depends on a loss.
 """
 
 from collections.abc import Mapping
@@ -45,9 +45,9 @@ def plot_singular_values(
     for tanh). Values below the rounding error of the product are left out.
 
     Args:
-        values: from `log_singular_values`, or from `singular_values` for several starts; or several by name.
+        values: from `product_log_singular_values`, or from `singular_values` for several starts; or several by name.
         bound_rate: the rate of the bound, or several by the same names.
-        lags: of the entries, where they are not T − 1 … 0 as those of `log_singular_values`: T − s for each start s.
+        lags: T − s for each start s of `singular_values`; T − 1 … 0, as for `product_log_singular_values`, by default.
         ranks: how many of the n singular values to draw, evenly spaced from the largest to the smallest.
 
     Returns:
@@ -58,7 +58,7 @@ def plot_singular_values(
         >>> import jaxbptt as bptt
         >>> from jaxbptt import plots
         >>> J = jnp.tile(0.9 * jnp.eye(3), (20, 1, 1))
-        >>> figure = plots.plot_singular_values(bptt.log_singular_values(bptt.jacobian_products(J)), bound_rate=0.9)
+        >>> figure = plots.plot_singular_values(bptt.product_log_singular_values(bptt.jacobian_products(J)), bound_rate=0.9)
         >>> figure.axes[0].get_xlabel()
         'lag T − t, time steps'
 
@@ -68,17 +68,17 @@ def plot_singular_values(
     values = by_name(values)
     bounds = bound_rate if isinstance(bound_rate, Mapping) else dict.fromkeys(values, bound_rate)
     figure, panels = new_figure(len(values), width=3.6 * len(values) + 1.0, sharey=True)
-    for axes, (label, (logs, resolved)) in zip(panels, values.items(), strict=True):
-        # In powers of ten, drawn as such: e to the power of a log singular value may be outside the range of floats.
-        tens = np.where(resolved, finite(logs), np.nan) / np.log(10)
-        x = np.arange(len(tens))[::-1] if lags is None else np.asarray(lags)
+    for axes, (label, (log_values, resolved)) in zip(panels, values.items(), strict=True):
+        # Drawn as powers of ten, since the singular values themselves may be outside the range of floats.
+        powers = np.where(resolved, finite(log_values), np.nan) / np.log(10)
+        x = np.arange(len(powers))[::-1] if lags is None else np.asarray(lags)
         order = np.argsort(x)
-        x, tens = x[order], tens[order]
-        drawn = np.unique(np.linspace(0, tens.shape[1] - 1, ranks).round().astype(int))
+        x, powers = x[order], powers[order]
+        drawn = np.unique(np.linspace(0, powers.shape[1] - 1, ranks).round().astype(int))
         for shade, rank in zip(np.linspace(1, 0.35, len(drawn)), drawn, strict=True):
             name = "largest, σ₁" if rank == 0 else "smaller ones, to σₙ" if rank == drawn[-1] else None
             style: dict[str, Any] = {"alpha": shade, "linewidth": 2 if rank == 0 else 1, "label": name}
-            axes.plot(x, tens[:, rank], "o" if len(x) == 1 else "-", color=COLOURS[0], **style)
+            axes.plot(x, powers[:, rank], "o" if len(x) == 1 else "-", color=COLOURS[0], **style)
         rate = bounds.get(label)
         if rate is not None:
             axes.plot(x, x * np.log10(positive(rate)), "--", color=COLOURS[1], label="bound (γσ)^lag")
@@ -99,7 +99,7 @@ def plot_lyapunov_spectrum(spectra: LyapunovSpectrum | Mapping[str, LyapunovSpec
 
     Args:
         spectra: from `lyapunov_exponents`, or several by name.
-        theory: exponents from elsewhere, `[m]`, largest first: a dashed line over the same range of indices, whatever m.
+        theory: exponents to compare with, `[m]`, largest first: a dashed line over the same range of indices, whatever m.
 
     Returns:
         A matplotlib `Figure`.
@@ -121,7 +121,7 @@ def plot_lyapunov_spectrum(spectra: LyapunovSpectrum | Mapping[str, LyapunovSpec
     counts = [len(spectrum.exponents) for spectrum in named.values()]
     relative = len(set(counts)) > 1
     axes.axhline(0, color="0.4", linewidth=0.8, zorder=1)
-    more: list[Line2D] = []
+    handles: list[Line2D] = []
     for i, (name, spectrum) in enumerate(named.items()):
         exponents, resolved = finite(spectrum.exponents), np.asarray(spectrum.resolved, bool)
         x = np.arange(1, counts[i] + 1) / (counts[i] if relative else 1)
@@ -133,7 +133,7 @@ def plot_lyapunov_spectrum(spectra: LyapunovSpectrum | Mapping[str, LyapunovSpec
         if not resolved.all():
             axes.plot(x, np.where(resolved, np.nan, exponents), markerfacecolor="white", **style)
             hollow: dict[str, Any] = style | {"color": "0.3", "markerfacecolor": "white"}
-            more = [Line2D([], [], label="not resolved", **hollow)]
+            handles = [Line2D([], [], label="not resolved", **hollow)]
     if theory is not None:
         values = np.atleast_1d(finite(theory))
         first, last = (1 / max(counts), 1) if relative else (1, max(counts))
@@ -143,7 +143,7 @@ def plot_lyapunov_spectrum(spectra: LyapunovSpectrum | Mapping[str, LyapunovSpec
         step_ticks(axes.xaxis)
         axes.set_xlim(0.5 - 0.02 * max(counts), max(counts) * 1.02 + 0.5)
     label_axes(axes, "", "index i / k" if relative else "index i", "Lyapunov exponents λᵢ, nats per unit of time")
-    legend_below(figure, axes, more=more)
+    legend_below(figure, axes, handles=handles)
     return figure
 
 
@@ -169,7 +169,7 @@ def plot_eigenvalues(eigenvalues: Any) -> Figure:
     """
     named = {name: np.ravel(np.asarray(values, complex)) for name, values in by_name(eigenvalues).items()}
     points = {name: (finite(np.real(values)), finite(np.imag(values))) for name, values in named.items()}
-    low, high = extremes(part for both in points.values() for part in both) or (0.0, 0.0)
+    low, high = extremes(coordinates for point in points.values() for coordinates in point) or (0.0, 0.0)
     reach = 1.1 * max(1.0, -low, high)
     figure, panels = new_figure(len(named), width=0.8 + 3.4 * len(named), height=4.2, sharey=True)
     for axes, (name, (real, imaginary)) in zip(panels, points.items(), strict=True):
@@ -186,12 +186,12 @@ def plot_eigenvalues(eigenvalues: Any) -> Figure:
 
 
 def plot_log_norms(log_norms: Any) -> Figure:
-    r"""How much of each state is left in each later one: rows are later states, columns earlier ones.
+    r"""How strongly each state influences each later one: rows are later states, columns earlier ones.
 
     ‖∂hₜ/∂hₛ‖ in powers of ten, on one scale for all panels
 
-    If norms are far on both sides of 1, colours are centred on it: one hue where perturbations grow, another where they
-    shrink. What is 0, as all above the diagonal, is grey.
+    If norms lie far on both sides of 1, colours are centred on it: one hue where perturbations grow, another where they
+    shrink. Norms of 0, such as those above the diagonal, are grey.
 
     Args:
         log_norms: natural logarithms `[time, time]` from `log_norms`, or several by name.
@@ -216,16 +216,16 @@ def plot_log_norms(log_norms: Any) -> Figure:
         palette, low, high = "RdBu_r", min(low, -high), max(high, -low)
     else:
         palette = "viridis"
-    room = max(0.0, 0.5 - (high - low) / 2)  # a range of nothing has no colours
+    room = max(0.0, 0.5 - (high - low) / 2)  # an empty range has no colours
     colours = matplotlib.colormaps[palette].with_extremes(bad=NEUTRAL)
     scale: dict[str, Any] = {"cmap": colours, "vmin": low - room, "vmax": high + room}
     figure, panels = new_figure(len(named), width=1.5 + 3.1 * len(named), height=4.0, sharey=True)
     meshes = []
-    for axes, (name, tens) in zip(panels, named.items(), strict=True):
-        edges = np.arange(len(tens) + 1) + 0.5
-        meshes.append(axes.pcolormesh(edges, edges, tens, rasterized=True, **scale))
+    for axes, (name, powers) in zip(panels, named.items(), strict=True):
+        edges = np.arange(len(powers) + 1) + 0.5
+        meshes.append(axes.pcolormesh(edges, edges, powers, rasterized=True, **scale))
         axes.set_aspect("equal")
-        axes.set_ylim(len(tens) + 0.5, 0.5)
+        axes.set_ylim(len(powers) + 0.5, 0.5)
         step_ticks(axes.xaxis, axes.yaxis)
         label_axes(axes, name, "earlier state hₛ, step s", "")
         axes.grid(visible=False)

@@ -1,7 +1,4 @@
-r"""What cutting the gradient short does: which paths a strategy keeps, what each lag adds, how large the bias is.
-
-Together since all three ask how far back the gradient has to go.
-"""
+r"""Figures of truncation: which paths a strategy keeps, what each lag contributes, how large the bias is."""
 
 from typing import Any
 
@@ -30,14 +27,14 @@ from jaxbptt.plots.figure import (
     step_ticks,
 )
 
-# More lags than this, and bars are too thin to be told apart.
+# With more lags than this, bars are too thin to be told apart.
 _MANY_BARS = 60
 
 
 def plot_surviving_paths(tables: Any) -> Figure:
     r"""Which ∂Lₜ/∂hₛ a strategy keeps: rows are losses, columns states; several strategies beside each other.
 
-    Above the diagonal, where the loss comes before the state, there is nothing to keep.
+    Above the diagonal the loss comes before the state: there is no path.
 
     Args:
         tables: from `surviving_paths`, or several by name.
@@ -68,16 +65,16 @@ def plot_surviving_paths(tables: Any) -> Figure:
         axes.grid(visible=False)
     panels[0].set_ylabel("loss Lₜ, step t")
     handles = [Patch(color=COLOURS[0], label="kept"), Patch(color=NEUTRAL, label="cut")]
-    legend_below(figure, more=handles)
+    legend_below(figure, handles=handles)
     return figure
 
 
 def plot_truncation_bias(biases: Any) -> Figure:
     r"""Relative norm and cosine of the error of truncated gradients against the truncation length K.
 
-    ‖g_K − g‖ / ‖g‖ on the left, log-log; the cosine between g_K and g on the right, 1 for no error of direction.
+    ‖g_K − g‖ / ‖g‖ on the left, log-log; the cosine between g_K and g on the right, 1 where the direction is exact.
 
-    Errors of exactly 0 are left out, since a logarithm has no place for them.
+    Errors of exactly 0 are left out, since they have no logarithm.
 
     Args:
         biases: `TruncationBias` from `truncation_bias`, or several by name.
@@ -103,11 +100,11 @@ def plot_truncation_bias(biases: Any) -> Figure:
     lengths = np.unique(np.concatenate([np.asarray(bias.lengths) for bias in named.values()]))
     for i, (name, bias) in enumerate(named.items()):
         x = np.asarray(bias.lengths)
-        for j, way in enumerate(("windowed", "chunked")):
-            curve = getattr(bias, way)
-            style: dict[str, Any] = {"color": colour(i), "linestyle": DASHES[j], "label": f"{name} {way}".strip()}
+        for j, kind in enumerate(("windowed", "chunked")):
+            curve = getattr(bias, kind)
+            style: dict[str, Any] = {"color": colour(i), "linestyle": DASHES[j], "label": f"{name} {kind}".strip()}
             if len(x) <= FEW:
-                # Where the two are the same, the hollow square lies around the circle.
+                # Where the two coincide, the hollow square shows around the circle.
                 style |= {"marker": "o"} if j == 0 else {"marker": "s", "markersize": 9, "markerfacecolor": "none"}
             errors.plot(x, positive(curve.relative_errors), **style)
             cosines.plot(x, finite(curve.cosines), **style)
@@ -123,11 +120,11 @@ def plot_truncation_bias(biases: Any) -> Figure:
 
 
 def plot_lag_contributions(lags: Any) -> Figure:
-    r"""What each lag adds to the gradient, log scale, and how close the sum of the lags up to it comes to the whole.
+    r"""What each lag contributes to the gradient, log scale, and how close the sum of lags up to it is to the whole.
 
     ‖G⁽ˡ⁾‖ on the left; on the right ‖Σₖ G⁽ᵏ⁾ − g‖ / ‖g‖ and the cosine between Σₖ G⁽ᵏ⁾ and g, with the lags k ≤ l
 
-    Bars for a single result, or an area where there are too many lags for them; a line for each of several.
+    Bars for a single result, or an area where there are too many lags for bars; lines for several results.
 
     Args:
         lags: `LagContributions` from `lag_contributions`, or several by name.
@@ -163,7 +160,7 @@ def plot_lag_contributions(lags: Any) -> Figure:
         else:
             sizes.stairs(norms, np.arange(len(x) + 1) - 0.5, fill=True, color=colour(i))
         if len(x) == 1:
-            style["marker"] = MARKERS[i % len(MARKERS)]  # a line through one point is not seen
+            style["marker"] = MARKERS[i % len(MARKERS)]  # a line through one point is invisible
         sums.plot(x, finite(result.cosines), DASHES[0], **style)
         style["color"] = colour(i) if several else COLOURS[1]
         sums.plot(x, finite(result.relative_errors), DASHES[1], **style)
@@ -176,12 +173,12 @@ def plot_lag_contributions(lags: Any) -> Figure:
     inks = ("0.3", "0.3") if several else COLOURS
     quantities = zip(DASHES, inks, ("cosine", "relative error"), strict=False)
     handles = [Line2D([], [], linestyle=dash, color=ink, label=text) for dash, ink, text in quantities]
-    legend_below(figure, sizes, more=handles, columns=6)
+    legend_below(figure, sizes, handles=handles, columns=6)
     return figure
 
 
 def _log_sizes(axes: Axes, limits: tuple[float, float] | None) -> None:
-    """A logarithmic axis for bars, which would reach down to 0: some room under the least of them instead."""
+    """A logarithmic axis for bars, which can't start at 0: it starts a little below the smallest."""
     if limits is not None:
         low, high = limits
         room = max((high / low) ** 0.05, 2.0)
@@ -190,7 +187,7 @@ def _log_sizes(axes: Axes, limits: tuple[float, float] | None) -> None:
 
 
 def _room_for_cosines(axes: Axes) -> None:
-    """Up to 1, and wide enough that rounding errors do not fill the panel."""
+    """Limits up to 1, and wide enough that rounding errors don't fill the panel."""
     low, _ = extremes(line.get_ydata() for line in axes.lines) or (0.0, 1.0)
     low = min(low, 0.9)
     axes.set_ylim(low - 0.05 * (1 - low), 1 + 0.05 * (1 - low))

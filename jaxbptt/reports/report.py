@@ -18,7 +18,7 @@ from jaxbptt.analysis.horizon import effective_horizon
 from jaxbptt.analysis.jacobians import (
     LogSingularValues,
     jacobian_products,
-    log_singular_values,
+    product_log_singular_values,
     state_jacobians,
     temporal_contributions,
 )
@@ -171,4 +171,4 @@ def _by_textbook(params: Any, W_hy: Any, init: Any, xs: Any, targets: Any) -> An
 
 def _singular_values(cell: Cell, params: Any, xs: Any) -> LogSingularValues:
     _, J = state_jacobians(cell, params, cell.initial_carry(), xs)
-    return log_singular_values(jacobian_products(J))
+    return product_log_singular_values(jacobian_products(J))

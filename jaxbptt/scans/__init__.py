@@ -1,1 +1,3 @@
-"""How a step is unrolled and how the gradient comes back: one strategy a module, one signature for all."""
+"""How a step is unrolled and how its gradient is taken: one strategy a module, one signature for all."""
+
+from jaxbptt.scans.schedule import Schedule as Schedule

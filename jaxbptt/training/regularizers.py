@@ -6,10 +6,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxbptt.analysis.flow import gradient_flow
+from jaxbptt.analysis.flow import flow_and_trajectory
 from jaxbptt.analysis.lyapunov import lyapunov_exponents
 from jaxbptt.analysis.norms import norm_over_time
-from jaxbptt.analysis.operators import unroll
 from jaxbptt.cells.cell import Cell
 from jaxbptt.programs.trace import map_over_time, trace
 from jaxbptt.scans.recurrence import prepare
@@ -58,14 +57,13 @@ def pascanu(
     """
     r = prepare(step, params, init, xs, length)
     traced = trace(r.step, r.params, r.init, r.xs)
-    flow = gradient_flow(step, params, init, xs, loss, length=length)
-    carries, _, _ = unroll(r)
+    flow, trajectory = flow_and_trajectory(r, loss)
 
     def to_state(params, carry, x):
         return traced.step(params, carry, x)[0]
 
     over_time = map_over_time(to_state, one_at_a_time=traced.one_at_a_time)
-    (passed_on,) = pull(lambda carries: over_time(traced.params, carries, r.xs), (carries,), flow.adjoints)
+    (passed_on,) = pull(lambda carries: over_time(traced.params, carries, r.xs), (trajectory.carries,), flow.adjoints)
     before, after = norm_over_time(passed_on), norm_over_time(flow.adjoints)
     # The inner where keeps the division, and with it the gradient, finite where no gradient arrives.
     ratio = jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1)
