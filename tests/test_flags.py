@@ -1,4 +1,4 @@
-"""Resets and padding in every strategy: rows that begin anew, end early or have holes give what their sequences give alone."""
+"""Resets and padding in every strategy: rows that are reset, end early or have gaps give what their sequences give alone."""
 
 from functools import partial
 
@@ -86,7 +86,7 @@ def test_every_strategy_equals_a_loop(name, given):
 
 
 def test_a_rollout_is_replayed():
-    """An agent acts step by step in environments that end at times of their own; replayed at once, its states are the same."""
+    """An agent acts step by step in environments that end at different times; replayed at once, its states are the same."""
     cell = bptt.gru(3, 5, dtype=jnp.float64)
     params, rng = cell.init(jax.random.key(0)), np.random.default_rng(0)
     step = jax.jit(cell.step)

@@ -71,8 +71,7 @@ def test_unknown_name():
         _ = bptt.nothing
 
 
-# What each part of the package may import beside itself; what is in none of the folders is below all of them, but for networks
-# and conversions in the last line.
+# What each part of the package may import beside itself and the base that everything stands on.
 BASE = ("trees", "arrays", "array_types", "along_time", "words", "files")
 ALLOWED = {
     "cells": (),

@@ -1,4 +1,4 @@
-"""Strategies under `jax.shard_map` and on Explicit meshes, in a process of its own: JAX settles the number of devices once."""
+"""Strategies under `jax.shard_map` and on Explicit meshes, in another process: JAX settles the number of devices once."""
 
 import os
 import subprocess

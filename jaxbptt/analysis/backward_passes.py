@@ -46,7 +46,7 @@ class Unrolled(NamedTuple):
     bars: Any
 
     def map(self, fn: Callable[[Any], Any], items: Any) -> Any:
-        """`fn` for each item, several side by side: but not for a step that branches, where both branches would be computed."""
+        """`fn` for each item, several side by side: but not for a step that branches, where both branches would run."""
         return jax.lax.map(fn, items, batch_size=None if self.over_time.step.one_at_a_time else _SIDE_BY_SIDE)
 
     def params_gradient(self, params_bar: Any) -> Any:

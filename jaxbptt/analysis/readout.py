@@ -57,7 +57,7 @@ def _substituted(jaxpr: Any, consts: list[Any], inputs: list[Any], replaced: dic
 
 
 def _copies(eqn: Any, replaced: dict[Any, Any]) -> dict[Any, Any]:
-    """A branch, loop or custom derivative may return the new carry twice, as carry and as output: the output is replaced too."""
+    """A branch, loop or custom derivative may return the new carry as an output as well: that is replaced too."""
     inside = [jaxpr for jaxpr, _ in subjaxprs(eqn) if len(jaxpr.outvars) == len(eqn.outvars)]
     carries = [i for i, var in enumerate(eqn.outvars) if var in replaced]
     if not inside or not carries or len(eqn.outvars) == len(carries):

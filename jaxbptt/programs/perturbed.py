@@ -116,7 +116,7 @@ def spread(step: Callable[..., Any], perturbed: Perturbed, primals: Any) -> Pert
 
 
 def leading_to(step: Callable[..., Any], perturbed: Perturbed, primals: Any, carry_used: Any, ys_used: Any) -> Any:
-    """Flags for the leaves of the carry whose tangents reach what a loss uses of the last carry, or of outputs at any step."""
+    """Flags for the leaves of the carry whose tangents reach what a loss uses: the last carry, or outputs at any step."""
     nothing = jax.tree.map(lambda _: False, perturbed)
     treedef = jax.tree.structure(perturbed.carry)
 

@@ -52,8 +52,9 @@ def adjoint_scan(
     each step, we fall back to `jax.vjp` and recompute the step twice. A step that branches (`lax.cond`) is contracted one
     step at a time: mapped over time, both branches would run.
 
-    Only what is differentiated and leads to what the loss uses needs a derivative; for the rest nothing is computed, so there
-    is no 0 · inf. In a step of an outer `lax.scan` all of the carry counts as both: there JAX takes a custom derivative whole.
+    Only what is differentiated and leads to what the loss uses needs a derivative; for the rest nothing is computed, so
+    there is no 0 · inf. In a step of an outer `lax.scan` all of the carry counts as both: JAX takes a custom derivative
+    whole there.
 
     With `clip_adjoint` the recursion itself is clipped, c̄ₜ₋₁ ← clip(c̄ₜ₋₁) at each step, and not the sum at the end: an
     explosion is stopped where it begins. The gradient is then biased, and exact again where nothing is clipped.

@@ -204,7 +204,7 @@ def _zeros(path: Any, leaf: Any) -> Any:
         return None
     if leaf.dtype == jnp.uint32 and leaf.shape[-1:] in ((2,), (4,)):
         raise ValueError(
-            f"{name('init', path)} has dtype uint32 and shape {leaf.shape}, as a raw random key has, which has no zero: pass "
-            "a typed key, jax.random.wrap_key_data(key), which is not reset; or reset_carry, the carry to reset to."
+            f"{name('init', path)} has dtype uint32 and shape {leaf.shape}, as a raw random key has, which has no zero: "
+            "pass a typed key, jax.random.wrap_key_data(key), which is not reset; or reset_carry, the carry to reset to."
         )
     return jnp.zeros_like(leaf)

@@ -125,8 +125,8 @@ class Pass:
         """Raise where a strategy that recomputes steps in its backward pass would write to a mutable array once more."""
         if self.step.mutable:
             raise TypeError(
-                f"{self.step.mutable} is mutable (a Ref), and {strategy} recomputes each step in its backward pass, so that "
-                "it would be written to twice: take the gradient with adjoint_scan or jaxbptt.scan, which run each step once."
+                f"{self.step.mutable} is mutable (a Ref), and {strategy} recomputes each step in its backward pass, so "
+                "that it would be written to twice: take the gradient with adjoint_scan or jaxbptt.scan, which run each step once."
             )
 
 

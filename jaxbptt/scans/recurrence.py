@@ -32,7 +32,7 @@ class Recurrence(NamedTuple):
 
 
 def prepare(step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, length: Any, *flags: Any) -> Recurrence:
-    """Check the arguments of a strategy; `step` is only called if `init` holds Python numbers or arrays are on several devices.
+    """Check the arguments of a strategy; `step` is only called if `init` holds Python numbers or is on several devices.
 
     Entries of the carry will be selected by `flags`, if there are any.
     """
@@ -109,14 +109,14 @@ def _time_steps(xs: Any, length: Any) -> int:
     for size, leaf_name, shape in sizes[1:]:
         if size != steps:
             raise ValueError(
-                f"{first} says {counted(steps, 'time step')} ({first_shape}), but {leaf_name} has {size} (shape {shape}). Time is "
-                "the first axis, and every leaf of xs (and length, where given) must agree on it: cut or pad one of them."
+                f"{first} says {counted(steps, 'time step')} ({first_shape}), but {leaf_name} has {size} (shape {shape}). "
+                "Time is the first axis, and every leaf of xs (and length, where given) must agree on it: cut or pad one of them."
             )
     return steps
 
 
 def _settle_dtypes(step: Callable[..., Any], params: Any, init: Any, xs: Any) -> Any:
-    """Give Python numbers in `init` the dtype they have after a step, as `lax.scan` does; if it is the same they stay weak."""
+    """Give Python numbers in `init` the dtype they have after a step, as `lax.scan` does; those that keep it stay weak."""
     result = jax.eval_shape(lambda carry, x: step(params, carry, x), init, at_one_step(xs))
     if not _is_pair(result) or jax.tree.structure(result[0]) != jax.tree.structure(init):
         return init  # `_checked` has the better message, when the step is traced.

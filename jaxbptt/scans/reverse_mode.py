@@ -51,7 +51,7 @@ def reverse_mode(
     """
 
     def with_derivative(params, init, xs):
-        # A flat list: with symbolic zeros, JAX replaces leaves by objects of its own, which the user's containers may refuse.
+        # A flat list: with symbolic zeros, JAX replaces leaves by its own objects, which the user's containers may refuse.
         primals = varying_alike((params, init, xs)) if over_time.step.by_hand else (params, init, xs)
         primals, treedef = jax.tree.flatten(primals)
 
