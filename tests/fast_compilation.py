@@ -3,7 +3,8 @@
 import os
 from importlib.metadata import version
 
-FLAGS = "--xla_backend_optimization_level=0"
+# No optimisation, and one module of machine code for each program: splitting it only pays where cores are idle.
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if version("jaxlib").startswith("0.10."):  # later ones know no such flag, and stop at it
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", FLAGS)

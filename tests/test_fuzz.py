@@ -18,6 +18,8 @@ def test_like_lax_scan(part):
     @given(st.randoms(use_true_random=False, note_method_calls=False))
     def check(rng):
         case = fuzz.draw(rng)
+        # Two of the strategies drawn for each case: over all cases every strategy meets some fifty.
+        case = case._replace(contenders=case.contenders[:2])
         try:
             fuzz.strict(fuzz.check)(case)
         except Exception as error:

@@ -78,7 +78,7 @@ def gradients(scan, step, args, *, flags):
 
 def problems(dtype):
     """A stack of cells with a batch and flags, and a step without batch, without flags and with them."""
-    cell = make_cell("stack", dtype)
+    cell = bptt.stack(bptt.lstm(3, 4, dtype=dtype), bptt.elman(4, 2, dtype=dtype))
     params, init = jax.eval_shape(cell.init, jax.random.key(0)), jax.eval_shape(lambda: cell.initial_carry((2,)))
     args = random_like(params, 0, 0.5), random_like(init, 1), random_like(jax.ShapeDtypeStruct((STEPS, 2, 3), dtype), 2)
     step_args = (
