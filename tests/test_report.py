@@ -223,14 +223,14 @@ def test_reach_in_words():
 
 def test_tables_in_words():
     """A certificate reads the same in every place, and units are what the heads say."""
-    row = bptt.CertificateRow("mine", False, 0.0, {}, 0.25, 3 * 2**20 + 512, 1_500_000.0, 0.0, 0.0012345, 1.0)
-    certificate = bptt.Certificate((row,), 1e-5, "float32")
+    row = bptt.analysis.CertificateRow("mine", False, 0.0, {}, 0.25, 3 * 2**20 + 512, 1_500_000.0, 0.0, 0.0012345, 1.0)
+    certificate = bptt.analysis.Certificate((row,), 1e-5, "float32")
     table = wording.certificate_table(certificate)
     assert table.head == ("method", "relative error", "temporary KiB", "Mflop", "ms", "agrees")
     assert table.rows == (("mine", "2.5e-01", "3,072.5", "1.50", "1.23", "NO"),)
     assert [line.split()[-6:] for line in str(certificate).splitlines()][1] == list(table.rows[0])
-    curve = bptt.BiasCurve(np.array([0.123456, 0.0]), np.array([0.98765, 1.0]))
-    bias = bptt.TruncationBias(np.array([1, 64]), curve, curve._replace(cosines=np.array([0.5, 1.0])))
+    curve = bptt.analysis.BiasCurve(np.array([0.123456, 0.0]), np.array([0.98765, 1.0]))
+    bias = bptt.analysis.TruncationBias(np.array([1, 64]), curve, curve._replace(cosines=np.array([0.5, 1.0])))
     table = wording.bias_table(bias)
     assert table.head[1:3] == ("truncated error", "truncated cosine")
     assert table.rows == (("1", "0.12", "0.500", "0.12", "0.988"), ("64", "0.0", "1.000", "0.0", "1.000"))
