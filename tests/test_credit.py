@@ -212,7 +212,7 @@ def test_bias_is_that_of_the_truncated_strategies(name, loss, lengths):
     step, params, init, xs = any_problem(name)
     bias = jax.jit(lambda *args: bptt.truncation_bias(step, *args, loss))(params, init, xs)
     exact = vector(jax.jit(jax.grad(lambda params: loss(*bptt.scan(step, params, init, xs))))(params))
-    strategies = {"windowed": (bptt.windowed_scan, "window"), "chunked": (bptt.truncated_scan, "truncation_length")}
+    strategies = {"windowed": (bptt.windowed_scan, "window"), "truncated": (bptt.truncated_scan, "truncation_length")}
     for kind, (scan, option) in strategies.items():
         curve = getattr(bias, kind)
         for K in lengths:
@@ -233,7 +233,7 @@ def test_bias_at_chosen_lengths():
         for lengths in ([4, 1], None)
     )
     assert chosen.lengths.tolist() == [4, 1]
-    for kind in ("windowed", "chunked"):
+    for kind in ("windowed", "truncated"):
         for some, all_of_them in zip(getattr(chosen, kind), getattr(every, kind), strict=True):
             np.testing.assert_allclose(some, all_of_them[np.array([3, 0])], rtol=1e-12)
 
@@ -282,7 +282,7 @@ def test_no_nan_out_of_branches_not_taken():
     bias = bptt.truncation_bias(step, *args, lambda h, ys: ys.sum() + h)
     lags = bptt.lag_contributions(step, *args, lambda h, ys: ys.sum() + h)
     assert np.isfinite(lags.contributions).all()
-    assert not np.isinf(bias.chunked.relative_errors).any()
+    assert not np.isinf(bias.truncated.relative_errors).any()
     assert np.isfinite(bptt.input_saliency(step, *args, lambda h, ys: ys)).all()
 
 

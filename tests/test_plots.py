@@ -132,9 +132,9 @@ def test_surviving_paths():
     assert save(plots.plot_surviving_paths(tables["full"]))
 
 
-def bias(lengths, windowed, chunked=None, array=jnp.asarray):
+def bias(lengths, windowed, truncated=None, array=jnp.asarray):
     """Relative errors of both kinds; cosines are 1 less half of them."""
-    curves = (np.asarray(errors, float) for errors in (windowed, windowed if chunked is None else chunked))
+    curves = (np.asarray(errors, float) for errors in (windowed, windowed if truncated is None else truncated))
     curves = (bptt.analysis.BiasCurve(array(errors), array(1 - errors / 2)) for errors in curves)
     return bptt.analysis.TruncationBias(array(np.asarray(lengths)), *curves)
 
@@ -154,8 +154,8 @@ def test_truncation_bias(array):
         np.testing.assert_allclose(direction.get_ydata(), 1 - np.nan_to_num(drawn) / 2)
         assert line.get_marker() in ("o", "s")
     assert errors.lines[0].get_linestyle() != errors.lines[1].get_linestyle()
-    assert texts(figure) == ["elman windowed", "elman chunked", "gru windowed", "gru chunked"]
-    assert texts(plots.plot_truncation_bias(three)) == ["windowed", "chunked"]
+    assert texts(figure) == ["elman windowed", "elman truncated", "gru windowed", "gru truncated"]
+    assert texts(plots.plot_truncation_bias(three)) == ["windowed", "truncated"]
     assert save(figure)
     assert [label.get_text() for label in cosines.get_xticklabels()] == ["1", "4", "20"]
 

@@ -56,12 +56,12 @@ class TruncationBias(NamedTuple):
     Attributes:
         lengths: K, time steps, `[k]`.
         windowed: of `windowed_scan(window=K)`.
-        chunked: of `truncated_scan(truncation_length=K)`.
+        truncated: of `truncated_scan(truncation_length=K)`.
     """
 
     lengths: Int[Array, " k"]
     windowed: BiasCurve
-    chunked: BiasCurve
+    truncated: BiasCurve
 
 
 def lag_contributions(
@@ -137,7 +137,7 @@ def truncation_bias(
 
     ‖g_K − g‖ / ‖g‖ and the cosine of g_K and g,  K = 1 … T
 
-    Windowed: g_K is the sum of the contributions of the lags below K, so one scan over the lag gives all K. Chunked: one
+    Windowed: g_K is the sum of the contributions of the lags below K, so one scan over the lag gives all K. Truncated: one
     backward pass for each K, several in parallel, after one forward pass. Time of about one gradient for each length, plus
     max K for the windows; memory O(T n + p), a few times.
 
@@ -162,7 +162,7 @@ def truncation_bias(
         >>> bias = bptt.truncation_bias(power, 0.2, 0.9, None, lambda h, ys: ys[-1], length=3)
         >>> print([f"{error:.2f}" for error in bias.windowed.relative_errors])
         ['0.67', '0.33', '0.00']
-        >>> print([f"{error:.2f}" for error in bias.chunked.relative_errors])  # K = 2 cuts before the last step
+        >>> print([f"{error:.2f}" for error in bias.truncated.relative_errors])  # K = 2 cuts before the last step
         ['0.67', '0.67', '0.00']
 
     References:
@@ -186,9 +186,9 @@ def truncation_bias(
     gradient = gradients(u, u.length)[0]
     windowed = map_over_lags(u, int(chosen.max()), lambda _, partial_sum: _distance(partial_sum, gradient))
     lengths_array = jnp.asarray(chosen)
-    chunked = u.map(lambda K: _distance(gradients(u, K)[0], gradient), lengths_array)
+    truncated = u.map(lambda K: _distance(gradients(u, K)[0], gradient), lengths_array)
     return TruncationBias(
-        lengths_array, BiasCurve(*(curve[lengths_array - 1] for curve in windowed)), BiasCurve(*chunked)
+        lengths_array, BiasCurve(*(curve[lengths_array - 1] for curve in windowed)), BiasCurve(*truncated)
     )
 
 

@@ -89,7 +89,7 @@ def plot_truncation_bias(biases: Any) -> Figure:
         >>> bias = bptt.truncation_bias(power, 0.2, 0.9, None, lambda h, ys: ys[-1], length=3)
         >>> figure = plots.plot_truncation_bias(bias)
         >>> [text.get_text() for text in figure.legends[0].get_texts()]
-        ['windowed', 'chunked']
+        ['windowed', 'truncated']
 
     References:
         Williams and Peng, An efficient gradient-based algorithm for on-line training of recurrent network trajectories,
@@ -100,7 +100,7 @@ def plot_truncation_bias(biases: Any) -> Figure:
     lengths = np.unique(np.concatenate([np.asarray(bias.lengths) for bias in named.values()]))
     for i, (name, bias) in enumerate(named.items()):
         x = np.asarray(bias.lengths)
-        for j, kind in enumerate(("windowed", "chunked")):
+        for j, kind in enumerate(("windowed", "truncated")):
             curve = getattr(bias, kind)
             style: dict[str, Any] = {"color": colour(i), "linestyle": DASHES[j], "label": f"{name} {kind}".strip()}
             if len(x) <= FEW:

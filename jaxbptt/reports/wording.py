@@ -31,7 +31,7 @@ def certificate_table(certificate: Certificate) -> Table:
 
 def bias_table(bias: TruncationBias) -> Table:
     """A row for each truncation length K: the error and the cosine of both truncated methods."""
-    curves = {"truncated": bias.chunked, "windowed": bias.windowed}
+    curves = {"truncated": bias.truncated, "windowed": bias.windowed}
     head = ("K, time steps", *(f"{method} {number}" for method in curves for number in ("error", "cosine")))
     rows = []
     for i, K in enumerate(bias.lengths):
