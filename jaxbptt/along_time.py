@@ -31,7 +31,7 @@ def at_one_step(xs: Any) -> Any:
 
 
 def filled(tree: Any, *lengths: Any) -> Any:
-    """`tree` with arrays for its `Zeros`: of one step, or of so many."""
+    """`tree` with arrays in place of its `Zeros`: of one step, or stacked on leading axes of these lengths."""
 
     def fill(leaf):
         return zeros(type_over_time(leaf.type, *lengths)) if isinstance(leaf, Zeros) else leaf

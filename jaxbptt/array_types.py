@@ -20,7 +20,7 @@ from jaxbptt.trees import combine, is_array, is_differentiable, partition
 def as_type(aval: Any) -> Any:
     """The type of a traced variable, for functions that take an array or its type."""
     if jax.dtypes.canonicalize_dtype(aval.dtype, allow_extended_dtype=True) != aval.dtype:
-        return aval  # of 64 bits, made under `jax.enable_x64` where it is off: JAX would make 32 of them
+        return aval  # 64-bit under `jax.enable_x64` where it is off: a ShapeDtypeStruct would make it 32-bit
     return jax.ShapeDtypeStruct(
         aval.shape,
         aval.dtype,
@@ -55,7 +55,7 @@ def type_of(leaf: Any) -> Any:
     """The type of an array, or of what stands for one."""
     if isinstance(leaf, ShapedArray):
         return leaf
-    with jax.enable_x64(True):  # else a step that turns it on for itself would get half of the bits
+    with jax.enable_x64(True):  # otherwise 64-bit arrays of a step that enables x64 itself would be read as 32-bit
         return jax.typeof(leaf)
 
 
@@ -66,7 +66,7 @@ def varying(*leaves: Any) -> tuple[str, ...]:
 
 
 def is_explicit(mesh: Any) -> bool:
-    """Whether a mesh has Explicit axes, which shardings in types are about."""
+    """Whether a mesh has Explicit axes, whose sharding is part of an array's type."""
     return AxisType.Explicit in mesh.axis_types
 
 
@@ -146,7 +146,7 @@ def _resharded(leaf: Any, sharding: Any) -> Any:
 
 
 def is_weak(leaf: Any) -> bool:
-    """Whether a leaf has the dtype of a Python number, which gives way to any other."""
+    """Whether a leaf has the weak dtype of a Python number, which any other dtype overrides."""
     return getattr(leaf, "weak_type", False)
 
 

@@ -74,6 +74,7 @@ def differentiated_as(plain: Callable[..., Any], fast: Callable[..., Any]) -> Ca
     """`fast`, with the derivative of `plain`, which is the same function."""
 
     def run(*args):
+        # Flat: JAX's symbolic zeros must not get into the user's containers.
         leaves, treedef = jax.tree.flatten(args)
 
         @jax.custom_jvp

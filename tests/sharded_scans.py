@@ -47,7 +47,7 @@ def plain(params, h, x):
 
 
 def reset(params, carry, x):
-    """Rows begin anew from a carry of their own, and count their steps."""
+    """Rows are reset to a carry of their own, and count their steps."""
     h, count = carry
     h, _ = plain(params, h, x)
     return (h, count + 1), (h, count)

@@ -129,7 +129,7 @@ def test_flops_count_loops_as_often_as_they_run():
 
 
 def test_flops_of_a_schedule_are_those_of_its_steps():
-    """However few states are kept, all that is added is the steps computed again: T products [64, 64] with a vector each."""
+    """However few states are kept, all that is added is the recomputed steps: T products [64, 64] with a vector each."""
     W, h = jnp.ones((64, 64)), jnp.ones(64)
 
     def flops(**options):
@@ -137,7 +137,7 @@ def test_flops_of_a_schedule_are_those_of_its_steps():
         gradient = jax.grad(lambda W: jnp.sum(bptt.checkpointed_scan(step, W, h, length=60, **options)[0]))
         return count_flops(jax.make_jaxpr(gradient)(W).jaxpr)
 
-    def extra_steps(checkpoints):  # beyond the way forward, and once more for each step that is taken back
+    def extra_steps(checkpoints):  # beyond the forward pass, and once more for each step that is reversed
         schedule = bptt.checkpoint_schedule(60, checkpoints)
         kept = schedule.moves[np.cumprod(schedule.moves[:, 2]) == 1, 1]
         return schedule.forward_steps - 60 - max(kept, default=0)

@@ -95,7 +95,7 @@ def test_a_segment_takes_less_than_half_of_the_states():
 )
 @pytest.mark.costly
 def test_number_of_steps_computed(options):
-    """Counted as they run: the forward steps are as many as the schedule says, and each step is taken back once."""
+    """Counted as they run: the forward steps are as many as the schedule says, and each step is reversed once."""
     cell, count = make_cell("elman"), collections.Counter()
 
     def counted(kind, fn):
@@ -116,7 +116,7 @@ def test_number_of_steps_computed(options):
 
 
 def test_the_same_steps_as_the_written_schedule():
-    """With segments of one step: the schedule's, whose way to the last state kept is part of the way forward."""
+    """With segments of one step: the schedule's, whose first sweep is a part of the forward pass."""
     cell = make_cell("elman")
     for checkpoints in (1, 2):
         cut = cut_of(cell, problem(cell, 50), checkpoints=checkpoints)
@@ -148,7 +148,7 @@ def test_schedule_is_optimal(fewest_forward_steps):
 
 
 def test_schedule_can_be_carried_out():
-    """Every move starts from a state that is kept, no more are kept than allowed, and steps are taken back in order."""
+    """Every move starts from a state that is kept, no more are kept than allowed, and steps are reversed in order."""
     for length, checkpoints in ((1, 1), (10, 3), (57, 4), (60, 60)):
         schedule = bptt.checkpoint_schedule(length, checkpoints)
         kept, computed, back = {0}, 0, []

@@ -273,7 +273,7 @@ def test_effects_are_those_of_the_step():
 
 
 def test_keys_go_on():
-    """A key of all rows is no state of a row: held where no row has a step, never begun anew. A row's own is, if told to."""
+    """A key of all rows is no state of a row: held where no row has a step, never reset. A row's own is, if told to."""
 
     def step(w, carry, x):
         key, use = jax.random.split(carry["key"])

@@ -500,7 +500,7 @@ def test_side_effects_of_values_are_run_once():
 
 
 def test_side_effects_of_gradients():
-    """Once for each time that a step is computed: `adjoint_scan` computes each once, others again on the way back."""
+    """Once for each time that a step is computed: `adjoint_scan` computes each once, others recompute it in the backward pass."""
     again = {"checkpointed_scan, segment_length": 2, "truncated_scan": 2}
     for name, strategy in STRATEGIES.items():
         count = Counter()
@@ -853,7 +853,7 @@ def test_solvers_inside_a_step(solve):
     step = lambda v, w, h, x: (jnp.tanh(solve(w, h, x)), h * w)
     strategies = dict(STRATEGIES)
     if solve is SOLVED["odeint"]:
-        # Its own way back chooses its steps by what comes back, so it is linear to its tolerance only.
+        # Its own backward pass chooses its steps by the cotangent, so it is linear only to its tolerance.
         del strategies["windowed_scan"]
     assert_all_like_lax_scan(Case(step, init=jnp.array(0.3)).run, strategies)
     assert_all_like_lax_scan(Case(step, init=jnp.array(0.3), wrt=("init",)).run, strategies)

@@ -68,7 +68,7 @@ def test_running_estimates_and_standard_errors_by_hand():
     np.testing.assert_allclose(spectrum.exponents, [growth.mean()])
     np.testing.assert_array_equal(spectrum.steps, [*range(2, 43, 2), 43])
     np.testing.assert_allclose(spectrum.running[:, 0], [growth[:n].mean() for n in spectrum.steps])
-    # 21 whole stretches of 2 steps: 20 blocks of one stretch, the first left out, and so is the step left over.
+    # 21 intervals of 2 steps between factorisations: 20 blocks of one each; the first and the left-over step are dropped.
     blocks = growth[2:42].reshape(20, 2).mean(axis=1)
     np.testing.assert_allclose(spectrum.standard_errors, [blocks.std(ddof=1) / math.sqrt(20)])
 

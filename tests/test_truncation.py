@@ -138,7 +138,7 @@ def test_known_gradient_with_a_cut():
 @pytest.mark.parametrize("K", [3, 20])
 @pytest.mark.costly
 def test_resets_equal_a_loop(name, K):
-    """Rows begin anew at steps of their own; the reset carry gets its gradient, the state before it none."""
+    """Rows are reset at different steps; the reset carry gets its gradient, the state before it none."""
     cell = make_cell(name)
     args = problem(cell, 9, (2,))
     is_first = jnp.array([[0, 1], [0, 0], [1, 0], [0, 0], [0, 1], [1, 1], [0, 0], [0, 0], [0, 1]], bool)

@@ -90,9 +90,9 @@ def map_over_lags(u: Unrolled, lags: int, measure: Callable[[Any, Any], Any]) ->
         total = add_up(total, contribution)
         return (bars, total), measure(contribution, total)
 
-    # Outputs are looked at once, at lag 0; after that all comes through the carry.
-    nothing = u.over_time.step.like_params(totals(differentiable(u.params)))
-    state, first = body((at_last_step(last_bar, u.length), nothing), ys_bar)
+    zero_total = u.over_time.step.like_params(totals(differentiable(u.params)))
+    state, first = body((at_last_step(last_bar, u.length), zero_total), ys_bar)
+    # ȳₜ enters once, at lag 0; after that everything comes through the carry.
     no_bar = jax.tree.map(jnp.zeros_like, ys_bar)
     _, later = jax.lax.scan(lambda state, _: body(state, no_bar), state, None, length=lags - 1)
     return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, later)

@@ -130,7 +130,9 @@ def flow_and_trajectory(r: Recurrence, loss: Callable[..., Any]) -> tuple[Gradie
         (params_bar,) = pull(lambda params: r.step(params, carry, x), (r.params,), (carry_bar, y_bar))
         return jax.tree.map(norm, params_bar)
 
-    immediate = jax.tree.map(lambda a, r_t: a.at[-1:].add(r_t[-1:]), through_output, through_next)
+    immediate = jax.tree.map(
+        lambda output_bar, next_bar: output_bar.at[-1:].add(next_bar[-1:]), through_output, through_next
+    )
     adjoints = jax.tree.map(jnp.add, through_output, through_next)
     new_carries = jax.tree.map(lambda before, last: jnp.concatenate([before, last[None]])[1:], carries, carry)
     flow = GradientFlow(

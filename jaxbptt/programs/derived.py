@@ -49,7 +49,7 @@ class DifferentiableStep(NamedTuple):
 def differentiable_step(
     user_step: Any, adjoint: Adjoint | None, step: Callable[..., Any], params: Any, init: Any, xs: Any
 ) -> tuple[DifferentiableStep, Any]:
-    """Settle which backward a step gets, and the params to call it with; `step` is what the user passed, prepared."""
+    """Choose the backward of a step, and the params to call it with; `step` is `user_step`, checked."""
     if adjoint is None and isinstance(user_step, Cell):
         adjoint = user_step.adjoint
     if adjoint is None:
@@ -79,7 +79,7 @@ def _name_of(ref: Any, params: Any) -> str:
 
 
 def _on_any_mesh(adjoint: PerturbedAdjoint) -> PerturbedAdjoint:
-    """An adjoint by hand, whose products over time sum over axes that may lie on several devices."""
+    """An adjoint by hand, whose contraction may sum over axes that are sharded over several devices."""
     flags = adjoint.perturbed
 
     def contract(params, residuals, xs, ys_bar, deltas):

@@ -16,12 +16,15 @@ Run = Callable[[Any, list[Any]], list[Any]]
 _WRAPPERS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2"}
 
 
-def bind(eqn: Any, values: list[Any]) -> list[Any]:
-    """The results of one equation, as JAX computes them: on its mesh, and under the user's name scope and line."""
+def bind(eqn: Any, values: list[Any], **changed: Any) -> list[Any]:
+    """The results of one equation, as JAX computes them: on its mesh, and under the user's name scope and line.
+
+    With other parameters where any are given.
+    """
     source = eqn.source_info
     scope = source_info_util.current_name_stack() + source.name_stack
     with source_info_util.user_context(source.traceback, name_stack=scope), eqn.ctx.manager:
-        results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+        results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params | changed))
     return results if eqn.primitive.multiple_results else [results]
 
 

@@ -31,7 +31,7 @@ def with_flagged_input(step: Any) -> Any:
 
 
 def adjoint_with_flagged_input(adjoint: PerturbedAdjoint, reset: Any) -> Adjoint:
-    """The same of the flagged step; `reset` flags the leaves of the reset carry that get a gradient."""
+    """The adjoint of the flagged step; `reset` flags the leaves of the reset carry that get a gradient."""
 
     def forward(params, carry, x_and_flags):
         x, first, valid = x_and_flags
@@ -87,7 +87,8 @@ def rematerialised_selects(step: Any) -> Any:
 def select_rows(flag: Any, yes: Any, no: Any) -> Any:
     """`yes` in the rows whose flag is set, `no` in the others; of what all rows share, `yes` where any flag is set.
 
-    `no` may be one for all rows, or that of one step for a segment. Where either is `None`, the other one.
+    `no` may be one row for all, or that of one step where `yes` is a segment. Where one of them is `None`, the other is
+    returned.
     """
 
     def leaf(yes, no):
@@ -128,7 +129,7 @@ def _taken(valid: Any, new: Any, old: Any) -> Any:
 
 
 def _present(valid: Any, tree: Any) -> Any:
-    """0 in rows that have no such step."""
+    """`tree` with 0 in the rows that are padding."""
     if valid is None:
         return tree
 

@@ -25,15 +25,11 @@ class Hoisted(NamedTuple):
 
     Attributes:
         program: the whole function.
-        call: `(*args)`, without params, to the values of `program.results`.
+        call: `(*args)`, without params, to `fn(params, *args)`.
     """
 
     program: Program
-    call: Callable[..., list[Any]]
-
-    def __call__(self, *args: Any) -> Any:
-        """`fn(params, *args)`."""
-        return self.program.out_tree.unflatten(self.call(*args))
+    call: Callable[..., Any]
 
 
 def hoisted(fn: Callable[..., Any], params: Any, *args: Any) -> Hoisted:
@@ -47,6 +43,7 @@ def hoisted(fn: Callable[..., Any], params: Any, *args: Any) -> Hoisted:
     consts = whole.consts | dict(zip(whole.inputs, leaves, strict=False))
     above, inside, constant = by_dependence(whole.eqns, consts)
     consts = evaluate(above, consts)
+    # Computed above, and again in each iteration: their results need not be read from memory.
     enlarging = [eqn for eqn in above if eqn.primitive.name in _ENLARGE]
     transposed = {id(eqn): jnp.swapaxes(consts[eqn.invars[1]], 0, 1) for eqn in inside if _reads_across(eqn, constant)}
     inputs = whole.inputs[len(leaves) :]
@@ -55,13 +52,11 @@ def hoisted(fn: Callable[..., Any], params: Any, *args: Any) -> Hoisted:
         if id(eqn) not in transposed:
             return bind(eqn, values)
         (left, _), batch = eqn.params["dimension_numbers"]
-        numbers = (left, (0,)), batch
-        with eqn.ctx.manager:
-            return [eqn.primitive.bind(values[0], transposed[id(eqn)], **eqn.params | {"dimension_numbers": numbers})]
+        return bind(eqn, [values[0], transposed[id(eqn)]], dimension_numbers=((left, (0,)), batch))
 
     def call(*args):
         env = evaluate(enlarging, consts) | dict(zip(inputs, jax.tree.leaves(args), strict=True))
-        return read(evaluate(inside, env, run), whole.results)
+        return whole.out_tree.unflatten(read(evaluate(inside, env, run), whole.results))
 
     return Hoisted(whole, call)
 

@@ -26,7 +26,7 @@ class PerturbedAdjoint(NamedTuple):
     """An `Adjoint`, and the leaves that it has gradients for.
 
     Attributes:
-        forward: as in `Adjoint`, like the next two. Their results may have more gradients than `perturbed` asks for.
+        forward: as in `Adjoint`; so are `backward` and `contract`. Their results may have more gradients than `perturbed` asks for.
         backward: takes and returns cotangents of the carry's leaves that are flagged in `perturbed`.
         contract: after the recursion, for all time steps at once.
         perturbed: of an `Adjoint` by hand, all leaves of the carry that can have a derivative are flagged.
@@ -46,7 +46,7 @@ class PerturbedAdjoint(NamedTuple):
     for_outputs: Callable[[Any, Any], Any] | None = None
 
 
-def of_outputs(
+def wrapping_for_outputs(
     adjoint: PerturbedAdjoint, inner: PerturbedAdjoint, wrap: Callable[[PerturbedAdjoint], PerturbedAdjoint]
 ) -> PerturbedAdjoint:
     """`adjoint = wrap(inner)`, with a `for_outputs` that wraps that of `inner`, if it has one."""
@@ -101,7 +101,7 @@ def everything(params: Any, carry: Any, x: Any) -> Perturbed:
 
 
 def spread(step: Callable[..., Any], perturbed: Perturbed, primals: Any) -> Perturbed:
-    """The same, with all leaves of the carry that have a tangent at any step, whether they have one at the first or not.
+    """`perturbed`, with all leaves of the carry that have a tangent at any step, at the first or later.
 
     `primals` are the shapes of (params, carry, x) at one step.
     """

@@ -27,7 +27,7 @@ class Program(NamedTuple):
 
 
 def program(fn: Callable[..., Any], *args: Any) -> Program:
-    """Trace `fn` for arguments of these shapes; leaves that are no arrays (flags, sizes) stay Python, and are no inputs."""
+    """Trace `fn` for arguments of these shapes; leaves that are not arrays (flags, sizes) stay Python values and are not inputs."""
     arrays, static = partition(args, is_array)
     closed, shapes = jax.make_jaxpr(lambda arrays: fn(*combine(arrays, static)), return_shape=True)(arrays)
 
@@ -45,6 +45,7 @@ def program(fn: Callable[..., Any], *args: Any) -> Program:
 
         return evaluate_jaxpr(closed.jaxpr, closed.consts, inputs, opening_wrappers(run))
 
+    # Traced a second time, with wrappers opened and equal moves shared.
     flat = jax.make_jaxpr(inlined)(jax.tree.leaves(arrays))
     consts = dict(zip(flat.jaxpr.constvars, flat.consts, strict=True))
     results = flat.jaxpr.outvars
@@ -125,10 +126,10 @@ def _in_fast_layout(eqn: Any, values: list[Any]) -> list[Any]:
     last = (0, rank - 1, *range(1, rank - 1))
     numbers = type(eqn.params["dimension_numbers"])(last, (rank - 1, rank - 2, *range(rank - 2)), last)
     with eqn.ctx.manager:
-        operands = (
+        operands = [
             jax.lax.transpose(values[0], (images[0], *images[2:], images[1])),
             jax.lax.transpose(values[1], (*kernel[2:], kernel[1], kernel[0])),
-        )
-        found = eqn.primitive.bind(*operands, **eqn.params | {"dimension_numbers": numbers})
+        ]
+        (found,) = bind(eqn, operands, dimension_numbers=numbers)
         order = (results[0], *results[2:], results[1])
         return [jax.lax.transpose(found, [order.index(axis) for axis in range(rank)])]

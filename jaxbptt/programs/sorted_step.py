@@ -33,7 +33,8 @@ _CHEAP = _ARITHMETIC | _CHOICE | _SHAPE | {"convert_element_type", "stop_gradien
 class SortedStep(NamedTuple):
     """A step and its linearisation as equations, sorted. All `…_vars` are variables of `program`.
 
-    The step is affine in the carry where the recurrent equations read nothing that the forward equations compute from it.
+    The step is affine in the carry where the recurrent equations read neither the carry nor anything that the forward
+    equations compute from it.
 
     Attributes:
         program: the step and its tangents as one traced function.
@@ -114,7 +115,7 @@ def sort_step(traced: TracedStep, perturbed: Perturbed) -> SortedStep | None:
     beside_carry = jax.tree.leaves((tangent_vars[0], tangent_vars[2]))
     parallel = by_dependence(tangent_eqns, {*known, *beside_carry})
     parallel_eqns, recurrent_eqns, parallel_vars = _splits_inside(parallel.known, parallel.unknown, parallel.variables)
-    parallel_vars = parallel_vars - known
+    parallel_vars = parallel_vars - known  # known variables that the recursion reads are residuals, not deltas
     # Where tangents of params and inputs enter the recursion, in order and each once.
     entering = [var for eqn in recurrent_eqns for var in eqn.invars] + tangents
     deltas = dict.fromkeys(var for var in entering if not isinstance(var, Literal) and var in parallel_vars)
@@ -158,7 +159,7 @@ def _with_tangents(traced: TracedStep, perturbed: Perturbed) -> Program:
 def _splits_inside(
     parallel_eqns: list[Any], recurrent_eqns: list[Any], parallel_vars: set[Any]
 ) -> tuple[list[Any], list[Any], set[Any]]:
-    """The same, with `split`s of a tangent that is only read in the recursion moved there: the whole is one δₜ."""
+    """The same, with each `split` whose results only recurrent equations read moved to them: the unsplit array is one δₜ."""
     read_by_recurrent, read_by_parallel = variables_read(recurrent_eqns), variables_read(parallel_eqns)
     splits = [
         eqn

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint, Cell
-from jaxbptt.programs.perturbed import PerturbedAdjoint, of_outputs
+from jaxbptt.programs.perturbed import PerturbedAdjoint, wrapping_for_outputs
 from jaxbptt.scans.flags import Flags
-from jaxbptt.scans.passes import one_pass, segment_lengths
+from jaxbptt.scans.passes import lengths_to_contract, one_pass
 from jaxbptt.scans.recurrence import prepare
 from jaxbptt.scans.reverse_mode import reverse_mode
 
@@ -43,8 +43,8 @@ def adjoint_scan(
     Exact: values and gradients are those of `scan`, in less time and memory (benchmarks/results/peers_*.md). Time O(T)
     steps, each computed once. A residual that is also this or the previous step's output is read from ys, not stored again,
     and outputs that the loss does not use have no gradient array. On CPU the sum over time is taken in segments whose δₜ
-    are still in the cache, and all δₜ never exist at once. It takes one array like the params, more than is saved where
-    time steps times rows are fewer than units.
+    are still in the cache, and all δₜ never exist at once. This takes one more array like the params, so
+    it saves memory only where time steps times rows exceed the hidden size.
 
     A derived adjoint is the step's linearisation, sorted: what the tangent of the carry goes through is transposed in the
     loop, the rest outside it, for many t at once. A `jax.checkpoint` inside the step has no effect: the residuals are chosen
@@ -53,8 +53,8 @@ def adjoint_scan(
     step at a time: mapped over time, both branches would run.
 
     Only what is differentiated and leads to what the loss uses needs a derivative; for the rest nothing is computed, so
-    there is no 0 · inf. In a step of an outer `lax.scan` all of the carry counts as both: JAX takes a custom derivative
-    whole there.
+    there is no 0 · inf. Inside the step of an outer `lax.scan` every leaf of the carry counts as differentiated and as used:
+    JAX does not tell a custom derivative there which are.
 
     With `clip_adjoint` the recursion itself is clipped, c̄ₜ₋₁ ← clip(c̄ₜ₋₁) at each step, and not the sum at the end: an
     explosion is stopped where it begins. The gradient is then biased, and exact again where nothing is clipped.
@@ -105,7 +105,7 @@ def adjoint_scan(
         # Barrier: otherwise XLA sinks constant cotangents, such as those of a sum, into the segment loop and
         # rematerialises them every iteration.
         xs, ys_bar = jax.tree.map(jax.lax.optimization_barrier, (xs, ys_bar))
-        over_time = over_time.prepared(params, init, xs, (carry_bar, ys_bar), segment_lengths(init, length))
+        over_time = over_time.prepared(params, init, xs, (carry_bar, ys_bar), lengths_to_contract(init, length))
         bar_and_sums = carry_bar, over_time.weights.zeros()
         (init_bar, sums), xs_bar = over_time.back(params, bar_and_sums, residuals, xs, ys_bar, init, length)
         return over_time.weights.finish(sums), init_bar, xs_bar
@@ -114,7 +114,7 @@ def adjoint_scan(
 
 
 def _clipping(clip: float | Callable[[Any], Any]) -> Callable[[PerturbedAdjoint], PerturbedAdjoint]:
-    """What makes an adjoint clip the carry's cotangent as it leaves each step."""
+    """A wrapper of adjoints that clips the carry's cotangent as it leaves each step."""
     if callable(clip):
         function = clip
     elif isinstance(clip, bool) or not isinstance(clip, Real | jax.Array) or jnp.ndim(clip) or not clip > 0:
@@ -127,6 +127,6 @@ def _clipping(clip: float | Callable[[Any], Any]) -> Callable[[PerturbedAdjoint]
             carry_bar, delta = adjoint.backward(params, residuals, x, carry_bar, y_bar)
             return function(carry_bar), delta
 
-        return of_outputs(adjoint._replace(backward=backward), adjoint, clipped)
+        return wrapping_for_outputs(adjoint._replace(backward=backward), adjoint, clipped)
 
     return clipped

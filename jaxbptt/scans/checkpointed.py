@@ -17,7 +17,7 @@ from jaxbptt.arrays import check_count
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans import schedule, segments
 from jaxbptt.scans.flags import Flags
-from jaxbptt.scans.passes import Pass, divisor_near, one_pass
+from jaxbptt.scans.passes import Pass, one_pass
 from jaxbptt.scans.recurrence import check_known_length, prepare
 from jaxbptt.scans.reverse_mode import reverse_mode
 from jaxbptt.trees import combine, differentiable, differentiated_as, partition, select
@@ -164,7 +164,7 @@ def layout(
         step_bytes, lean_bytes = _bytes_of_a_step(over_time, params, init, xs)
         if checkpoints is None:
             # The sum of T/s states and s steps is least near √T.
-            segment = divisor_near(longest, math.sqrt(longest * carry_bytes / step_bytes))
+            segment = schedule.divisor_near(longest, math.sqrt(longest * carry_bytes / step_bytes))
         else:
             share = 0.4 * checkpoints * carry_bytes
             lean = checkpoints * carry_bytes < byte_count(params)
@@ -178,7 +178,7 @@ def layout(
 
 def _nothing_kept(length: int) -> segments.Layout:
     """For values without a gradient."""
-    segment = divisor_near(length, math.sqrt(length))
+    segment = schedule.divisor_near(length, math.sqrt(length))
     return segments.Layout(segment, *divmod(length, segment), slots=0, kept=(), lean=False)
 
 

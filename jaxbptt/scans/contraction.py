@@ -1,6 +1,6 @@
 r"""What is summed over time: the gradient of params, added up segment by segment, and checked.
 
-Entries are moved to their places, as by a transpose or a concatenation, once after the last segment.
+Transposes, concatenations and the like at the end of the gradient are done once, after the last segment.
 """
 
 from collections.abc import Iterable
@@ -59,27 +59,26 @@ class WeightGradient:
     ) -> None:
         """For segments of these lengths; checks what the adjoint returns.
 
-        With `move_each` entries are moved for each segment: this takes more time, and no second array like the params. So
-        they are where the adjoint moves them otherwise for one length than for another.
+        With `move_each` the moves are made in every segment: slower, but without a second array like the params. This is
+        also done where segments of different lengths end in different moves.
         """
         self._adjoint, self._types = adjoint, types
-        # JAX keeps it with the derivative of `Pass.back`, so it knows params by shape alone and holds no array or tracer.
-        self._like = _shapes(params)
+        # JAX keeps this object alive with the derivative of `Pass.back`: so it has the types of params, and not the arrays.
+        self._params_types = _types_of_arrays(params)
         self._contractions = {length: self._contraction(params, length) for length in sorted(lengths)}
         self._first, *rest = self._contractions.values()
         self._move_each = move_each or any(other.moves.form != self._first.moves.form for other in rest)
 
     def zeros(self) -> Any:
         """The sums to start with, in single precision at least."""
-        like_params = select(self._like, self._adjoint.perturbed.params)
-        return totals(like_params if self._move_each else _types(self._first.moves.operands))
+        flagged = select(self._params_types, self._adjoint.perturbed.params)
+        return totals(flagged if self._move_each else _types(self._first.moves.operands))
 
     def add(
         self, params: Any, sums: Any, residuals: Any, xs: Any, ys_bar: Any, deltas: Any, length: int
     ) -> tuple[Any, Any]:
         """The sums with a segment of so many steps added, and the gradient of xs there."""
-        # Another length comes up in a second derivative, which goes over all steps at once.
-        contraction = self._contractions.get(length) or self._contraction(params, length)
+        contraction = self._contractions[length]
         terms, xs_bar = contraction(params, residuals, xs, ys_bar, deltas)
         return add_up(sums, self._fit(contraction.moved(terms)) if self._move_each else terms), xs_bar
 
@@ -88,14 +87,14 @@ class WeightGradient:
         return self._fit(sums if self._move_each else self._first.moved(sums))
 
     def _fit(self, params_bar: Any) -> Any:
-        return fit(params_bar, self._like, self._adjoint.perturbed.params, "params")
+        return fit(params_bar, self._params_types, self._adjoint.perturbed.params, "params")
 
     def _contraction(self, params: Any, length: int) -> Contraction:
         flags = self._adjoint.perturbed
 
         def contract(params, residuals, xs, ys_bar, deltas):
             params_bar, xs_bar = self._adjoint.contract(params, residuals, xs, filled(ys_bar, length), deltas)
-            params_bar = fit(params_bar, self._like, flags.params, "params", cast=False)
+            params_bar = fit(params_bar, self._params_types, flags.params, "params", cast=False)
             return params_bar, fit(xs_bar, xs, flags.x, "xs")
 
         stacked = jax.tree.map(lambda leaf: type_over_time(leaf, length), tuple(self._types))
@@ -147,6 +146,6 @@ def _types(variables: list[Any]) -> list[Any]:
     return [as_type(var.aval) for var in variables]
 
 
-def _shapes(tree: Any) -> Any:
+def _types_of_arrays(tree: Any) -> Any:
     """The types of arrays; what is no array, such as a flag among params, stays."""
     return jax.tree.map(lambda leaf: as_type(jax.typeof(leaf)) if is_array(leaf) else leaf, tree)

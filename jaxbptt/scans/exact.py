@@ -28,8 +28,8 @@ def scan(
 
     cₜ, yₜ = step(θ, cₜ₋₁, xₜ),  t = 1 … T
 
-    Time O(T) steps; reverse mode keeps every step's intermediate values, O(T n) for a dense layer. Forward mode
-    (`jax.jvp`, `jax.jacfwd`) works and keeps nothing.
+    Time O(T) steps; reverse mode saves every step's intermediate values, O(T n) for a dense layer. Forward mode
+    (`jax.jvp`, `jax.jacfwd`) works and saves nothing.
 
     Args:
         step: `step(params, carry, x) -> (carry, y)`, or a `Cell`.

@@ -18,7 +18,7 @@ from jaxbptt.programs.flagged import (
     select_rows,
     with_flagged_input,
 )
-from jaxbptt.programs.perturbed import Perturbed, of_outputs
+from jaxbptt.programs.perturbed import Perturbed, wrapping_for_outputs
 from jaxbptt.scans.recurrence import Recurrence, as_arrays
 from jaxbptt.trees import is_differentiable, is_key, name
 from jaxbptt.words import counted
@@ -34,8 +34,6 @@ class Flags(NamedTuple):
     @property
     def given(self) -> bool:
         """Whether there is anything to select."""
-        if self.is_first is None and self.reset_carry is not None:
-            raise ValueError("reset_carry says what is_first resets to: pass is_first as well, or leave it out.")
         return self.is_first is not None or self.valid is not None
 
 
@@ -45,10 +43,11 @@ def with_flags(step: DifferentiableStep, r: Recurrence, flags: Flags) -> tuple[D
     cₜ₋₁ becomes the reset carry where xₜ is the first of a sequence, and cₜ = cₜ₋₁ where `valid` says that there is no
     xₜ. The reset carry becomes a part of the params and gets its gradient.
     """
+    _check_reset_has_flags(flags)
     if not flags.given:
         return step, r
     xs, *carries = _check(r, flags)
-    adjoint_of, like_params = step.adjoint, step.like_params
+    unflagged, like_params = step.adjoint, step.like_params
 
     def adjoint_for(perturbed):
         (of_params, reset, *padding), init, (of_x, *of_flags) = perturbed
@@ -60,9 +59,9 @@ def with_flags(step: DifferentiableStep, r: Recurrence, flags: Flags) -> tuple[D
             resets = None if reset is None else jax.tree.map(lambda a, b: a and bool(b), carry, reset)
             perturbed = Perturbed((inner.perturbed.params, resets, *padding), carry, (of_x, *of_flags))
             adjoint = inner._replace(**adjoint_with_flagged_input(inner, resets)._asdict(), perturbed=perturbed)
-            return of_outputs(adjoint, inner, flagged)
+            return wrapping_for_outputs(adjoint, inner, flagged)
 
-        return flagged(adjoint_of(Perturbed(of_params, carry, of_x)))
+        return flagged(unflagged(Perturbed(of_params, carry, of_x)))
 
     step = step._replace(
         step=with_flagged_input(step.step), adjoint=adjoint_for, like_params=lambda params: like_params(params[0])
@@ -72,10 +71,16 @@ def with_flags(step: DifferentiableStep, r: Recurrence, flags: Flags) -> tuple[D
 
 def without_adjoint(r: Recurrence, flags: Flags) -> Recurrence:
     """The same for a strategy that leaves the derivative to JAX."""
+    _check_reset_has_flags(flags)
     if not flags.given:
         return r
     xs, *carries = _check(r, flags)
     return r._replace(step=rematerialised_selects(with_flagged_input(r.step)), params=(r.params, *carries), xs=xs)
+
+
+def _check_reset_has_flags(flags: Flags) -> None:
+    if flags.is_first is None and flags.reset_carry is not None:
+        raise ValueError("reset_carry says what is_first resets to: pass is_first as well, or leave it out.")
 
 
 def _check(r: Recurrence, flags: Flags) -> tuple[Any, Any, Any]:

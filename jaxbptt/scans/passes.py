@@ -1,6 +1,6 @@
-r"""One pass over time: forward, saving residuals, and back, as every strategy with a derivative of its own runs it.
+r"""One pass over time, as every strategy with its own derivative runs it: forward, saving residuals, then backward.
 
-Back means: the recursion d̄ₜ ↦ d̄ₜ₋₁ alone in a loop, then one contraction over the segment for the gradients of params and
+Backward means: the recursion c̄ₜ ↦ c̄ₜ₋₁ alone in a loop, then one contraction over the segment for the gradients of params and
 inputs. `adjoint_scan` runs one pass over the whole sequence, the other strategies run one over each of their segments.
 """
 
@@ -26,6 +26,7 @@ from jaxbptt.scans.contraction import WeightGradient, step_types
 from jaxbptt.scans.flags import Flags, with_flags
 from jaxbptt.scans.recurrence import Recurrence, length_for_scan
 from jaxbptt.scans.residuals import Residuals, stored_once
+from jaxbptt.scans.schedule import divisor_near
 from jaxbptt.trees import differentiable, differentiated_as
 
 Bars = tuple[Any, Any]  # of the last carry and of ys
@@ -36,13 +37,13 @@ BarAndSums = tuple[Any, Any]  # of a carry, and the sums of the weight gradient 
 class Pass:
     """A pass over time with one step, built once per call of a strategy.
 
-    It holds no array. Params are an argument of each method: inside of a custom derivative they are other tracers.
+    It holds no params: they are an argument of each method, since inside a custom derivative they are other tracers.
 
     Attributes:
         step: the step, and how its adjoint is made.
         unroll: time steps in one iteration of its loops, as for `lax.scan`.
-        adjoint: the step's `PerturbedAdjoint`, once it is known with respect to what (`differentiated`).
-        weights: the `WeightGradient`, once shapes and segments are known (`prepared`).
+        adjoint: the step's `PerturbedAdjoint`; set by `differentiated`.
+        weights: the `WeightGradient`; set by `prepared`.
     """
 
     step: DifferentiableStep
@@ -75,11 +76,12 @@ class Pass:
         """`lax.scan` that saves residuals: ((c_T, ys), residuals)."""
         forward = hoisted(self.adjoint.forward, params, init, at_one_step(xs))
         (new_carry, y), residuals = forward.program.out_tree.unflatten(forward.program.results)
+        # The variables of the carry among the inputs: after those of params, before those of x.
         carry = forward.program.inputs[len(arrays_of(params)) :][: len(jax.tree.leaves(init))]
         layout = Residuals.layout(residuals, y, carry, new_carry)
 
         def body(carry, x):
-            (carry, y), residuals = forward(carry, x)
+            (carry, y), residuals = forward.call(carry, x)
             return carry, (y, layout.storage.store(residuals))
 
         carry, (ys, stored) = jax.lax.scan(body, init, xs, length=length_for_scan(length), unroll=self.unroll)
@@ -94,7 +96,8 @@ class Pass:
         """
         segment = segment_length(init, length)
         at_once, in_segments = partial(_at_once, self, length), partial(_in_segments, self, segment, length)
-        # A derivative of reads at computed positions would be writes to as many arrays; of the plain loop it is a loop.
+        # The transpose of a read at a computed position is a write into zeros of all time steps, at every step. So
+        # derivatives go through the plain loop. A step that makes mutable arrays can't be inside a jax.custom_jvp.
         plain = segment >= length or self.adjoint.mutates
         back = at_once if plain else differentiated_as(at_once, in_segments)
         (carry_bar, sums), xs_bar = back(params, bar_and_sums, residuals, xs, ys_bar)
@@ -114,7 +117,7 @@ class Pass:
     def back_one_lag(self, params: Any, residuals: Any, xs: Any, bars: Any, ys_bar: Any) -> tuple[Any, Any, Any]:
         """All time steps one step back at once: `bars` of the carries after each step, moved to those before it.
 
-        Returns them as bars of the carries after each step again, so one place earlier, that of init, and the deltas.
+        Returns (the bars of the carries after each step, shifted one place earlier; the bar of init; the deltas).
         """
         backward = map_over_time(self.adjoint.backward, one_at_a_time=self.step.one_at_a_time)
         before, deltas = backward(params, residuals, xs, bars, ys_bar)
@@ -122,7 +125,7 @@ class Pass:
         return after, jax.tree.map(lambda leaf: leaf[0], before), deltas
 
     def check_recomputable(self, strategy: str) -> None:
-        """Raise where a strategy that recomputes steps in its backward pass would write to a mutable array once more."""
+        """Raise where a strategy that recomputes steps in its backward pass would write to a mutable array twice."""
         if self.step.mutable:
             raise TypeError(
                 f"{self.step.mutable} is mutable (a Ref), and {strategy} recomputes each step in its backward pass, so "
@@ -139,13 +142,14 @@ def one_pass(
     return Pass(with_adjoint, unroll), r
 
 
-def segment_lengths(carry: Any, *lengths: Any) -> set[Any]:
-    """The lengths of the segments, in time steps, that going back over these lengths has."""
+def lengths_to_contract(carry: Any, *lengths: Any) -> set[Any]:
+    """The distinct lengths that `Pass.back` contracts over when it runs over these lengths, for `Pass.prepared`."""
     found = set()
     for length in lengths:
         segment = segment_length(carry, length)
-        found |= {segment, length % segment} if segment < length else {length}
-    return found - {0} or {0}
+        # The whole length too: a second derivative contracts over all steps at once (`Pass.back`).
+        found |= {segment, length % segment, length} if segment < length else {length}
+    return found - {0} or {0}  # no time steps: one empty contraction, from which the sums get their shapes
 
 
 def segment_length(carry: Any, length: Any) -> Any:
@@ -154,7 +158,7 @@ def segment_length(carry: Any, length: Any) -> Any:
     On CPU about as many as have 1,024 rows, but at least 8, half of the steps at most, and rather a divisor of them.
     Measured against one product for all time steps, with 32 and 64 rows a step: 0.71 to 0.97 of the time for gru and
     lstm, 0.81 to 1.2 for elman, and 0.67 of the bytes; 512 and 2,048 rows take up to 1.1 and 1.2 times as long. Not
-    measured on other backends, where few large products are the rule: all steps. So it is for a symbolic number of them.
+    measured on other backends, where few large products are the rule: there, and for a symbolic number of steps, all steps.
     """
     if is_symbolic_dim(length):
         return length
@@ -165,24 +169,17 @@ def segment_length(carry: Any, length: Any) -> Any:
     return divisor_near(length, max(min(1024 / max(rows, 1), length / 2), 8), within=4) if length else 1
 
 
-def divisor_near(length: int, segment: float, within: float = 1.5) -> int:
-    """A divisor of `length` near `segment`, so that no shorter segment is left over, or else what is nearest to it."""
-    near = range(math.ceil(segment / within), math.floor(segment * 1.5) + 1)
-    divisors = [s for s in near if s and length % s == 0]
-    return min(divisors, key=lambda s: abs(math.log(s / segment))) if divisors else max(1, min(round(segment), length))
-
-
 def at_last_step(bar: Any, length: Any) -> Any:
     """The gradient of the last carry as one of the carries after every step."""
     before = room(bar, length - 1)
     return jax.tree.map(lambda zeros, leaf: jnp.concatenate([zeros, leaf[None]]), before, bar)
 
 
-def _recursion(over: Pass, params: Any, residuals: Residuals, xs: Any, carry_bar: Any, ys_bar: Any) -> Any:
-    """The body of the loop d̄ₜ ↦ d̄ₜ₋₁, and where each delta is found in what it returns, each distinct one once."""
+def _recursion(over_time: Pass, params: Any, residuals: Residuals, xs: Any, carry_bar: Any, ys_bar: Any) -> Any:
+    """The body of the loop c̄ₜ ↦ c̄ₜ₋₁, which returns each distinct delta once, and the `Storage` that restores all deltas."""
 
     def step_back(params, residuals, x, carry_bar, y_bar):
-        return over.adjoint.backward(params, residuals, x, carry_bar, filled(y_bar))
+        return over_time.adjoint.backward(params, residuals, x, carry_bar, filled(y_bar))
 
     residuals_t, x, y_bar = at_one_step((jax.eval_shape(residuals.stacked), xs, ys_bar))
     backward = hoisted(step_back, params, residuals_t, x, carry_bar, y_bar)
@@ -191,29 +188,29 @@ def _recursion(over: Pass, params: Any, residuals: Residuals, xs: Any, carry_bar
 
     def body(carry_bar, at_t):
         residuals, x, y_bar = at_t
-        carry_bar, deltas = backward(residuals, x, carry_bar, y_bar)
+        carry_bar, deltas = backward.call(residuals, x, carry_bar, y_bar)
         return carry_bar, storage.store(deltas)
 
     return body, storage
 
 
 def _at_once(
-    over: Pass, length: Any, params: Any, bar_and_sums: BarAndSums, residuals: Residuals, xs: Any, ys_bar: Any
+    over_time: Pass, length: Any, params: Any, bar_and_sums: BarAndSums, residuals: Residuals, xs: Any, ys_bar: Any
 ) -> tuple[BarAndSums, Any]:
     """The recursion over all steps, and one contraction."""
     carry_bar, sums = bar_and_sums
-    body, storage = _recursion(over, params, residuals, xs, carry_bar, ys_bar)
+    body, storage = _recursion(over_time, params, residuals, xs, carry_bar, ys_bar)
     stacked = residuals.stacked()
     carry_bar, stored = jax.lax.scan(
-        body, carry_bar, (stacked, xs, ys_bar), length=length_for_scan(length), reverse=True, unroll=over.unroll
+        body, carry_bar, (stacked, xs, ys_bar), length=length_for_scan(length), reverse=True, unroll=over_time.unroll
     )
     deltas = storage.restore(stored=stored)
-    sums, xs_bar = over.weights.add(params, sums, stacked, xs, ys_bar, deltas, length)
+    sums, xs_bar = over_time.weights.add(params, sums, stacked, xs, ys_bar, deltas, length)
     return (carry_bar, sums), xs_bar
 
 
 def _in_segments(
-    over: Pass,
+    over_time: Pass,
     segment: int,
     length: int,
     params: Any,
@@ -223,20 +220,22 @@ def _in_segments(
     ys_bar: Any,
 ) -> tuple[BarAndSums, Any]:
     """The same with a contraction for each segment, added to the sums while what it reads is in the cache."""
-    body, storage = _recursion(over, params, residuals, xs, bar_and_sums[0], ys_bar)
+    body, storage = _recursion(over_time, params, residuals, xs, bar_and_sums[0], ys_bar)
 
     def back(bar_and_sums, start, length):
-        def at_t(state, _):
+        def one_step_back(state, _):
             t, carry_bar = state
             carry_bar, deltas = body(carry_bar, (residuals.at(t), at(xs, t), at(ys_bar, t)))
             return (t - 1, carry_bar), deltas
 
         carry_bar, sums = bar_and_sums
         last = start + length - 1, carry_bar
-        (_, carry_bar), stored = jax.lax.scan(at_t, last, None, length=length, reverse=True, unroll=over.unroll)
+        (_, carry_bar), stored = jax.lax.scan(
+            one_step_back, last, None, length=length, reverse=True, unroll=over_time.unroll
+        )
         xs_here, ys_bar_here = window((xs, ys_bar), start, length)
         residuals_here, deltas = residuals.window(start, length), storage.restore(stored=stored)
-        sums, xs_bar = over.weights.add(params, sums, residuals_here, xs_here, ys_bar_here, deltas, length)
+        sums, xs_bar = over_time.weights.add(params, sums, residuals_here, xs_here, ys_bar_here, deltas, length)
         return (carry_bar, sums), xs_bar
 
     def back_over_segment(state, _):
@@ -246,7 +245,7 @@ def _in_segments(
 
     segments, left_over = divmod(length, segment)
     start, last_xs_bar = jnp.array(segments * segment, jnp.int32), []
-    if left_over:
+    if left_over:  # the last in time, so the first to be reversed
         bar_and_sums, xs_bar = back(bar_and_sums, start, left_over)
         last_xs_bar = [xs_bar]
     state = start - segment, bar_and_sums

@@ -129,7 +129,7 @@ def _settle_dtypes(step: Callable[..., Any], params: Any, init: Any, xs: Any) ->
 
 def _settle_devices(step: Callable[..., Any], params: Any, init: Any, xs: Any) -> Any:
     """Give `init` the sharding, and the devices it varies over, of the carry after a step: a carry of zeros has neither."""
-    for _ in jax.tree.leaves(init):  # a leaf may be made of another one
+    for _ in jax.tree.leaves(init):  # the sharding of one leaf may follow from another's
         new, _ = jax.eval_shape(lambda carry, x: step(params, carry, x), init, at_one_step(xs))
         init, before = jax.tree.map(sharded_like, init, new), init
         if all(old is leaf for old, leaf in zip(*map(jax.tree.leaves, (before, init)), strict=True)):

@@ -1,7 +1,7 @@
-r"""What a loop leaves for another, each array stored once.
+r"""What one loop saves for another, each array once.
 
-A residual that is also this or the previous step's output is read from `ys`, not stored again: of a network whose output is
-its state, the states are not stored beside the outputs.
+A residual that is also this or the previous step's output is read from `ys`, not stored again: where a network's
+output is its state, the states are not stored a second time.
 """
 
 from collections.abc import Callable, Sequence
@@ -81,6 +81,7 @@ class Residuals:
         """Without arrays, from the variables of a traced step."""
         ys, carry, new_carry = map(jax.tree.leaves, (ys, carry, new_carry))
         ids = list(map(id, ys))
+        # A leaf of the carry can be read from ys, one step earlier, where its new value is an output.
         after = {i: ids.index(id(new)) for i, new in enumerate(new_carry) if id(new) in ids}
         was_output = [var if i in after else None for i, var in enumerate(carry)]
         storage = stored_once(residuals, ys=ys, carry=was_output)

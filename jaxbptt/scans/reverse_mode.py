@@ -44,10 +44,9 @@ def reverse_mode(
         over_time: the pass, not differentiated.
         run: `(params, init, xs) -> (carry, ys)`.
         forward: `(over_time, params, init, xs) -> ((carry, ys), saved)`, with the pass differentiated.
-        backward: `(over_time, params, init, xs, saved, carry_bar, ys_bar) -> (params_bar, init_bar, xs_bar)`. The last
-            carry's gradient is for the leaves that are perturbed; outputs without a derivative have `None` for a gradient,
-            and so have ys that the loss does not use. An adjoint by hand takes all of them: it gets `Zeros`, in the place of
-            an array of zeros for all time steps.
+        backward: `(over_time, params, init, xs, saved, carry_bar, ys_bar) -> (params_bar, init_bar, xs_bar)`. `carry_bar` has
+            the perturbed leaves. `ys_bar` has `None` for outputs without a derivative and, with a derived adjoint, for
+            outputs that the loss does not use; an adjoint by hand gets `Zeros` for those, which stand for an array of zeros.
     """
 
     def with_derivative(params, init, xs):
@@ -67,8 +66,8 @@ def reverse_mode(
             outputs, saved = forward(differentiated, *primals)
             return outputs, _ForBackward(primals, saved, perturbed)
 
-        def flat_backward(left, bars):
-            differentiated = over_time.differentiated(Perturbed(*treedef.unflatten(left.perturbed)))
+        def flat_backward(for_backward, bars):
+            differentiated = over_time.differentiated(Perturbed(*treedef.unflatten(for_backward.perturbed)))
             adjoint = differentiated.adjoint
             if adjoint.for_outputs is not None:
                 adjoint = adjoint.for_outputs(*jax.tree.map(_is_used, bars))
@@ -77,10 +76,12 @@ def reverse_mode(
             carry_bar = jax.tree.map(partial(_or_else, zeros), select(carry_bar, adjoint.perturbed.carry))
             ys_bar = jax.tree.map(partial(_or_else, _at_every_step), ys_bar)
             if not jax.tree.leaves((carry_bar, ys_bar)):  # the loss uses nothing that a tangent reaches
-                return (None,) * len(left.perturbed)
-            left = same_keys(left)
+                return (None,) * len(for_backward.perturbed)
+            for_backward = same_keys(for_backward)
             narrowed = replace(differentiated, adjoint=adjoint)
-            return tuple(treedef.flatten_up_to(backward(narrowed, *left.primals, left.saved, carry_bar, ys_bar)))
+            return tuple(
+                treedef.flatten_up_to(backward(narrowed, *for_backward.primals, for_backward.saved, carry_bar, ys_bar))
+            )
 
         flat.defvjp(flat_forward, flat_backward, symbolic_zeros=True)
         try:

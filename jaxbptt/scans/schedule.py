@@ -4,6 +4,7 @@ r"""When to keep a state and when to recompute it: the binomial checkpointing sc
 for one length.
 """
 
+import math
 import re
 from contextlib import AbstractContextManager
 from fractions import Fraction
@@ -148,3 +149,10 @@ def check_checkpoints(checkpoints: Any, length: int) -> None:
             f"checkpoints is {checkpoints}, more than the {counted(length, 'time step')}: keeping every state is "
             f"checkpoints={length}, and adjoint_scan does that more simply."
         )
+
+
+def divisor_near(length: int, segment: float, within: float = 1.5) -> int:
+    """A divisor of `length` near `segment`, so that no shorter segment is left over_time, or else what is nearest to it."""
+    near = range(math.ceil(segment / within), math.floor(segment * 1.5) + 1)
+    divisors = [s for s in near if s and length % s == 0]
+    return min(divisors, key=lambda s: abs(math.log(s / segment))) if divisors else max(1, min(round(segment), length))

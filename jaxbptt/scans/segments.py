@@ -1,4 +1,4 @@
-r"""Forward over segments of time, keeping some states, and back over them, one at a time.
+r"""Forward over segments of time, storing some states, and backward over them, one segment at a time.
 
 What `checkpointed_scan` runs. A `Layout` says how time is cut.
 """
@@ -17,7 +17,7 @@ from jaxbptt.array_types import as_weak_as
 from jaxbptt.programs.perturbed import fit
 from jaxbptt.programs.program import arrays_of, program
 from jaxbptt.scans import schedule
-from jaxbptt.scans.passes import BarAndSums, Bars, Pass, segment_lengths
+from jaxbptt.scans.passes import BarAndSums, Bars, Pass, lengths_to_contract
 from jaxbptt.scans.residuals import Storage, stored_once
 from jaxbptt.trees import select
 
@@ -59,7 +59,7 @@ class Layout:
         """Steps computed for one gradient: the forward pass, and all that is recomputed."""
         if self.all_kept:
             return 2 * self.length
-        # Of the schedule's steps, the forward pass is the first sweep up to the last state that is kept.
+        # The schedule also counts its first sweep, up to the last stored state; the forward pass has done that.
         recomputed = schedule.forward_steps(self.segments, self.slots) - self.kept[-1]
         return self.length + recomputed * self.segment + self.left_over
 
@@ -79,13 +79,13 @@ def forward(over_time: Pass, params: Any, init: Any, xs: Any, cut: Layout) -> tu
         carry, ys_here = jax.lax.scan(step, carry, xs_here, length=length, unroll=over_time.unroll)
         return carry, put_window(ys, ys_here, start)
 
-    def body(number, state):
+    def body(index, state):
         carry, ys, states, slot = state
-        number = jnp.asarray(number, jnp.int32)
-        # Written at every segment: what stays is the last one written, the state before the segment wanted.
-        slot = number if upcoming is None else slot + (number > upcoming[slot]).astype(jnp.int32)
+        index = jnp.asarray(index, jnp.int32)
+        # Each state overwrites the slot until the one before segment `upcoming[slot]` is in it; then the next slot begins.
+        slot = index if upcoming is None else slot + (index > upcoming[slot]).astype(jnp.int32)
         states = put(states, carry, slot)
-        return *over_segment(carry, ys, number * cut.segment, cut.segment), states, slot
+        return *over_segment(carry, ys, index * cut.segment, cut.segment), states, slot
 
     _, y = jax.eval_shape(step, init, at_one_step(xs))
     ys = room(y, cut.length)
@@ -99,9 +99,10 @@ def forward(over_time: Pass, params: Any, init: Any, xs: Any, cut: Layout) -> tu
 
 
 def backward(over_time: Pass, params: Any, states: Any, xs: Any, bars: Bars, cut: Layout) -> tuple[Any, Any, Any]:
-    """Gradients of params, init and xs, from those of the last carry and ys, and what `forward` kept."""
+    """Gradients of params, init and xs, from those of the last carry and ys, and the states that `forward` stored."""
     (states, last), (carry_bar, ys_bar) = states, bars
-    lengths = {1} if cut.lean else segment_lengths(last, cut.segment, cut.left_over)
+    # The lean loop contracts every step alone.
+    lengths = {1} if cut.lean else lengths_to_contract(last, cut.segment, cut.left_over)
     over_time = over_time.prepared(params, last, xs, bars, lengths, move_each=cut.lean)
     over_segment = _lean(over_time, params, last, xs, ys_bar) if cut.lean else _at_once(over_time, params, xs, ys_bar)
 
@@ -111,14 +112,14 @@ def backward(over_time: Pass, params: Any, states: Any, xs: Any, bars: Bars, cut
         state = over_segment(state, last, cut.segments * cut.segment, cut.left_over)
 
     def from_kept_states(i, state):
-        number = cut.segments - 1 - i
-        return over_segment(state, at(states, number), number * cut.segment, cut.segment)
+        index = cut.segments - 1 - i
+        return over_segment(state, at(states, index), index * cut.segment, cut.segment)
 
     def by_schedule(i, stack_and_state):
         stack, state = stack_and_state
-        number = cut.segments - 1 - jnp.asarray(i, jnp.int32)
-        stack, carry = _recompute(over_time, params, xs, stack, number, cut)
-        return stack, over_segment(state, carry, number * cut.segment, cut.segment)
+        index = cut.segments - 1 - jnp.asarray(i, jnp.int32)
+        stack, carry = _recompute(over_time, params, xs, stack, index, cut)
+        return stack, over_segment(state, carry, index * cut.segment, cut.segment)
 
     if cut.all_kept:
         state = jax.lax.fori_loop(0, cut.segments, from_kept_states, state)
@@ -130,7 +131,7 @@ def backward(over_time: Pass, params: Any, states: Any, xs: Any, bars: Bars, cut
     return over_time.weights.finish(sums), carry_bar, xs_bar
 
 
-def _recompute(over_time: Pass, params: Any, xs: Any, stack: Any, number: Any, cut: Layout) -> tuple[Any, Any]:
+def _recompute(over_time: Pass, params: Any, xs: Any, stack: Any, index: Any, cut: Layout) -> tuple[Any, Any]:
     """The state before a segment, from the nearest one kept; on the way there others are kept as the schedule says.
 
     The stack is (states, the segments they are before, index of the top one).
@@ -144,16 +145,16 @@ def _recompute(over_time: Pass, params: Any, xs: Any, stack: Any, number: Any, c
         with schedule.runs(cut.steps_recomputed):
             return jax.lax.fori_loop(start * cut.segment, stop * cut.segment, body, carry)
 
-    def not_there(state):
+    def is_before_segment(state):
         _, (_, before) = state
-        return before < number
+        return before < index
 
-    def go_on(state):
+    def advance_once(state):
         (states, starts, top), (carry, before) = state
         if reaches is None:  # with the first state alone there is nothing to decide
-            return (states, starts, top), (advance(carry, before, number), number)
+            return (states, starts, top), (advance(carry, before, index), index)
         free = top + 1 < cut.slots
-        stop = jnp.where(free, before + schedule.split(reaches, number + 1 - before, cut.slots - top), number)
+        stop = jnp.where(free, before + schedule.split(reaches, index + 1 - before, cut.slots - top), index)
         carry = advance(carry, before, stop)
         slot = jnp.where(free, top + 1, cut.slots)
         stack = put(states, carry, slot), starts.at[slot].set(stop), top + free.astype(jnp.int32)
@@ -161,9 +162,9 @@ def _recompute(over_time: Pass, params: Any, xs: Any, stack: Any, number: Any, c
 
     states, starts, top = stack
     with schedule.runs(1):  # what is computed inside has its own average, over all of them
-        stack, (carry, _) = jax.lax.while_loop(not_there, go_on, (stack, (at(states, top), starts[top])))
+        stack, (carry, _) = jax.lax.while_loop(is_before_segment, advance_once, (stack, (at(states, top), starts[top])))
     states, starts, top = stack
-    return (states, starts, top - (starts[top] == number).astype(jnp.int32)), carry
+    return (states, starts, top - (starts[top] == index).astype(jnp.int32)), carry
 
 
 # ((carry_bar, sums), xs_bar) after a segment, the carry before it, its start and length, to those before the segment.
@@ -203,10 +204,10 @@ def _lean(over_time: Pass, params: Any, carry: Any, xs: Any, ys_bar: Any) -> Ove
         return (carry, (bar_and_sums, put_window(xs_bar, xs_bar_here, t))), None
 
     def over_segment(state, carry, start, length):
-        steps = start + jnp.arange(length, dtype=jnp.int32)
-        new_carry, stored = jax.lax.scan(forward, carry, steps, unroll=over_time.unroll)
+        times = start + jnp.arange(length, dtype=jnp.int32)
+        new_carry, stored = jax.lax.scan(forward, carry, times, unroll=over_time.unroll)
         (_, state), _ = jax.lax.scan(
-            backward, (new_carry, state), (steps, stored), reverse=True, unroll=over_time.unroll
+            backward, (new_carry, state), (times, stored), reverse=True, unroll=over_time.unroll
         )
         return state
 

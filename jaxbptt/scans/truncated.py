@@ -16,7 +16,7 @@ from jaxbptt.array_types import byte_count
 from jaxbptt.arrays import check_count
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.flags import Flags
-from jaxbptt.scans.passes import Bars, Pass, one_pass, segment_lengths
+from jaxbptt.scans.passes import Bars, Pass, lengths_to_contract, one_pass
 from jaxbptt.scans.recurrence import check_known_length, prepare
 from jaxbptt.scans.reverse_mode import reverse_mode
 from jaxbptt.trees import combine, partition, select
@@ -42,8 +42,8 @@ def truncated_scan(
 
     Biased: a loss at step t reaches back to the start of its segment, (t − 1) mod K steps; `windowed_scan` reaches equally
     far from every step. The values are those of `scan`. For K ≥ T the gradient is exact. The caller's `init` is never
-    cut. A second derivative is that of a loop with `stop_gradient` at the cuts. Time O(T) steps, each computed twice (two
-    times more where `adjoint_scan` falls back to `jax.vjp`); memory beyond xs, ys and their gradients is that of K steps,
+    cut. A second derivative is that of a loop with `stop_gradient` at the cuts. Time O(T) steps, each computed twice (four
+    times where `adjoint_scan` falls back to `jax.vjp`); memory beyond xs, ys and their gradients is that of K steps,
     however long the sequence.
 
     Side effects of a step, such as `jax.debug.print` or a callback, happen twice in a gradient, since it is computed twice.
@@ -83,7 +83,7 @@ def truncated_scan(
     segment = max(min(int(truncation_length), length), 1)
 
     def run(params, init, xs):
-        # Cut as well, and by a select: what is differentiated here is the gradient, for a second derivative.
+        # Cut here too, by a select: for a second derivative JAX differentiates this loop.
         def body(carry, at_t):
             t, x = at_t
             diff, nondiff = partition(carry)
@@ -111,21 +111,22 @@ def _backward(
     segments, left_over = divmod(length, segment)
     # Where the params are larger than what is saved, a second array like them would be most of the memory.
     move_each = segment * byte_count(init) < byte_count(params)
-    lengths = segment_lengths(init, segment, left_over)
+    lengths = lengths_to_contract(init, segment, left_over)
     over_time = over_time.prepared(params, init, xs, bars, lengths, move_each=move_each)
-    nothing = jax.tree.map(jnp.zeros_like, last_bar)
+    no_bar = jax.tree.map(jnp.zeros_like, last_bar)
 
     def over_segment(state, start, length_here):
         carry, init_bar, sums, xs_bar = state
-        carry_bar = jax.tree.map(partial(jnp.where, start + length_here == length), last_bar, nothing)
+        carry_bar = jax.tree.map(partial(jnp.where, start + length_here == length), last_bar, no_bar)
         next_carry, ((carry_bar, sums), xs_bar_here) = over_time.forward_and_back(
             params, (carry_bar, sums), carry, xs, ys_bar, start, length_here
         )
+        # Segments run in order of time, so init's cotangent is that of the first.
         init_bar = jax.tree.map(partial(jnp.where, start == 0), carry_bar, init_bar)
         # The incoming carry is a constant of the next segment's gradient: this is the truncation.
         return jax.lax.stop_gradient(next_carry), init_bar, sums, put_window(xs_bar, xs_bar_here, start)
 
-    init_bar = nothing if length else last_bar
+    init_bar = no_bar if length else last_bar
     xs_bar = room(at_one_step(select(xs, over_time.adjoint.perturbed.x)), length)
     state = init, init_bar, over_time.weights.zeros(), xs_bar
     if segments:

@@ -112,7 +112,7 @@ def _backward(
 
     def one_lag_more(state, _):
         bars, *sums = state
-        # Outputs are looked at once, at lag 0; after that all comes through the carry.
+        # ȳₜ enters once, at lag 0; after that everything comes through the carry.
         no_bar = jax.tree.map(jnp.zeros_like, ys_bar)
         bars, *terms = over_time.back_one_lag(params, residuals, xs, bars, no_bar)
         return (bars, *jax.tree.map(jnp.add, sums, terms)), None
