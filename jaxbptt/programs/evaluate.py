@@ -5,6 +5,7 @@ substituting another value for a variable.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from jax.extend import source_info_util
@@ -21,9 +22,7 @@ def bind(eqn: Any, values: list[Any], **changed: Any) -> list[Any]:
 
     With other parameters where any are given.
     """
-    source = eqn.source_info
-    scope = source_info_util.current_name_stack() + source.name_stack
-    with source_info_util.user_context(source.traceback, name_stack=scope), eqn.ctx.manager:
+    with _user_scope(eqn), eqn.ctx.manager:
         results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params | changed))
     return results if eqn.primitive.multiple_results else [results]
 
@@ -52,9 +51,19 @@ def opening_wrappers(run: Run) -> Run:
 
     def opened(eqn, values):
         inside = wrapped(eqn)
-        return run(eqn, values) if inside is None else evaluate_jaxpr(*inside, values, opened)
+        if inside is None:
+            return run(eqn, values)
+        with _user_scope(eqn):
+            return evaluate_jaxpr(*inside, values, opened)
 
     return opened
+
+
+def _user_scope(eqn: Any) -> AbstractContextManager[Any]:
+    """The name scope and the line of the user's code that an equation comes from."""
+    source = eqn.source_info
+    scope = source_info_util.current_name_stack() + source.name_stack
+    return source_info_util.user_context(source.traceback, name_stack=scope)
 
 
 def subjaxprs(eqn: Any) -> Iterator[tuple[Any, list[Any]]]:
