@@ -1,4 +1,4 @@
-"""Random recurrences through every strategy and `lax.scan`: 200 in the slow part of the suite, any number by `fuzz.py`."""
+"""Random recurrences through every strategy and `lax.scan`: 120 in the slow part of the suite, any number by `fuzz.py`."""
 
 import random
 
@@ -14,11 +14,11 @@ def test_like_lax_scan(part):
     """Drawn by hypothesis, which finds the simplest that fails; the case stands in the error."""
 
     @seed(part)
-    @settings(max_examples=50, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=30, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(st.randoms(use_true_random=False, note_method_calls=False))
     def check(rng):
         case = fuzz.draw(rng)
-        # Two of the strategies drawn for each case: over all cases every strategy meets some fifty.
+        # Two of the strategies drawn for each case: over all cases every strategy meets some thirty.
         case = case._replace(contenders=case.contenders[:2])
         try:
             fuzz.strict(fuzz.check)(case)

@@ -533,8 +533,9 @@ def gradients(scan, *args, step=cell):
     return jax.value_and_grad(lambda *args: total(scan(step, *args)), argnums=(0, 1, 2))(*args)
 
 
-@cases("name", {name: name for name in WITH_CELL}, "adjoint_scan", "checkpointed_scan, checkpoints, derived")
+@pytest.mark.parametrize("name", ["adjoint_scan", "checkpointed_scan, checkpoints, derived"])
 def test_no_tracer_is_kept(name, args):
+    """Over several segments; tests/test_modes.py has all strategies over one."""
     with jax.checking_leaks():
         jax.jit(partial(gradients, WITH_CELL[name]))(*args)
         valid = jnp.arange(STEPS) > 3

@@ -77,7 +77,7 @@ def gradients(scan, step, args, *, flags):
 
 
 def problems(dtype):
-    """A stack of cells with a batch and flags, and a step without batch, without flags and with them."""
+    """A stack of cells with a batch and flags, and a step without batch, with flags and without them."""
     cell = bptt.stack(bptt.lstm(3, 4, dtype=dtype), bptt.elman(4, 2, dtype=dtype))
     params, init = jax.eval_shape(cell.init, jax.random.key(0)), jax.eval_shape(lambda: cell.initial_carry((2,)))
     args = random_like(params, 0, 0.5), random_like(init, 1), random_like(jax.ShapeDtypeStruct((STEPS, 2, 3), dtype), 2)
@@ -90,8 +90,9 @@ def problems(dtype):
     flags = {"is_first": is_first[:, None] & np.array([True, False]), "valid": np.ones((STEPS, 2), bool)}
     flags["valid"][-2:, 1] = False
     yield cell, args, flags
-    yield branching, step_args, {}
     yield branching, step_args, {"is_first": is_first, "valid": ~is_first, "reset_carry": step_args[1]}
+    if not (jax.config.jax_disable_jit or jax.config.jax_check_tracer_leaks):  # slow modes have two of the three
+        yield branching, step_args, {}
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,8 @@ def test_strategies(name, mode, expected):
             jax.jit(partial(gradients, scan, step, flags=flags))(args)
             for step, args, flags in problems(jnp.float64 if x64 else jnp.float32)
         ]
-    for result, right in zip(results, expected[x64, name if name in CUT else "scan"], strict=True):
+    assert len(results) >= 2
+    for result, right in zip(results, expected[x64, name if name in CUT else "scan"], strict=False):
         assert_close(result, right)
 
 
@@ -212,8 +214,9 @@ def test_training(mode):
         series = np.sin(np.arange(60.0)).reshape(20, 3).astype(dtype)
         for options, overlap in (({}, 0), ({"truncation_length": 2, "update_every": 4}, 0)):
             # Not adam: optax raises a float to an integer's power there, which strict promotion refuses.
-            init, update = bptt.tbptt(loss, optax.sgd(1e-2, momentum=0.9), **options)
+            init, eager_update = bptt.tbptt(loss, optax.sgd(1e-2, momentum=0.9), **options)
             state = init(net.init(jax.random.key(0)), cell.initial_carry((2,)), jax.random.key(1))
+            update = jax.jit(eager_update)
             for chunk in bptt.streams.rows(series, batch=2, chunk_length=4, overlap=overlap):
                 state, metrics = update(state, chunk)
             assert np.isfinite(metrics.loss)
