@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxbptt.array_types import type_at_one_step, type_over_time, zeros
 from jaxbptt.trees import same_keys
@@ -62,3 +63,9 @@ def put_window(tree: Any, entries: Any, start: Any) -> Any:
 def room(tree: Any, length: int) -> Any:
     """Arrays (or random keys) to write `length` entries like `tree` into."""
     return jax.tree.map(lambda leaf: zeros(type_over_time(leaf, length)), tree)
+
+
+def at_last_step(bar: Any, length: Any) -> Any:
+    """The gradient of the last carry as one of the carries after every step."""
+    before = room(bar, length - 1)
+    return jax.tree.map(lambda zeros, leaf: jnp.concatenate([zeros, leaf[None]]), before, bar)

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxbptt.along_time import at_last_step
 from jaxbptt.arrays import scalar_loss
 from jaxbptt.cells.cell import Cell
 from jaxbptt.programs.perturbed import everything, fit
 from jaxbptt.scans.contraction import add_up, totals
 from jaxbptt.scans.flags import Flags
-from jaxbptt.scans.passes import Pass, at_last_step, one_pass
+from jaxbptt.scans.passes import Pass, one_pass
 from jaxbptt.scans.recurrence import prepare
 from jaxbptt.trees import combine, differentiable, partition
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
-from jaxbptt.along_time import at, at_one_step, filled, room, window
+from jaxbptt.along_time import at, at_one_step, filled, window
 from jaxbptt.array_types import assumed_size
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.programs.derived import DifferentiableStep, differentiable_step
@@ -167,12 +167,6 @@ def segment_length(carry: Any, length: Any) -> Any:
     leaves = jax.tree.leaves(differentiable(carry))
     rows = max((math.prod(map(assumed_size, leaf.shape[:-1])) for leaf in leaves), default=1)
     return divisor_near(length, max(min(1024 / max(rows, 1), length / 2), 8), within=4) if length else 1
-
-
-def at_last_step(bar: Any, length: Any) -> Any:
-    """The gradient of the last carry as one of the carries after every step."""
-    before = room(bar, length - 1)
-    return jax.tree.map(lambda zeros, leaf: jnp.concatenate([zeros, leaf[None]]), before, bar)
 
 
 def _recursion(over_time: Pass, params: Any, residuals: Residuals, xs: Any, carry_bar: Any, ys_bar: Any) -> Any:

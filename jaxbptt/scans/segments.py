@@ -132,7 +132,7 @@ def backward(over_time: Pass, params: Any, states: Any, xs: Any, bars: Bars, cut
 
 
 def _recompute(over_time: Pass, params: Any, xs: Any, stack: Any, index: Any, cut: Layout) -> tuple[Any, Any]:
-    """The state before a segment, from the nearest one kept; on the way there others are kept as the schedule says.
+    """The state before a segment, from the nearest one kept; states in between are kept as the schedule says.
 
     The stack is (states, the segments they are before, index of the top one).
     """

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
-from jaxbptt.along_time import filled
+from jaxbptt.along_time import at_last_step, filled
 from jaxbptt.arrays import check_count
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.programs.perturbed import fit
 from jaxbptt.scans.flags import Flags
-from jaxbptt.scans.passes import Pass, at_last_step, one_pass
+from jaxbptt.scans.passes import Pass, one_pass
 from jaxbptt.scans.recurrence import prepare
 from jaxbptt.scans.reverse_mode import reverse_mode
 from jaxbptt.trees import select

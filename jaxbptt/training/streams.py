@@ -179,7 +179,7 @@ def padded(sequences: Sequence[tuple[Any, Any]], *, batch: int, seed: int | None
     Args:
         sequences: pairs (xs, targets) of arrays `[time, ...]`, or trees of them; targets may be `None`.
         batch: sequences in a chunk. If their number is not a multiple of it, the rows left over have no valid step.
-        seed: shuffles the sequences anew in every epoch, the same way in every run; `None` keeps the order given.
+        seed: shuffles the sequences again in every epoch, identically in every run; `None` keeps the order given.
 
     Returns:
         A `Stream` of chunks with xs and targets `[longest, batch, ...]`, mask, is_first and valid.
