@@ -500,7 +500,7 @@ def test_side_effects_of_values_are_run_once():
 
 
 def test_side_effects_of_gradients():
-    """Once for each time that a step is computed: `adjoint_scan` computes each once, others recompute it in the backward pass."""
+    """Once for each time that a step is computed: `adjoint_scan` computes each once, others recompute it."""
     again = {"checkpointed_scan, segment_length": 2, "truncated_scan": 2}
     for name, strategy in STRATEGIES.items():
         count = Counter()

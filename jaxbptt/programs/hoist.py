@@ -36,7 +36,8 @@ def hoisted(fn: Callable[..., Any], params: Any, *args: Any) -> Hoisted:
     """`fn(params, ·)` for arguments of these shapes, with all that depends on params alone computed here, once.
 
     A constant right factor of a product is laid out as the product reads it, summed index first: on CPU a product of 32
-    rows with a 512 × 128 weight took 47 µs so, and 53 µs with the summed index last; with 8 rows and 256 × 64, 3.1 against 4.7.
+    rows with a 512 × 128 weight took 47 µs so, and 53 µs with the summed index last; with 8 rows and 256 × 64, 3.1 and
+    4.7 µs.
     """
     whole = program(fn, params, *args)
     leaves = arrays_of(params)

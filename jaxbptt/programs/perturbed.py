@@ -26,7 +26,7 @@ class PerturbedAdjoint(NamedTuple):
     """An `Adjoint`, and the leaves that it has gradients for.
 
     Attributes:
-        forward: as in `Adjoint`; so are `backward` and `contract`. Their results may have more gradients than `perturbed` asks for.
+        forward: as in `Adjoint`; so are `backward` and `contract`. They may return more gradients than `perturbed` asks for.
         backward: takes and returns cotangents of the carry's leaves that are flagged in `perturbed`.
         contract: after the recursion, for all time steps at once.
         perturbed: of an `Adjoint` by hand, all leaves of the carry that can have a derivative are flagged.

@@ -27,7 +27,7 @@ class Program(NamedTuple):
 
 
 def program(fn: Callable[..., Any], *args: Any) -> Program:
-    """Trace `fn` for arguments of these shapes; leaves that are not arrays (flags, sizes) stay Python values and are not inputs."""
+    """Trace `fn` for arguments of these shapes; leaves that are not arrays (flags, sizes) stay Python values."""
     arrays, static = partition(args, is_array)
     closed, shapes = jax.make_jaxpr(lambda arrays: fn(*combine(arrays, static)), return_shape=True)(arrays)
 

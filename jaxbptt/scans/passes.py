@@ -1,7 +1,7 @@
 r"""One pass over time, as every strategy with its own derivative runs it: forward, saving residuals, then backward.
 
-Backward means: the recursion c̄ₜ ↦ c̄ₜ₋₁ alone in a loop, then one contraction over the segment for the gradients of params and
-inputs. `adjoint_scan` runs one pass over the whole sequence, the other strategies run one over each of their segments.
+Backward means: the recursion c̄ₜ ↦ c̄ₜ₋₁ alone in a loop, then one contraction over the segment for the gradients of params
+and inputs. `adjoint_scan` runs one pass over the whole sequence, the other strategies run one over each of their segments.
 """
 
 import math
@@ -129,7 +129,8 @@ class Pass:
         if self.step.mutable:
             raise TypeError(
                 f"{self.step.mutable} is mutable (a Ref), and {strategy} recomputes each step in its backward pass, so "
-                "that it would be written to twice: take the gradient with adjoint_scan or jaxbptt.scan, which run each step once."
+                "that it would be written to twice: take the gradient with adjoint_scan or jaxbptt.scan, which run each "
+                "step once."
             )
 
 
@@ -170,7 +171,7 @@ def segment_length(carry: Any, length: Any) -> Any:
 
 
 def _recursion(over_time: Pass, params: Any, residuals: Residuals, xs: Any, carry_bar: Any, ys_bar: Any) -> Any:
-    """The body of the loop c̄ₜ ↦ c̄ₜ₋₁, which returns each distinct delta once, and the `Storage` that restores all deltas."""
+    """The body of the loop c̄ₜ ↦ c̄ₜ₋₁, which returns distinct deltas, and the `Storage` that restores all of them."""
 
     def step_back(params, residuals, x, carry_bar, y_bar):
         return over_time.adjoint.backward(params, residuals, x, carry_bar, filled(y_bar))

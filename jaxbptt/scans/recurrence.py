@@ -110,7 +110,8 @@ def _time_steps(xs: Any, length: Any) -> int:
         if size != steps:
             raise ValueError(
                 f"{first} says {counted(steps, 'time step')} ({first_shape}), but {leaf_name} has {size} (shape {shape}). "
-                "Time is the first axis, and every leaf of xs (and length, where given) must agree on it: cut or pad one of them."
+                "Time is the first axis, and every leaf of xs (and length, where given) must agree on it: cut or pad "
+                "one of them."
             )
     return steps
 

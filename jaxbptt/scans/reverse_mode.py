@@ -44,8 +44,8 @@ def reverse_mode(
         over_time: the pass, not differentiated.
         run: `(params, init, xs) -> (carry, ys)`.
         forward: `(over_time, params, init, xs) -> ((carry, ys), saved)`, with the pass differentiated.
-        backward: `(over_time, params, init, xs, saved, carry_bar, ys_bar) -> (params_bar, init_bar, xs_bar)`. `carry_bar` has
-            the perturbed leaves. `ys_bar` has `None` for outputs without a derivative and, with a derived adjoint, for
+        backward: `(over_time, params, init, xs, saved, carry_bar, ys_bar) -> (params_bar, init_bar, xs_bar)`. `carry_bar`
+            has the perturbed leaves. `ys_bar` has `None` for outputs without a derivative and, with a derived adjoint, for
             outputs that the loss does not use; an adjoint by hand gets `Zeros` for those, which stand for an array of zeros.
     """
 
