@@ -73,7 +73,7 @@ def test_truncated_equals_a_loop_with_cuts(name, steps, K):
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "W"), [("elman", 1, 1), ("lstm", 6, 1), ("gru", 6, 3), ("stack", 6, 6), ("elman", 6, 9)]
+    ("name", "steps", "W"), [("gru", 6, 3), ("elman", 1, 1), ("lstm", 6, 1), ("stack", 6, 6), ("elman", 6, 9)]
 )
 @pytest.mark.costly
 def test_windowed_equals_a_loop_from_every_start(name, steps, W):
@@ -101,7 +101,7 @@ def test_second_derivatives_of_a_truncated_gradient(K):
     assert_close(jax.jit(jax.jacfwd(partial(gradient, bptt.truncated_scan)))(at), expected)
 
 
-@pytest.mark.parametrize("W", [1, 4, 9])
+@pytest.mark.parametrize("W", [4, 1, 9])
 @pytest.mark.costly
 def test_windowed_is_the_sum_of_lags(W):
     cell = make_cell("gru")
