@@ -55,7 +55,7 @@ def render(facts: Mapping[str, str], reports: Sequence[CellReport]) -> str:
         "slopes take away. <em>Alignment</em>: the rest, from misalignment with the leading Lyapunov direction.</p>",
         _list(map(diagnosis_sentence, reports)),
         *_lags(reports),
-        "<h2>The methods agree</h2>",
+        "<h2>Do the methods agree?</h2>",
         "<p>The gradient of the mean loss over all steps by every exact method, against <code>jax.grad</code> through "
         "<code>lax.scan</code>: with respect to the cell's weights, the first state and the inputs for the scans, and to "
         "the weights alone for the other methods. The error is the largest over all leaves, each relative to its own "
