@@ -106,10 +106,7 @@ class Pass:
     def forward_and_back(
         self, params: Any, bar_and_sums: BarAndSums, carry: Any, xs: Any, ys_bar: Any, start: Any, length: Any
     ) -> tuple[Any, tuple[BarAndSums, Any]]:
-        """Forward over `length` steps of xs from the `carry` before step `start`, and back.
-
-        Returns the carry after them, and what `back` returns.
-        """
+        """Forward over `length` steps from the `carry` before step `start`: (the carry after them, what `back` returns)."""
         xs = window(xs, start, length)
         (after, _), residuals = self.forward(params, carry, xs, length)
         return after, self.back(params, bar_and_sums, residuals, xs, window(ys_bar, start, length), carry, length)
