@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxbptt as bptt
-
-CELLS = {"elman": bptt.elman, "gru": bptt.gru, "lstm": bptt.lstm}
+from jaxbptt.cells import CELLS
 
 
 class Size(NamedTuple):
