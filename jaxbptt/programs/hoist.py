@@ -40,14 +40,14 @@ def hoisted(fn: Callable[..., Any], params: Any, *args: Any) -> Hoisted:
     4.7 µs.
     """
     whole = program(fn, params, *args)
-    leaves = arrays_of(params)
-    consts = whole.consts | dict(zip(whole.inputs, leaves, strict=False))
+    of_params, *others = whole.arguments
+    consts = whole.consts | dict(zip(of_params, arrays_of(params), strict=True))
     above, inside, constant = by_dependence(whole.eqns, consts)
     consts = evaluate(above, consts)
     # Computed above, and again in each iteration: their results need not be read from memory.
     enlarging = [eqn for eqn in above if eqn.primitive.name in _ENLARGE]
     transposed = {id(eqn): jnp.swapaxes(consts[eqn.invars[1]], 0, 1) for eqn in inside if _reads_across(eqn, constant)}
-    inputs = whole.inputs[len(leaves) :]
+    inputs = [var for argument in others for var in argument]
 
     def run(eqn, values):
         if id(eqn) not in transposed:

@@ -17,13 +17,31 @@ _MANY_CHANNELS = 32
 
 
 class Program(NamedTuple):
-    """A traced function without wrappers: its equations in order, constants, inputs, results, and their structure."""
+    """A traced function without wrappers.
+
+    Attributes:
+        eqns: its equations, in order.
+        consts: values by variable.
+        arguments: the variables of each argument.
+        results: the variables of what it returns.
+        out_tree: their structure.
+    """
 
     eqns: list[Any]
     consts: dict[Any, Any]
-    inputs: list[Any]
+    arguments: list[list[Any]]
     results: list[Any]
     out_tree: Any
+
+    @property
+    def inputs(self) -> list[Any]:
+        """The variables of all arguments."""
+        return [var for argument in self.arguments for var in argument]
+
+    @property
+    def outputs(self) -> Any:
+        """`results` in the structure of what the function returns."""
+        return self.out_tree.unflatten(self.results)
 
 
 def program(fn: Callable[..., Any], *args: Any) -> Program:
@@ -48,8 +66,9 @@ def program(fn: Callable[..., Any], *args: Any) -> Program:
     # Traced a second time, with wrappers opened and equal moves shared.
     flat = jax.make_jaxpr(inlined)(jax.tree.leaves(arrays))
     consts = dict(zip(flat.jaxpr.constvars, flat.consts, strict=True))
-    results = flat.jaxpr.outvars
-    return Program(used(flat.jaxpr.eqns, results), consts, flat.jaxpr.invars, results, jax.tree.structure(shapes))
+    invars, results = iter(flat.jaxpr.invars), flat.jaxpr.outvars
+    arguments = [[next(invars) for _ in jax.tree.leaves(argument)] for argument in arrays]
+    return Program(used(flat.jaxpr.eqns, results), consts, arguments, results, jax.tree.structure(shapes))
 
 
 def arrays_of(tree: Any) -> list[Any]:

@@ -101,14 +101,14 @@ class SortedStep(NamedTuple):
 def sort_step(traced: TracedStep, perturbed: Perturbed) -> SortedStep | None:
     """Linearise a traced step and sort its equations; `None` if a tangent goes through a loop, a branch or a custom_vjp."""
     whole = _with_tangents(traced, perturbed)
-    count = len(jax.tree.leaves(traced.shapes))
-    input_vars = jax.tree.unflatten(jax.tree.structure(traced.shapes), whole.inputs[:count])
+    primals, tangents = whole.arguments
+    input_vars = jax.tree.unflatten(jax.tree.structure(traced.shapes), primals)
     shapes = select(traced.shapes, tuple(perturbed))
-    tangent_vars = jax.tree.unflatten(jax.tree.structure(shapes), whole.inputs[count:])
+    tangent_vars = jax.tree.unflatten(jax.tree.structure(shapes), tangents)
     outputs = whole.results[: whole.out_tree.children()[0].num_leaves]
     tangents = whole.results[len(outputs) :]
 
-    forward = by_dependence(whole.eqns, [*whole.consts, *whole.inputs[:count]], with_effects=True)
+    forward = by_dependence(whole.eqns, [*whole.consts, *primals], with_effects=True)
     known, tangent_eqns = forward.variables, forward.unknown
     if not all_in(outputs, known) or any(map(_is_opaque, tangent_eqns)):
         return None

@@ -15,6 +15,7 @@ from jaxbptt.along_time import at_one_step, filled
 from jaxbptt.array_types import byte_count
 from jaxbptt.arrays import check_count
 from jaxbptt.cells.cell import Adjoint, Cell
+from jaxbptt.programs.program import program
 from jaxbptt.scans import schedule, segments
 from jaxbptt.scans.flags import Flags
 from jaxbptt.scans.passes import Pass, one_pass
@@ -184,14 +185,17 @@ def _nothing_kept(length: int) -> segments.Layout:
 
 def _bytes_of_a_step(over_time: Pass, params: Any, init: Any, xs: Any) -> tuple[int, int]:
     """What a segment stores of each of its steps, with one contraction for all of it and with one at every step."""
-    adjoint, storage = over_time.adjoint, segments.beside_carries(over_time, params, init, xs)
+    adjoint = over_time.adjoint
 
     def one_step(params, carry, x):
         (new_carry, y), residuals = adjoint.forward(params, carry, x)
         bars = select(new_carry, adjoint.perturbed.carry), differentiable(y)
         # Known without differentiating what the loss may not use.
         deltas = bars[0] if adjoint.by_vjp else adjoint.backward(params, residuals, x, *bars)[1]
-        return (residuals, deltas), (carry, storage.store(residuals))
+        return new_carry, residuals, deltas
 
-    at_once, lean = jax.eval_shape(one_step, params, init, at_one_step(xs))
-    return max(byte_count(at_once), 1), max(byte_count(lean), 1)
+    traced = program(one_step, params, init, at_one_step(xs))
+    new_carry, residuals, deltas = traced.outputs
+    stored = segments.stored_beside_carries(traced.arguments[1], new_carry, residuals).store(residuals)
+    at_once, lean = ([var.aval for var in jax.tree.leaves(tree)] for tree in ((residuals, deltas), stored))
+    return max(byte_count(at_once), 1), max(byte_count((init, lean)), 1)

@@ -20,7 +20,6 @@ from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.programs.derived import DifferentiableStep, differentiable_step
 from jaxbptt.programs.hoist import hoisted
 from jaxbptt.programs.perturbed import Perturbed, PerturbedAdjoint, fit
-from jaxbptt.programs.program import arrays_of
 from jaxbptt.programs.trace import map_over_time
 from jaxbptt.scans.contraction import WeightGradient, step_types
 from jaxbptt.scans.flags import Flags, with_flags
@@ -75,9 +74,8 @@ class Pass:
     def forward(self, params: Any, init: Any, xs: Any, length: Any) -> tuple[tuple[Any, Any], Residuals]:
         """`lax.scan` that saves residuals: ((c_T, ys), residuals)."""
         forward = hoisted(self.adjoint.forward, params, init, at_one_step(xs))
-        (new_carry, y), residuals = forward.program.out_tree.unflatten(forward.program.results)
-        # The variables of the carry among the inputs: after those of params, before those of x.
-        carry = forward.program.inputs[len(arrays_of(params)) :][: len(jax.tree.leaves(init))]
+        (new_carry, y), residuals = forward.program.outputs
+        _, carry, _ = forward.program.arguments
         layout = Residuals.layout(residuals, y, carry, new_carry)
 
         def body(carry, x):
@@ -175,7 +173,7 @@ def _recursion(over_time: Pass, params: Any, residuals: Residuals, xs: Any, carr
 
     residuals_t, x, y_bar = at_one_step((jax.eval_shape(residuals.stacked), xs, ys_bar))
     backward = hoisted(step_back, params, residuals_t, x, carry_bar, y_bar)
-    _, deltas = backward.program.out_tree.unflatten(backward.program.results)
+    _, deltas = backward.program.outputs
     storage = stored_once(deltas)
 
     def body(carry_bar, at_t):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxbptt.along_time import at, at_one_step, filled, put, put_window, room, window
 from jaxbptt.array_types import as_weak_as
 from jaxbptt.programs.perturbed import fit
-from jaxbptt.programs.program import arrays_of, program
+from jaxbptt.programs.program import program
 from jaxbptt.scans import schedule
 from jaxbptt.scans.passes import BarAndSums, Bars, Pass, lengths_to_contract
 from jaxbptt.scans.residuals import Storage, stored_once
@@ -186,7 +186,10 @@ def _at_once(over_time: Pass, params: Any, xs: Any, ys_bar: Any) -> OverSegment:
 
 def _lean(over_time: Pass, params: Any, carry: Any, xs: Any, ys_bar: Any) -> OverSegment:
     """The same with a contraction at every step: all that is stored of a step is its carry, and residuals beyond that."""
-    adjoint, storage = over_time.adjoint, beside_carries(over_time, params, carry, xs)
+    adjoint = over_time.adjoint
+    traced = program(adjoint.forward, params, carry, at_one_step(xs))
+    (new_carry, _), residuals = traced.outputs
+    storage = stored_beside_carries(traced.arguments[1], new_carry, residuals)
 
     def forward(carry, t):
         (new_carry, _), residuals = adjoint.forward(params, carry, at(xs, t))
@@ -214,9 +217,6 @@ def _lean(over_time: Pass, params: Any, carry: Any, xs: Any, ys_bar: Any) -> Ove
     return over_segment
 
 
-def beside_carries(over_time: Pass, params: Any, carry: Any, xs: Any) -> Storage:
-    """Which residuals of a step to store where the carries before and after it are stored anyway."""
-    traced = program(over_time.adjoint.forward, params, carry, at_one_step(xs))
-    (new_carry, _), residuals = traced.out_tree.unflatten(traced.results)
-    inputs = traced.inputs[len(arrays_of(params)) :][: len(jax.tree.leaves(carry))]
-    return stored_once(residuals, carry=[*inputs, *jax.tree.leaves(new_carry)])
+def stored_beside_carries(carry: list[Any], new_carry: Any, residuals: Any) -> Storage:
+    """Which residuals to store where the carries before and after a step are stored anyway, from variables of its program."""
+    return stored_once(residuals, carry=[*carry, *jax.tree.leaves(new_carry)])
