@@ -18,6 +18,7 @@ from jaxbptt.programs.perturbed import everything
 from jaxbptt.programs.program import program
 from jaxbptt.programs.trace import trace
 from jaxbptt.scans.flags import Flags
+from jaxbptt.platforms import CHOICES, ELSEWHERE
 from jaxbptt.scans.passes import one_pass, segment_length
 from jaxbptt.scans.recurrence import prepare
 
@@ -51,13 +52,20 @@ def test_segments_with_and_without_a_rest(steps, batch):
     assert_close(gradients(bptt.adjoint_scan, cell.step, args), expected)
 
 
-def test_segment_lengths():
-    assert segment_length(jnp.zeros((32, 128)), 256) == 32
-    assert segment_length(jnp.zeros((1, 128)), 1024) == 512
-    assert segment_length(jnp.zeros((1000, 128)), 64) == 8
-    assert segment_length({"h": jnp.zeros(4), "c": jnp.zeros((4, 5))}, 10_000) == 250
-    assert segment_length(jnp.zeros(3), 7) == 7
-    assert segment_length(jnp.zeros(3), 0) == 1
+@pytest.mark.parametrize(
+    ("carry", "steps", "on_cpu"),
+    [
+        (jax.ShapeDtypeStruct((32, 128), float), 256, 32),
+        (jax.ShapeDtypeStruct((1, 128), float), 1024, 512),
+        (jax.ShapeDtypeStruct((1000, 128), float), 64, 8),
+        ({"h": jax.ShapeDtypeStruct((4,), float), "c": jax.ShapeDtypeStruct((4, 5), float)}, 10_000, 250),
+        (jax.ShapeDtypeStruct((3,), float), 7, 7),
+    ],
+)
+def test_segment_lengths(carry, steps, on_cpu):
+    assert segment_length(carry, steps, CHOICES["cpu"]) == on_cpu
+    assert segment_length(carry, steps, ELSEWHERE) == steps
+    assert segment_length(carry, 0, CHOICES["cpu"]) == segment_length(carry, 0, ELSEWHERE) == 1
 
 
 @pytest.mark.parametrize("name", ["gru", "lstm"])
@@ -463,10 +471,14 @@ def test_hoisting_keeps_broadcasts_inside():
 
 
 def equations_in_loops(jaxpr, inside=False):
+    """Of a program for CPU."""
     for eqn in jaxpr.eqns:
         if inside:
             yield eqn
-        for inner, _ in subjaxprs(eqn):
+        platforms = eqn.params.get("branches_platforms")
+        for i, (inner, _) in enumerate(subjaxprs(eqn)):
+            if platforms and "cpu" not in (platforms[i] or ()):
+                continue
             yield from equations_in_loops(inner, inside or eqn.primitive.name in ("scan", "while"))
 
 

@@ -4,6 +4,7 @@ Backward means: the recursion c̄ₜ ↦ c̄ₜ₋₁ alone in a loop, then one 
 and inputs. `adjoint_scan` runs one pass over the whole sequence, the other strategies run one over each of their segments.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from jax.export import is_symbolic_dim
 from jaxbptt.along_time import at, at_one_step, filled, window
 from jaxbptt.array_types import assumed_size
 from jaxbptt.cells.cell import Adjoint, Cell
+from jaxbptt.platforms import Choices, all_choices, by_platform
 from jaxbptt.programs.derived import DifferentiableStep, differentiable_step
 from jaxbptt.programs.hoist import hoisted
 from jaxbptt.programs.perturbed import Perturbed, PerturbedAdjoint, fit
@@ -92,12 +94,18 @@ class Pass:
 
         Returns them and the gradient of xs. `ys_bar` may have `Zeros` for leaves.
         """
-        segment = segment_length(init, length)
-        at_once, in_segments = partial(_at_once, self, length), partial(_in_segments, self, segment, length)
-        # The transpose of a read at a computed position is a write into zeros of all time steps, at every step. So
-        # derivatives go through the plain loop. A step that makes mutable arrays can't be inside a jax.custom_jvp.
-        plain = segment >= length or self.adjoint.mutates
-        back = at_once if plain else differentiated_as(at_once, in_segments)
+        at_once = partial(_at_once, self, length)
+
+        def chosen(choices):
+            segment = segment_length(init, length, choices)
+            return at_once if segment >= length else partial(_in_segments, self, segment, length)
+
+        # A step that makes mutable arrays can't be inside a jax.custom_jvp.
+        back = at_once if self.adjoint.mutates else by_platform(chosen)
+        if back is not at_once:
+            # The transpose of a read at a computed position is a write into zeros of all time steps, at every step. So
+            # derivatives go through the plain loop.
+            back = differentiated_as(at_once, back)
         (carry_bar, sums), xs_bar = back(params, bar_and_sums, residuals, xs, ys_bar)
         return (fit(carry_bar, init, self.adjoint.perturbed.carry, "init"), sums), xs_bar
 
@@ -141,28 +149,26 @@ def one_pass(
 def lengths_to_contract(carry: Any, *lengths: Any) -> set[Any]:
     """The distinct lengths that `Pass.back` contracts over when it runs over these lengths, for `Pass.prepared`."""
     found = set()
-    for length in lengths:
-        segment = segment_length(carry, length)
+    for length, choices in itertools.product(lengths, all_choices()):
+        segment = segment_length(carry, length, choices)
         # The whole length too: a second derivative contracts over all steps at once (`Pass.back`).
         found |= {segment, length % segment, length} if segment < length else {length}
     return found - {0} or {0}  # no time steps: one empty contraction, from which the sums get their shapes
 
 
-def segment_length(carry: Any, length: Any) -> Any:
-    """Time steps after which the weight gradient is added to, so that what a product reads is still in the cache.
+def segment_length(carry: Any, length: Any, choices: Choices) -> Any:
+    """Time steps after which the weight gradient is added to.
 
-    On CPU about as many as have 1,024 rows, but at least 8, half of the steps at most, and rather a divisor of them.
-    Measured against one product for all time steps, with 32 and 64 rows a step: 0.71 to 0.97 of the time for gru and
-    lstm, 0.81 to 1.2 for elman, and 0.67 of the bytes; 512 and 2,048 rows take up to 1.1 and 1.2 times as long. Not
-    measured on other backends, where few large products are the rule: there, and for a symbolic number of steps, all steps.
+    About as many as have `segment_rows` rows, but at least 8, half of the steps at most, and rather a divisor of them. All
+    steps where no number of rows is chosen, and for a symbolic number of steps.
     """
     if is_symbolic_dim(length):
         return length
-    if jax.default_backend() != "cpu":
+    if choices.segment_rows is None or length == 0:
         return max(length, 1)
     leaves = jax.tree.leaves(differentiable(carry))
     rows = max((math.prod(map(assumed_size, leaf.shape[:-1])) for leaf in leaves), default=1)
-    return divisor_near(length, max(min(1024 / max(rows, 1), length / 2), 8), within=4) if length else 1
+    return divisor_near(length, max(min(choices.segment_rows / max(rows, 1), length / 2), 8), within=4)
 
 
 def _recursion(over_time: Pass, params: Any, residuals: Residuals, xs: Any, carry_bar: Any, ys_bar: Any) -> Any:
