@@ -1,0 +1,52 @@
+r"""What is chosen by platform: one table, and what each entry was measured on.
+
+The platform is the one that JAX lowers a program for. While a program is traced it is not known: the default backend, an
+array's device and `jax.export(platforms=...)` can differ. So functions for all platforms are traced, and JAX takes one of
+them when it lowers the program.
+
+What is not here is the same on every platform, and was measured on CPUs alone: the forms of products (`cells/dense.py`) and
+of convolutions (`programs/program.py`), and one time step in an iteration of a loop, unless the user says `unroll=`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Choices(NamedTuple):
+    """What is chosen for one platform.
+
+    Attributes:
+        segment_rows: rows, time steps times batch, of one product of the weight gradient; `None` for all rows at once.
+    """
+
+    segment_rows: int | None
+
+
+# By the names that `jax.export` has for platforms: "cpu", "cuda", "rocm", "tpu".
+CHOICES = {
+    # So what a product reads is still in the cache. 2 cores, x86, jax 0.10 and 0.12, 32 and 64 rows a step, against all rows
+    # at once: 0.71 to 0.97 of the time for gru and lstm, 0.81 to 1.2 for elman, and 0.67 of the bytes. 512 and 2,048 rows
+    # take up to 1.1 and 1.2 times as long.
+    "cpu": Choices(segment_rows=1024),
+}
+# Not measured. Few large products are the rule on accelerators.
+ELSEWHERE = Choices(segment_rows=None)
+
+
+def all_choices() -> tuple[Choices, ...]:
+    """Those of every platform."""
+    return *CHOICES.values(), ELSEWHERE
+
+
+def by_platform(choose: Callable[[Choices], Callable[..., Any]]) -> Callable[..., Any]:
+    """The function that is `choose(choices)` for the choices of the platform that its program is lowered for.
+
+    All of them return arrays of the same types. Where `choose` returns the same object for all choices, it is that.
+    """
+    default = choose(ELSEWHERE)
+    others = {name: function for name, choices in CHOICES.items() if (function := choose(choices)) is not default}
+    if not others:
+        return default
+    return lambda *args: jax.lax.platform_dependent(*args, default=default, **others)
