@@ -11,6 +11,7 @@ from reference import assert_close, make_cell, problem, random_like
 import jaxbptt as bptt
 from jaxbptt.along_time import at
 from jaxbptt.analysis.cost import count_flops
+from jaxbptt.platforms import CHOICES, ELSEWHERE
 from jaxbptt.programs.evaluate import subjaxprs
 from jaxbptt.programs.hoist import hoisted, last_moves
 from jaxbptt.programs.linearized import linearized
@@ -18,7 +19,6 @@ from jaxbptt.programs.perturbed import everything
 from jaxbptt.programs.program import program
 from jaxbptt.programs.trace import trace
 from jaxbptt.scans.flags import Flags
-from jaxbptt.platforms import CHOICES, ELSEWHERE
 from jaxbptt.scans.passes import one_pass, segment_length
 from jaxbptt.scans.recurrence import prepare
 
