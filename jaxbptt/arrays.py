@@ -67,8 +67,9 @@ def is_number(value: Any, above: float, below: float = float("inf")) -> bool:
 
 def is_floating(dtype: Any, kind: Any = jnp.floating) -> bool:
     """Whether a value names a floating-point dtype. `None` and an array do not, though `jnp.dtype` reads them as one."""
+    is_array = not isinstance(dtype, type) and getattr(dtype, "ndim", 0)  # numpy's types have an attribute `ndim` too
     try:
-        return dtype is not None and not getattr(dtype, "ndim", 0) and bool(jnp.issubdtype(jnp.dtype(dtype), kind))
+        return dtype is not None and not is_array and bool(jnp.issubdtype(jnp.dtype(dtype), kind))
     except TypeError:
         return False
 

@@ -90,6 +90,12 @@ def test_forget_bias():
         assert not np.any([i, g, o])
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.dtype("float32"), "float32", jnp.float32, jnp.dtype("float32")])
+def test_names_of_a_dtype(dtype):
+    cell = bptt.lstm(3, 4, dtype=dtype, compute_dtype=dtype)
+    assert cell.initial_carry().h.dtype == cell.init(jax.random.key(0)).b.dtype == "float32"
+
+
 def test_dtype_and_shapes():
     for name in CELLS:
         cell = make_cell(name, jnp.float32)
