@@ -112,6 +112,9 @@ def main():
     parser.add_argument("--parts", default=",".join(PARTS), help="some of them")
     options = parser.parse_args()
     parts = options.parts.split(",")
+    unknown = [name for name in parts if name not in PARTS]
+    if unknown:
+        parser.error(f"{unknown[0]} is no part: pass some of {','.join(PARTS)}.")
     if "parallel" in parts and not (HERE / "parallel.py").exists():
         parts.remove("parallel")
 
