@@ -24,6 +24,7 @@ import jaxbptt as bptt
 STRATEGIES = {
     "scan": bptt.scan,
     "adjoint_scan": bptt.adjoint_scan,
+    "adjoint_scan, unroll=4": partial(bptt.adjoint_scan, unroll=4),
     "adjoint_scan (derived)": lambda cell, *args: bptt.adjoint_scan(cell.step, *args),
     "checkpointed_scan": bptt.checkpointed_scan,
 }
@@ -170,7 +171,8 @@ def compiled(cell, scan, steps, batch, device=None):
     args = jax.eval_shape(lambda: (cell.init(jax.random.key(0)), cell.initial_carry((batch,))))
     args = *args, jax.ShapeDtypeStruct((steps, batch, features), jnp.float32)
     sharding = None if device is None else jax.sharding.SingleDeviceSharding(device)
-    return jax.jit(jax.grad(loss), in_shardings=sharding, out_shardings=sharding).lower(*args).compile().as_text()
+    gradient = jax.jit(jax.grad(loss), in_shardings=sharding, out_shardings=sharding)
+    return gradient.lower(*args).compile().as_text() or ""
 
 
 def h100():
@@ -183,33 +185,35 @@ def h100():
 
 
 def main():
-    import harness  # the counter above is also used where this folder is not on the path
+    import harness  # not above: what imports the counter may not have this folder on its path
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--h100", action="store_true", help="compile for an H100, which need not be there")
-    parser.add_argument("--quick", action="store_true", help="one small cell, to check that it runs; writes nothing")
+    parser.add_argument("--quick", action="store_true", help="small, to check that it runs; writes nothing")
     options = parser.parse_args()
     device = h100() if options.h100 else None
-    cells = {"elman": bptt.elman} if options.quick else CELLS
     steps, batch, hidden = (32, 4, 8) if options.quick else (256, 64, 256)
 
     rows = []
-    for name, make in cells.items():
+    for name, make in CELLS.items():
         for strategy, scan in STRATEGIES.items():
-            found = list(innermost(loops(compiled(make(hidden, hidden), scan, steps, batch, device))))
-            forward, *recomputed, backward = found
-            rows.append([name, strategy, *[" + ".join(str(loop.kernels) for loop in part) or "–"
-                         for part in ([forward], recomputed, [backward])]])
-            print(*rows[-1], flush=True)
-    head = ["cell", "strategy", "forward", "recomputed", "backward"]
-    kind = "H100, compiled for it without it" if options.h100 else harness.machine()
-    text = f"""# Kernels that a time step starts
-
-Gradient of the params, {batch} rows, {hidden} inputs, {hidden} units, {steps} steps, float32. For {kind}, jax {jax.__version__}.
-
-{harness.table(head, rows)}
-"""
+            found = innermost(loops(compiled(make(hidden, hidden), scan, steps, batch, device)))
+            steps_at_once = scan.keywords["unroll"] if isinstance(scan, partial) else 1
+            forward, *recomputed, backward = (f"{loop.kernels / steps_at_once:.3g}" for loop in found)
+            rows.append([name, strategy, forward, *(recomputed or ["–"]), backward])
+    lines = [
+        "# Kernels that a time step starts",
+        "",
+        f"{harness.machine()}{', compiled for an ' + device.device_kind if device else ''}. Gradient of the params, float32, "
+        f"{batch} rows, {hidden} inputs, {hidden} units, {steps} steps.",
+        "",
+        harness.table(["cell", "strategy", "forward", "forward, recomputed", "backward"], rows),
+    ]
+    text = "\n".join(lines) + "\n"
     print(text)
+    if not options.quick:
+        kind = "h100" if options.h100 else jax.default_backend()
+        (harness.RESULTS / f"kernels_{kind}_jax_{jax.__version__}.md").write_text(text)
 
 
 if __name__ == "__main__":
