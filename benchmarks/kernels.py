@@ -204,8 +204,8 @@ def main():
     lines = [
         "# Kernels that a time step starts",
         "",
-        f"{harness.machine()}{', compiled for an ' + device.device_kind if device else ''}. Gradient of the params, float32, "
-        f"{batch} rows, {hidden} inputs, {hidden} units, {steps} steps.",
+        f"{harness.machine()}{', compiled for an ' + device.device_kind if device else ''}. Gradient of the params, "
+        f"float32, {batch} rows, {hidden} inputs, {hidden} units, {steps} steps.",
         "",
         harness.table(["cell", "strategy", "forward", "forward, recomputed", "backward"], rows),
     ]
