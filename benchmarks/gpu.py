@@ -43,6 +43,7 @@ PARTS = {
     "long": Part("Long sequences", 3.0),
     "parallel": Part("Sequential and parallel in time", 2.0),
     "choices": Part("Choices for this platform: segments and unroll", 2.0),
+    "kernels": Part("Kernels that a time step starts", 1.0),
     "analysis": Part("Spectra", 1.5),
     "suite": Part("The test suite", 3.0),
 }

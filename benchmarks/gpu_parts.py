@@ -19,6 +19,7 @@ from typing import NamedTuple
 import harness
 import jax
 import jax.numpy as jnp
+import kernels
 import layers
 import long_sequences
 import numpy as np
@@ -364,6 +365,12 @@ def choices(quick):
                 )
 
 
+def kernels_part(quick):
+    """What a time step starts in the program compiled for this device."""
+    for row in kernels.counted(*((32, 4, 8) if quick else (256, 64, 256))):
+        yield "", dict(zip(kernels.HEAD, row, strict=True))
+
+
 # --- analysis and tests
 
 
@@ -400,6 +407,7 @@ PARTS = {
     "long": long,
     "parallel": parallel,
     "choices": choices,
+    "kernels": kernels_part,
     "analysis": analysis,
     "suite": suite,
 }

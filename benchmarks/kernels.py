@@ -184,6 +184,19 @@ def h100():
     return topology.devices[0]
 
 
+HEAD = ("cell", "strategy", "forward", "forward, recomputed", "backward")
+
+
+def counted(steps, batch, hidden, device=None):
+    """A row of kernels per time step for each cell and strategy, under `HEAD`."""
+    for name, make in CELLS.items():
+        for strategy, scan in STRATEGIES.items():
+            found = innermost(loops(compiled(make(hidden, hidden), scan, steps, batch, device)))
+            steps_at_once = scan.keywords["unroll"] if isinstance(scan, partial) else 1
+            forward, *recomputed, backward = (f"{loop.kernels / steps_at_once:.3g}" for loop in found)
+            yield name, strategy, forward, *(recomputed or ["–"]), backward
+
+
 def main():
     import harness  # not above: what imports the counter may not have this folder on its path
 
@@ -194,20 +207,13 @@ def main():
     device = h100() if options.h100 else None
     steps, batch, hidden = (32, 4, 8) if options.quick else (256, 64, 256)
 
-    rows = []
-    for name, make in CELLS.items():
-        for strategy, scan in STRATEGIES.items():
-            found = innermost(loops(compiled(make(hidden, hidden), scan, steps, batch, device)))
-            steps_at_once = scan.keywords["unroll"] if isinstance(scan, partial) else 1
-            forward, *recomputed, backward = (f"{loop.kernels / steps_at_once:.3g}" for loop in found)
-            rows.append([name, strategy, forward, *(recomputed or ["–"]), backward])
     lines = [
         "# Kernels that a time step starts",
         "",
         f"{harness.machine()}{', compiled for an ' + device.device_kind if device else ''}. Gradient of the params, "
         f"float32, {batch} rows, {hidden} inputs, {hidden} units, {steps} steps.",
         "",
-        harness.table(["cell", "strategy", "forward", "forward, recomputed", "backward"], rows),
+        harness.table(HEAD, list(counted(steps, batch, hidden, device))),
     ]
     text = "\n".join(lines) + "\n"
     print(text)
