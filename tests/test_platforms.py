@@ -131,6 +131,21 @@ def test_one_program_for_cpu_and_gpu_has_the_same_numbers():
     assert_close(program.call(*args), jax.jit(gradients)(*args))
 
 
+def test_choices_are_those_of_the_platform_that_is_lowered_for():
+    """On a CPU the weight gradient is added up over segments, in a loop around that over time steps."""
+    cell, args, _ = of_cell("elman")
+
+    def loops(*platforms):
+        return (
+            lowered(value_and_gradients(bptt.adjoint_scan, cell, {}), *args, platforms=platforms)
+            .mlir_module()
+            .count("stablehlo.while")
+        )
+
+    assert [loops(platform) for platform in ("cpu", *PLATFORMS)] == [4, 2, 2, 2]  # and one for what is left over
+    assert loops("cpu", "cuda") == 1 + 3 + 1  # the forward pass is the same
+
+
 # Training
 
 
