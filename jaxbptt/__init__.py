@@ -48,6 +48,7 @@ from jaxbptt.network import NetworkParams as NetworkParams
 from jaxbptt.network import network as network
 from jaxbptt.scans.adjoint import adjoint_scan as adjoint_scan
 from jaxbptt.scans.checkpointed import checkpointed_scan as checkpointed_scan
+from jaxbptt.scans.cudnn import cudnn_scan as cudnn_scan
 from jaxbptt.scans.exact import scan as scan
 from jaxbptt.scans.schedule import checkpoint_schedule as checkpoint_schedule
 from jaxbptt.scans.truncated import truncated_scan as truncated_scan

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_contract_names():
     names = "Cell Adjoint elman gru lstm stack network scan adjoint_scan losses state_jacobians jacobian_products"
-    names += " truncated_scan windowed_scan checkpointed_scan checkpoint_schedule surviving_paths plan"
+    names += " truncated_scan windowed_scan checkpointed_scan cudnn_scan checkpoint_schedule surviving_paths plan"
     names += " tbptt streams tasks sharding TrainState Chunk"
     names += " gradient_flow lag_contributions certify compare_gradients ElmanParams GRUParams LSTMParams LSTMState"
     assert [name for name in names.split() if not hasattr(bptt, name)] == []
@@ -85,7 +85,7 @@ ALLOWED = {
     "textbook": ("cells", "network"),
     "reports": ("analysis", "cells", "network", "plots", "tasks", "textbook", "training"),
 }
-STRATEGIES = ("exact", "adjoint", "truncated", "windowed", "checkpointed")
+STRATEGIES = ("exact", "adjoint", "truncated", "windowed", "checkpointed", "cudnn")
 
 
 def imports_of(file):

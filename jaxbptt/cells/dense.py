@@ -125,6 +125,19 @@ def with_sizes(step: Callable[..., Any], input_size: int, output_size: int) -> C
     return step
 
 
+def with_lstm_layers(step: Callable[..., Any], layers: tuple[tuple[int, int], ...]) -> Callable[..., Any]:
+    """The step of an `lstm` that rounds nothing, or of a stack of them, with the sizes of each layer attached."""
+    step.__dict__["lstm_layers"] = step, layers
+    return step
+
+
+def lstm_layers(step: Callable[..., Any]) -> tuple[tuple[int, int], ...] | None:
+    """(input_size, hidden_size) of each layer, lowest first, where a step is that of an `lstm` or of a stack of them."""
+    # functools.wraps copies what is attached to another function.
+    owner, layers = getattr(step, "lstm_layers", (None, None))
+    return layers if owner is step else None
+
+
 def check_dtype(dtype: Any) -> None:
     """Raise unless the dtype is one of floating-point numbers."""
     if not is_floating(dtype, jnp.inexact):

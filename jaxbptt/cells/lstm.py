@@ -165,4 +165,6 @@ def lstm(
         return params_bar, products.back(deltas, params.W_xh)
 
     step = dense.with_sizes(step, input_size, hidden_size)
+    if compute_dtype is None:
+        step = dense.with_lstm_layers(step, ((input_size, hidden_size),))
     return Cell(init, initial_carry, step, Adjoint(forward, backward, contract))

@@ -81,6 +81,9 @@ def stack(*cells: Cell) -> Cell:
     adjoint = _stacked_adjoint(adjoints, check) if len(adjoints) == len(cells) else None
     if sizes[0] and sizes[-1]:
         step = dense.with_sizes(step, sizes[0][0], sizes[-1][1])
+    lstms = [layers for cell in cells if (layers := dense.lstm_layers(cell.step))]
+    if len(lstms) == len(cells):
+        step = dense.with_lstm_layers(step, tuple(itertools.chain(*lstms)))
     return Cell(init, initial_carry, step, adjoint)
 
 

@@ -87,9 +87,9 @@ def _check(r: Recurrence, flags: Flags) -> tuple[Any, Any, Any]:
     """The inputs with their flags, the carry to reset to, and the pair of carry and input for padded steps."""
     is_first, valid, reset_carry = flags
     if valid is not None:
-        valid = _check_flags("valid", valid, r)
+        valid = check_flags("valid", valid, r)
     if is_first is not None:
-        is_first = _check_flags("is_first", is_first, r)
+        is_first = check_flags("is_first", is_first, r)
         reset_carry = _check_reset_carry(reset_carry, r.init, is_first.shape[1:])
         if valid is not None and is_first.shape != valid.shape:
             raise ValueError(
@@ -136,7 +136,7 @@ def _padding(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> tupl
     return jax.lax.stop_gradient((jax.tree.map(in_every_row, carry), jax.tree.map(of_a_step, r.xs)))
 
 
-def _check_flags(flags_name: str, flags: Any, r: Recurrence) -> Any:
+def check_flags(flags_name: str, flags: Any, r: Recurrence) -> Any:
     """`is_first` or `valid` as an array of flags `[time, *batch]`, or an error that says what it should be."""
     flags = as_arrays(flags_name, flags)
     if flags.dtype != jnp.bool_:

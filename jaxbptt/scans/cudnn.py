@@ -1,0 +1,264 @@
+r"""An LSTM over all time steps in one call of cuDNN, through `jax.experimental.rnn`: on CUDA only, in float32 only.
+
+cuDNN's gates are those of `lstm`, in the same order. Here its arguments are made from ours by operations that JAX
+differentiates, and what it can't do is refused. Some of that shows only when a program is transformed or lowered. So all
+arrays that go into the call pass an identity, a primitive whose rules raise.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.experimental import rnn
+from jax.export import is_symbolic_dim
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jaxbptt.along_time import at_one_step
+from jaxbptt.cells import dense
+from jaxbptt.cells.cell import Cell, step_of
+from jaxbptt.cells.lstm import LSTMState
+from jaxbptt.programs.flagged import select_rows
+from jaxbptt.scans.flags import check_flags
+from jaxbptt.scans.recurrence import Recurrence, as_arrays, prepare
+from jaxbptt.trees import name
+
+Layers = tuple[tuple[int, int], ...]  # (input_size, hidden_size), lowest layer first
+
+
+def cudnn_scan(
+    step: Callable[..., Any] | Cell,
+    params: Any,
+    init: Any,
+    xs: Any = None,
+    *,
+    length: int | None = None,
+    valid: Any = None,
+    **unsupported: Any,
+) -> tuple[Any, Any]:
+    r"""`scan` of an `lstm`, or of a `stack` of them, by cuDNN: one call for all time steps, on CUDA only.
+
+    hₜ, cₜ = LSTM(θ, hₜ₋₁, cₜ₋₁, xₜ),  yₜ = hₜ,  t = 1 … T
+
+    Exact: full BPTT, up to rounding. Time O(T) steps in one call each for the forward and the backward pass; memory O(T n) a
+    row and layer, which cuDNN keeps for its backward pass. Around the call xs and ys are transposed, and the weights copied.
+
+    Products are rounded to TF32, 10 bits of mantissa, unless `jax.default_matmul_precision` says "highest" or "float32".
+    "bfloat16" is refused by JAX.
+
+    Only in reverse mode, and once: cuDNN's backward pass has no derivative. `jax.vmap` is refused: rows are batch axes of
+    init and xs, any number of them.
+
+    Args:
+        step: a `Cell` that `lstm` made, without `compute_dtype`, or a `stack` of such with one hidden size.
+        params: θ, as the cell's `init` makes them, float32.
+        init: c₀, float32.
+        xs: inputs `[time, *batch, features]`, float32.
+        length: T, if given.
+        valid: as `scan`, but padding stands at the end of each row only: True … True False … False. Known values are
+            checked; of traced ones, as under `jax.jit`, a row of another form gets nan in its outputs and its last carry,
+            and makes the gradient nan.
+        **unsupported: `is_first`, `reset_carry`, `unroll` and other options of strategies, which are refused.
+
+    Returns:
+        c_T, and the yₜ stacked on a leading time axis.
+
+    Raises:
+        ValueError: layers of unequal hidden size, padding before a valid step, a jaxlib without cuDNN, a size that
+            `jax.export` leaves open; when it is lowered, another platform than CUDA; and as `scan`.
+        TypeError: a step that is not of an `lstm`, other dtypes than float32, another option; forward-mode and second
+            derivatives, `jax.vmap`; and as `scan`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import jaxbptt as bptt
+        >>> cell = bptt.lstm(3, 4)
+        >>> params, carry, xs = cell.init(jax.random.key(0)), cell.initial_carry((2,)), jnp.ones((50, 2, 3))
+        >>> on_cuda = "cuda" in jax.devices()[0].client.platform_version
+        >>> scan = bptt.cudnn_scan if on_cuda else bptt.adjoint_scan
+        >>> gradient = jax.grad(lambda params: jnp.mean(scan(cell, params, carry, xs)[1] ** 2))(params)
+        >>> gradient.W_hh.shape
+        (16, 4)
+
+    References:
+        Appleyard, Kočiský and Blunsom, Optimizing performance of recurrent neural networks on GPUs, 2016,
+        arXiv:1604.01946.
+    """
+    layers = _layers_of(step)
+    given = [option for option, value in unsupported.items() if value is not None]
+    if given:
+        raise TypeError(
+            f"cudnn_scan has no {' or '.join(given)}: cuDNN runs each row from its first step to its last in one call. Use "
+            "adjoint_scan; or, where is_first says only that every row begins with a new sequence, pass is_first=None and "
+            "the reset carry as init."
+        )
+    r = prepare(step, params, init, xs, length, valid)
+    r = r._replace(params=as_arrays("params", r.params))
+    _check_float32(params=r.params, init=r.init, xs=r.xs)
+    _, y = jax.eval_shape(r.step, r.params, r.init, at_one_step(r.xs))  # the cell's own checks of shapes
+    sizes = r.length, *y.shape
+    if any(map(is_symbolic_dim, sizes)):
+        raise ValueError(
+            f"cudnn_scan can't leave sizes open, but ys would have shape {sizes}: cuDNN is asked for its memory while JAX "
+            "traces. Export it with fixed numbers of time steps and rows, or use adjoint_scan."
+        )
+    ends = None
+    if valid is not None:
+        valid, ends = _check_padding(valid, r, y.ndim)
+    if 0 in sizes:
+        return r.init, jnp.zeros(sizes, y.dtype)
+    if not hasattr(getattr(rnn, "gpu_rnn", None), "compute_rnn_workspace_reserve_space_sizes"):
+        raise ValueError(
+            "cudnn_scan needs cuDNN, and this installation of jaxlib has none: install jax[cuda12] or jax[cuda13] on a "
+            "machine with an NVIDIA GPU, or use adjoint_scan, which runs everywhere."
+        )
+    if valid is None:
+        return _run(layers, r.params, r.init, r.xs, jnp.full(y.shape[:-1], r.length, jnp.int32))
+
+    # Padding is replaced, not multiplied by 0, which would keep a nan. A row of padding alone runs one step on zeros.
+    zero = jnp.zeros((), y.dtype)
+    lengths = valid.sum(axis=0, dtype=jnp.int32)
+    starts = lengths > 0
+    init = jax.tree.map(lambda leaf: select_rows(starts, leaf, zero), r.init)
+    lengths = jnp.expand_dims(jnp.maximum(lengths, 1), range(lengths.ndim, y.ndim - 1))
+    lengths = jnp.broadcast_to(lengths, y.shape[:-1])
+    carry, ys = _run(layers, r.params, init, select_rows(valid, r.xs, zero), lengths)
+    carry, ys = select_rows(starts, carry, r.init), select_rows(valid, ys, zero)
+    if ends is None:
+        return carry, ys
+    # A factor, not a selection: its nan gets into the gradient as well.
+    factor = jnp.where(ends, zero + 1, jnp.nan)
+
+    def times(leaf, factor):
+        return leaf * jnp.expand_dims(factor, range(factor.ndim, leaf.ndim))
+
+    return jax.tree.map(lambda leaf: times(leaf, factor), carry), times(ys, factor[None])
+
+
+def _run(layers: Layers, params: Any, init: Any, xs: Any, lengths: Any) -> tuple[Any, Any]:
+    """The last carry and the outputs of rows that have these lengths, by cuDNN."""
+    steps, *batch, features = xs.shape
+    rows, hidden = math.prod(batch), layers[0][1]
+    weights = jax.tree.leaves(params, is_leaf=lambda leaf: hasattr(leaf, "W_xh"))
+    states, treedef = jax.tree.flatten(init, is_leaf=lambda leaf: hasattr(leaf, "h"))
+    # cuDNN has two biases, which it adds, and puts the rows first.
+    matrices = [matrix.reshape(-1) for layer in weights for matrix in (layer.W_xh, layer.W_hh)]
+    biases = [bias for layer in weights for bias in (layer.b, jnp.zeros_like(layer.b))]
+    operands = (
+        xs.reshape(steps, rows, features).swapaxes(0, 1),
+        jnp.stack([state.h.reshape(rows, hidden) for state in states]),
+        jnp.stack([state.c.reshape(rows, hidden) for state in states]),
+        jnp.concatenate(matrices + biases),
+    )
+    config: Any = jax.config
+    outputs: Any = rnn.lstm(
+        *map(_marked, operands),
+        lengths.reshape(rows),
+        input_size=features,
+        hidden_size=hidden,
+        num_layers=len(layers),
+        dropout=0.0,
+        bidirectional=False,
+        # By default JAX reads it in each pass, and its user may have changed it in between.
+        precision=config.jax_default_matmul_precision,
+    )
+    ys, h, c = map(_marked, outputs)
+    carry = [LSTMState(*(leaf[i].reshape(*batch, hidden) for leaf in (h, c))) for i in range(len(layers))]
+    return treedef.unflatten(carry), ys.swapaxes(0, 1).reshape(steps, *batch, hidden)
+
+
+def _layers_of(step: Any) -> Layers:
+    layers = dense.lstm_layers(step_of(step)) if isinstance(step, Cell) else None
+    if layers is None:
+        kind = "Cell that is none of these" if isinstance(step, Cell) else type(step_of(step)).__name__
+        raise TypeError(
+            "cudnn_scan runs a Cell that lstm(...) made, without compute_dtype, or a stack(...) of such: cuDNN computes "
+            f"nothing else, and this step is a {kind}. Use adjoint_scan, which takes any step."
+        )
+    sizes = [hidden for _, hidden in layers]
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"The layers of the stack have hidden sizes {sizes}, but cuDNN runs layers of one hidden size: use "
+            "adjoint_scan, or make them equal."
+        )
+    return layers
+
+
+def _check_float32(**arguments: Any) -> None:
+    for root, tree in arguments.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if leaf.dtype != jnp.float32:
+                raise TypeError(
+                    f"{name(root, path)} has dtype {leaf.dtype}, but JAX's binding of cuDNN computes in float32 alone: pass "
+                    "params, init and xs in float32, or use adjoint_scan."
+                )
+
+
+def _check_padding(valid: Any, r: Recurrence, axes: int) -> tuple[Any, Any]:
+    """`valid` as an array; and where its values aren't known yet, whether padding stands at the end of each row."""
+    flags = check_flags("valid", valid, r)
+    if flags.ndim > axes:
+        raise ValueError(
+            f"valid has shape {flags.shape}, which says more than which steps of a row are padding: pass [time, *batch]."
+        )
+    if isinstance(valid, Tracer):
+        return flags, ~(flags[1:] & ~flags[:-1]).any(axis=0)
+    known = np.asarray(valid)  # what was given: under `jax.jit` a new array of it is traced
+    late = np.argwhere(known[1:] & ~known[:-1])
+    if late.size:
+        t, *row = late[0].tolist()
+        raise ValueError(
+            f"valid has padding before a valid step: step {t + 1} of row {tuple(row)} is valid and step {t} is not (counted "
+            "from 0). cuDNN takes padding at the end of each row only: move it there, or use adjoint_scan."
+        )
+    return flags, None
+
+
+# What is differentiated twice, mapped, or lowered for another platform than CUDA raises as it passes this identity.
+_array_p = Primitive("cudnn_scan_array")
+# And its tangents this one, which can be transposed, as reverse mode does, but not computed.
+_tangent_p = Primitive("cudnn_scan_tangent")
+
+
+@jax.custom_jvp
+def _marked(array: Any) -> Any:
+    return _array_p.bind(array)
+
+
+@_marked.defjvp
+def _marked_jvp(primals: Any, tangents: Any) -> Any:
+    return _array_p.bind(*primals), _tangent_p.bind(*tangents)
+
+
+def _refuse(error: type[Exception], message: str) -> Callable[..., Any]:
+    def rule(*_: Any, **__: Any) -> Any:
+        raise error(f"cudnn_scan {message}")
+
+    return rule
+
+
+_array_p.def_impl(lambda array: jax.jit(_array_p.bind)(array))
+_array_p.def_abstract_eval(lambda array: array)
+mlir.register_lowering(_array_p, lambda _, array: [array], platform="cuda")
+_OTHER_PLATFORM = "runs on CUDA, and is lowered for another platform: use adjoint_scan, which runs everywhere."
+mlir.register_lowering(_array_p, _refuse(ValueError, _OTHER_PLATFORM))
+_MAPPED = (
+    "can't be mapped (jax.vmap, jacrev), since cuDNN's call can't: let rows be batch axes of init and xs, "
+    "[time, *batch, features], or map adjoint_scan."
+)
+batching.primitive_batchers[_array_p] = _refuse(TypeError, _MAPPED)
+_TWICE = "is differentiated twice, but cuDNN's backward pass has no derivative: use adjoint_scan, or scan."
+ad.primitive_jvps[_array_p] = _refuse(TypeError, _TWICE)
+
+_refuse_forward_mode = _refuse(
+    TypeError, "has no forward-mode derivative (jvp, jacfwd, linearize): use jaxbptt.scan, which has both modes."
+)
+_tangent_p.def_impl(_refuse_forward_mode)
+_tangent_p.def_abstract_eval(lambda tangent: tangent)
+mlir.register_lowering(_tangent_p, _refuse_forward_mode)
+batching.primitive_batchers[_tangent_p] = _refuse_forward_mode
+ad.deflinear2(_tangent_p, lambda cotangent, _: [_array_p.bind(cotangent)])
