@@ -35,10 +35,10 @@ VALID = np.arange(T)[:, None] < LENGTHS
 def cudnn_here(monkeypatch):
     """cuDNN's call runs on the CPU, as JAX's reference implementation."""
 
-    def lstm(x, h_0, c_0, weights, seq_lengths, *, precision, **sizes):
-        names = "input_size", "hidden_size", "num_layers", "bidirectional"
-        unpacked = rnn.unpack_lstm_weights(weights, *(sizes[name] for name in names))
-        return rnn.lstm_ref(x, h_0, c_0, *unpacked, seq_lengths, *sizes.values())
+    def lstm(x, h_0, c_0, weights, seq_lengths, *sizes, dropout, bidirectional, precision):
+        weights = jnp.where((seq_lengths > 0).all(), weights, jnp.nan)  # cuDNN's manual wants a step in every row
+        unpacked = rnn.unpack_lstm_weights(weights, *sizes, bidirectional)
+        return rnn.lstm_ref(x, h_0, c_0, *unpacked, seq_lengths, *sizes, dropout, bidirectional)
 
     monkeypatch.setattr(rnn, "gpu_rnn", SimpleNamespace(**{SIZES: None}))
     monkeypatch.setattr(rnn, "lstm", lstm)
@@ -86,12 +86,17 @@ CASES = {
 }
 
 
+def nan_unless(flags, leaf):
+    return jnp.where(flags.reshape(flags.shape + (1,) * (leaf.ndim - flags.ndim)), leaf, jnp.nan)
+
+
 def compare(cell, batch, valid):
     """Outputs of `cudnn_scan` and `scan`, and the gradients of everything; with padding, of known and of traced flags."""
     args, options = arguments(cell, batch), {}
     if valid is not None:
-        padded = ~np.broadcast_to(valid.reshape(valid.shape + (1,) * (args["xs"].ndim - valid.ndim)), args["xs"].shape)
-        args["xs"], options = jnp.where(padded, jnp.nan, args["xs"]), {"valid": valid}
+        options["valid"] = valid
+        args["xs"] = nan_unless(valid, args["xs"])
+        args["init"] = jax.tree.map(partial(nan_unless, valid.any(axis=0)), args["init"])
 
     def run(scan, args, options):
         return gradient_of(partial(loss, scan, cell, **options), args, tuple(args), has_aux=True)
@@ -111,23 +116,16 @@ def test_equals_scan(case):
 @pytest.mark.usefixtures("cudnn_here")
 def test_traced_padding_before_a_valid_step_is_nan():
     args = arguments(CELL, (3,))
-    valid = jnp.asarray(VALID).at[:, 1].set(jnp.array([True, False, True, False, False]))
-
-    def weighted(row, params, init, xs, valid):
-        carry, ys = bptt.cudnn_scan(CELL, params, init, xs, valid=valid)
-        return jnp.sum(ys[:, row]) + jnp.sum(carry.h[row]), (carry, ys)
-
+    run = lambda params, init, xs, valid: loss(bptt.cudnn_scan, CELL, params, init, xs, valid=valid)
+    valid = VALID.copy()
+    valid[:, 1] = [True, False, True, False, False]
     with pytest.raises(ValueError, match=r"step 2 of row \(1,\) is valid and step 1 is not"):
-        weighted(0, **args, valid=valid)
-    run = jax.jit(jax.grad(weighted, argnums=(1, 2, 3), has_aux=True))
-    # Also where the loss uses another row.
-    for row in (0, 1):
-        (params_bar, init_bar, xs_bar), (carry, ys) = run(row, *args.values(), valid)
-        for leaf in (carry.h, carry.c, ys.swapaxes(0, 1)):
-            assert np.isnan(leaf[1]).all()
-            assert np.isfinite(leaf[jnp.array([0, 2])]).all()
-        for leaf in (params_bar.W_xh, params_bar.W_hh, params_bar.b, init_bar.h[1], xs_bar[0, 1]):
-            assert np.isnan(leaf).all()
+        run(**args, valid=valid)
+    result = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True))(*args.values(), valid)
+    assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(result[0]))
+    *bars, xs_bar = jax.tree.leaves(result[1])
+    assert all(np.isnan(leaf).all() for leaf in bars)
+    assert np.isnan(xs_bar[valid]).all()
 
 
 @pytest.mark.usefixtures("cudnn_here")
@@ -168,6 +166,20 @@ def calls(program):
         (target, eval(descriptor), re.findall(r"tensor<(.*?)>", operands))
         for target, descriptor, operands in (match.groups() for match in found)
     ]
+
+
+@pytest.mark.usefixtures("cudnn_lowers")
+def test_lowers_under_shard_map():
+    args = arguments(CELL, (2,))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("rows",))
+    rows, steps = jax.P("rows"), jax.P(None, "rows")
+
+    def total(params, init, xs):
+        run = partial(bptt.cudnn_scan, CELL)
+        options = {"in_specs": (jax.P(), rows, steps), "out_specs": (rows, steps), "check_vma": False}
+        return jnp.sum(jax.shard_map(run, mesh=mesh, **options)(params, init, xs)[1])
+
+    assert len(calls(exported(jax.grad(total), *args.values()))) == 2
 
 
 def exported(function, *args, platforms=("cuda",)):
@@ -321,6 +333,18 @@ def test_refused(change, error, message):
         args[name] = jax.tree.map(lambda leaf, to=value: leaf.astype(to), args[name]) if cast else value
     with pytest.raises(error, match=message):
         bptt.cudnn_scan(**args)
+
+
+def test_devices_in_types_are_refused():
+    args = arguments(CELL, (2,))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("rows",))
+    run = lambda params, init, xs, valid: bptt.cudnn_scan(CELL, params, init, xs, valid=valid)
+    message = r"types name devices.*split rows by jax\.shard_map\(\.\.\., check_vma=False\)"
+    for varies in range(4):
+        specs = tuple(jax.P("rows") if i == varies else jax.P() for i in range(4))
+        mapped = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=jax.P("rows"))
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(mapped, *args.values(), VALID[:, :2])
 
 
 def test_open_sizes_are_refused():

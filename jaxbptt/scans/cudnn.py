@@ -19,6 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jaxbptt.along_time import at_one_step
+from jaxbptt.array_types import is_on_devices
 from jaxbptt.cells import dense
 from jaxbptt.cells.cell import Cell, step_of
 from jaxbptt.cells.lstm import LSTMState
@@ -42,16 +43,14 @@ def cudnn_scan(
 ) -> tuple[Any, Any]:
     r"""`scan` of an `lstm`, or of a `stack` of them, by cuDNN: one call for all time steps, on CUDA only.
 
-    hₜ, cₜ = LSTM(θ, hₜ₋₁, cₜ₋₁, xₜ),  yₜ = hₜ,  t = 1 … T
+    cₜ, yₜ = step(θ, cₜ₋₁, xₜ),  t = 1 … T
 
-    Exact: full BPTT, up to rounding. Time O(T) steps in one call each for the forward and the backward pass; memory O(T n) a
-    row and layer, which cuDNN keeps for its backward pass. Around the call xs and ys are transposed, and the weights copied.
+    Exact: full BPTT, in float32. Time O(T) steps, in one call each for the forward and the backward pass; memory O(T n), a
+    buffer that cuDNN keeps for its backward pass. Outside the calls weights are copied, and xs and ys transposed.
 
-    Products are rounded to TF32, 10 bits of mantissa, unless `jax.default_matmul_precision` says "highest" or "float32".
-    "bfloat16" is refused by JAX.
-
-    Only in reverse mode, and once: cuDNN's backward pass has no derivative. `jax.vmap` is refused: rows are batch axes of
-    init and xs, any number of them.
+    The factors of products are rounded to TF32, with 10 bits after the point, unless `jax.default_matmul_precision` says
+    "highest" or "float32"; "bfloat16" is refused by JAX. Derivatives are in reverse mode and of first order alone, since
+    cuDNN's backward pass has none. Rows are batch axes of init and xs, any number of them; `jax.vmap` is refused.
 
     Args:
         step: a `Cell` that `lstm` made, without `compute_dtype`, or a `stack` of such with one hidden size.
@@ -60,8 +59,7 @@ def cudnn_scan(
         xs: inputs `[time, *batch, features]`, float32.
         length: T, if given.
         valid: as `scan`, but padding stands at the end of each row only: True … True False … False. Known values are
-            checked; of traced ones, as under `jax.jit`, a row of another form gets nan in its outputs and its last carry,
-            and makes the gradient nan.
+            checked; where traced ones, as under `jax.jit`, are of another form, all results and gradients are nan.
         **unsupported: `is_first`, `reset_carry`, `unroll` and other options of strategies, which are refused.
 
     Returns:
@@ -96,9 +94,8 @@ def cudnn_scan(
             "adjoint_scan; or, where is_first says only that every row begins with a new sequence, pass is_first=None and "
             "the reset carry as init."
         )
-    r = prepare(step, params, init, xs, length, valid)
-    r = r._replace(params=as_arrays("params", r.params))
-    _check_float32(params=r.params, init=r.init, xs=r.xs)
+    r = prepare(step, as_arrays("params", params), init, xs, length, valid)
+    _check_arrays(r, valid)
     _, y = jax.eval_shape(r.step, r.params, r.init, at_one_step(r.xs))  # the cell's own checks of shapes
     sizes = r.length, *y.shape
     if any(map(is_symbolic_dim, sizes)):
@@ -106,9 +103,9 @@ def cudnn_scan(
             f"cudnn_scan can't leave sizes open, but ys would have shape {sizes}: cuDNN is asked for its memory while JAX "
             "traces. Export it with fixed numbers of time steps and rows, or use adjoint_scan."
         )
-    ends = None
+    at_end = None
     if valid is not None:
-        valid, ends = _check_padding(valid, r, y.ndim)
+        valid, at_end = _check_padding(valid, r, y.ndim)
     if 0 in sizes:
         return r.init, jnp.zeros(sizes, y.dtype)
     if not hasattr(getattr(rnn, "gpu_rnn", None), "compute_rnn_workspace_reserve_space_sizes"):
@@ -128,15 +125,11 @@ def cudnn_scan(
     lengths = jnp.broadcast_to(lengths, y.shape[:-1])
     carry, ys = _run(layers, r.params, init, select_rows(valid, r.xs, zero), lengths)
     carry, ys = select_rows(starts, carry, r.init), select_rows(valid, ys, zero)
-    if ends is None:
+    if at_end is None:
         return carry, ys
     # A factor, not a selection: its nan gets into the gradient as well.
-    factor = jnp.where(ends, zero + 1, jnp.nan)
-
-    def times(leaf, factor):
-        return leaf * jnp.expand_dims(factor, range(factor.ndim, leaf.ndim))
-
-    return jax.tree.map(lambda leaf: times(leaf, factor), carry), times(ys, factor[None])
+    factor = jnp.where(at_end, zero + 1, jnp.nan)
+    return jax.tree.map(lambda leaf: leaf * factor, (carry, ys))
 
 
 def _run(layers: Layers, params: Any, init: Any, xs: Any, lengths: Any) -> tuple[Any, Any]:
@@ -154,18 +147,11 @@ def _run(layers: Layers, params: Any, init: Any, xs: Any, lengths: Any) -> tuple
         jnp.stack([state.c.reshape(rows, hidden) for state in states]),
         jnp.concatenate(matrices + biases),
     )
+    sizes = features, hidden, len(layers)
     config: Any = jax.config
-    outputs: Any = rnn.lstm(
-        *map(_marked, operands),
-        lengths.reshape(rows),
-        input_size=features,
-        hidden_size=hidden,
-        num_layers=len(layers),
-        dropout=0.0,
-        bidirectional=False,
-        # By default JAX reads it in each pass, and its user may have changed it in between.
-        precision=config.jax_default_matmul_precision,
-    )
+    # By default JAX reads the precision in each pass, and it may have changed in between.
+    options = {"dropout": 0.0, "bidirectional": False, "precision": config.jax_default_matmul_precision}
+    outputs: Any = rnn.lstm(*map(_marked, operands), lengths.reshape(rows), *sizes, **options)
     ys, h, c = map(_marked, outputs)
     carry = [LSTMState(*(leaf[i].reshape(*batch, hidden) for leaf in (h, c))) for i in range(len(layers))]
     return treedef.unflatten(carry), ys.swapaxes(0, 1).reshape(steps, *batch, hidden)
@@ -188,25 +174,29 @@ def _layers_of(step: Any) -> Layers:
     return layers
 
 
-def _check_float32(**arguments: Any) -> None:
-    for root, tree in arguments.items():
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            if leaf.dtype != jnp.float32:
-                raise TypeError(
-                    f"{name(root, path)} has dtype {leaf.dtype}, but JAX's binding of cuDNN computes in float32 alone: pass "
-                    "params, init and xs in float32, or use adjoint_scan."
-                )
+def _check_arrays(r: Recurrence, valid: Any) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(r._replace(step=None, length=None)):
+        if leaf.dtype != jnp.float32:
+            raise TypeError(
+                f"{name('', path)[1:]} has dtype {leaf.dtype}, but JAX's binding of cuDNN computes in float32 alone: pass "
+                "params, init and xs in float32, or use adjoint_scan."
+            )
+    if any(map(is_on_devices, jax.tree.leaves((r.params, r.init, r.xs, valid)))):
+        raise ValueError(
+            "cudnn_scan got arrays whose types name devices, which JAX's binding of cuDNN drops, and gradients would be "
+            "wrong: split rows by jax.shard_map(..., check_vma=False), or use adjoint_scan."
+        )
 
 
 def _check_padding(valid: Any, r: Recurrence, axes: int) -> tuple[Any, Any]:
-    """`valid` as an array; and where its values aren't known yet, whether padding stands at the end of each row."""
+    """`valid` as an array; and where its values are traced, whether padding stands at the end of each row."""
     flags = check_flags("valid", valid, r)
     if flags.ndim > axes:
         raise ValueError(
             f"valid has shape {flags.shape}, which says more than which steps of a row are padding: pass [time, *batch]."
         )
     if isinstance(valid, Tracer):
-        return flags, ~(flags[1:] & ~flags[:-1]).any(axis=0)
+        return flags, ~(flags[1:] & ~flags[:-1]).any()
     known = np.asarray(valid)  # what was given: under `jax.jit` a new array of it is traced
     late = np.argwhere(known[1:] & ~known[:-1])
     if late.size:
@@ -241,7 +231,7 @@ def _refuse(error: type[Exception], message: str) -> Callable[..., Any]:
     return rule
 
 
-_array_p.def_impl(lambda array: jax.jit(_array_p.bind)(array))
+_array_p.def_impl(jax.jit(_array_p.bind))
 _array_p.def_abstract_eval(lambda array: array)
 mlir.register_lowering(_array_p, lambda _, array: [array], platform="cuda")
 _OTHER_PLATFORM = "runs on CUDA, and is lowered for another platform: use adjoint_scan, which runs everywhere."
