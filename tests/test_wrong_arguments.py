@@ -306,6 +306,7 @@ def functions():
         ),
         "scan": (bptt.scan, one, {"step": set()}),
         "adjoint_scan": (bptt.adjoint_scan, one, {"step": set()}),
+        "cudnn_scan": (bptt.cudnn_scan, one, {"step": set()}),
     }
 
 

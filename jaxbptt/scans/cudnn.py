@@ -1,8 +1,8 @@
 r"""An LSTM over all time steps in one call of cuDNN, through `jax.experimental.rnn`: on CUDA only, in float32 only.
 
 cuDNN's gates are those of `lstm`, in the same order. Here its arguments are made from ours by operations that JAX
-differentiates, and what it can't do is refused. Some of that shows only when a program is transformed or lowered. So all
-arrays that go into the call pass an identity, a primitive whose rules raise.
+differentiates, and what it can't do is refused. Some of that shows only when a program is transformed or lowered: so all
+arrays that go into the call or come out of it pass an identity, a primitive whose rules raise.
 """
 
 import math
@@ -26,9 +26,9 @@ from jaxbptt.cells.lstm import LSTMState
 from jaxbptt.programs.flagged import select_rows
 from jaxbptt.scans.flags import check_flags
 from jaxbptt.scans.recurrence import Recurrence, as_arrays, prepare
-from jaxbptt.trees import name
+from jaxbptt.trees import is_array, name
 
-Layers = tuple[tuple[int, int], ...]  # (input_size, hidden_size), lowest layer first
+Layers = tuple[tuple[int, int], ...]  # (input_size, hidden_size), lowest first
 
 
 def cudnn_scan(
@@ -59,7 +59,7 @@ def cudnn_scan(
         xs: inputs `[time, *batch, features]`, float32.
         length: T, if given.
         valid: as `scan`, but padding stands at the end of each row only: True … True False … False. Known values are
-            checked; where traced ones, as under `jax.jit`, are of another form, all results and gradients are nan.
+            checked; where traced ones, as under `jax.jit`, are of another form, all results and their gradients are nan.
         **unsupported: `is_first`, `reset_carry`, `unroll` and other options of strategies, which are refused.
 
     Returns:
@@ -122,8 +122,8 @@ def cudnn_scan(
     starts = lengths > 0
     init = jax.tree.map(lambda leaf: select_rows(starts, leaf, zero), r.init)
     lengths = jnp.expand_dims(jnp.maximum(lengths, 1), range(lengths.ndim, y.ndim - 1))
-    lengths = jnp.broadcast_to(lengths, y.shape[:-1])
-    carry, ys = _run(layers, r.params, init, select_rows(valid, r.xs, zero), lengths)
+    xs, lengths = select_rows(valid, r.xs, zero), jnp.broadcast_to(lengths, y.shape[:-1])
+    carry, ys = _run(layers, r.params, init, xs, lengths)
     carry, ys = select_rows(starts, carry, r.init), select_rows(valid, ys, zero)
     if at_end is None:
         return carry, ys
@@ -181,7 +181,7 @@ def _check_arrays(r: Recurrence, valid: Any) -> None:
                 f"{name('', path)[1:]} has dtype {leaf.dtype}, but JAX's binding of cuDNN computes in float32 alone: pass "
                 "params, init and xs in float32, or use adjoint_scan."
             )
-    if any(map(is_on_devices, jax.tree.leaves((r.params, r.init, r.xs, valid)))):
+    if any(map(is_on_devices, filter(is_array, jax.tree.leaves((r.params, r.init, r.xs, valid))))):
         raise ValueError(
             "cudnn_scan got arrays whose types name devices, which JAX's binding of cuDNN drops, and gradients would be "
             "wrong: split rows by jax.shard_map(..., check_vma=False), or use adjoint_scan."
@@ -236,17 +236,13 @@ _array_p.def_abstract_eval(lambda array: array)
 mlir.register_lowering(_array_p, lambda _, array: [array], platform="cuda")
 _OTHER_PLATFORM = "runs on CUDA, and is lowered for another platform: use adjoint_scan, which runs everywhere."
 mlir.register_lowering(_array_p, _refuse(ValueError, _OTHER_PLATFORM))
-_MAPPED = (
-    "can't be mapped (jax.vmap, jacrev), since cuDNN's call can't: let rows be batch axes of init and xs, "
-    "[time, *batch, features], or map adjoint_scan."
-)
+_MAPPED = "can't be mapped (jax.vmap, jacrev): let rows be batch axes of init and xs, or map adjoint_scan."
 batching.primitive_batchers[_array_p] = _refuse(TypeError, _MAPPED)
 _TWICE = "is differentiated twice, but cuDNN's backward pass has no derivative: use adjoint_scan, or scan."
 ad.primitive_jvps[_array_p] = _refuse(TypeError, _TWICE)
 
-_refuse_forward_mode = _refuse(
-    TypeError, "has no forward-mode derivative (jvp, jacfwd, linearize): use jaxbptt.scan, which has both modes."
-)
+_FORWARD = "has no forward-mode derivative (jvp, jacfwd, linearize): use jaxbptt.scan, which has both modes."
+_refuse_forward_mode = _refuse(TypeError, _FORWARD)
 _tangent_p.def_impl(_refuse_forward_mode)
 _tangent_p.def_abstract_eval(lambda tangent: tangent)
 mlir.register_lowering(_tangent_p, _refuse_forward_mode)
