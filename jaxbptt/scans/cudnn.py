@@ -26,7 +26,7 @@ from jaxbptt.cells.lstm import LSTMState
 from jaxbptt.programs.flagged import select_rows
 from jaxbptt.scans.flags import check_flags
 from jaxbptt.scans.recurrence import Recurrence, as_arrays, prepare
-from jaxbptt.trees import is_array, name
+from jaxbptt.trees import name
 
 Layers = tuple[tuple[int, int], ...]  # (input_size, hidden_size), lowest first
 
@@ -95,7 +95,7 @@ def cudnn_scan(
             "the reset carry as init."
         )
     r = prepare(step, as_arrays("params", params), init, xs, length, valid)
-    _check_arrays(r, valid)
+    _check_arrays(r)
     _, y = jax.eval_shape(r.step, r.params, r.init, at_one_step(r.xs))  # the cell's own checks of shapes
     sizes = r.length, *y.shape
     if any(map(is_symbolic_dim, sizes)):
@@ -174,14 +174,14 @@ def _layers_of(step: Any) -> Layers:
     return layers
 
 
-def _check_arrays(r: Recurrence, valid: Any) -> None:
+def _check_arrays(r: Recurrence) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(r._replace(step=None, length=None)):
         if leaf.dtype != jnp.float32:
             raise TypeError(
                 f"{name('', path)[1:]} has dtype {leaf.dtype}, but JAX's binding of cuDNN computes in float32 alone: pass "
                 "params, init and xs in float32, or use adjoint_scan."
             )
-    if any(map(is_on_devices, filter(is_array, jax.tree.leaves((r.params, r.init, r.xs, valid))))):
+    if any(map(is_on_devices, jax.tree.leaves(r.init))):  # `prepare` gave it what the types of all arrays say
         raise ValueError(
             "cudnn_scan got arrays whose types name devices, which JAX's binding of cuDNN drops, and gradients would be "
             "wrong: split rows by jax.shard_map(..., check_vma=False), or use adjoint_scan."
