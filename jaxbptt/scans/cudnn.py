@@ -54,10 +54,7 @@ def cudnn_scan(
 
     Args:
         step: a `Cell` that `lstm` made, without `compute_dtype`, or a `stack` of such with one hidden size.
-        params: θ, as the cell's `init` makes them, float32.
-        init: c₀, float32.
-        xs: inputs `[time, *batch, features]`, float32.
-        length: T, if given.
+        params: as `scan`, like init, xs and length; all arrays are float32.
         valid: as `scan`, but padding stands at the end of each row only: True … True False … False. Known values are
             checked; where traced ones, as under `jax.jit`, are of another form, all results and their gradients are nan.
         **unsupported: `is_first`, `reset_carry`, `unroll` and other options of strategies, which are refused.
