@@ -98,7 +98,7 @@ def strategies(steps):
         "scan": bptt.scan,
         "adjoint_scan": bptt.adjoint_scan,
         "adjoint_scan (derived)": lambda cell, *args, **kw: bptt.adjoint_scan(cell.step, *args, **kw),
-        "cudnn_scan": getattr(bptt, "cudnn_scan", None),
+        "cudnn_scan": bptt.cudnn_scan,
         "checkpointed_scan": bptt.checkpointed_scan,
         "checkpointed_scan(checkpoints=3)": partial(bptt.checkpointed_scan, checkpoints=3),
         "truncated_scan that cuts nothing": partial(bptt.truncated_scan, truncation_length=steps),
