@@ -18,7 +18,7 @@ from jaxbptt.programs.perturbed import PerturbedAdjoint, wrapping_for_outputs
 from jaxbptt.scans.flags import Flags
 from jaxbptt.scans.passes import lengths_to_contract, one_pass
 from jaxbptt.scans.recurrence import prepare
-from jaxbptt.scans.reverse_mode import reverse_mode
+from jaxbptt.scans.derivative import with_derivative
 
 
 def adjoint_scan(
@@ -110,7 +110,8 @@ def adjoint_scan(
         (init_bar, sums), xs_bar = over_time.back(params, bar_and_sums, residuals, xs, ys_bar, init, length)
         return over_time.weights.finish(sums), init_bar, xs_bar
 
-    return reverse_mode("adjoint_scan", over_time, run, forward, backward)(r.params, r.init, r.xs)
+    scan = with_derivative("adjoint_scan", over_time, run, forward, backward, forward_mode=clip_adjoint is None)
+    return scan(r.params, r.init, r.xs)
 
 
 def _clipping(clip: float | Callable[[Any], Any]) -> Callable[[PerturbedAdjoint], PerturbedAdjoint]:

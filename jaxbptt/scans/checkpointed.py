@@ -20,7 +20,7 @@ from jaxbptt.scans import schedule, segments
 from jaxbptt.scans.flags import Flags
 from jaxbptt.scans.passes import Pass, one_pass
 from jaxbptt.scans.recurrence import check_known_length, prepare
-from jaxbptt.scans.reverse_mode import reverse_mode
+from jaxbptt.scans.derivative import with_derivative
 from jaxbptt.trees import combine, differentiable, differentiated_as, partition, select
 
 
@@ -116,7 +116,7 @@ def checkpointed_scan(
             gradients = differentiated_as(_gradients_by_scan(over_time, length), gradients)
         return gradients(params, init, xs, carry_bar, ys_bar, states)
 
-    return reverse_mode("checkpointed_scan", over_time, run, forward, backward)(r.params, r.init, r.xs)
+    return with_derivative("checkpointed_scan", over_time, run, forward, backward)(r.params, r.init, r.xs)
 
 
 def _gradients_by_scan(over_time: Pass, length: int) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.flags import Flags
 from jaxbptt.scans.passes import Bars, Pass, lengths_to_contract, one_pass
 from jaxbptt.scans.recurrence import check_known_length, prepare
-from jaxbptt.scans.reverse_mode import reverse_mode
+from jaxbptt.scans.derivative import with_derivative
 from jaxbptt.trees import combine, partition, select
 
 
@@ -100,7 +100,7 @@ def truncated_scan(
     def backward(over_time, params, init, xs, _, last_bar, ys_bar):
         return _backward(over_time, params, init, xs, (last_bar, ys_bar), length, segment)
 
-    return reverse_mode("truncated_scan", over_time, run, forward, backward)(r.params, r.init, r.xs)
+    return with_derivative("truncated_scan", over_time, run, forward, backward)(r.params, r.init, r.xs)
 
 
 def _backward(

@@ -18,7 +18,7 @@ from jaxbptt.programs.perturbed import fit
 from jaxbptt.scans.flags import Flags
 from jaxbptt.scans.passes import Pass, one_pass
 from jaxbptt.scans.recurrence import prepare
-from jaxbptt.scans.reverse_mode import reverse_mode
+from jaxbptt.scans.derivative import with_derivative
 from jaxbptt.trees import select
 
 
@@ -99,7 +99,8 @@ def windowed_scan(
         bars = at_last_step(last_bar, length), filled(ys_bar, length)
         return _backward(over_time, (params, init, xs), residuals.stacked(), bars, lags)
 
-    return reverse_mode("windowed_scan", over_time, run, forward, backward)(r.params, r.init, r.xs)
+    return with_derivative("windowed_scan", over_time, run, forward, backward, forward_mode=False)(
+        r.params, r.init, r.xs)
 
 
 def _backward(
