@@ -15,10 +15,10 @@ import jax.numpy as jnp
 
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.programs.perturbed import PerturbedAdjoint, wrapping_for_outputs
+from jaxbptt.scans.derivative import with_derivative
 from jaxbptt.scans.flags import Flags
 from jaxbptt.scans.passes import lengths_to_contract, one_pass
 from jaxbptt.scans.recurrence import prepare
-from jaxbptt.scans.derivative import with_derivative
 
 
 def adjoint_scan(

@@ -17,10 +17,10 @@ from jaxbptt.arrays import check_count
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.programs.program import program
 from jaxbptt.scans import schedule, segments
+from jaxbptt.scans.derivative import with_derivative
 from jaxbptt.scans.flags import Flags
 from jaxbptt.scans.passes import Pass, one_pass
 from jaxbptt.scans.recurrence import check_known_length, prepare
-from jaxbptt.scans.derivative import with_derivative
 from jaxbptt.trees import combine, differentiable, differentiated_as, partition, select
 
 

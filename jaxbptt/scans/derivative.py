@@ -7,7 +7,7 @@ there is no forward mode.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from jaxbptt.array_types import as_type, type_at_one_step, varying_alike, zeros
 from jaxbptt.programs.perturbed import Perturbed
 from jaxbptt.scans.linear_map import LinearMap
 from jaxbptt.scans.passes import Pass
-from jaxbptt.trees import differentiable, is_differentiable, same_keys, select
+from jaxbptt.trees import differentiable, differentiated_as, is_differentiable, same_keys, select
 
 
 def with_derivative(
@@ -53,12 +53,21 @@ def with_derivative(
         def flat(*primals):
             return run(*treedef.unflatten(primals))
 
+        def differentiated_forward(moving, primals):
+            """The pass for these leaves, what it returns, and what it saves."""
+            here = over_time.differentiated(Perturbed(*treedef.unflatten(moving)))
+            run_forward = partial(forward, here)
+            if not (here.adjoint.mutates or here.step.mutable):
+                # Where all is known, JAX calls a function with a derivative of its own as it is. A plain loop it would sort
+                # into what is known and what is not, and move out of it, with prints and all, what is the same at each step.
+                run_forward = differentiated_as(run_forward, run_forward)
+            return here, *run_forward(*treedef.unflatten(primals))
+
         def flat_jvp(primals, tangents):
             # In a loop JAX calls integers perturbed as well.
             moving = [not isinstance(tangent, SymbolicZero) for tangent in tangents]
             moving = [flag and is_differentiable(primal) for flag, primal in zip(moving, primals, strict=True)]
-            here = over_time.differentiated(Perturbed(*treedef.unflatten(moving)))
-            outputs, saved = forward(here, *treedef.unflatten(primals))
+            here, outputs, saved = differentiated_forward(moving, primals)
             leaves, out_tree = jax.tree.flatten(outputs)
             types = [jax.typeof(leaf).strip_weak_type().to_tangent_aval() for leaf in leaves]
             with_tangent = [is_differentiable(leaf) for leaf in leaves]
@@ -92,9 +101,39 @@ def with_derivative(
             return outputs, out_tree.unflatten(found)
 
         flat.defjvp(flat_jvp, symbolic_zeros=True)
-        return flat(*primals)
+        if not over_time.step.mutable:
+            return flat(*primals)
+
+        # JAX has no program for a mutable array inside of a `jax.custom_jvp`: so this one has no forward mode.
+        @jax.custom_vjp
+        def with_refs(*primals):
+            return run(*treedef.unflatten(primals))
+
+        def with_refs_forward(*primals):
+            moving = tuple(primal.perturbed and is_differentiable(primal.value) for primal in primals)
+            primals = [primal.value for primal in primals]
+            _, outputs, saved = differentiated_forward(moving, primals)
+            return outputs, _Saved(primals, saved, moving)
+
+        def with_refs_backward(saved, bars):
+            here = over_time.differentiated(Perturbed(*treedef.unflatten(saved.moving)))
+            found = _pulled(here, backward, treedef.unflatten(saved.primals), saved.saved, bars)
+            return (None,) * len(saved.moving) if found is None else tuple(treedef.flatten_up_to(found))
+
+        with_refs.defvjp(with_refs_forward, with_refs_backward, symbolic_zeros=True)
+        return with_refs(*primals)
 
     return differentiated
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("primals", "saved"), meta_fields=("moving",))
+@dataclass(frozen=True)
+class _Saved:
+    """What the forward pass leaves for the backward pass, and a flag for each primal, in order."""
+
+    primals: list[Any]
+    saved: Any
+    moving: tuple[bool, ...]
 
 
 def _chosen(values: Iterable[Any], flags: list[bool]) -> list[Any]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jaxbptt.array_types import is_explicit, type_over_time
+from jaxbptt.array_types import is_explicit
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,10 +15,10 @@ from jaxbptt.along_time import at_one_step, put_window, room
 from jaxbptt.array_types import byte_count
 from jaxbptt.arrays import check_count
 from jaxbptt.cells.cell import Adjoint, Cell
+from jaxbptt.scans.derivative import with_derivative
 from jaxbptt.scans.flags import Flags
 from jaxbptt.scans.passes import Bars, Pass, lengths_to_contract, one_pass
 from jaxbptt.scans.recurrence import check_known_length, prepare
-from jaxbptt.scans.derivative import with_derivative
 from jaxbptt.trees import combine, partition, select
 
 

@@ -15,10 +15,10 @@ from jaxbptt.along_time import at_last_step, filled
 from jaxbptt.arrays import check_count
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.programs.perturbed import fit
+from jaxbptt.scans.derivative import with_derivative
 from jaxbptt.scans.flags import Flags
 from jaxbptt.scans.passes import Pass, one_pass
 from jaxbptt.scans.recurrence import prepare
-from jaxbptt.scans.derivative import with_derivative
 from jaxbptt.trees import select
 
 
@@ -100,7 +100,8 @@ def windowed_scan(
         return _backward(over_time, (params, init, xs), residuals.stacked(), bars, lags)
 
     return with_derivative("windowed_scan", over_time, run, forward, backward, forward_mode=False)(
-        r.params, r.init, r.xs)
+        r.params, r.init, r.xs
+    )
 
 
 def _backward(
