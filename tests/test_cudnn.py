@@ -283,6 +283,25 @@ def test_other_platforms():
             exported(jax.grad(final), params, platforms=platforms)
 
 
+def in_a_loop(params):
+    def body(total, weight):
+        return total + final(jax.tree.map(lambda leaf: weight * leaf, params)), None
+
+    return jax.lax.scan(body, jnp.float32(0), jnp.ones(2, jnp.float32))[0]
+
+
+def in_a_branch(params):
+    return jax.lax.cond(params.b[0] > 0, final, lambda params: jnp.sum(params.b), params)
+
+
+@pytest.mark.usefixtures("cudnn_lowers")
+@pytest.mark.parametrize("function", [jax.checkpoint(final), in_a_loop, in_a_branch], ids=["remat", "loop", "branch"])
+def test_gradients_inside(function):
+    """The marks of arrays go through JAX's own control flow, forward and backward."""
+    found = calls(exported(jax.grad(function), arguments(CELL, (2,))["params"]))
+    assert {target for target, *_ in found} == {"cudnn_rnn_ffi", "cudnn_rnn_bwd_ffi"}
+
+
 def test_without_cudnn(monkeypatch):
     args = arguments(CELL, (2,))
     for plugin in (None, SimpleNamespace()):
