@@ -401,7 +401,10 @@ def suite(quick):
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=line"]
     command += ["tests/test_package.py", "-k", "names", "-n", "0"] if quick else ["-n", "8"]
     counts, line = {"PASSED": 0, "FAILED": 0, "ERROR": 0, "SKIPPED": 0}, ""
-    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    # In TF32, the default on a GPU, single precision would be too coarse for the tests.
+    env = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=root, env=env, **pipes) as process:
         for line in process.stdout:
             found = re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", line)
             test = re.search(r"\S+::\S+", line)
@@ -444,7 +447,8 @@ def main():
     parser.add_argument("results", type=Path)
     parser.add_argument("--quick", action="store_true", help="small sizes, to check that it runs")
     options = parser.parse_args()
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    parent = int(os.environ.get("GPU_COMMAND", os.getppid()))  # it may have ended while this process imported jax
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     with options.results.open("a") as results:
         for table, row in PARTS[options.part](options.quick):
             results.write(json.dumps({"part": options.part, "table": table, "row": row}) + "\n")

@@ -56,7 +56,8 @@ def cudnn_lowers(monkeypatch):
     for primitive, rule in rules.items():
         lower = partial(getattr(rnn.gpu_rnn, f"cudnn_{rule}_lowering").func, plugin, "cu")
         mlir.register_lowering(primitive, lower, platform="cuda")
-    yield
+    with jax.default_matmul_precision(None):  # whatever the environment says
+        yield
     for primitive, rule in rules.items():
         mlir.register_lowering(primitive, getattr(rnn.gpu_rnn, f"cudnn_{rule}_lowering"), platform="cuda")
 
