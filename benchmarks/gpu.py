@@ -52,7 +52,7 @@ PARTS = {
 def run_part(name, share, options):
     """Run a part for `share` seconds at most; yields now and then, and at last how it ended."""
     # No memory set aside: a part may start other processes that use the device.
-    env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "GPU_COMMAND": str(os.getpid())}
     command = [sys.executable, HERE / "gpu_parts.py", name, options.output / "results.jsonl"]
     start = time.monotonic()
     with tempfile.TemporaryFile() as output:
@@ -116,8 +116,8 @@ def main():
     unknown = [name for name in parts if name not in PARTS]
     if unknown:
         parser.error(f"{unknown[0]} is no part: pass some of {','.join(PARTS)}.")
-    if "parallel" in parts and not (HERE / "parallel.py").exists():
-        parts.remove("parallel")
+    if not (HERE / "parallel.py").exists():
+        parts = [name for name in parts if name != "parallel"]
 
     if options.quick and options.output == parser.get_default("output"):
         options.output = Path(tempfile.mkdtemp())
@@ -150,8 +150,10 @@ def main():
         how = "was stopped"
         endings = {name: (how if "running" in ending[0] else ending[0], ending[1]) for name, ending in endings.items()}
     print(write())
-    failed = [name for name, (how, _) in endings.items() if "failed" in how]
-    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+    failed = [name for name, (how, _) in endings.items() if "failed" in how or "stopped" in how]
+    # What was found before a part was cut counts as well.
+    failed += [row["part"] for row in read_rows(results) if row["row"].get("agrees", "yes") != "yes"]
+    sys.exit(f"failed: {', '.join(dict.fromkeys(failed))}" if failed else 0)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,8 @@ def cudnn_lowers(monkeypatch):
     for primitive, rule in rules.items():
         lower = partial(getattr(rnn.gpu_rnn, f"cudnn_{rule}_lowering").func, plugin, "cu")
         mlir.register_lowering(primitive, lower, platform="cuda")
-    yield
+    with jax.default_matmul_precision(None):  # whatever the environment says
+        yield
     for primitive, rule in rules.items():
         mlir.register_lowering(primitive, getattr(rnn.gpu_rnn, f"cudnn_{rule}_lowering"), platform="cuda")
 
@@ -281,6 +282,25 @@ def test_other_platforms():
     for platforms in (("tpu",), ("rocm",), ("cuda", "cpu")):
         with pytest.raises(ValueError, match=ELSEWHERE):
             exported(jax.grad(final), params, platforms=platforms)
+
+
+def in_a_loop(params):
+    def body(total, weight):
+        return total + final(jax.tree.map(lambda leaf: weight * leaf, params)), None
+
+    return jax.lax.scan(body, jnp.float32(0), jnp.ones(2, jnp.float32))[0]
+
+
+def in_a_branch(params):
+    return jax.lax.cond(params.b[0] > 0, final, lambda params: jnp.sum(params.b), params)
+
+
+@pytest.mark.usefixtures("cudnn_lowers")
+@pytest.mark.parametrize("function", [jax.checkpoint(final), in_a_loop, in_a_branch], ids=["remat", "loop", "branch"])
+def test_gradients_inside(function):
+    """The marks of arrays go through JAX's own control flow, forward and backward."""
+    found = calls(exported(jax.grad(function), arguments(CELL, (2,))["params"]))
+    assert {target for target, *_ in found} == {"cudnn_rnn_ffi", "cudnn_rnn_bwd_ffi"}
 
 
 def test_without_cudnn(monkeypatch):

@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.py`: what it leaves behind when its time is short, and when it is killed."""
+"""`benchmarks/gpu.py`: what it leaves behind when its time is short, and when it is killed; and what it compares."""
 
 import os
 import signal
@@ -7,7 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
+
+import jaxbptt as bptt
 
 COMMAND = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 
@@ -49,7 +52,7 @@ def test_a_part_is_cut_and_the_next_one_begins(tmp_path):
 def test_killed(tmp_path, sent):
     """The tables are there, and nothing goes on in the background."""
     with start(tmp_path, "--minutes", "1", "--parts", "device,long") as run:
-        while "dtype" not in (text := _read(tmp_path / "results.md")) and "product" not in text:
+        while "product" not in _read(tmp_path / "results.md"):
             assert run.poll() is None, run.stderr.read()
             time.sleep(0.1)
         run.send_signal(sent)
@@ -81,6 +84,21 @@ def test_unknown_part(tmp_path):
         _, error = run.communicate()
     assert run.returncode == 2
     assert "speed is no part: pass some of device,exactness," in error
+
+
+@pytest.mark.slow
+def test_gradients_that_are_compared_do_not_depend_on_rounding(monkeypatch):
+    """Else those of two devices would differ with nothing wrong."""
+    pytest.importorskip("haiku")
+    monkeypatch.syspath_prepend(str(COMMAND.parent))
+    import gpu_parts
+
+    setting = gpu_parts.Setting("float32", "none", "elman")  # the gates of the other cells forget
+    single, double = (
+        gpu_parts.gradient_on(jax.devices()[0], bptt.scan, setting._replace(dtype=dtype), (200, 16))
+        for dtype in ("float32", "float64")
+    )
+    assert max(leaf.relative_error for leaf in bptt.compare_gradients(single, double).leaves) < 1e-5
 
 
 def _read(path):
