@@ -49,8 +49,7 @@ def network(
     The read-out is applied to all time steps at once, outside the loop, so ∂L/∂W_hy = Σₜ ȳₜ hₜᵀ is one matrix product, and
     ∂L/∂b_y = Σₜ ȳₜ. Without `bias` there is no b_y.
 
-    The cell is unrolled by `adjoint_scan`, whose gradient is exact and which has no forward mode: for `jax.jvp` and
-    `jax.jacfwd` pass `scan=bptt.scan` to `apply`.
+    The cell is unrolled by `adjoint_scan`; `apply(..., scan=)` takes any other strategy.
 
     Args:
         cell: any `Cell` whose output is an array `[*batch, hidden]`, with the features of its carry's last leaf.

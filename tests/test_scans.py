@@ -307,29 +307,6 @@ def test_trace_count_can_fail():
         bptt.scan(traces, None, jnp.zeros(2), length=3)
 
 
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("mode", ["jvp", "jacfwd", "linearize"])
-@pytest.mark.costly
-def test_forward_mode_names_the_way_out(mode, jit):
-    cell = make_cell("elman")
-    params, init, xs = problem(cell, 3)
-    transform = jax.jit if jit else lambda f: f
-
-    def run(scan):
-        f = lambda params: jnp.sum(scan(cell, params, init, xs)[1])
-        match mode:
-            case "jvp":
-                return transform(lambda p: jax.jvp(f, (p,), (p,)))(params)
-            case "jacfwd":
-                return transform(jax.jacfwd(f))(params)
-            case "linearize":
-                return jax.linearize(transform(f), params)[1](params)
-
-    with pytest.raises(TypeError, match=r"adjoint_scan has a hand-written backward .* use jaxbptt\.scan"):
-        run(bptt.adjoint_scan)
-    run(bptt.scan)
-
-
 def test_forward_mode_gradient_equals_reverse():
     """jacfwd through scan is the same full BPTT."""
     cell = make_cell("lstm")

@@ -73,7 +73,7 @@ def adjoint_scan(
     Raises:
         ValueError: an `Adjoint` whose results do not fit what they are the derivative of, a `clip_adjoint` that is not
             above 0; and as `scan`.
-        TypeError: forward-mode differentiation; and as `scan`.
+        TypeError: forward mode with `clip_adjoint`, whose gradient is not that of the values; and as `scan`.
 
     Example:
         >>> import jax, jax.numpy as jnp

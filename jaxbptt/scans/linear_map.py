@@ -70,6 +70,9 @@ def _jvp(args: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[l
 
 def _batch(axis: Any, args: Sequence[Any], dims: Sequence[Any], *, linear_map: LinearMap, num_known: int) -> Any:
     """Mapped over one axis, the first of all tangents."""
+    if all(dim is None for dim in dims):
+        found = linear_map(args[:num_known], args[num_known:])
+        return found, [None] * len(found)
     of_known, known, linear = list(dims[:num_known]), args[:num_known], []
     for tangent, dim in zip(args[num_known:], dims[num_known:], strict=True):
         linear.append(batching.bdim_at_front(tangent, dim, axis.size))
