@@ -57,7 +57,7 @@ def cudnn_scan(
         params: as `scan`, like init, xs and length; all arrays are float32.
         valid: as `scan`, but padding stands at the end of each row only: True … True False … False. Known values are
             checked; where traced ones, as under `jax.jit`, are of another form, all results and their gradients are nan.
-        **unsupported: `is_first`, `reset_carry`, `unroll` and other options of strategies, which are refused.
+        **unsupported: `is_first`, `reset_carry`, `reverse`, `unroll` and other options of strategies, which are refused.
 
     Returns:
         c_T, and the yₜ stacked on a leading time axis.
@@ -84,7 +84,7 @@ def cudnn_scan(
         arXiv:1604.01946.
     """
     layers = _layers_of(step)
-    given = [option for option, value in unsupported.items() if value is not None]
+    given = [option for option, value in unsupported.items() if value is not None and value is not False]
     if given:
         raise TypeError(
             f"cudnn_scan has no {' or '.join(given)}: cuDNN runs each row from its first step to its last in one call. Use "

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxbptt.along_time import flipped
 from jaxbptt.array_types import sharded_like
 from jaxbptt.programs.derived import DifferentiableStep
 from jaxbptt.programs.flagged import (
@@ -109,7 +110,8 @@ def _padding(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> tupl
     step, or another row's if it has none; where no row has one, it runs on zeros.
     """
     rows = valid.any(axis=0)
-    first_step = jnp.argmax(valid, axis=0)
+    # In the order of running: the first carry meets that step's input.
+    first_step = len(valid) - 1 - jnp.argmax(flipped(valid), axis=0) if r.reverse else jnp.argmax(valid, axis=0)
     number = jnp.where(rows, jnp.arange(rows.size).reshape(rows.shape), rows.size)
     first_row = rows & (number == number.min())
 
