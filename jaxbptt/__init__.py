@@ -31,6 +31,9 @@ from jaxbptt.analysis.plan import plan as plan
 from jaxbptt.analysis.spectrum import jacobian_eigenvalues as jacobian_eigenvalues
 from jaxbptt.analysis.spectrum import log_norms as log_norms
 from jaxbptt.analysis.spectrum import singular_values as singular_values
+from jaxbptt.bidirectional import Bidirectional as Bidirectional
+from jaxbptt.bidirectional import Directions as Directions
+from jaxbptt.bidirectional import bidirectional as bidirectional
 from jaxbptt.cells import initializers as initializers
 from jaxbptt.cells.cell import Adjoint as Adjoint
 from jaxbptt.cells.cell import Cell as Cell
@@ -43,9 +46,6 @@ from jaxbptt.cells.lstm import LSTMParams as LSTMParams
 from jaxbptt.cells.lstm import LSTMState as LSTMState
 from jaxbptt.cells.lstm import lstm as lstm
 from jaxbptt.cells.stack import stack as stack
-from jaxbptt.bidirectional import Bidirectional as Bidirectional
-from jaxbptt.bidirectional import Directions as Directions
-from jaxbptt.bidirectional import bidirectional as bidirectional
 from jaxbptt.network import Network as Network
 from jaxbptt.network import NetworkParams as NetworkParams
 from jaxbptt.network import network as network

@@ -19,7 +19,7 @@ from jaxbptt.cells.lstm import LSTMParams
 LayerParams = ElmanParams | GRUParams | LSTMParams
 
 
-def from_torch(state_dict: Any) -> tuple[LayerParams | Directions, ...]:
+def from_torch(state_dict: Any) -> tuple[Any, ...]:
     r"""Turn a torch `nn.RNN`, `nn.GRU` or `nn.LSTM`, or its `state_dict`, into params, one entry a layer.
 
     W_xh = weight_ih,  W_hh = weight_hh,  b = bias_ih + bias_hh;  for a GRU, b_n = bias_in and b_hn = bias_hn stay separate
@@ -70,7 +70,9 @@ def from_torch(state_dict: Any) -> tuple[LayerParams | Directions, ...]:
         raise ValueError(f"The layers are numbered {layers}, but 0, 1, … without a gap are expected.")
     if not any(key.endswith("_reverse") for key in arrays):
         return tuple(_layer_from_torch(arrays, f"{layer}") for layer in layers)
-    return tuple(Directions(*(_layer_from_torch(arrays, f"{layer}{end}") for end in ("", "_reverse"))) for layer in layers)
+    return tuple(
+        Directions(*(_layer_from_torch(arrays, f"{layer}{end}") for end in ("", "_reverse"))) for layer in layers
+    )
 
 
 def to_torch(params: LayerParams | Directions | Sequence[LayerParams | Directions]) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +30,7 @@ class Case(NamedTuple):
     f: Any
     init: Any = 0.3
     xs: Any = None
-    options: Any = {}
+    options: Any = MappingProxyType({})
 
     def run(self, scan, w, init, xs):
         return scan(lambda carry, x: self.f(w, carry, x), init, xs, **self.options)

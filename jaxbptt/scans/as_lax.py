@@ -55,7 +55,7 @@ def as_lax(strategy: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
                 "_split_transpose says how JAX takes the gradient of lax.scan, and here the strategy says it: leave it out."
             )
         # A functools.partial may have options of its own.
-        options = {"reverse": reverse} if reverse is not False else {}
+        options: dict[str, Any] = {"reverse": reverse} if reverse is not False else {}
         if unroll is True or unroll != 1:  # True, which equals 1, unrolls all of it
             options["unroll"] = unroll
         return strategy(lambda _, carry, x: f(carry, x), None, init, xs, length=length, **options)

@@ -172,7 +172,7 @@ def _layers_of(step: Any) -> Layers:
 
 
 def _check_arrays(r: Recurrence) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(r._replace(step=None, length=None)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(r._replace(step=None, length=None, reverse=None)):
         if leaf.dtype != jnp.float32:
             raise TypeError(
                 f"{name('', path)[1:]} has dtype {leaf.dtype}, but JAX's binding of cuDNN computes in float32 alone: pass "

@@ -73,9 +73,7 @@ def scan(
     """
     if any(map(is_ref, jax.tree.leaves(xs))) and is_first is valid is reset_carry is None:
         # The step gets references to the entries, which only lax.scan can hand out.
-        return jax.lax.scan(
-            partial(step_of(step), params), init, xs, length=length, reverse=reverse, unroll=unroll
-        )
+        return jax.lax.scan(partial(step_of(step), params), init, xs, length=length, reverse=reverse, unroll=unroll)
     r = prepare(step, params, init, xs, length, is_first, valid, reverse=reverse)
     r = without_adjoint(r, Flags(is_first, valid, reset_carry))
     step, length = partial(r.step, r.params), length_for_scan(r.length)

@@ -4,6 +4,7 @@ Every strategy takes `is_first` and `valid`, which are checked here and make ano
 time step beside x (`programs.flagged`).
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from jaxbptt.programs.flagged import (
 )
 from jaxbptt.programs.perturbed import Perturbed, wrapping_for_outputs
 from jaxbptt.scans.recurrence import Recurrence, as_arrays
-from jaxbptt.trees import is_differentiable, is_key, name
+from jaxbptt.trees import is_differentiable, is_key, is_ref, name
 from jaxbptt.words import counted
 
 
@@ -142,7 +143,9 @@ def _padding(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> tupl
     return jax.lax.stop_gradient((jax.tree.map(in_every_row, carry), jax.tree.map(of_a_step, r.xs)))
 
 
-def valid_from_lengths(lengths: Int[ArrayLike, " *batch"], time_steps: int) -> Bool[Array, " time *batch"]:
+def valid_from_lengths(
+    lengths: Int[ArrayLike, " *batch"] | Sequence[int], time_steps: int
+) -> Bool[Array, " time *batch"]:
     r"""Which steps of padded rows are steps, for `valid`, from the number of steps of each row.
 
     validₜ = t < length,  t = 0 … time_steps − 1
@@ -186,8 +189,8 @@ def valid_from_lengths(lengths: Int[ArrayLike, " *batch"], time_steps: int) -> B
 
 def ends_of_sequences(is_first: Any, valid: Any) -> Any:
     """Where sequences begin if they are run from the last step to the first: where the next valid step is a first one."""
-    is_first = as_arrays("is_first", is_first)
-    valid = jnp.ones_like(is_first) if valid is None else as_arrays("valid", valid)
+    is_first = _as_flags("is_first", is_first)
+    valid = jnp.ones_like(is_first) if valid is None else _as_flags("valid", valid)
 
     def step_back(next_begins, at_t):
         first, valid = at_t
@@ -199,7 +202,7 @@ def ends_of_sequences(is_first: Any, valid: Any) -> Any:
 
 def check_flags(flags_name: str, flags: Any, r: Recurrence) -> Any:
     """`is_first` or `valid` as an array of flags `[time, *batch]`, or an error that says what it should be."""
-    flags = as_arrays(flags_name, flags)
+    flags = _as_flags(flags_name, flags)
     if flags.dtype != jnp.bool_:
         hint = (
             ", or episode_number[1:] != episode_number[:-1] with True put in front" if flags_name == "is_first" else ""
@@ -228,6 +231,11 @@ def check_flags(flags_name: str, flags: Any, r: Recurrence) -> Any:
             f"shape {leaf.shape}: its first axes must be the same, one flag for each row and time step. {way_out}"
         )
     return flags
+
+
+def _as_flags(flags_name: str, flags: Any) -> Any:
+    flags = as_arrays(flags_name, flags) if is_ref(flags) else flags
+    return as_array(flags_name, flags, "[time, *batch] of booleans")
 
 
 def _check_reset_carry(reset_carry: Any, init: Any, batch: tuple[int, ...]) -> Any:
