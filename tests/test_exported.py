@@ -66,6 +66,7 @@ def test_open_sizes(name, flags):
     assert_close(program.call(*arguments(*SIZES)), expected(flags))
 
 
+@pytest.mark.slow
 def test_open_sizes_in_reverse():
     by_scan = partial(bidirectional, scan=bptt.scan)
     program = exported(jax.value_and_grad(partial(loss, bidirectional, True)), "t, b")

@@ -116,7 +116,7 @@ def _padding(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> tupl
     """
     rows = valid.any(axis=0)
     # In the order of running: the first carry meets that step's input.
-    first_step = len(valid) - 1 - jnp.argmax(flipped(valid), axis=0) if r.reverse else jnp.argmax(valid, axis=0)
+    first_step = valid.shape[0] - 1 - jnp.argmax(flipped(valid), axis=0) if r.reverse else jnp.argmax(valid, axis=0)
     number = jnp.where(rows, jnp.arange(rows.size).reshape(rows.shape), rows.size)
     first_row = rows & (number == number.min())
 
