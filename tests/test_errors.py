@@ -122,6 +122,13 @@ def test_an_error_inside_a_step_of_three_is_its_own():
         with pytest.raises(TypeError, match=r"^of_lax\(\) takes 2 positional arguments but 3 were given"):
             bptt.adjoint_scan(step, None, jnp.zeros(2), jnp.ones((3, 2)))
 
+    @wraps(of_lax)
+    def of_any(*args):
+        raise TypeError("mine")
+
+    with pytest.raises(TypeError, match=r"^mine"):
+        bptt.adjoint_scan(of_any, None, jnp.zeros(2), jnp.ones((3, 2)))
+
 
 @strategies
 @pytest.mark.parametrize("reverse", [None, "yes", 1, np.ones(2, bool)], ids=str)

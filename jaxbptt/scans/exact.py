@@ -45,8 +45,9 @@ def scan(
         reset_carry: what `is_first` resets to, like `init` or one row of it; it gets its gradient. By default zeros, and
             typed random keys go on as they are. A key that all rows share always does.
         reverse: whether to run from x_T to x₁, as `lax.scan` does: cₜ₋₁, yₜ = step(θ, cₜ, xₜ) from c_T = `init`, and yₜ stands
-            at its own t. The same as flipping xs, is_first and valid along time, and ys back: so `is_first` marks where a
-            sequence begins in the order of running, which is where it ends in time.
+            at its own t. The same as flipping xs, is_first and valid along time, and ys back. So `is_first` marks where a
+            sequence begins in the order of running, which is its last step in time. Other strategies than `scan` flip copies
+            of xs and ys.
         unroll: time steps in one iteration of the compiled loop, as for `lax.scan`.
 
     Returns:

@@ -93,9 +93,9 @@ def check_known_length(strategy: str, length: Any) -> None:
 
 
 _CALLED_AS_LAX = (
-    "The step takes two arguments, (carry, x), as lax.scan's does; here it is called with three, (params, carry, x). To call "
-    "a strategy as lax.scan is called, wrap it: as_lax(adjoint_scan)(f, init, xs). Or let the step take params, of which it "
-    "may have none: adjoint_scan(lambda params, carry, x: f(carry, x), None, init, xs)."
+    "The step takes two arguments, (carry, x), as lax.scan's does, but a strategy's takes three, (params, carry, x): call the "
+    "strategy as lax.scan is called, as_lax(adjoint_scan)(f, init, xs), or give it a step that takes params, which may be "
+    "None, adjoint_scan(lambda params, carry, x: f(carry, x), None, init, xs)."
 )
 
 
