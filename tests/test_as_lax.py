@@ -47,7 +47,7 @@ def tanh(w, h, x):
 
 def counted(w, carry, x):
     h, count = carry
-    return (jnp.tanh(w * h + x * count.astype(float)), count + 1), {"h": h, "count": count}
+    return (jnp.tanh(w * h + x * count.astype(h.dtype)), count + 1), {"h": h, "count": count}
 
 
 def with_key(w, carry, x):
