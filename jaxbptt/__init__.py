@@ -31,6 +31,9 @@ from jaxbptt.analysis.plan import plan as plan
 from jaxbptt.analysis.spectrum import jacobian_eigenvalues as jacobian_eigenvalues
 from jaxbptt.analysis.spectrum import log_norms as log_norms
 from jaxbptt.analysis.spectrum import singular_values as singular_values
+from jaxbptt.bidirectional import Bidirectional as Bidirectional
+from jaxbptt.bidirectional import Directions as Directions
+from jaxbptt.bidirectional import bidirectional as bidirectional
 from jaxbptt.cells import initializers as initializers
 from jaxbptt.cells.cell import Adjoint as Adjoint
 from jaxbptt.cells.cell import Cell as Cell
@@ -47,9 +50,11 @@ from jaxbptt.network import Network as Network
 from jaxbptt.network import NetworkParams as NetworkParams
 from jaxbptt.network import network as network
 from jaxbptt.scans.adjoint import adjoint_scan as adjoint_scan
+from jaxbptt.scans.as_lax import as_lax as as_lax
 from jaxbptt.scans.checkpointed import checkpointed_scan as checkpointed_scan
 from jaxbptt.scans.cudnn import cudnn_scan as cudnn_scan
 from jaxbptt.scans.exact import scan as scan
+from jaxbptt.scans.flags import valid_from_lengths as valid_from_lengths
 from jaxbptt.scans.schedule import checkpoint_schedule as checkpoint_schedule
 from jaxbptt.scans.truncated import truncated_scan as truncated_scan
 from jaxbptt.scans.windowed import windowed_scan as windowed_scan

@@ -65,6 +65,11 @@ def room(tree: Any, length: int) -> Any:
     return jax.tree.map(lambda leaf: zeros(type_over_time(leaf, length)), tree)
 
 
+def flipped(tree: Any) -> Any:
+    """The entries from the last to the first."""
+    return jax.tree.map(lambda leaf: jax.lax.rev(leaf, (0,)), tree)
+
+
 def at_last_step(bar: Any, length: Any) -> Any:
     """The gradient of the last carry as one of the carries after every step."""
     before = room(bar, length - 1)

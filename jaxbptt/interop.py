@@ -1,4 +1,4 @@
-r"""Weights from torch and to it: `state_dict`s of `nn.RNN`, `nn.GRU` and `nn.LSTM`, with one or more layers.
+r"""Weights from torch and to it: `state_dict`s of `nn.RNN`, `nn.GRU` and `nn.LSTM`, with layers and both directions.
 
 The layouts are the same except for the biases: torch keeps two of each, of which only the GRU's candidate needs both.
 """
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbptt.arrays import as_array
+from jaxbptt.bidirectional import Directions
 from jaxbptt.cells.elman import ElmanParams
 from jaxbptt.cells.gru import GRUParams
 from jaxbptt.cells.lstm import LSTMParams
@@ -18,13 +19,14 @@ from jaxbptt.cells.lstm import LSTMParams
 LayerParams = ElmanParams | GRUParams | LSTMParams
 
 
-def from_torch(state_dict: Any) -> tuple[LayerParams, ...]:
+def from_torch(state_dict: Any) -> tuple[Any, ...]:
     r"""Turn a torch `nn.RNN`, `nn.GRU` or `nn.LSTM`, or its `state_dict`, into params, one entry a layer.
 
     W_xh = weight_ih,  W_hh = weight_hh,  b = bias_ih + bias_hh;  for a GRU, b_n = bias_in and b_hn = bias_hn stay separate
 
     The kind of cell follows from the shape of `weight_hh`: 1, 3 or 4 blocks of `[hidden, hidden]`. `nn.RNN` must use tanh,
-    which its `state_dict` does not record.
+    which its `state_dict` does not record. With two directions each layer is `Directions(forward, backward)`, for
+    `bidirectional`.
 
     Args:
         state_dict: the module, or names to tensors or arrays, as `module.state_dict()` gives them.
@@ -34,7 +36,7 @@ def from_torch(state_dict: Any) -> tuple[LayerParams, ...]:
         `(params,) = ...`.
 
     Raises:
-        ValueError: missing or unknown names, two directions, projections, a shape that fits no cell, a module
+        ValueError: missing or unknown names, projections, a shape that fits no cell, a module
             with relu.
         TypeError: neither a module nor a mapping, tensors that are not floating-point.
 
@@ -54,28 +56,32 @@ def from_torch(state_dict: Any) -> tuple[LayerParams, ...]:
         raise TypeError(
             f"from_torch takes a module or its state_dict(), but got a {type(state_dict).__name__}: pass names to tensors."
         )
-    names = re.compile(r"(weight|bias)_(ih|hh)_l(\d+)")
+    names = re.compile(r"(weight|bias)_(ih|hh)_l(\d+)(_reverse)?")
     foreign = [key for key in state_dict if not isinstance(key, str) or not names.fullmatch(key)]
     if foreign:
         raise ValueError(
-            f"{foreign[0]!r} is not a weight of a unidirectional nn.RNN, nn.GRU or nn.LSTM without projection: pass that "
-            "module's own state_dict(), without a prefix, and only these names: weight_ih_l0, weight_hh_l0, bias_ih_l0, "
-            "bias_hh_l0, and so on for further layers."
+            f"{foreign[0]!r} is not a weight of an nn.RNN, nn.GRU or nn.LSTM without projection: pass that module's own "
+            "state_dict(), without a prefix, and only these names: weight_ih_l0, weight_hh_l0, bias_ih_l0, bias_hh_l0, these "
+            "with _reverse where it has two directions, and so on for further layers."
         )
     arrays = {key: _array(key, value) for key, value in state_dict.items()}
-    layers = sorted({int(key.rpartition("_l")[2]) for key in arrays})
+    layers = sorted({int(key.removesuffix("_reverse").rpartition("_l")[2]) for key in arrays})
     if layers != list(range(len(layers))) or not layers:
         raise ValueError(f"The layers are numbered {layers}, but 0, 1, … without a gap are expected.")
-    return tuple(_layer_from_torch(arrays, layer) for layer in layers)
+    if not any(key.endswith("_reverse") for key in arrays):
+        return tuple(_layer_from_torch(arrays, f"{layer}") for layer in layers)
+    return tuple(
+        Directions(*(_layer_from_torch(arrays, f"{layer}{end}") for end in ("", "_reverse"))) for layer in layers
+    )
 
 
-def to_torch(params: LayerParams | Sequence[LayerParams]) -> dict[str, np.ndarray]:
+def to_torch(params: LayerParams | Directions | Sequence[LayerParams | Directions]) -> dict[str, np.ndarray]:
     r"""Turn params into a `state_dict` for torch's `nn.RNN`, `nn.GRU` or `nn.LSTM`, as numpy arrays.
 
     The inverse of `from_torch`: all of b goes to `bias_ih`, and `bias_hh` is zero except for a GRU's b_hn.
 
     Args:
-        params: of one cell, or a sequence of them from the lowest layer up.
+        params: of one cell, or of a `bidirectional` layer of two, or a sequence of them from the lowest layer up.
 
     Returns:
         Names to arrays, in float32 for bfloat16 params, since numpy has no bfloat16; load with
@@ -91,13 +97,16 @@ def to_torch(params: LayerParams | Sequence[LayerParams]) -> dict[str, np.ndarra
         >>> sorted(bptt.interop.to_torch(bptt.gru(3, 2).init(jax.random.key(0))))
         ['bias_hh_l0', 'bias_ih_l0', 'weight_hh_l0', 'weight_ih_l0']
     """
-    layers = [params] if isinstance(params, LayerParams) else params
+    layers = [params] if isinstance(params, LayerParams | Directions) else params
     if not isinstance(layers, Sequence) or isinstance(layers, str):
         raise TypeError(
             f"to_torch takes ElmanParams, GRUParams or LSTMParams, or a sequence of them, but got a {type(params).__name__}."
         )
-    state_dict = {}
+    state_dict, directions = {}, []
     for layer, p in enumerate(layers):
+        both = zip(("", "_reverse"), p, strict=True) if isinstance(p, Directions) else [("", p)]
+        directions += [(f"{layer}{end}", params) for end, params in both]
+    for layer, p in directions:
         if not isinstance(p, LayerParams):
             raise TypeError(
                 f"Layer {layer} is a {type(p).__name__}, but ElmanParams, GRUParams or LSTMParams is expected."
@@ -116,7 +125,7 @@ def to_torch(params: LayerParams | Sequence[LayerParams]) -> dict[str, np.ndarra
     return state_dict
 
 
-def _layer_from_torch(arrays: Mapping[str, np.ndarray], layer: int) -> LayerParams:
+def _layer_from_torch(arrays: Mapping[str, np.ndarray], layer: str) -> LayerParams:
     for key in (f"weight_ih_l{layer}", f"weight_hh_l{layer}"):
         if key not in arrays:
             raise ValueError(f"{key!r} is missing from the state_dict.")

@@ -29,14 +29,23 @@ def normal(*shape):
     return jnp.asarray(rng.standard_normal(shape) / 2)
 
 
+def both_directions(cell, params, init, xs, **flags):
+    layer = bptt.bidirectional(cell, cell)
+    carry, ys = layer.apply((params, params), (init, init), xs, **flags)
+    return carry.backward, ys
+
+
 strategies = {
     "scan": bptt.scan,
+    "reversed": partial(bptt.adjoint_scan, reverse=True),
+    "bidirectional": both_directions,
     "adjoint": bptt.adjoint_scan,
     "truncated": partial(bptt.truncated_scan, truncation_length=4),
     "windowed": partial(bptt.windowed_scan, window=3),
     "segments": partial(bptt.checkpointed_scan, segment_length=4),
     "checkpoints": partial(bptt.checkpointed_scan, checkpoints=2),
 }
+one_way = [name for name in strategies if name not in ("reversed", "bidirectional")]
 flags = {"is_first": jnp.asarray(rng.random((T, ROWS)) < 0.3), "valid": jnp.asarray(rng.random((T, ROWS)) < 0.7)}
 xs = normal(T, ROWS, 3)
 
@@ -96,7 +105,7 @@ problems = {
     "wide": (wide, weights, h_0),
 }
 cases = [
-    *itertools.product(("manual", "explicit"), strategies, ("gru", "closing", "counting"), ("plain",)),
+    *itertools.product(("manual", "explicit"), one_way, ("gru", "closing", "counting"), ("plain",)),
     *itertools.product(("manual", "explicit"), strategies, ("gru",), ("flags",)),
     *itertools.product(
         ("manual", "explicit"), ("adjoint",), ("lstm", "looping", "branching", "from_zeros"), ("plain",)

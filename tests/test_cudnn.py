@@ -159,7 +159,7 @@ def test_in_a_network_and_in_training(valid, options):
 def test_nothing_to_run_needs_no_cudnn(steps, batch):
     params, init, xs = problem(CELL, steps, batch, jnp.float32)
     for valid in (None, jnp.zeros((steps, *batch), bool)):
-        options = {"valid": valid, "length": steps, "is_first": None}
+        options = {"valid": valid, "length": steps, "is_first": None, "reverse": False}
         assert_close(*(scan(CELL, params, init, xs, **options) for scan in (bptt.cudnn_scan, bptt.scan)))
 
 
@@ -329,6 +329,7 @@ REFUSED = {
     "no step": ({"step": None}, TypeError, r"step is a NoneType, but a Cell or a function is expected"),
     "unequal layers": ({"step": bptt.stack(CELL, bptt.lstm(H, 5))}, ValueError, r"hidden sizes \[4, 5\]"),
     "is_first": ({"is_first": VALID}, TypeError, r"cudnn_scan has no is_first: .*Use adjoint_scan"),
+    "reverse": ({"reverse": True}, TypeError, r"cudnn_scan has no reverse: .*Use adjoint_scan"),
     "options": ({"reset_carry": 0.0, "unroll": 2}, TypeError, r"cudnn_scan has no reset_carry or unroll: "),
     "params in float64": ({"params": jnp.float64}, TypeError, IN_FLOAT32.format(r"params\.W_xh", "float64")),
     "init in bfloat16": ({"init": jnp.bfloat16}, TypeError, IN_FLOAT32.format(r"init\.h", "bfloat16")),

@@ -1,7 +1,11 @@
 """Wrong arguments are refused before compilation, in words that name the leaf, what was expected, and the way out."""
 
+from functools import partial, wraps
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from reference import EXACT
 
@@ -28,6 +32,109 @@ keep = lambda p, h, x: (h, x)
 def test_lengths(strategy, kwargs, message):
     with pytest.raises(ValueError, match=message):
         strategy(keep, None, jnp.zeros(2), **kwargs)
+
+
+def of_lax(h, x):
+    """A step as `lax.scan` takes it."""
+    return jnp.tanh(h + x), h
+
+
+class OfLax(eqx.Module):
+    w: float
+
+    def __call__(self, h, x):
+        return self.w * h + x, h
+
+    def method(self, h, x):
+        return self(h, x)
+
+
+AS_LAX_TAKES_THEM = {
+    "function": of_lax,
+    "jitted": jax.jit(of_lax),
+    "checkpointed": jax.checkpoint(of_lax),
+    "with params": partial(lambda params, h, x: (params * h, x), 2.0),
+    "module": OfLax(0.5),
+    "method": OfLax(0.5).method,
+    "filter_jit": eqx.filter_jit(of_lax),
+}
+
+
+@strategies
+@pytest.mark.parametrize("f", AS_LAX_TAKES_THEM.values(), ids=AS_LAX_TAKES_THEM)
+def test_called_as_lax_scan(strategy, f):
+    """Without params, and with a step of two arguments."""
+    message = (
+        r"takes two arguments, \(carry, x\), as lax\.scan's does.*as_lax\(adjoint_scan\)\(f, init, xs\)"
+        r".*adjoint_scan\(lambda params, carry, x: f\(carry, x\), None, init, xs\)"
+    )
+    for args, options in (
+        ((jnp.zeros(2), jnp.ones((3, 2))), {}),
+        ((0.0, jnp.ones(3)), {}),
+        ((jnp.zeros(2), None), {"length": 3}),
+        ((None, jnp.zeros(2), jnp.ones((3, 2))), {}),
+        ((None, 0.0, jnp.ones(3)), {}),
+    ):
+        with pytest.raises(TypeError, match=message):
+            strategy(f, *args, **options)
+
+
+def with_any(*args):
+    return args[-2], args[-1]
+
+
+@wraps(of_lax)
+def wrapping(params, carry, x):
+    return of_lax(params * carry, x)
+
+
+class Called:
+    def __call__(self, params, carry, x, scale=1.0):
+        return scale * carry, x
+
+
+# Steps that one could take for a step of two arguments.
+NO_STEPS_OF_TWO = {
+    "*args": with_any,
+    "a lambda with *args": lambda params, *args: (args[0], args[1]),
+    "partial": partial(lambda a, params, carry, x: (carry, x), 1),
+    "partial with keyword": partial(lambda params, carry, x, a: (carry, x), a=1),
+    "a default": lambda params, carry, x, a=1: (carry, x),
+    "wrapping one of two": wrapping,
+    "jitted": jax.jit(lambda params, carry, x: (carry, x)),
+    "jitted *args": jax.jit(with_any),
+    "an object": Called(),
+    "without signature": np.frompyfunc(lambda params, carry, x: (carry, x), 3, 2),
+}
+
+
+@pytest.mark.parametrize("step", NO_STEPS_OF_TWO.values(), ids=NO_STEPS_OF_TWO)
+def test_not_called_as_lax_scan(step):
+    with pytest.raises(ValueError, match=r"Neither xs nor length was given.*go to as_lax\(strategy\)"):
+        bptt.adjoint_scan(step, 0.5, jnp.ones(3))
+    if not isinstance(step, np.ufunc):
+        for strategy in (bptt.scan, bptt.adjoint_scan):
+            strategy(step, 0.5, jnp.array(1.0), jnp.ones(3))
+
+
+def test_an_error_inside_a_step_of_three_is_its_own():
+    for step in (lambda params, h, x: of_lax(params, h, x), wraps(of_lax)(lambda params, h, x: of_lax(params, h, x))):
+        with pytest.raises(TypeError, match=r"^of_lax\(\) takes 2 positional arguments but 3 were given"):
+            bptt.adjoint_scan(step, None, jnp.zeros(2), jnp.ones((3, 2)))
+
+    @wraps(of_lax)
+    def of_any(*args):
+        raise TypeError("mine")
+
+    with pytest.raises(TypeError, match=r"^mine"):
+        bptt.adjoint_scan(of_any, None, jnp.zeros(2), jnp.ones((3, 2)))
+
+
+@strategies
+@pytest.mark.parametrize("reverse", [None, "yes", 1, np.ones(2, bool)], ids=str)
+def test_reverse_that_is_neither_true_nor_false(strategy, reverse):
+    with pytest.raises(TypeError, match=r"reverse is .*, but it says whether .*: pass True or False"):
+        strategy(keep, None, jnp.zeros(2), jnp.ones((3, 2)), reverse=reverse)
 
 
 @strategies

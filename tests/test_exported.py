@@ -23,11 +23,19 @@ OPEN_TIME = "scan", "adjoint_scan", "adjoint_scan (derived)", "windowed_scan"
 WITH_FLAGS = "scan", "adjoint_scan", "checkpointed_scan", "truncated_scan"
 
 
+def bidirectional(cell, params, init, xs, *, scan=bptt.adjoint_scan, **flags):
+    """The backward direction, once alone and once beside the forward one."""
+    _, alone = scan(cell, params, init, xs, reverse=True)
+    layer = bptt.bidirectional(cell, cell)
+    carry, ys = layer.apply((params, params), (init, init), xs, scan=scan, **flags)
+    return carry, ys.sum() + alone
+
+
 def loss(strategy, flags, weights, xs, is_first):
     init = CELL.initial_carry(xs.shape[1:-1])
     options = {"is_first": is_first, "valid": ~is_first} if flags else {}
     carry, ys = strategy(CELL, bptt.ElmanParams(*weights), init, xs, **options)
-    return jnp.sum(ys**2) + jnp.sum(carry)
+    return jnp.sum(ys**2) + sum(map(jnp.sum, jax.tree.leaves(carry)))
 
 
 def arguments(steps, batch):
@@ -56,6 +64,14 @@ def test_open_sizes(name, flags):
     function = jax.value_and_grad(partial(loss, ALL[name], flags))
     program = exported(function, "t, b" if name in OPEN_TIME else "7, b")
     assert_close(program.call(*arguments(*SIZES)), expected(flags))
+
+
+@pytest.mark.slow
+def test_open_sizes_in_reverse():
+    by_scan = partial(bidirectional, scan=bptt.scan)
+    program = exported(jax.value_and_grad(partial(loss, bidirectional, True)), "t, b")
+    args = arguments(*SIZES)
+    assert_close(program.call(*args), jax.value_and_grad(partial(loss, by_scan, True))(*args))
 
 
 @pytest.mark.parametrize("name", ["scan", "adjoint_scan", "checkpointed_scan"])

@@ -85,6 +85,111 @@ def test_every_strategy_equals_a_loop(name, given):
         assert_close(result, expected), name
 
 
+# In the order of running: what cuts, cuts there too.
+CUT = {
+    "truncated_scan, cut": partial(bptt.truncated_scan, truncation_length=3),
+    "windowed_scan, cut": partial(bptt.windowed_scan, window=2),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("elman", "is_first and valid"),
+        ("gru", "nothing"),
+        ("elman", "is_first"),
+        ("elman", "valid"),
+        ("gru", "is_first and valid"),
+        ("lstm", "is_first and valid"),
+        ("stack", "is_first and valid"),
+    ],
+)
+@pytest.mark.costly
+def test_reverse_is_flipping(name, given):
+    """Values and all gradients, with resets to a carry of one's own, and nan in the padding."""
+    cell = make_cell(name)
+    params, init, xs = problem(cell, 8, (2,))
+    to = random_like(init, 7)
+    flags = {word: flag for word, flag in FLAGS.items() if word in given}
+    options = lambda to: {"reset_carry": to} if "is_first" in flags else {}
+
+    def by_hand(scan, params, init, xs, to):
+        flipped = {word: flag[::-1] for word, flag in flags.items()}
+        carry, ys = scan(cell, params, init, xs[::-1], **flipped, **options(to))
+        return carry, ys[::-1]
+
+    def reversed_by_scan(scan, params, init, xs, to):
+        return scan(cell, params, init, xs, reverse=True, **flags, **options(to))
+
+    valid = FLAGS["valid"] if "valid" in flags else np.ones((8, 2), bool)
+    spoilt = jnp.where(valid[..., None], xs, jnp.nan)
+    bars = random_like(jax.eval_shape(partial(by_hand, bptt.scan), params, init, xs, to), 3)
+
+    @jax.jit
+    def ways(*args):
+        def vjp(function):
+            out, pull = jax.vjp(function, *args)
+            return out, pull(bars)
+
+        expected = {name: vjp(partial(by_hand, scan)) for name, scan in ({"scan": bptt.scan} | CUT).items()}
+        return expected, {name: vjp(partial(reversed_by_scan, scan)) for name, scan in (EXACT | CUT).items()}
+
+    expected, found = ways(params, init, spoilt, to)
+    assert np.isfinite(expected["scan"][0][1]).all()
+    assert jnp.abs(expected["scan"][0][1] - expected["scan"][0][1][::-1]).max() > 0.1
+    for name, result in found.items():
+        assert_close(result, expected.get(name, expected["scan"])), name
+
+
+def test_padding_in_reverse_runs_on_a_pair_that_occurs():
+    """The first carry and the input that it meets, the last one in time; with the first one the root has no derivative."""
+    step = lambda rate, last, time: (time, jnp.sqrt(rate * (7 - last + time)))
+    times, valid = jnp.array([[1.0], [3.0], [9.0], [0.0]]), jnp.array([[True], [True], [True], [False]])
+
+    @jax.jit
+    def ways():
+        loss = lambda rate, scan: jnp.sum(scan(step, rate, jnp.array([10.0]), times, valid=valid, reverse=True)[1])
+        return [jax.grad(loss)(1.0, scan) for scan in STRATEGIES.values()]
+
+    np.testing.assert_allclose(ways(), (np.sqrt(6) + 1 + np.sqrt(5)) / 2)
+
+
+def test_reverse_without_inputs():
+    """Outputs stand where `lax.scan` puts them, and so they do in a network."""
+    step = lambda w, h, x: (w * h, h)
+    expected = jax.lax.scan(partial(step, 0.5), 1.0, None, length=4, reverse=True)
+    cell = make_cell("elman")
+    net, xs = bptt.network(cell, 2, dtype=jnp.float64), random_like(jax.ShapeDtypeStruct((5, 2, 3), "float64"), 1)
+    params = net.init(jax.random.key(0))
+    last, ys = net.apply(params, cell.initial_carry((2,)), xs[::-1], scan=bptt.scan)
+    for scan in STRATEGIES.values():
+        assert_close(scan(step, 0.5, 1.0, length=4, reverse=True), expected)
+    reverse = partial(bptt.adjoint_scan, reverse=True)
+    assert_close(net.apply(params, cell.initial_carry((2,)), xs, scan=reverse), (last, ys[::-1]))
+    paths = bptt.surviving_paths(partial(bptt.truncated_scan, reverse=True), 4, truncation_length=2)
+    np.testing.assert_array_equal(paths, np.kron(np.eye(2), np.triu(np.ones((2, 2)))))
+
+
+def test_valid_from_lengths():
+    rows = np.array([0, 3, 1])
+    expected = np.array([[0, 1, 1], [0, 1, 0], [0, 1, 0]], bool)
+    np.testing.assert_array_equal(bptt.valid_from_lengths(rows, 3), expected)
+    np.testing.assert_array_equal(jax.jit(partial(bptt.valid_from_lengths, time_steps=3))(rows), expected)
+    assert bptt.valid_from_lengths(rows.astype(np.int8).reshape(1, 3), 200).shape == (200, 1, 3)
+    assert bptt.valid_from_lengths(rows.astype(np.int8), 200).sum() == 4
+    assert bptt.valid_from_lengths(2, 3).tolist() == [True, True, False]
+    assert bptt.valid_from_lengths(np.zeros(2, int), 0).shape == (0, 2)
+    for lengths, steps, error, message in (
+        ([4], 3, ValueError, "lengths has 4, but rows have 3 time steps: pass numbers from 0 to 3, or more time_steps"),
+        ([-1], 3, ValueError, "lengths has -1, but rows"),
+        ([0.5], 3, TypeError, "lengths has dtype float.*pass whole numbers"),
+        ([True], 3, TypeError, "lengths has dtype bool"),
+        ([1], 2.5, ValueError, r"time_steps is 2\.5, but it counts time steps"),
+    ):
+        with pytest.raises(error, match=message):
+            bptt.valid_from_lengths(jnp.array(lengths), steps)
+
+
 def test_a_rollout_is_replayed():
     """An agent acts step by step in environments that end at different times; replayed at once, its states are the same."""
     cell = bptt.gru(3, 5, dtype=jnp.float64)

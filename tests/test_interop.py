@@ -66,7 +66,12 @@ def test_bfloat16(name):
             r"The biases of layer 0 have shapes \(1,\) and \(2,\), but \(2,\) is expected",
         ),
         ({}, r"The layers are numbered \[\]"),
-        ({"weight_ih_l0_reverse": np.ones((2, 2))}, r"'weight_ih_l0_reverse' is not a weight of a unidirectional"),
+        (
+            {"weight_ih_l0": np.ones((2, 2)), "weight_hh_l0": np.ones((2, 2)), "weight_ih_l0_reverse": np.ones((2, 2))},
+            r"'weight_hh_l0_reverse' is missing",
+        ),
+        ({"weight_ih_l0_reverse": np.ones((2, 2))}, r"'weight_ih_l0' is missing"),
+        ({"weight_ih_l0_reversed": np.ones((2, 2))}, r"'weight_ih_l0_reversed' is not a weight of an nn.RNN"),
         ({"weight_hr_l0": np.ones((2, 2))}, r"'weight_hr_l0' is not a weight .* without projection"),
         ({"weight_ih_l1": np.ones((2, 2))}, r"The layers are numbered \[1\], but 0, 1, … without a gap"),
         ({"weight_ih_l0": np.ones((2, 2))}, r"'weight_hh_l0' is missing"),

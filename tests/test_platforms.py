@@ -29,6 +29,7 @@ BARE = {
     "adjoint_scan, unrolled": partial(bptt.adjoint_scan, unroll=2),
     "adjoint_scan, clipped": partial(bptt.adjoint_scan, clip_adjoint=1.0),
     "adjoint_scan, clipped by a function": partial(bptt.adjoint_scan, clip_adjoint=partial(jax.tree.map, jnp.tanh)),
+    "adjoint_scan, reversed": partial(bptt.adjoint_scan, reverse=True),
     "checkpointed_scan": bptt.checkpointed_scan,
     "checkpointed_scan, segment_length": partial(bptt.checkpointed_scan, segment_length=4),
     "checkpointed_scan, 3 checkpoints": partial(bptt.checkpointed_scan, checkpoints=3),

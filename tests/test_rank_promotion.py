@@ -80,6 +80,13 @@ def calls():
         "mean_squared_error": lambda: bptt.losses.mean_squared_error(outputs, outputs, mask=mask),
         "final_step": lambda: bptt.losses.final_step(bptt.losses.cross_entropy)(outputs, labels, mask=mask),
         "surviving_paths": lambda: bptt.surviving_paths(bptt.windowed_scan, 4, window=2),
+        "bidirectional": lambda: bptt.bidirectional(cell, cell).apply(
+            (params, params),
+            (batch[1], batch[1]),
+            batch[2],
+            is_first=mask,
+            valid=bptt.valid_from_lengths(jnp.ones(2, int), 4),
+        ),
         "tbptt": updated,
         "tbptt with burn_in": lambda: updated(burn_in=1),
         "tbptt, truncated": lambda: updated(truncation_length=2),

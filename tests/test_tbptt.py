@@ -365,6 +365,12 @@ def test_errors():
         init, update = bptt.tbptt(loss, optax.sgd(0.1), **options)
         with pytest.raises(ValueError, match=message):
             update(start(init), chunk)
+    back = lambda params, carry, chunk, *, scan, key: loss(
+        params, carry, chunk, scan=partial(scan, reverse=True), key=key
+    )
+    init, update = bptt.tbptt(back, optax.sgd(0.1), burn_in=2)
+    with pytest.raises(ValueError, match=r"reverse=True runs from the last step .*burn_in .*leave one of them out"):
+        update(start(init), chunk)
     init, update = bptt.tbptt(loss, optax.sgd(0.1))
     with pytest.raises(TypeError, match=r"update takes a Chunk\(xs, targets, \.\.\.\), but got a ndarray"):
         update(start(init), chunk.xs)

@@ -1,9 +1,12 @@
 """The outside oracle: torch's nn.RNN, nn.GRU and nn.LSTM, value and every gradient, in float32."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import EXACT, cases
 
 import jaxbptt as bptt
 from jaxbptt import interop
@@ -14,9 +17,9 @@ MODULES = {"elman": "RNN", "gru": "GRU", "lstm": "LSTM"}
 STEPS, BATCH, INPUT, HIDDEN = 20, 4, 3, 5
 
 
-def close(mine, theirs):
+def close(mine, theirs, tolerance=1e-5):
     theirs = np.asarray(theirs.detach().numpy() if hasattr(theirs, "detach") else theirs)
-    np.testing.assert_allclose(np.asarray(mine), theirs, rtol=0, atol=1e-5 * max(np.abs(theirs).max(), 1e-3))
+    np.testing.assert_allclose(np.asarray(mine), theirs, rtol=0, atol=tolerance * max(np.abs(theirs).max(), 1e-3))
 
 
 @pytest.mark.parametrize("strategy", [bptt.scan, bptt.adjoint_scan])
@@ -65,6 +68,64 @@ def test_equals_torch(name, layers, strategy):
             close(params_bar[layer].b_hn, theirs["bias_hh"][-HIDDEN:])
 
 
+@cases("scan", EXACT, "adjoint_scan")
+@pytest.mark.parametrize(("name", "layers"), [("lstm", 2), ("gru", 2), ("elman", 1)])
+def test_packed_and_bidirectional(name, layers, scan):
+    """Rows of unequal length, in float64: values and all gradients."""
+    torch.manual_seed(0)
+    module = getattr(torch.nn, MODULES[name])(INPUT, HIDDEN, num_layers=layers, bidirectional=True).double()
+    lengths = [STEPS, 3, 11, 1]
+    xs = torch.randn(STEPS, BATCH, INPUT, dtype=torch.float64, requires_grad=True)
+    shape = 2 * layers, BATCH, HIDDEN
+    states = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(1 + (name == "lstm"))]
+    packed = torch.nn.utils.rnn.pack_padded_sequence(xs, lengths, enforce_sorted=False)
+    out, last = module(packed, tuple(states) if name == "lstm" else states[0])
+    ys, _ = torch.nn.utils.rnn.pad_packed_sequence(out, total_length=STEPS)
+    last = last if name == "lstm" else (last,)
+    weights = torch.randn(ys.shape, dtype=torch.float64)
+    ((ys * weights).sum() + sum((state**2).sum() for state in last)).backward()
+
+    make = partial(getattr(bptt, name), dtype=jnp.float64)
+    cells = [bptt.bidirectional(*[make(size, HIDDEN)] * 2) for size in [INPUT, 2 * HIDDEN][:layers]]
+    params, valid = interop.from_torch(module), bptt.valid_from_lengths(lengths, STEPS)
+    kind = bptt.LSTMState if name == "lstm" else lambda h: h
+    carries = lambda tensors: [
+        bptt.Directions(*(kind(*(jnp.asarray(leaf.numpy()[2 * i + d]) for leaf in tensors)) for d in (0, 1)))
+        for i in range(layers)
+    ]
+
+    @jax.jit
+    def our_gradients(params, init, xs):
+        def loss(params, init, xs):
+            carries = []
+            for layer, p, c in zip(cells, params, init, strict=True):
+                c, xs = layer.apply(p, c, xs, scan=scan, valid=valid)
+                carries.append(c)
+            return jnp.sum(xs * weights.numpy()) + sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(carries)), (
+                carries,
+                xs,
+            )
+
+        return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(params, init, xs)
+
+    arrays = params, carries([state.detach() for state in states]), jnp.asarray(xs.detach().numpy())
+    (params_bar, init_bar, xs_bar), (carry, our_ys) = our_gradients(*arrays)
+    exactly = partial(close, tolerance=1e-10)
+    exactly(our_ys, ys)
+    exactly(xs_bar, xs.grad)
+    expected = jax.tree.leaves([carries([s.detach() for s in last]), carries([s.grad for s in states])])
+    for ours, theirs in zip(jax.tree.leaves([carry, init_bar]), expected, strict=True):
+        exactly(ours, theirs)
+    bars = {key: p.grad for key, p in module.named_parameters()}
+    for layer, both in enumerate(params_bar):
+        for end, ours in zip((f"{layer}", f"{layer}_reverse"), both, strict=True):
+            exactly(ours.W_xh, bars[f"weight_ih_l{end}"])
+            exactly(ours.W_hh, bars[f"weight_hh_l{end}"])
+            exactly(ours.b, bars[f"bias_ih_l{end}"])
+            if name == "gru":
+                exactly(ours.b_hn, bars[f"bias_hh_l{end}"][-HIDDEN:])
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_torch_reads_ours(name):
     params = getattr(bptt, name)(INPUT, HIDDEN).init(jax.random.key(0))
@@ -74,6 +135,14 @@ def test_torch_reads_ours(name):
     xs = np.random.default_rng(0).normal(size=(STEPS, INPUT)).astype(np.float32)
     _, ys = bptt.scan(cell, params, cell.initial_carry(), xs)
     close(ys, module(torch.as_tensor(xs))[0])
+    # And both directions of two layers.
+    layers = [
+        bptt.bidirectional(*[getattr(bptt, name)(size, HIDDEN)] * 2).init(jax.random.key(size)) for size in (INPUT, 10)
+    ]
+    module = getattr(torch.nn, MODULES[name])(INPUT, HIDDEN, 2, bidirectional=True)
+    module.load_state_dict({key: torch.as_tensor(array) for key, array in interop.to_torch(layers).items()})
+    for leaf, back in zip(*map(jax.tree.leaves, (layers, interop.from_torch(module))), strict=True):
+        np.testing.assert_array_equal(leaf, back)
 
 
 def test_cross_entropy_is_torchs():

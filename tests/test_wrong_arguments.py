@@ -59,6 +59,7 @@ def functions():
     }
     J = jnp.ones((4, 3, 3))
     lags = LagContributions({"W": jnp.ones((4, 3, 2))}, {"W": jnp.ones((3, 2))}, jnp.ones(4), None, None)
+    layer = bptt.bidirectional(cell, cell)
     elman = bptt.network(bptt.elman(3, 4, dtype=jnp.float64), 2)
     textbook = {"params": elman.init(key), "xs": xs, "h_0": jnp.zeros(4), "targets": jnp.zeros(4, int)}
     chunk = bptt.Chunk(xs=jnp.ones((4, 2, 1)))
@@ -75,6 +76,29 @@ def functions():
         ),
         "stack": (lambda cell: bptt.stack(cell), {"cell": cell}, {"cell": set()}),
         "network": (bptt.network, {"cell": cell, "output_size": 2}, {"cell": set(), "output_size": set()}),
+        "bidirectional": (
+            bptt.bidirectional,
+            {"forward": cell, "backward": cell},
+            {"forward": set(), "backward": set()},
+        ),
+        "bidirectional.init": (layer.init, {"key": key}, {"key": set()}),
+        "bidirectional.apply": (
+            layer.apply,
+            {"params": layer.init(key), "carry": layer.initial_carry(), "xs": xs, "scan": bptt.scan, "is_first": None}
+            | {"valid": None},
+            {"params": set(), "carry": set(), "scan": set(), "is_first": {"None"}, "valid": {"None"}},
+        ),
+        "valid_from_lengths": (
+            bptt.valid_from_lengths,
+            {"lengths": labels, "time_steps": 3},
+            {"lengths": {"integers"}, "time_steps": set()},
+        ),
+        "as_lax": (bptt.as_lax, {"strategy": bptt.scan}, {"strategy": set()}),
+        "as_lax(scan)": (
+            bptt.as_lax(bptt.scan),
+            {"f": lambda carry, x: (carry, x), "init": jnp.zeros(()), "xs": xs, "reverse": False},
+            {"f": set(), "reverse": {"bool"}},
+        ),
         "network.init": (elman.init, {"key": key}, {"key": set()}),
         "cell.init": (cell.init, {"key": key}, {"key": set()}),
         "cell.initial_carry": (cell.initial_carry, {"batch_shape": (2,)}, {"batch_shape": set()}),
@@ -304,8 +328,8 @@ def functions():
             one | {"segment_length": 2},
             {"step": set(), "segment_length": {"None"}, "checkpoints": {"None"}},
         ),
-        "scan": (bptt.scan, one, {"step": set()}),
-        "adjoint_scan": (bptt.adjoint_scan, one, {"step": set()}),
+        "scan": (bptt.scan, one, {"step": set(), "reverse": {"bool"}}),
+        "adjoint_scan": (bptt.adjoint_scan, one, {"step": set(), "reverse": {"bool"}}),
         "cudnn_scan": (bptt.cudnn_scan, one, {"step": set()}),
     }
 

@@ -27,11 +27,20 @@ class ClosedParams(NamedTuple):
     closed_over: list[Any]
 
 
+class Equations(NamedTuple):
+    """A jaxpr without its constants, which jax 0.12 keeps in it: a step outlives the tracers that it was traced with."""
+
+    constvars: list[Any]
+    invars: list[Any]
+    outvars: list[Any]
+    eqns: list[Any]
+
+
 class TracedStep(NamedTuple):
     """A step traced once.
 
     Attributes:
-        jaxpr: the trace; its constants are `params.closed_over`, its inputs the leaves of (params.leaves, carry, x).
+        jaxpr: the trace, as `Equations`; its constants are `params.closed_over`, its inputs the leaves of (params.leaves, carry, x).
         step: `(params, carry, x) -> (carry, y)`, which evaluates the trace and closes over nothing.
         primitives: names of all equations in it.
         one_at_a_time: whether it has to run one step at a time, and not mapped over time: where it branches (`lax.cond`),
@@ -45,7 +54,7 @@ class TracedStep(NamedTuple):
         like_params: puts a `ClosedParams` back into the structure of the user's params, `None` where a leaf is no array.
     """
 
-    jaxpr: Any
+    jaxpr: Equations
     step: Callable[..., Any]
     primitives: set[str]
     one_at_a_time: bool
@@ -66,7 +75,8 @@ def trace(step: Callable[..., Any], params: Any, init: Any, xs: Any) -> TracedSt
 
     closed, shapes = jax.make_jaxpr(from_arrays, return_shape=True)(leaves, init, at_one_step(xs))
     out_tree = jax.tree.structure(shapes)
-    jaxpr, refs = closed.jaxpr, {i: const for i, const in enumerate(closed.consts) if is_ref(const)}
+    jaxpr = Equations(*(list(getattr(closed.jaxpr, field)) for field in Equations._fields))
+    refs = {i: const for i, const in enumerate(closed.consts) if is_ref(const)}
     params = ClosedParams(leaves, [const for i, const in enumerate(closed.consts) if i not in refs])
     arrays = [var for i, var in enumerate(jaxpr.constvars) if i not in refs]
     avals = [var.aval for var in (*jaxpr.invars[: len(leaves)], *arrays)]

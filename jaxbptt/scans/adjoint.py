@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxbptt.along_time import flipped
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.programs.perturbed import PerturbedAdjoint, wrapping_for_outputs
 from jaxbptt.scans.derivative import with_derivative
@@ -31,6 +32,7 @@ def adjoint_scan(
     is_first: Any = None,
     valid: Any = None,
     reset_carry: Any = None,
+    reverse: bool = False,
     adjoint: Adjoint | None = None,
     clip_adjoint: float | Callable[[Any], Any] | None = None,
     unroll: int | bool = 1,
@@ -60,7 +62,7 @@ def adjoint_scan(
     explosion is stopped where it begins. The gradient is then biased, and exact again where nothing is clipped.
 
     Args:
-        step: as `scan`, like params, init, xs, length, is_first, valid and reset_carry.
+        step: as `scan`, like params, init, xs, length, is_first, valid, reset_carry and reverse.
         params: θ; arrays that `step` closes over get their gradient as well.
         adjoint: the backward of one step. By default the `Cell`'s own, or else derived from `step`.
         clip_adjoint: the largest magnitude that an entry of c̄ may have as it passes from step to step, or a function of c̄
@@ -68,7 +70,7 @@ def adjoint_scan(
         unroll: time steps in one iteration of the compiled loops, as for `lax.scan`.
 
     Returns:
-        c_T, and the yₜ stacked on a leading time axis.
+        The last carry, and the yₜ stacked on a leading time axis.
 
     Raises:
         ValueError: an `Adjoint` whose results do not fit what they are the derivative of, a `clip_adjoint` that is not
@@ -89,7 +91,7 @@ def adjoint_scan(
         Werbos, Backpropagation through time: what it does and how to do it, 1990, doi:10.1109/5.58337. Clipping in the
         recursion: Graves, Generating sequences with recurrent neural networks, 2013, arXiv:1308.0850.
     """
-    r = prepare(step, params, init, xs, length, is_first, valid)
+    r = prepare(step, params, init, xs, length, is_first, valid, reverse=reverse)
     over_time, r = one_pass(step, adjoint, r, Flags(is_first, valid, reset_carry), unroll)
     if clip_adjoint is not None:
         over_time = over_time.wrapped(_clipping(clip_adjoint))
@@ -110,8 +112,9 @@ def adjoint_scan(
         (init_bar, sums), xs_bar = over_time.back(params, bar_and_sums, residuals, xs, ys_bar, init, length)
         return over_time.weights.finish(sums), init_bar, xs_bar
 
-    scan = with_derivative("adjoint_scan", over_time, run, forward, backward, forward_mode=clip_adjoint is None)
-    return scan(r.params, r.init, r.xs)
+    run_with_derivative = with_derivative("adjoint_scan", over_time, run, forward, backward, forward_mode=clip_adjoint is None)
+    carry, ys = run_with_derivative(r.params, r.init, r.xs)
+    return carry, flipped(ys) if reverse else ys
 
 
 def _clipping(clip: float | Callable[[Any], Any]) -> Callable[[PerturbedAdjoint], PerturbedAdjoint]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxbptt.along_time import at_one_step, filled
+from jaxbptt.along_time import at_one_step, filled, flipped
 from jaxbptt.array_types import byte_count
 from jaxbptt.arrays import check_count
 from jaxbptt.cells.cell import Adjoint, Cell
@@ -36,6 +36,7 @@ def checkpointed_scan(
     is_first: Any = None,
     valid: Any = None,
     reset_carry: Any = None,
+    reverse: bool = False,
     adjoint: Adjoint | None = None,
     unroll: int | bool = 1,
 ) -> tuple[Any, Any]:
@@ -56,7 +57,7 @@ def checkpointed_scan(
     with segments, and as often as the schedule says with `checkpoints`.
 
     Args:
-        step: as `scan`, like params, init, xs, length, is_first, valid and reset_carry.
+        step: as `scan`, like params, init, xs, length, is_first, valid, reset_carry and reverse.
         params: θ; arrays that `step` closes over get their gradient as well.
         segment_length: s, time steps, at least 1; from T on, all of them are one segment.
         checkpoints: c, states kept at the same time, the first included, from 1 to T.
@@ -64,7 +65,7 @@ def checkpointed_scan(
         unroll: time steps in one iteration of the compiled loops, as for `lax.scan`.
 
     Returns:
-        c_T, and the yₜ stacked on a leading time axis.
+        The last carry, and the yₜ stacked on a leading time axis.
 
     Raises:
         ValueError: both `segment_length` and `checkpoints`, `segment_length` below 1, `checkpoints` outside 1 … T; and as
@@ -87,7 +88,7 @@ def checkpointed_scan(
         Griewank and Walther, Algorithm 799: revolve, 2000, doi:10.1145/347837.347846. Chen, Xu, Zhang and Guestrin,
         Training deep nets with sublinear memory cost, 2016, arXiv:1604.06174.
     """
-    r = prepare(step, params, init, xs, length, is_first, valid)
+    r = prepare(step, params, init, xs, length, is_first, valid, reverse=reverse)
     over_time, r = one_pass(step, adjoint, r, Flags(is_first, valid, reset_carry), unroll)
     length = r.length
     check_known_length("checkpointed_scan", length)
@@ -116,7 +117,9 @@ def checkpointed_scan(
             gradients = differentiated_as(_gradients_by_scan(over_time, length), gradients)
         return gradients(params, init, xs, carry_bar, ys_bar, states)
 
-    return with_derivative("checkpointed_scan", over_time, run, forward, backward)(r.params, r.init, r.xs)
+    run_with_derivative = with_derivative("checkpointed_scan", over_time, run, forward, backward)
+    carry, ys = run_with_derivative(r.params, r.init, r.xs)
+    return carry, flipped(ys) if reverse else ys
 
 
 def _gradients_by_scan(over_time: Pass, length: int) -> Callable[..., Any]:

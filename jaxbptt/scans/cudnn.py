@@ -57,7 +57,7 @@ def cudnn_scan(
         params: as `scan`, like init, xs and length; all arrays are float32.
         valid: as `scan`, but padding stands at the end of each row only: True … True False … False. Known values are
             checked; where traced ones, as under `jax.jit`, are of another form, all results and their gradients are nan.
-        **unsupported: `is_first`, `reset_carry`, `unroll` and other options of strategies, which are refused.
+        **unsupported: `is_first`, `reset_carry`, `reverse`, `unroll` and other options of strategies, which are refused.
 
     Returns:
         c_T, and the yₜ stacked on a leading time axis.
@@ -84,7 +84,7 @@ def cudnn_scan(
         arXiv:1604.01946.
     """
     layers = _layers_of(step)
-    given = [option for option, value in unsupported.items() if value is not None]
+    given = [option for option, value in unsupported.items() if value is not None and value is not False]
     if given:
         raise TypeError(
             f"cudnn_scan has no {' or '.join(given)}: cuDNN runs each row from its first step to its last in one call. Use "
@@ -172,7 +172,7 @@ def _layers_of(step: Any) -> Layers:
 
 
 def _check_arrays(r: Recurrence) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(r._replace(step=None, length=None)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(r._replace(step=None, length=None, reverse=None)):
         if leaf.dtype != jnp.float32:
             raise TypeError(
                 f"{name('', path)[1:]} has dtype {leaf.dtype}, but JAX's binding of cuDNN computes in float32 alone: pass "

@@ -22,6 +22,7 @@ def scan(
     is_first: Any = None,
     valid: Any = None,
     reset_carry: Any = None,
+    reverse: bool = False,
     unroll: int | bool = 1,
 ) -> tuple[Any, Any]:
     r"""Unroll a recurrence with `lax.scan`; its gradient is full BPTT, taken by JAX.
@@ -43,15 +44,20 @@ def scan(
             what stands in xₜ changes nothing. Leaves of xs that don't begin with [time, *batch] are shared by all rows.
         reset_carry: what `is_first` resets to, like `init` or one row of it; it gets its gradient. By default zeros, and
             typed random keys go on as they are. A key that all rows share always does.
+        reverse: whether to run from x_T to x₁, as `lax.scan` does: cₜ₋₁, yₜ = step(θ, cₜ, xₜ) from c_T = `init`, and yₜ stands
+            at its own t. The same as flipping xs, is_first and valid along time, and ys back. So `is_first` marks where a
+            sequence begins in the order of running, which is its last step in time. Other strategies than `scan` flip copies
+            of xs and ys.
         unroll: time steps in one iteration of the compiled loop, as for `lax.scan`.
 
     Returns:
-        c_T, and the yₜ stacked on a leading time axis.
+        The last carry, c_T (in reverse c₀), and the yₜ stacked on a leading time axis.
 
     Raises:
         ValueError: neither `xs` nor `length`, leaves of `xs` that disagree on T, a carry that changes shape, flags or a
             `reset_carry` that do not fit `init`, a `reset_carry` without `is_first`.
-        TypeError: a step that returns no pair, a carry that changes structure or dtype, flags that are not boolean.
+        TypeError: a step that returns no pair or takes two arguments, a carry that changes structure or dtype, flags that
+            are not boolean.
 
     Example:
         >>> import jax
@@ -68,7 +74,8 @@ def scan(
     """
     if any(map(is_ref, jax.tree.leaves(xs))) and is_first is valid is reset_carry is None:
         # The step gets references to the entries, which only lax.scan can hand out.
-        return jax.lax.scan(partial(step_of(step), params), init, xs, length=length, unroll=unroll)
-    r = prepare(step, params, init, xs, length, is_first, valid)
+        return jax.lax.scan(partial(step_of(step), params), init, xs, length=length, reverse=reverse, unroll=unroll)
+    r = prepare(step, params, init, xs, length, is_first, valid, reverse=reverse)
     r = without_adjoint(r, Flags(is_first, valid, reset_carry))
-    return jax.lax.scan(partial(r.step, r.params), r.init, r.xs, length=length_for_scan(r.length), unroll=unroll)
+    step, length = partial(r.step, r.params), length_for_scan(r.length)
+    return jax.lax.scan(step, r.init, r.xs, length=length, reverse=reverse, unroll=unroll)

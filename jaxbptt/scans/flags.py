@@ -4,12 +4,18 @@ Every strategy takes `is_first` and `valid`, which are checked here and make ano
 time step beside x (`programs.flagged`).
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, ArrayLike, Bool, Int
 
+from jaxbptt.along_time import flipped
 from jaxbptt.array_types import sharded_like
+from jaxbptt.arrays import as_array, check_count
 from jaxbptt.programs.derived import DifferentiableStep
 from jaxbptt.programs.flagged import (
     adjoint_with_flagged_input,
@@ -20,7 +26,7 @@ from jaxbptt.programs.flagged import (
 )
 from jaxbptt.programs.perturbed import Perturbed, wrapping_for_outputs
 from jaxbptt.scans.recurrence import Recurrence, as_arrays
-from jaxbptt.trees import is_differentiable, is_key, name
+from jaxbptt.trees import is_differentiable, is_key, is_ref, name
 from jaxbptt.words import counted
 
 
@@ -109,7 +115,8 @@ def _padding(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> tupl
     step, or another row's if it has none; where no row has one, it runs on zeros.
     """
     rows = valid.any(axis=0)
-    first_step = jnp.argmax(valid, axis=0)
+    # In the order of running: the first carry meets that step's input.
+    first_step = valid.shape[0] - 1 - jnp.argmax(flipped(valid), axis=0) if r.reverse else jnp.argmax(valid, axis=0)
     number = jnp.where(rows, jnp.arange(rows.size).reshape(rows.shape), rows.size)
     first_row = rows & (number == number.min())
 
@@ -136,9 +143,66 @@ def _padding(r: Recurrence, is_first: Any, valid: Any, reset_carry: Any) -> tupl
     return jax.lax.stop_gradient((jax.tree.map(in_every_row, carry), jax.tree.map(of_a_step, r.xs)))
 
 
+def valid_from_lengths(
+    lengths: Int[ArrayLike, " *batch"] | Sequence[int], time_steps: int
+) -> Bool[Array, " time *batch"]:
+    r"""Which steps of padded rows are steps, for `valid`, from the number of steps of each row.
+
+    validₜ = t < length,  t = 0 … time_steps − 1
+
+    Args:
+        lengths: whole numbers `[*batch]`, from 0 to `time_steps`; checked where they are known, and not where they are traced.
+        time_steps: T, those of the padded arrays.
+
+    Returns:
+        Booleans `[time, *batch]`: each row begins with `length` times True, and the rest is padding.
+
+    Raises:
+        ValueError: a length below 0 or above `time_steps`; `time_steps` that are no whole number of at least 0.
+        TypeError: lengths that are not whole numbers.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxbptt as bptt
+        >>> print(bptt.valid_from_lengths(jnp.array([2, 3]), 3))
+        [[ True  True]
+         [ True  True]
+         [False  True]]
+
+    References:
+        torch's `pad_sequence` and `pack_padded_sequence` describe padded rows by such lengths.
+    """
+    check_count("time_steps", time_steps, "it counts time steps", least=0)
+    lengths = as_array("lengths", lengths, "[*batch] of whole numbers")
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise TypeError(f"lengths has dtype {lengths.dtype}, but it counts time steps: pass whole numbers.")
+    if not isinstance(lengths, Tracer):
+        wrong = [int(length) for length in np.unique(lengths) if not 0 <= length <= time_steps]
+        if wrong:
+            raise ValueError(
+                f"lengths has {wrong[0]}, but rows have {counted(time_steps, 'time step')}: pass numbers from 0 to "
+                f"{time_steps}, or more time_steps."
+            )
+    t = jnp.arange(time_steps).reshape(-1, *(1,) * lengths.ndim)
+    return t < lengths[None].astype(t.dtype)  # which int8 may be too small for
+
+
+def ends_of_sequences(is_first: Any, valid: Any) -> Any:
+    """Where sequences begin if they are run from the last step to the first: where the next valid step is a first one."""
+    is_first = _as_flags("is_first", is_first)
+    valid = jnp.ones_like(is_first) if valid is None else _as_flags("valid", valid)
+
+    def step_back(next_begins, at_t):
+        first, valid = at_t
+        return jnp.where(valid, first, next_begins), next_begins
+
+    nothing_follows = sharded_like(jnp.zeros(is_first.shape[1:], bool), (is_first & valid).any(axis=0))
+    return jax.lax.scan(step_back, nothing_follows, (is_first, valid), reverse=True)[1]
+
+
 def check_flags(flags_name: str, flags: Any, r: Recurrence) -> Any:
     """`is_first` or `valid` as an array of flags `[time, *batch]`, or an error that says what it should be."""
-    flags = as_arrays(flags_name, flags)
+    flags = _as_flags(flags_name, flags)
     if flags.dtype != jnp.bool_:
         hint = (
             ", or episode_number[1:] != episode_number[:-1] with True put in front" if flags_name == "is_first" else ""
@@ -167,6 +231,11 @@ def check_flags(flags_name: str, flags: Any, r: Recurrence) -> Any:
             f"shape {leaf.shape}: its first axes must be the same, one flag for each row and time step. {way_out}"
         )
     return flags
+
+
+def _as_flags(flags_name: str, flags: Any) -> Any:
+    flags = as_arrays(flags_name, flags) if is_ref(flags) else flags
+    return as_array(flags_name, flags, "[time, *batch] of booleans")
 
 
 def _check_reset_carry(reset_carry: Any, init: Any, batch: tuple[int, ...]) -> Any:

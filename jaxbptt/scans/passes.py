@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
-from jaxbptt.along_time import at, at_one_step, filled, window
+from jaxbptt.along_time import at, at_one_step, filled, flipped, window
 from jaxbptt.array_types import assumed_size
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.platforms import Choices, all_choices, by_platform
@@ -140,10 +140,13 @@ class Pass:
 def one_pass(
     step: Callable[..., Any] | Cell, adjoint: Adjoint | None, r: Recurrence, flags: Flags, unroll: int | bool
 ) -> tuple[Pass, Recurrence]:
-    """The pass of a prepared recurrence, and the recurrence with the params and xs to call it with."""
+    """The pass of a prepared recurrence, and the recurrence with the params and xs to call it with.
+
+    In reverse xs are flipped here, so that a pass always runs from the first entry to the last; the caller flips ys back.
+    """
     with_adjoint, params = differentiable_step(step, adjoint, r.step, r.params, r.init, r.xs)
     with_adjoint, r = with_flags(with_adjoint, r._replace(params=params), flags)
-    return Pass(with_adjoint, unroll), r
+    return Pass(with_adjoint, unroll), r._replace(xs=flipped(r.xs)) if r.reverse else r
 
 
 def lengths_to_contract(carry: Any, *lengths: Any) -> set[Any]:

@@ -4,12 +4,14 @@ r"""What every strategy asks of its arguments, checked in one place and before a
 keep its structure, shapes and dtypes. Errors name the leaf, what was expected and what to do.
 """
 
+import inspect
 from collections.abc import Callable
 from operator import index
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.export import is_symbolic_dim
 
@@ -22,23 +24,34 @@ from jaxbptt.words import counted
 
 
 class Recurrence(NamedTuple):
-    """A step with its arguments, checked: `step(params, carry, x) -> (carry, y)` over `length` time steps."""
+    """A step with its arguments, checked: `step(params, carry, x) -> (carry, y)` over `length` time steps.
+
+    With `reverse` it runs from the last of them to the first.
+    """
 
     step: Callable[..., Any]
     params: Any
     init: Any
     xs: Any
     length: int
+    reverse: bool = False
 
 
-def prepare(step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, length: Any, *flags: Any) -> Recurrence:
+def prepare(
+    step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, length: Any, *flags: Any, reverse: bool = False
+) -> Recurrence:
     """Check the arguments of a strategy; `step` is only called if `init` holds Python numbers or is on several devices.
 
     Entries of the carry will be selected by `flags`, if there are any.
     """
+    if not isinstance(reverse, bool | np.bool_):
+        raise TypeError(f"reverse is {reverse!r}, but it says whether to run from the last step: pass True or False.")
+    step = step_of(step)
+    if not jax.tree.leaves(xs) and length is None:
+        _raise_for_no_length(step)
     length = _time_steps(xs, length)
     xs = as_arrays("xs", xs)
-    step = _in_own_containers(step_of(step))
+    step = _in_own_containers(step)
     init = as_arrays("init", init)
     for flag in filter(is_array, flags):
         init = jax.tree.map(lambda leaf, flag=flag: leaf if is_key(leaf) else sharded_by_rows(leaf, flag), init)
@@ -47,7 +60,7 @@ def prepare(step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, le
     step = _checked(step)
     if any(is_on_devices(leaf) for leaf in jax.tree.leaves((params, init, xs)) if is_array(leaf) and not is_ref(leaf)):
         init = _settle_devices(step, params, init, xs)
-    return Recurrence(step, params, init, xs, length)
+    return Recurrence(step, params, init, xs, length, bool(reverse))
 
 
 def as_arrays(root: str, tree: Any) -> Any:
@@ -79,10 +92,46 @@ def check_known_length(strategy: str, length: Any) -> None:
         )
 
 
+_CALLED_AS_LAX = (
+    "The step takes two arguments, (carry, x), as lax.scan's does, but a strategy's takes three, (params, carry, x): call the "
+    "strategy as lax.scan is called, as_lax(adjoint_scan)(f, init, xs), or give it a step that takes params, which may be "
+    "None, adjoint_scan(lambda params, carry, x: f(carry, x), None, init, xs)."
+)
+
+
+def _raise_for_no_length(step: Callable[..., Any]) -> None:
+    """Raise where neither xs nor length is there, as in a call like that of `lax.scan`."""
+    if _takes_two(step):
+        raise TypeError(_CALLED_AS_LAX)
+    raise ValueError(
+        "Neither xs nor length was given: pass xs with time as its first axis, or length=T. The arguments are (step, params, "
+        "init, xs), and those of lax.scan, (f, init, xs), go to as_lax(strategy)."
+    )
+
+
+def _takes_two(step: Callable[..., Any]) -> bool:
+    """Whether a step can be called with (carry, x) and not with (params, carry, x), by its signature."""
+
+    def accepts(count, signature):
+        try:
+            signature.bind(*range(count))
+        except TypeError:
+            return False
+        return True
+
+    try:
+        signature = inspect.signature(step)
+        if inspect.isfunction(step):  # its own code says more than what it wraps, unless it hands on any arguments
+            own = inspect.signature(step, follow_wrapped=False)
+            hands_on = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in own.parameters.values())
+            signature = signature if hands_on else own
+    except (TypeError, ValueError):  # a callable without a signature
+        return False
+    return accepts(2, signature) and not accepts(3, signature)
+
+
 def _time_steps(xs: Any, length: Any) -> int:
     leaves = jax.tree_util.tree_leaves_with_path(xs)
-    if not leaves and length is None:
-        raise ValueError("Neither xs nor length was given: pass xs with time as its first axis, or length=T.")
     if is_symbolic_dim(length):
         if not leaves:
             raise ValueError(f"length is symbolic, {length}, and there are no xs to take it from: pass a whole number.")
@@ -147,7 +196,17 @@ def _keeps(leaf: Any, to: Any) -> bool:
 
 def _in_own_containers(step: Callable[..., Any]) -> Callable[..., Any]:
     """The step, called with copies of its containers: it may change them, and they are read after it, and traced again."""
-    return lambda *args: step(*jax.tree.map(lambda leaf: leaf, args))
+
+    def in_own_containers(*args):
+        args = jax.tree.map(lambda leaf: leaf, args)
+        try:
+            return step(*args)
+        except TypeError as error:
+            if "positional argument" in str(error) and _takes_two(step):
+                raise TypeError(_CALLED_AS_LAX) from error
+            raise
+
+    return in_own_containers
 
 
 def _checked(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbptt.along_time import at_one_step, put_window, room
+from jaxbptt.along_time import at_one_step, flipped, put_window, room
 from jaxbptt.array_types import byte_count
 from jaxbptt.arrays import check_count
 from jaxbptt.cells.cell import Adjoint, Cell
@@ -33,6 +33,7 @@ def truncated_scan(
     is_first: Any = None,
     valid: Any = None,
     reset_carry: Any = None,
+    reverse: bool = False,
     adjoint: Adjoint | None = None,
     unroll: int | bool = 1,
 ) -> tuple[Any, Any]:
@@ -49,14 +50,14 @@ def truncated_scan(
     Side effects of a step, such as `jax.debug.print` or a callback, happen twice in a gradient, since it is computed twice.
 
     Args:
-        step: as `scan`, like params, init, xs, length, is_first, valid and reset_carry.
+        step: as `scan`, like params, init, xs, length, is_first, valid, reset_carry and reverse.
         params: θ; arrays that `step` closes over get their gradient as well.
         truncation_length: K, time steps; it need not divide T.
         adjoint: the backward of one step. By default the `Cell`'s own, or else derived from `step`.
         unroll: time steps in one iteration of the compiled loops, as for `lax.scan`.
 
     Returns:
-        c_T, and the yₜ stacked on a leading time axis.
+        The last carry, and the yₜ stacked on a leading time axis.
 
     Raises:
         ValueError: `truncation_length` below 1; and as `adjoint_scan`.
@@ -76,7 +77,7 @@ def truncated_scan(
         1990, doi:10.1162/neco.1990.2.4.490.
     """
     check_count("truncation_length", truncation_length, "it counts time steps")
-    r = prepare(step, params, init, xs, length, is_first, valid)
+    r = prepare(step, params, init, xs, length, is_first, valid, reverse=reverse)
     over_time, r = one_pass(step, adjoint, r, Flags(is_first, valid, reset_carry), unroll)
     length = r.length
     check_known_length("truncated_scan", length)
@@ -100,7 +101,9 @@ def truncated_scan(
     def backward(over_time, params, init, xs, _, last_bar, ys_bar):
         return _backward(over_time, params, init, xs, (last_bar, ys_bar), length, segment)
 
-    return with_derivative("truncated_scan", over_time, run, forward, backward)(r.params, r.init, r.xs)
+    run_with_derivative = with_derivative("truncated_scan", over_time, run, forward, backward)
+    carry, ys = run_with_derivative(r.params, r.init, r.xs)
+    return carry, flipped(ys) if reverse else ys
 
 
 def _backward(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
-from jaxbptt.along_time import at_last_step, filled
+from jaxbptt.along_time import at_last_step, filled, flipped
 from jaxbptt.arrays import check_count
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.programs.perturbed import fit
@@ -33,6 +33,7 @@ def windowed_scan(
     is_first: Any = None,
     valid: Any = None,
     reset_carry: Any = None,
+    reverse: bool = False,
     adjoint: Adjoint | None = None,
     unroll: int | bool = 1,
 ) -> tuple[Any, Any]:
@@ -53,14 +54,14 @@ def windowed_scan(
     not linear, such as one that clips or takes a sign, gets another gradient here than from `scan`, even for W ≥ T.
 
     Args:
-        step: as `scan`, like params, init, xs, length, is_first, valid and reset_carry.
+        step: as `scan`, like params, init, xs, length, is_first, valid, reset_carry and reverse.
         params: θ; arrays that `step` closes over get their gradient as well.
         window: W, time steps.
         adjoint: the backward of one step, which must allow `jax.vmap`. By default the `Cell`'s own, or else derived.
         unroll: time steps in one iteration of the compiled forward loop, as for `lax.scan`.
 
     Returns:
-        c_T, and the yₜ stacked on a leading time axis.
+        The last carry, and the yₜ stacked on a leading time axis.
 
     Raises:
         ValueError: `window` below 1; and as `adjoint_scan`.
@@ -79,7 +80,7 @@ def windowed_scan(
         1990, doi:10.1162/neco.1990.2.4.490.
     """
     check_count("window", window, "it counts time steps")
-    r = prepare(step, params, init, xs, length, is_first, valid)
+    r = prepare(step, params, init, xs, length, is_first, valid, reverse=reverse)
     over_time, r = one_pass(step, adjoint, r, Flags(is_first, valid, reset_carry), unroll)
     length = r.length
     # More lags than time steps add zeros, and lax.scan takes no symbolic number of them.
@@ -99,9 +100,9 @@ def windowed_scan(
         bars = at_last_step(last_bar, length), filled(ys_bar, length)
         return _backward(over_time, (params, init, xs), residuals.stacked(), bars, lags)
 
-    return with_derivative("windowed_scan", over_time, run, forward, backward, forward_mode=False)(
-        r.params, r.init, r.xs
-    )
+    run_with_derivative = with_derivative("windowed_scan", over_time, run, forward, backward, forward_mode=False)
+    carry, ys = run_with_derivative(r.params, r.init, r.xs)
+    return carry, flipped(ys) if reverse else ys
 
 
 def _backward(

@@ -329,6 +329,11 @@ def _with_burn_in(
     **options: Any,
 ) -> tuple[Any, Any]:
     """`scan` whose first `burn_in` steps have no gradient, neither through the carry nor through their outputs."""
+    if options.get("reverse"):
+        raise ValueError(
+            "reverse=True runs from the last step of the chunk, and burn_in brings the carry up to date from the first: leave "
+            "one of them out."
+        )
     lengths = (None, None) if length is None else (burn_in, length - burn_in)
     along_time = {word: options.pop(word) for word in ("valid", "is_first") if word in options}
     xs_before, flags_before = jax.tree.map(lambda leaf: leaf[:burn_in], (xs, along_time))
