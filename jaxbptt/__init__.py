@@ -34,7 +34,6 @@ from jaxbptt.analysis.spectrum import singular_values as singular_values
 from jaxbptt.cells import initializers as initializers
 from jaxbptt.cells.cell import Adjoint as Adjoint
 from jaxbptt.cells.cell import Cell as Cell
-from jaxbptt.cells.dropout import Dropout as Dropout
 from jaxbptt.cells.dropout import DropoutParams as DropoutParams
 from jaxbptt.cells.dropout import dropout as dropout
 from jaxbptt.cells.elman import ElmanParams as ElmanParams

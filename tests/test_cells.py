@@ -71,7 +71,8 @@ def test_layer_norm_starts_as_the_lstm_does():
     with pytest.raises(TypeError, match="layer_norm is 1, but it says whether to normalise: pass True or False"):
         inspect.unwrap(bptt.lstm)(3, 4, layer_norm=1)
     with pytest.raises(ValueError, match=r"lstm: gain_hh has shape \(3,\), but \(16,\) is expected"):
-        bptt.lstm(3, 4, layer_norm=True).step(params._replace(gain_hh=jnp.ones(3)), None, None)
+        cell = make_cell("layer_norm")
+        cell.step(params._replace(gain_hh=jnp.ones(3)), cell.initial_carry(), jnp.ones(3))
 
 
 def test_the_adjoint_of_layer_norm_pays():
