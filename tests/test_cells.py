@@ -70,8 +70,8 @@ def test_layer_norm_starts_as_the_lstm_does():
     ]
     with pytest.raises(TypeError, match="layer_norm is 1, but it says whether to normalise: pass True or False"):
         inspect.unwrap(bptt.lstm)(3, 4, layer_norm=1)
+    cell = make_cell("layer_norm")
     with pytest.raises(ValueError, match=r"lstm: gain_hh has shape \(3,\), but \(16,\) is expected"):
-        cell = make_cell("layer_norm")
         cell.step(params._replace(gain_hh=jnp.ones(3)), cell.initial_carry(), jnp.ones(3))
 
 

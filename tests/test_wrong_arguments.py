@@ -140,6 +140,8 @@ def functions():
             {"outputs": set(), "targets": set(), "mask": {"None"}},
         ),
         "from_torch": (bptt.interop.from_torch, {"state_dict": bptt.interop.to_torch(params)}, {"state_dict": set()}),
+        "from_flax": (bptt.interop.from_flax, {"module": None}, {"module": set()}),
+        "from_equinox": (bptt.interop.from_equinox, {"module": None}, {"module": set()}),
         "to_torch": (bptt.interop.to_torch, {"params": params}, {"params": set()}),
         "jacobian_products": (bptt.jacobian_products, {"J": J}, {"J": set()}),
         "product_log_singular_values": (
