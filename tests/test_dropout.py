@@ -51,11 +51,12 @@ def test_is_the_cell_with_scaled_weights(name):
 
 
 def test_masks():
-    dropped, draw = bptt.dropout(bptt.gru(20, 30), **RATES)
+    dropped, draw = bptt.dropout(bptt.gru(30, 30), **RATES)
     params = dropped.init(jax.random.key(0))
     masks = draw(jax.random.key(1), params, (40, 5))
-    assert (masks.x.shape, masks.h.shape) == ((40, 5, 20), (40, 5, 30))
+    assert (masks.x.shape, masks.h.shape) == ((40, 5, 30),) * 2
     assert masks.cell is params
+    assert np.corrcoef(masks.x.ravel(), masks.h.ravel())[0, 1] < 0.1, "drawn from keys of their own"
     assert np.mean(masks.x) == pytest.approx(0.7, abs=0.03)
     assert np.mean(masks.h) == pytest.approx(0.5, abs=0.03)
     assert np.any(masks.h != draw(jax.random.key(2), params, (40, 5)).h)

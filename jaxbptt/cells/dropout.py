@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from jaxbptt.array_types import sharded_like
 from jaxbptt.arrays import as_array, check_key, is_number
 from jaxbptt.cells import dense
 from jaxbptt.cells.cell import Cell
@@ -123,4 +124,4 @@ def _kept(mask: Any, name: str, entries: Any, p: float) -> Any:
             "batch axes of the carry, draw(key, params, batch_shape)."
         )
     scaled = entries / (1 - p)
-    return jnp.where(mask, scaled, jnp.zeros_like(scaled))
+    return jnp.where(sharded_like(mask, scaled), scaled, jnp.zeros_like(scaled))
