@@ -83,13 +83,12 @@ def wide(params, h, x):
 gru, lstm = bptt.gru(3, UNITS, dtype=float), bptt.lstm(3, UNITS, dtype=float)
 gru_params, lstm_params = gru.init(jax.random.key(0)), lstm.init(jax.random.key(0))
 dropout = bptt.dropout(gru, input_rate=0.3, recurrent_rate=0.4)
-masks = dropout.draw(jax.random.key(1), None, (ROWS,))
 weights, h_0 = {"W": normal(UNITS, UNITS), "U": normal(3, UNITS)}, normal(ROWS, UNITS)
 
 
 def dropped(params, h, x):
-    """Masks that are on no mesh."""
-    return dropout.cell.step(masks._replace(cell=params), h, x)
+    """Masks that lie on every device, whole."""
+    return dropout.cell.step(dropout.draw(jax.random.key(1), params, (ROWS,)), h, x)
 
 
 problems = {
