@@ -72,8 +72,8 @@ def from_flax(module: Any, variables: Any = None) -> tuple[Cell, Any]:
             )
         return _from_linen(module, variables)
     raise TypeError(
-        f"from_flax takes an nnx.Module, or a linen.Module and its variables, but got a {type(module).__name__}: pass a cell, such as "
-        "nnx.GRUCell(3, 5, rngs=nnx.Rngs(0))."
+        f"from_flax takes an nnx.Module, or a linen.Module and its variables, but got a {type(module).__name__}: "
+        "pass a cell, such as nnx.GRUCell(3, 5, rngs=nnx.Rngs(0))."
     )
 
 
@@ -82,9 +82,8 @@ def from_equinox(module: Any) -> tuple[Cell, Any]:
 
     cₜ = module(xₜ, cₜ₋₁),  yₜ = cₜ, or the first entry of cₜ where that is a tuple: the h of (h, c)
 
-    `eqx.nn.GRUCell`, `eqx.nn.LSTMCell`, and any module of yours that is called in this way, with one row of a batch: over
-    batch axes it is mapped. One whose state or input for a single row is no vector, or that returns something else beside its
-    state, takes a step of yours: `lambda module, carry, x: ...`.
+    `eqx.nn.GRUCell`, `eqx.nn.LSTMCell`, and any module of yours that is called in this way, with one row, whose state is a
+    vector or a tuple of vectors: over batch axes it is mapped. For any other, write a step of your own.
 
     Args:
         module: an `eqx.Module`.
@@ -233,8 +232,8 @@ def _equinox_of(module: Any) -> Any:
     if eqx is not None and isinstance(module, eqx.Module) and callable(module):
         return eqx
     raise TypeError(
-        f"from_equinox takes an eqx.Module that is called with (x, state), but got a {type(module).__name__}: pass a cell, such as "
-        "eqx.nn.GRUCell(3, 5, key=key)."
+        f"from_equinox takes an eqx.Module that is called with (x, state), but got a {type(module).__name__}: "
+        "pass a cell, such as eqx.nn.GRUCell(3, 5, key=key)."
     )
 
 
@@ -249,8 +248,8 @@ def _from_nnx(nnx: Any, module: Any) -> tuple[Cell, Any]:
         changed = [name for name, leaf in _leaves_by_name(nnx.state(called)).items() if before.get(name) is not leaf]
         if changed:
             raise ValueError(
-                f"A {type(module).__name__} changes {changed[0]} when it is called, which would be lost after the step: let the step be "
-                "one of your own that has it in the carry, or turn it off (module.eval())."
+                f"A {type(module).__name__} changes {changed[0]} when it is called, which would be lost: turn it "
+                "off, module.eval(), or write a step of your own that has it in the carry."
             )
         return carry, y
 
@@ -287,7 +286,8 @@ def _initial_carry(module: Any, start: Any) -> Any:
 def _check_flax(module: Any, rnn: type) -> None:
     if isinstance(module, rnn) or not callable(module):
         raise TypeError(
-            f"from_flax takes a cell, called with (carry, x), but got a {type(module).__name__}: of an RNN pass its cell, rnn.cell."
+            f"from_flax takes a cell, called with (carry, x), but got a {type(module).__name__}: of an RNN "
+            "pass its cell, rnn.cell."
         )
 
 

@@ -40,8 +40,8 @@ def dropout(cell: Cell, *, input_rate: float = 0.0, recurrent_rate: float = 0.0)
 
     yₜ, hₜ = step(θ, m_h ⊙ hₜ₋₁ / (1 − p_h), m_x ⊙ xₜ / (1 − p_x))  with  m ~ Bernoulli(1 − p), drawn once
 
-    m_h is on what `W_hh` reads, and on nothing else: the memory of an `lstm`, and what a `gru` or a `rate` keeps of its state,
-    stay as they are. Costs two elementwise products a step. The adjoint is derived.
+    m_h is on what `W_hh` reads, and on nothing else: the memory of an `lstm`, and what a `gru` or a `rate` keeps of its
+    state, stay as they are. Costs two elementwise products a step; the adjoint is derived.
 
     The masks are arguments, a part of the params: draw them inside the loss, from a new key for each update, and every
     strategy, also where it recomputes, takes the gradient under the same masks. Sequences that follow each other in a row of
@@ -120,8 +120,8 @@ def _kept(mask: Any, name: str, entries: Any, p: float) -> Any:
     entries = as_array(f"dropout: {name}", entries, "[*batch, features]")
     if mask.shape != entries.shape:
         raise ValueError(
-            f"dropout: {name} has shape {entries.shape} at one time step, but its mask {mask.shape}: draw the masks with the "
-            "batch axes of the carry, draw(key, params, batch_shape)."
+            f"dropout: {name} has shape {entries.shape} at one time step, but its mask {mask.shape}: draw the "
+            "masks with the batch axes of the carry, draw(key, params, batch_shape)."
         )
     scaled = entries / (1 - p)
     return jnp.where(sharded_like(mask, scaled), scaled, jnp.zeros_like(scaled))
