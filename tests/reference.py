@@ -20,6 +20,11 @@ def make_cell(name, dtype=jnp.float64):
         case "stack":
             return bptt.stack(bptt.lstm(3, 4, dtype=dtype), bptt.gru(4, 5, dtype=dtype), bptt.elman(5, 2, dtype=dtype))
 
+        case "rate":
+            return bptt.rate(3, 4, tau=[2.0, 3.0, 5.0, 9.0], dt=2.0, dtype=dtype)
+        case "layer_norm":
+            return bptt.lstm(3, 4, layer_norm=True, dtype=dtype)
+
 
 CELLS = ("elman", "gru", "lstm", "stack")
 

@@ -91,8 +91,17 @@ def wide(params, h, x):
 
 gru, lstm = bptt.gru(3, UNITS, dtype=float), bptt.lstm(3, UNITS, dtype=float)
 gru_params, lstm_params = gru.init(jax.random.key(0)), lstm.init(jax.random.key(0))
+dropout = bptt.dropout(gru, input_rate=0.3, recurrent_rate=0.4)
 weights, h_0 = {"W": normal(UNITS, UNITS), "U": normal(3, UNITS)}, normal(ROWS, UNITS)
+
+
+def dropped(params, h, x):
+    """Masks that lie on every device, whole."""
+    return dropout.cell.step(dropout.draw(jax.random.key(1), params, (ROWS,)), h, x)
+
+
 problems = {
+    "dropped": (dropped, gru_params, h_0),
     "gru": (gru, gru_params, h_0),
     "lstm": (lstm, lstm_params, lstm.initial_carry((ROWS,))),
     "linearised": (lstm.step, lstm_params, lstm.initial_carry((ROWS,))),
@@ -111,7 +120,7 @@ cases = [
         ("manual", "explicit"), ("adjoint",), ("lstm", "looping", "branching", "from_zeros"), ("plain",)
     ),
     *itertools.product(("manual", "explicit"), ("adjoint",), ("linearised", "reset"), ("flags",)),
-    *itertools.product(("explicit",), ("adjoint", "segments"), ("wide",), ("plain",)),
+    *itertools.product(("explicit",), ("adjoint", "segments"), ("wide", "dropped"), ("plain",)),
     *itertools.product(("eager",), ("adjoint", "checkpoints"), ("gru", "closing"), ("plain",)),
 ]
 

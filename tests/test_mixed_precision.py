@@ -12,6 +12,8 @@ CELLS = ("elman", "gru", "lstm")
 
 
 def make(name, inputs=3, hidden=8, **options):
+    if name == "layer_norm":
+        return bptt.lstm(inputs, hidden, layer_norm=True, **options)
     return getattr(bptt, name)(inputs, hidden, **options)
 
 
@@ -28,7 +30,7 @@ def products(jaxpr):
     return found
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", [*CELLS, "layer_norm"])
 def test_factors_are_rounded_and_nothing_else(name):
     """Every product, forward and back, has bfloat16 factors and a float32 sum; what comes out is float32."""
     cell = make(name, compute_dtype=jnp.bfloat16)
@@ -43,7 +45,7 @@ def test_factors_are_rounded_and_nothing_else(name):
     assert {v.aval.dtype for v in program.jaxpr.outvars} == {jnp.dtype(jnp.float32)}
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", [*CELLS, "layer_norm"])
 @pytest.mark.costly
 def test_gradients_are_those_of_float32_up_to_the_rounding(name):
     cell, full = make(name, compute_dtype=jnp.bfloat16), make(name)

@@ -19,7 +19,9 @@ ROOT = Path(__file__).parents[1]
 def test_contract_names():
     names = "Cell Adjoint elman gru lstm stack network scan adjoint_scan losses state_jacobians jacobian_products"
     names += " truncated_scan windowed_scan checkpointed_scan cudnn_scan checkpoint_schedule surviving_paths plan"
-    names += " tbptt streams tasks sharding TrainState Chunk as_lax bidirectional valid_from_lengths"
+    names += (
+        " tbptt streams tasks sharding TrainState Chunk as_lax bidirectional valid_from_lengths rate RateParams dropout"
+    )
     names += " gradient_flow lag_contributions certify compare_gradients ElmanParams GRUParams LSTMParams LSTMState"
     assert [name for name in names.split() if not hasattr(bptt, name)] == []
     assert callable(bptt.plots.plot_gradient_flow)
@@ -28,7 +30,7 @@ def test_contract_names():
 def test_types_of_results_live_in_namespaces():
     """At the top are functions, and of types only those that users make."""
     made_by_users = "Cell Adjoint ElmanParams GRUParams LSTMParams LSTMState Network NetworkParams Chunk TrainState"
-    made_by_users += " Bidirectional Directions"
+    made_by_users += " Bidirectional Directions RateParams LayerNormLSTMParams DropoutParams"
     types_at_the_top = {name for name in dir(bptt) if isinstance(getattr(bptt, name), type) and name[0] != "_"}
     assert types_at_the_top == set(made_by_users.split())
     results = "Certificate CertificateRow GradientComparison LeafComparison BiasCurve LagContributions TruncationBias"

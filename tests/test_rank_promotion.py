@@ -18,7 +18,7 @@ def explicit():
         yield
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", [*CELLS, "rate", "layer_norm"])
 @pytest.mark.costly
 def test_cells_with_a_batch(name):
     """The step, and the cell's own adjoint, by shapes alone; and values in float32."""

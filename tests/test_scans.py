@@ -21,6 +21,7 @@ own_strategies = pytest.mark.parametrize("strategy", list(ALL.values())[1:], ids
 
 CASES = [("elman", 1, (5,), jnp.float64), ("gru", 64, (5,), jnp.float64), ("stack", 7, (), jnp.float64)]
 CASES += [("lstm", 7, (1,), jnp.float64), ("lstm", 7, (5,), jnp.float32)]
+CASES += [("rate", 7, (5,), jnp.float64), ("layer_norm", 7, (5,), jnp.float64)]
 MORE = [(name, steps, (5,), jnp.float64) for name in ("elman", "gru", "lstm") for steps in (1, 2, 64)]
 MORE += [(name, 7, batch, jnp.float64) for name in CELLS for batch in ((), (1,), (5,))]
 MORE += [(name, 7, (5,), jnp.float32) for name in CELLS]

@@ -71,8 +71,28 @@ def functions():
         "gru": (bptt.gru, sizes | options | {"chrono_length": 9}, wrong_sizes | {"chrono_length": {"None"}}),
         "lstm": (
             bptt.lstm,
-            sizes | options | {"chrono_length": 9, "forget_bias": 1.0},
-            wrong_sizes | {"chrono_length": {"None"}, "forget_bias": {"negative", "fraction"}},
+            sizes | options | {"chrono_length": 9, "forget_bias": 1.0, "layer_norm": False},
+            wrong_sizes | {"chrono_length": {"None"}, "forget_bias": {"negative", "fraction"}, "layer_norm": {"bool"}},
+        ),
+        "rate": (
+            bptt.rate,
+            sizes | options | {"tau": 9.0, "dt": 1.0, "noise": 0.1, "nonlinearity": jnp.tanh},
+            wrong_sizes | {"tau": set(), "dt": {"fraction", "bool"}, "noise": {"fraction"}, "nonlinearity": set()},
+        ),
+        "rate.step": (
+            bptt.rate(3, 4, tau=9.0, dt=1.0, noise=0.1).step,
+            {"params": bptt.RateParams(*params[:3]), "h": jnp.zeros(4), "x": (jnp.zeros(3), key)},
+            dict.fromkeys(["params", "h", "x"], frozenset()),
+        ),
+        "dropout": (
+            lambda cell, **rates: bptt.dropout(cell, **rates),
+            {"cell": cell, "input_rate": 0.1, "recurrent_rate": 0.1},
+            {"cell": set(), "input_rate": {"fraction"}, "recurrent_rate": {"fraction"}},
+        ),
+        "dropout.draw": (
+            bptt.dropout(cell, input_rate=0.1).draw,
+            {"key": key, "params": params, "batch_shape": (2,)},
+            {"key": set(), "batch_shape": set()},
         ),
         "stack": (lambda cell: bptt.stack(cell), {"cell": cell}, {"cell": set()}),
         "network": (bptt.network, {"cell": cell, "output_size": 2}, {"cell": set(), "output_size": set()}),
@@ -144,6 +164,8 @@ def functions():
             {"outputs": set(), "targets": set(), "mask": {"None"}},
         ),
         "from_torch": (bptt.interop.from_torch, {"state_dict": bptt.interop.to_torch(params)}, {"state_dict": set()}),
+        "from_flax": (bptt.interop.from_flax, {"module": None}, {"module": set()}),
+        "from_equinox": (bptt.interop.from_equinox, {"module": None}, {"module": set()}),
         "to_torch": (bptt.interop.to_torch, {"params": params}, {"params": set()}),
         "jacobian_products": (bptt.jacobian_products, {"J": J}, {"J": set()}),
         "product_log_singular_values": (

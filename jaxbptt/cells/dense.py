@@ -119,6 +119,11 @@ def check_sizes(**sizes: int) -> None:
         check_count(name, size, "it counts features")
 
 
+def nothing_dropped(h: Array) -> Array:
+    """What `W_hh` reads where there is no dropout: the state as it is."""
+    return h
+
+
 def with_sizes(step: Callable[..., Any], input_size: int, output_size: int) -> Callable[..., Any]:
     """The step with the sizes of x and y attached, for `stack`; a cell whose step is replaced has none."""
     step.__dict__["sizes"] = input_size, output_size
@@ -153,8 +158,8 @@ def check_options(dtype: Any, **initializers: Any) -> None:
         check_callable(name, initializer, "a jax initializer, (key, shape, dtype) -> array")
 
 
-def zeros(batch_shape: Any, size: int, dtype: Any) -> Array:
-    """A state of zeros, `[*batch, size]`; raises unless the axes of the batch are whole numbers."""
+def check_batch_shape(batch_shape: Any) -> None:
+    """Raise unless the axes of the batch are whole numbers."""
     if not isinstance(batch_shape, tuple | list):
         raise ValueError(
             f"batch_shape is {batch_shape!r}, but it is a tuple of the sizes of the batch axes: pass "
@@ -163,6 +168,11 @@ def zeros(batch_shape: Any, size: int, dtype: Any) -> Array:
     for axis in batch_shape:
         if not jax.export.is_symbolic_dim(axis):
             check_count("An axis of batch_shape", axis, "it counts rows", least=0)
+
+
+def zeros(batch_shape: Any, size: int, dtype: Any) -> Array:
+    """A state of zeros, `[*batch, size]`."""
+    check_batch_shape(batch_shape)
     return jnp.zeros((*batch_shape, size), dtype)
 
 

@@ -81,9 +81,10 @@ def elman(
     def initial_carry(batch_shape: tuple[int, ...] = ()) -> Array:
         return dense.zeros(batch_shape, hidden_size, dtype)
 
-    def step(params, h, x):
+    def step(params, h, x, drop=dense.nothing_dropped):
         x = dense.check_step("elman", params, shapes, x, h=h)
-        h = jnp.tanh(dense.add_bias(products.linear(params.W_hh, h) + products.linear(params.W_xh, x), params.b))
+        current = products.linear(params.W_hh, drop(h)) + products.linear(params.W_xh, x)
+        h = jnp.tanh(dense.add_bias(current, params.b))
         return h, h
 
     def forward(params, h_prev, x):

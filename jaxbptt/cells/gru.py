@@ -96,17 +96,17 @@ def gru(
     def initial_carry(batch_shape: tuple[int, ...] = ()) -> Array:
         return dense.zeros(batch_shape, hidden_size, dtype)
 
-    def activations(params, h, x):
+    def activations(params, h, x, drop=dense.nothing_dropped):
         x = dense.check_step("gru", params, shapes, x, h=h)
         x_r, x_z, x_n = jnp.split(dense.add_bias(products.linear(params.W_xh, x), params.b), 3, axis=-1)
-        h_r, h_z, h_n = jnp.split(products.linear(params.W_hh, h), 3, axis=-1)
+        h_r, h_z, h_n = jnp.split(products.linear(params.W_hh, drop(h)), 3, axis=-1)
         r = jax.nn.sigmoid(h_r + x_r)
         z = jax.nn.sigmoid(h_z + x_z)
         m = dense.add_bias(h_n, params.b_hn)
         return r, z, jnp.tanh(x_n + r * m), m
 
-    def step(params, h, x):
-        _, z, n, _ = activations(params, h, x)
+    def step(params, h, x, drop=dense.nothing_dropped):
+        _, z, n, _ = activations(params, h, x, drop)
         h = (1 - z) * n + z * h
         return h, h
 

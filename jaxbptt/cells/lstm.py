@@ -9,7 +9,9 @@ from jaxtyping import Array, Float
 
 from jaxbptt.arrays import check_key, is_number
 from jaxbptt.cells import dense, initializers
+from jaxbptt.cells import layer_norm as normalised
 from jaxbptt.cells.cell import Adjoint, Cell
+from jaxbptt.cells.layer_norm import LayerNormLSTMParams
 
 
 class LSTMParams(NamedTuple):
@@ -38,6 +40,7 @@ def lstm(
     input_init: dense.Initializer = dense.fan_in_normal,
     forget_bias: float = 1.0,
     chrono_length: float | None = None,
+    layer_norm: bool = False,
 ) -> Cell:
     r"""A long short-term memory cell: the memory c is added to, and kept where the forget gate is open.
 
@@ -46,6 +49,14 @@ def lstm(
     hₜ = oₜ ⊙ tanh(cₜ),  yₜ = hₜ
 
     Time O(4 n²) a step; the backward pass keeps hₜ₋₁, cₜ₋₁ and the four gates.
+
+    With `layer_norm`, the two products and the memory that is read are normalised, each over all its entries, to mean 0 and
+    variance 1, and scaled by a gain that is learned:
+
+    LN(a; γ) = γ ⊙ (a − mean a) / √(var a + 1e-5)
+    the gates read  LN(W_h hₜ₋₁; γ_h) + LN(W_x xₜ; γ_x) + b,  and  hₜ = oₜ ⊙ tanh(LN(cₜ; γ_c) + b_c)
+
+    The backward pass keeps both standardised arrays as well, of 5 n numbers.
 
     Args:
         input_size: features of x.
@@ -59,13 +70,15 @@ def lstm(
         forget_bias: b_f at the start; 1 keeps the memory, and its gradient, open (Jozefowicz et al. 2015).
         chrono_length: time steps of the longest dependency to expect: in place of `forget_bias`, b_f is spread so that the
             units keep their memory for up to that long, and b_i = −b_f (`initializers.chrono`).
+        layer_norm: whether to normalise, as above. The gains start at 1.
 
     Returns:
-        A `Cell` with `LSTMParams`; its carry is an `LSTMState(h, c)`.
+        A `Cell` with `LSTMParams`, or with `LayerNormLSTMParams` where it normalises; its carry is an `LSTMState(h, c)`.
 
     Raises:
         ValueError: a size below 1, a dtype that is not floating-point, a `chrono_length` of 2 or less; at a step, params, a
             carry or an x that do not fit the sizes or each other.
+        TypeError: a `layer_norm` that is neither True nor False.
 
     Example:
         >>> import jax
@@ -79,29 +92,35 @@ def lstm(
         Hochreiter and Schmidhuber, Long short-term memory, 1997, doi:10.1162/neco.1997.9.8.1735; the forget gate is of
         Gers, Schmidhuber and Cummins, Learning to forget, 2000, doi:10.1162/089976600300015015; its bias of Jozefowicz,
         Zaremba and Sutskever, An empirical exploration of recurrent network architectures, ICML 2015; `chrono_length` of
-        Tallec and Ollivier, Can recurrent neural networks warp time?, 2018, arXiv:1804.11188.
+        Tallec and Ollivier, Can recurrent neural networks warp time?, 2018, arXiv:1804.11188; `layer_norm` of Ba, Kiros and
+        Hinton, Layer normalization, 2016, arXiv:1607.06450 (supplementary material).
     """
     dense.check_sizes(input_size=input_size, hidden_size=hidden_size)
     dense.check_options(dtype, recurrent_init=recurrent_init, input_init=input_init)
     if not is_number(forget_bias, -math.inf):
         raise ValueError(f"forget_bias is {forget_bias!r}, but it is a bias to start with: pass a finite number.")
+    if not isinstance(layer_norm, bool):
+        raise TypeError(f"layer_norm is {layer_norm!r}, but it says whether to normalise: pass True or False.")
     rows = 4 * hidden_size
     shapes = {"W_xh": (rows, input_size), "W_hh": (rows, hidden_size), "b": (rows,)}
+    if layer_norm:
+        shapes |= normalised.shapes_of(rows, hidden_size)
     products = dense.products(compute_dtype)
     chrono = None if chrono_length is None else initializers.chrono(chrono_length)
 
-    def init(key: Array) -> LSTMParams:
+    def init(key: Array) -> LSTMParams | LayerNormLSTMParams:
         check_key(key)
         key_xh, key_hh = jax.random.split(key)
         b_i, b_f = jnp.zeros(hidden_size, dtype), jnp.full(hidden_size, forget_bias, dtype)
         if chrono is not None:
             b_f = chrono(jax.random.fold_in(key, 2), (hidden_size,), dtype)
             b_i = -b_f
-        return LSTMParams(
+        params = LSTMParams(
             W_xh=dense.gate_blocks(input_init, key_xh, 4, (hidden_size, input_size), dtype),
             W_hh=dense.gate_blocks(recurrent_init, key_hh, 4, (hidden_size, hidden_size), dtype),
             b=jnp.concatenate([b_i, b_f, jnp.zeros(2 * hidden_size, dtype)]),
         )
+        return normalised.with_gains(params, dtype) if layer_norm else params
 
     def initial_carry(batch_shape: tuple[int, ...] = ()) -> LSTMState:
         # Two arrays: a donated carry can't contain the same buffer twice.
@@ -124,9 +143,9 @@ def lstm(
         a_i, a_f, a_g, a_o = jnp.split(a, 4, axis=-1)
         return jax.nn.sigmoid(a_i), jax.nn.sigmoid(a_f), jnp.tanh(a_g), jax.nn.sigmoid(a_o)
 
-    def step(params, state, x):
+    def step(params, state, x, drop=dense.nothing_dropped):
         x = checked(params, state, x)
-        i, f, g, o = gates(params, state.h, x)
+        i, f, g, o = gates(params, drop(state.h), x)
         c = f * state.c + i * g
         h = o * jnp.tanh(c)
         return LSTMState(h, c), h
@@ -164,7 +183,9 @@ def lstm(
         )
         return params_bar, products.back(deltas, params.W_xh)
 
-    step = dense.with_sizes(step, input_size, hidden_size)
-    if compute_dtype is None:
+    adjoint = Adjoint(forward, backward, contract)
+    if layer_norm:
+        step, adjoint = normalised.lstm_step_and_adjoint(checked, squashed, products, LSTMState)
+    elif compute_dtype is None:
         step = dense.with_lstm_layers(step, ((input_size, hidden_size),))
-    return Cell(init, initial_carry, step, Adjoint(forward, backward, contract))
+    return Cell(init, initial_carry, dense.with_sizes(step, input_size, hidden_size), adjoint)

@@ -112,7 +112,9 @@ def adjoint_scan(
         (init_bar, sums), xs_bar = over_time.back(params, bar_and_sums, residuals, xs, ys_bar, init, length)
         return over_time.weights.finish(sums), init_bar, xs_bar
 
-    run_with_derivative = with_derivative("adjoint_scan", over_time, run, forward, backward, forward_mode=clip_adjoint is None)
+    run_with_derivative = with_derivative(
+        "adjoint_scan", over_time, run, forward, backward, forward_mode=clip_adjoint is None
+    )
     carry, ys = run_with_derivative(r.params, r.init, r.xs)
     return carry, flipped(ys) if reverse else ys
 
