@@ -98,6 +98,10 @@ def gradient(case, scan, w=0.5):
     return gradient_of(partial(loss, case, scan), case.args | {"w": jnp.asarray(w)}, ("w", "init", "xs"))
 
 
+def loss_of_w(case, scan, w):
+    return loss(case, scan, **case.args | {"w": w})
+
+
 def nested(case, scan):
     """In a step of its own, and in one of `lax.scan`."""
 
@@ -114,7 +118,10 @@ TRANSFORMED = {
         jnp.array([0.5, -0.3])
     ),
     "nested": nested,
-    # Those of forward mode go here, one line each: "jvp", "linearize", "jacfwd", "hessian".
+    "jvp": lambda case, scan: jax.jvp(partial(loss_of_w, case, scan), (0.5,), (1.0,)),
+    "linearize": lambda case, scan: jax.linearize(partial(loss_of_w, case, scan), 0.5)[1](1.0),
+    "jacfwd": lambda case, scan: jax.jacfwd(partial(loss_of_w, case, scan))(0.5),
+    "hessian": lambda case, scan: jax.hessian(partial(loss_of_w, case, scan))(0.5),
 }
 
 

@@ -46,7 +46,9 @@ def _types(*_: Any, linear_map: LinearMap, num_known: int) -> list[Any]:
 
 def _transpose(cotangents: list[Any], *args: Any, linear_map: LinearMap, num_known: int) -> list[Any]:
     bars = [None if isinstance(bar, ad.Zero) else bar for bar in cotangents]
-    found = linear_map.pull(list(args[:num_known]), bars)
+    # A number that is known while JAX traces has a dtype here, and no shape.
+    known = [arg if hasattr(arg, "shape") else jnp.asarray(arg, arg.dtype) for arg in args[:num_known]]
+    found = linear_map.pull(known, bars)
     linear = zip(args[num_known:], found, strict=True)
     return [None] * num_known + [bar if ad.is_undefined_primal(arg) else None for arg, bar in linear]
 
