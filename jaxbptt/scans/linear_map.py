@@ -37,7 +37,12 @@ class LinearMap:
 
 
 def _apply(*args: Any, linear_map: LinearMap, num_known: int) -> list[Any]:
-    return linear_map.push(list(args[:num_known]), list(args[num_known:]))
+    return linear_map.push(_arrays(args[:num_known]), list(args[num_known:]))
+
+
+def _arrays(args: Sequence[Any]) -> list[Any]:
+    """What is known; a number in a traced program is a float or an integer that has a dtype and no shape."""
+    return [arg if hasattr(arg, "shape") else jnp.asarray(arg, arg.dtype) for arg in args]
 
 
 def _types(*_: Any, linear_map: LinearMap, num_known: int) -> list[Any]:
@@ -46,9 +51,7 @@ def _types(*_: Any, linear_map: LinearMap, num_known: int) -> list[Any]:
 
 def _transpose(cotangents: list[Any], *args: Any, linear_map: LinearMap, num_known: int) -> list[Any]:
     bars = [None if isinstance(bar, ad.Zero) else bar for bar in cotangents]
-    # A number that is known while JAX traces has a dtype here, and no shape.
-    known = [arg if hasattr(arg, "shape") else jnp.asarray(arg, arg.dtype) for arg in args[:num_known]]
-    found = linear_map.pull(known, bars)
+    found = linear_map.pull(_arrays(args[:num_known]), bars)
     linear = zip(args[num_known:], found, strict=True)
     return [None] * num_known + [bar if ad.is_undefined_primal(arg) else None for arg, bar in linear]
 
