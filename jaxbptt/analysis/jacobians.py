@@ -17,6 +17,7 @@ from jaxbptt.analysis.operators import dense_jacobians
 from jaxbptt.analysis.trajectory import Trajectory, state_vector, trajectory_of
 from jaxbptt.arrays import at_least_float32, scalar_loss
 from jaxbptt.cells.cell import Cell
+from jaxbptt.scans.flags import Flags
 from jaxbptt.scans.recurrence import prepare
 from jaxbptt.trees import combine, differentiable, partition, pull
 
@@ -58,7 +59,15 @@ class TemporalContributions(NamedTuple):
 
 
 def state_jacobians(
-    step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any = None, *, length: int | None = None
+    step: Callable[..., Any] | Cell,
+    params: Any,
+    init: Any,
+    xs: Any = None,
+    *,
+    length: int | None = None,
+    is_first: Any = None,
+    valid: Any = None,
+    reset_carry: Any = None,
 ) -> tuple[Any, Float[Array, "time n n"]]:
     r"""Unroll a recurrence and take the Jacobian of every step.
 
@@ -74,6 +83,10 @@ def state_jacobians(
         init: c₀; non-differentiable leaves (counters, keys) are carried along but are no part of the state vector.
         xs: inputs, leaves `[time, features]`, or `None`.
         length: T, needed where `xs` is `None`.
+        is_first: booleans `[time]`, as for `scan`: where a new sequence begins, the carry before it counts for nothing,
+            and Jₜ is 0.
+        valid: booleans `[time]`, as for `scan`: a padded step holds the carry, and Jₜ is the identity.
+        reset_carry: what `is_first` resets to, as for `scan`.
 
     Returns:
         The carries c₁ … c_T, stacked on a leading time axis, and J `[time, n, n]`: entry `[t]` of both is of the same step.
@@ -89,7 +102,8 @@ def state_jacobians(
         >>> hs.shape, J.shape
         ((3, 2), (3, 2, 2))
     """
-    trajectory = trajectory_of(prepare(step, params, init, xs, length))
+    flags = Flags(is_first, valid, reset_carry)
+    trajectory = trajectory_of(prepare(step, params, init, xs, length), flags)
     return trajectory.new_carries, _jacobians(trajectory)
 
 
@@ -178,6 +192,9 @@ def temporal_contributions(
     loss: Callable[..., Any],
     *,
     length: int | None = None,
+    is_first: Any = None,
+    valid: Any = None,
+    reset_carry: Any = None,
 ) -> TemporalContributions:
     r"""The terms of the chain rule through time: what the weights at each step contribute to the gradient.
 
@@ -194,6 +211,10 @@ def temporal_contributions(
         xs: inputs, leaves `[time, features]`, or `None` with `length`.
         loss: `loss(carry, ys) -> scalar`, of the last carry and all outputs.
         length: T, needed where `xs` is `None`.
+        is_first: booleans `[time]`, as for `scan`: where a new sequence begins, the carry before it counts for nothing,
+            and no term goes through it.
+        valid: booleans `[time]`, as for `scan`: a padded step holds the carry, and contributes 0.
+        reset_carry: what `is_first` resets to, as for `scan`.
 
     Returns:
         `TemporalContributions`; non-differentiable leaves are `None`.
@@ -214,8 +235,8 @@ def temporal_contributions(
     """
     loss = scalar_loss(loss)
     r = prepare(step, params, init, xs, length)
-    trajectory = trajectory_of(r)
-    carries = trajectory.carries
+    trajectory = trajectory_of(r, Flags(is_first, valid, reset_carry))
+    r, carries = trajectory.recurrence, trajectory.carries
     diff, nondiff = partition((trajectory.last_carry, trajectory.ys))
     carry_bar, ys_bar = jax.grad(lambda diff: loss(*combine(diff, nondiff)))(diff)
     J = _jacobians(trajectory)
@@ -238,9 +259,11 @@ def temporal_contributions(
     immediate = jax.vmap(through_output)(carries, r.xs, ys_bar)
     _, adjoints = jax.lax.scan(body, last_adjoint, (J, immediate), reverse=True)
 
+    own, *rest = r.params
+
     def term(at_t):
         carry, x, adjoint, y_bar = at_t
-        (params_bar,) = pull(lambda params: r.step(params, carry, x), (r.params,), (unravel(adjoint), y_bar))
+        (params_bar,) = pull(lambda params: r.step((params, *rest), carry, x), (own,), (unravel(adjoint), y_bar))
         return params_bar
 
     return TemporalContributions(jax.lax.map(term, (carries, r.xs, adjoints, ys_bar)), adjoints)
