@@ -14,7 +14,7 @@ from jaxbptt.arrays import scalar_loss
 from jaxbptt.cells.cell import Cell
 from jaxbptt.programs.flagged import with_flagged_readout
 from jaxbptt.programs.trace import trace
-from jaxbptt.scans.flags import Flags, beside_input
+from jaxbptt.scans.flags import NO_FLAGS, Flags, beside_input
 from jaxbptt.scans.recurrence import Recurrence, prepare
 from jaxbptt.trees import combine, differentiable, partition, pull
 
@@ -99,7 +99,7 @@ def gradient_flow(
 
 
 def flow_and_trajectory(
-    r: Recurrence, loss: Callable[..., Any], flags: Flags = Flags()
+    r: Recurrence, loss: Callable[..., Any], flags: Flags = NO_FLAGS
 ) -> tuple[GradientFlow, Trajectory]:
     """The gradient flow, and the states of its one forward pass."""
     loss = scalar_loss(loss)

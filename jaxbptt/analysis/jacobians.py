@@ -9,17 +9,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Bool, Float
 
+from jaxbptt.along_time import at_one_step, put_window, room
 from jaxbptt.analysis.norms import norm
 from jaxbptt.analysis.operators import dense_jacobians
-from jaxbptt.analysis.trajectory import Trajectory, state_vector, trajectory_of
+from jaxbptt.analysis.trajectory import Trajectory, state_size, state_vector, trajectory_of
 from jaxbptt.arrays import at_least_float32, scalar_loss
 from jaxbptt.cells.cell import Cell
 from jaxbptt.scans.flags import Flags
 from jaxbptt.scans.recurrence import prepare
 from jaxbptt.trees import combine, differentiable, partition, pull
+
+# Numbers of J that are computed at once; more were no faster, and take a few times their memory beside J itself.
+_AT_ONCE = 2**20
 
 
 class ScaledProducts(NamedTuple):
@@ -73,8 +78,8 @@ def state_jacobians(
 
     Jₜ = ∂cₜ/∂cₜ₋₁,  t = 1 … T
 
-    by `jax.jacfwd`, mapped over time. Time O(T n · step), memory O(T n²): for n = 1000 and T = 1000 in float32 that is
-    4 GB. The carry counts as one state vector, its leaves flattened in order (for an LSTM: h, then c), and should have no
+    by `jax.jacfwd`, mapped over time. Time O(T n · step), memory O(T n²): T n² numbers for J, and little beyond; for n = 1000
+    and T = 1000 in float32 that is 4 GB. The carry counts as one state vector, its leaves flattened in order (for an LSTM: h, then c), and should have no
     batch axis; use `jax.vmap` for a batch.
 
     Args:
@@ -280,7 +285,21 @@ def _jacobians(trajectory: Trajectory) -> Array:
 
         return jax.jacfwd(next_state)(flat)
 
-    return jax.vmap(jacobian)(*trajectory.at)
+    size, _ = state_size(r.init)
+    steps = max(_AT_ONCE // size**2, 1)
+    if is_symbolic_dim(r.length) or steps >= r.length:
+        return jax.vmap(jacobian)(*trajectory.at)
+    # Written into the result a few steps at a time: the compiler, which makes other forms of J on the way, makes them of
+    # these steps alone. The last ones begin earlier where they would not be as many, and are computed twice.
+    starts = jnp.minimum(jnp.arange(0, r.length, steps), r.length - steps)
+    at = jax.tree.map(lambda leaf: leaf[starts[:, None] + jnp.arange(steps)], trajectory.at)
+
+    def body(J, inputs):
+        start, at = inputs
+        return put_window(J, jax.vmap(jacobian)(*at), start), None
+
+    one = jax.eval_shape(jacobian, *at_one_step(trajectory.at))
+    return jax.lax.scan(body, room(one, r.length), (starts, at))[0]
 
 
 def _normalise(matrix: Array) -> tuple[Array, Array]:

@@ -144,7 +144,9 @@ def lyapunov_exponents(
     return _spectrum(growth, error, size, measured, qr_every, time_step)
 
 
-def spectrum_along(J: JacobianOperators, num_exponents: int, is_first: Any, steps: Any) -> LyapunovSpectrum:
+def spectrum_along(
+    J: JacobianOperators, num_exponents: int, is_first: Any = None, steps: Any = None
+) -> LyapunovSpectrum:
     """The same for a trajectory that is already there: no burn-in, a factorisation at every step, the default frame.
 
     A new frame is taken where `is_first`, and the growth over `steps`, their numbers, is averaged; `None` for all of them.

@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from jaxbptt.arrays import at_least_float32
 from jaxbptt.cells.cell import Cell
-from jaxbptt.scans.flags import Flags, beside_input
+from jaxbptt.scans.flags import NO_FLAGS, Flags, beside_input
 from jaxbptt.scans.recurrence import Recurrence, prepare
 from jaxbptt.trees import combine, differentiable, name, partition
 
@@ -60,7 +60,7 @@ class Trajectory(NamedTuple):
         return jax.vmap(lambda u: vjp(u)[0], 1, 1)(U.astype(flat.dtype)).astype(U.dtype)
 
 
-def trajectory_of(r: Recurrence, flags: Flags = Flags()) -> Trajectory:
+def trajectory_of(r: Recurrence, flags: Flags = NO_FLAGS) -> Trajectory:
     """Run a recurrence, and keep all carries and outputs."""
     r = beside_input(r, flags)
 
@@ -72,7 +72,7 @@ def trajectory_of(r: Recurrence, flags: Flags = Flags()) -> Trajectory:
 
 
 def prepare_state(
-    step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, length: int | None, flags: Flags = Flags()
+    step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, length: int | None, flags: Flags = NO_FLAGS
 ) -> Recurrence:
     """`prepare`, where the carry is one state vector: real, not empty, and, as far as can be seen, without batch axes.
 

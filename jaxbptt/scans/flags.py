@@ -37,6 +37,9 @@ class Flags(NamedTuple):
         return self.is_first is not None or self.valid is not None
 
 
+NO_FLAGS = Flags()
+
+
 def with_flags(step: DifferentiableStep, r: Recurrence, flags: Flags) -> tuple[DifferentiableStep, Recurrence]:
     r"""The step whose input is (x, is_first, valid) at a time step, and its params and inputs; as it was, without flags.
 
