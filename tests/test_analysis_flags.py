@@ -169,6 +169,21 @@ def test_gradient_flow(name, rows, word):
     assert_close(flow.immediate, expected)
 
 
+def test_outputs_that_the_padding_does_not_have():
+    """The output of a padded step, which is dropped, is that of the carry it runs on: of the one held it has no derivative."""
+
+    def grows(w, h, x):
+        new = h + w * x
+        return new, jnp.sqrt(new - h)
+
+    given = {"is_first": np.array([0, 0, 1, 0, 0], bool), "valid": np.array([1, 1, 1, 0, 1], bool), "reset_carry": -9.0}
+    args = jnp.array(0.5), jnp.array(0.0), jnp.arange(1.0, 6.0)
+    flow = bptt.gradient_flow(grows, *args, loss, **given)
+    expected = jax.grad(lambda *args: loss(*bptt.scan(grows, *args, **given)), argnums=(0, 1, 2))(*args)
+    assert_close((flow.param_gradients, flow.init_gradients, flow.input_gradients), expected)
+    assert np.isfinite(flow.adjoints).all()
+
+
 def where(flag, yes, no):
     flag = jnp.asarray(flag)
     return jnp.where(flag.reshape(flag.shape + (1,) * (jnp.ndim(no) - flag.ndim)), yes, no)
