@@ -1,6 +1,7 @@
 """The certificate measures what it says, and finds a wrong gradient."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,113 @@ def test_a_wrong_gradient_does_not_agree():
     assert row.errors["params.b"] == row.largest_error == pytest.approx(1)
     assert twice.value_error == pytest.approx(3)
     assert not twice.agrees
+
+
+def test_parts_of_a_right_adjoint():
+    """A student's own for a bare step, and the cell's for the cell, with flags and nan in the padding."""
+
+    def step(w, h, x):
+        h = jnp.tanh(w * h + x)
+        return h, h
+
+    def backward(w, residuals, x, h_bar, y_bar):
+        _, h = residuals
+        delta = (h_bar + y_bar) * (1 - h**2)
+        return w * delta, delta
+
+    by_hand = bptt.Adjoint(
+        forward=lambda w, h, x: (step(w, h, x), (h, step(w, h, x)[0])),
+        backward=backward,
+        contract=lambda w, residuals, xs, ys_bar, deltas: (jnp.vdot(deltas, residuals[0]), deltas),
+    )
+    xs = jnp.linspace(-1, 1, 10).reshape(5, 2)
+    certificate = bptt.certify(step, 0.5, jnp.ones(2), xs, loss, scans=[], adjoint=by_hand, repeats=1)
+    assert [row.name for row in certificate.rows] == ["scan", "adjoint_scan (given)"]
+    assert certificate.rows[1].agrees
+    names = ["forward", "backward", "contract"]
+    assert [part.name for part in certificate.parts] == names
+    assert all(part.agrees for part in certificate.parts)
+    assert [[leaf.leaf for leaf in part.comparison.leaves] for part in certificate.parts] == [
+        ["carry", "y"],
+        ["carry"],
+        ["params", "xs"],
+    ]
+    assert str(certificate).splitlines()[-3:] == [f"{name}: agrees" for name in names]
+
+    valid = jnp.array([[1, 1], [1, 0], [0, 1], [0, 0]], bool)
+    flags = {"valid": valid, "is_first": jnp.array([[0, 0], [1, 1], [0, 0], [0, 0]], bool)}
+    cell = make_cell("lstm")
+    params, init, xs = problem(cell, 4, (2,))
+    spoilt = jnp.where(valid[..., None], xs, jnp.nan)
+    certificate = bptt.certify(cell, params, init, spoilt, loss, scans=[], adjoint=cell.adjoint, repeats=1, **flags)
+    assert all(part.agrees for part in certificate.parts)
+    assert [leaf.leaf for leaf in certificate.parts[2].comparison.leaves] == [
+        "params.W_xh",
+        "params.W_hh",
+        "params.b",
+        "xs",
+    ]
+
+
+def wrong_forward(right):
+    def forward(*args):
+        (h, y), residuals = right.forward(*args)
+        return (h, 2 * y), residuals
+
+    return right._replace(forward=forward)
+
+
+def wrong_backward(right):
+    def backward(*args):
+        carry_bar, delta = right.backward(*args)
+        return -carry_bar, delta
+
+    return right._replace(backward=backward)
+
+
+def wrong_contract(right):
+    def contract(*args):
+        params_bar, xs_bar = right.contract(*args)
+        return params_bar._replace(W_hh=params_bar.W_hh.T), xs_bar
+
+    return right._replace(contract=contract)
+
+
+def mean_over_time(right):
+    def contract(params, residuals, xs, ys_bar, deltas):
+        params_bar, xs_bar = right.contract(params, residuals, xs, ys_bar, deltas)
+        return params_bar._replace(b=params_bar.b * len(xs) / 6), xs_bar
+
+    return right._replace(contract=contract)
+
+
+WRONG_PARTS = {
+    "forward": (wrong_forward, "forward", {"y": "it is 2 times the reference"}),
+    "backward": (wrong_backward, "backward", {"carry": "it has the wrong sign"}),
+    "contract": (wrong_contract, "contract", {"params.W_hh": "it is the transpose"}),
+    "segments": (mean_over_time, "contract in two segments", {"params.b": "it is 1/2 of the reference"}),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_PARTS)
+def test_which_part_is_wrong(case):
+    wrong, name, causes = WRONG_PARTS[case]
+    cell = make_cell("elman")
+    args = problem(cell, 6, (2,))
+    certificate = bptt.certify(cell, *args, loss, scans=[], adjoint=wrong(cell.adjoint), repeats=1)
+    parts = [part for part in certificate.parts if not part.agrees]
+    assert [part.name for part in parts] == [name]
+    found = {leaf.leaf: leaf.cause for leaf in parts[0].comparison.leaves if not leaf.agrees}
+    assert found.keys() == causes.keys()
+    for leaf, cause in causes.items():
+        assert re.search(cause, found[leaf])
+        assert f"{name}: {leaf}: {found[leaf]}" in str(certificate).splitlines()
+
+
+def test_what_is_no_adjoint():
+    cell = make_cell("elman")
+    with pytest.raises(TypeError, match="adjoint is function, but it holds the backward of one step"):
+        bptt.certify(cell, *problem(cell, 3), loss, adjoint=lambda *args: None)
 
 
 def test_a_nan_does_not_agree():

@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 from reference import CELLS, assert_close, make_cell, problem, python_loop
 
 import jaxbptt as bptt
+from jaxbptt.analysis import jacobians
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -49,6 +50,28 @@ def test_state_without_derivative_is_carried_along():
     carries, J = bptt.state_jacobians(step, 2.0, (jnp.ones(1), jnp.array(1)), length=3)
     np.testing.assert_allclose(J[:, 0, 0], [2, 4, 6])
     assert carries[1].tolist() == [2, 3, 4]
+
+
+def test_jacobians_a_few_steps_at_a_time(monkeypatch):
+    """The same Jacobians and the same derivative, also where the steps are no multiple."""
+    cell = make_cell("gru")
+    args = problem(cell, 11)
+    squares = lambda *args: (lambda J: (jnp.sum(jnp.sin(J)), J))(bptt.state_jacobians(cell, *args)[1])
+    differentiated = lambda: jax.jit(jax.value_and_grad(squares, argnums=(0, 1, 2), has_aux=True))(*args)
+    expected = differentiated()
+    monkeypatch.setattr(jacobians, "_AT_ONCE", 4 * 4**2)
+    assert "dynamic_update_slice" in str(jax.make_jaxpr(squares)(*args))
+    assert_close(differentiated(), expected)
+
+
+def test_memory_is_that_of_the_jacobians():
+    """T n² numbers, and a tenth of that beyond them, as the docstring says."""
+    cell, steps = bptt.lstm(3, 64, dtype=jnp.float32), 701
+    shapes = jax.eval_shape(cell.init, jax.random.key(0)), jax.eval_shape(cell.initial_carry)
+    xs = jax.ShapeDtypeStruct((steps, 3), jnp.float32)
+    compiled = jax.jit(lambda *args: bptt.state_jacobians(cell, *args)).lower(*shapes, xs).compile()
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 1.5 * 4 * steps * 128**2
 
 
 def test_products_of_jacobians_that_do_not_commute():

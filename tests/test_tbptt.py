@@ -273,6 +273,68 @@ def test_a_resumed_run_continues_bit_for_bit():
         assert (jax.random.key_data(a) == jax.random.key_data(b)).all() if a is straight.key else (a == b).all()
 
 
+EVALUATIONS = {
+    "a chunk": ({}, 5, 0),
+    "cut inside": ({"truncation_length": 2, "update_every": 5}, 5, 0),
+    "overlap": ({"truncation_length": 6, "update_every": 4}, 4, 2),
+    "burn-in": ({"burn_in": 2}, 5, 0),
+}
+
+
+@pytest.mark.parametrize("case", EVALUATIONS)
+@pytest.mark.costly
+def test_evaluate_is_update_without_learning(case):
+    """Loss, carry, aux and keys over a stream with padding and resets are those of updates at learning rate 0."""
+    options, length, overlap = EVALUATIONS[case]
+
+    def noisy(params, carry, chunk, *, scan, key):
+        value, carry = loss(params, carry, chunk, scan=scan, key=key)
+        return value + jax.random.normal(key), (carry, {"counted": chunk.mask.sum(), "carry": carry})
+
+    functions = bptt.tbptt(noisy, optax.sgd(0.0), has_aux=True, **options)
+    init, update = functions
+    update, evaluate = jax.jit(update), jax.jit(functions.evaluate)
+    trained = evaluated = start(init)
+    for chunk in streams.rows(values(24), batch=BATCH, chunk_length=length, overlap=overlap):
+        first = np.zeros_like(chunk.mask)
+        first[1, 0] = True
+        chunk = chunk._replace(is_first=first)
+        trained, metrics = update(trained, chunk)
+        evaluated, measured = evaluate(evaluated, chunk)
+        assert isinstance(measured, bptt.training.Evaluation)
+        expected = {name: getattr(metrics, name) for name in measured._fields}
+        assert jax.tree.structure(measured._asdict()) == jax.tree.structure(expected)
+        assert_close(measured._asdict(), expected)
+        assert_close(evaluated.carry, trained.carry)
+        assert (jax.random.key_data(evaluated.key) == jax.random.key_data(trained.key)).all()
+    assert int(evaluated.step) == 0
+
+
+def test_evaluate_saves_nothing_for_a_gradient():
+    """At five times the length it takes no more memory than the chunk and the outputs that the loss reads."""
+    functions = bptt.tbptt(loss, optax.sgd(0.1))
+    state = start(functions.init)
+    needs = {}
+    for steps in (200, 1_000):
+        chunk = streams.Chunk(*(jax.ShapeDtypeStruct((steps, BATCH, FEATURES), jnp.float64) for _ in range(2)))
+        for name, function in (("update", functions.update), ("evaluate", functions.evaluate)):
+            memory = jax.jit(function).lower(state, chunk).compile().memory_analysis()
+            needs[name, steps] = memory.temp_size_in_bytes
+    grows = {name: (needs[name, 1_000] - needs[name, 200]) / (800 * BATCH * 8) for name in ("update", "evaluate")}
+    assert grows["evaluate"] <= 3 * HIDDEN + 2 * FEATURES < grows["update"]
+
+
+@pytest.mark.parametrize("returns_pair", [False, True])
+def test_a_carry_that_is_a_pair_is_not_taken_for_aux(returns_pair):
+    """Only has_aux says what a pair means: a carry may be one itself."""
+    before = (jnp.zeros(2), jnp.ones(2))
+    pair = lambda params, carry, chunk, *, scan, key: (params, (carry, 7) if returns_pair else carry)
+    init, update = bptt.tbptt(pair, optax.sgd(0.1), has_aux=returns_pair)
+    state, metrics = update(init(jnp.ones(()), before, jax.random.key(0)), streams.Chunk(jnp.zeros((2, 2, 1))))
+    assert_close(state.carry, before)
+    assert metrics.aux == (7 if returns_pair else ())
+
+
 def test_each_update_has_a_key_of_its_own():
     seen = lambda params, carry, chunk, *, scan, key: (params * jax.random.normal(key), carry)
     init, update = bptt.tbptt(seen, optax.sgd(0.0))
@@ -393,3 +455,11 @@ def test_errors():
     init, update = bptt.tbptt(lambda *args, **kwargs: jnp.zeros(()), optax.sgd(0.1))
     with pytest.raises(TypeError, match=r"returns a pair \(loss, carry\), but this one returned"):
         update(start(init), chunk)
+    aux = lambda params, carry, chunk, *, scan, key: (jnp.sum(params.W_hy), (carry, 0))
+    with pytest.raises(TypeError, match=r"a carry of structure .*For \(loss, \(carry, aux\)\) pass has_aux=True"):
+        bptt.tbptt(aux, optax.sgd(0.1)).update(start(init), chunk)
+    functions = bptt.tbptt(loss, optax.sgd(0.1), has_aux=True)
+    with pytest.raises(TypeError, match=r"returns \(loss, \(carry, aux\)\), but this one returned .* in the place of"):
+        functions.update(start(init), chunk)
+    with pytest.raises(TypeError, match=r"evaluate takes a Chunk\(xs, targets, \.\.\.\), but got a ndarray"):
+        functions.evaluate(start(init), chunk.xs)

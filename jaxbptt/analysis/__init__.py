@@ -1,5 +1,6 @@
 """What happened to the gradient in the backward pass: all functions of the analysis, and the types of their results."""
 
+from jaxbptt.analysis.adjoint_parts import AdjointPart as AdjointPart
 from jaxbptt.analysis.certificate import Certificate as Certificate
 from jaxbptt.analysis.certificate import CertificateRow as CertificateRow
 from jaxbptt.analysis.certificate import certify as certify

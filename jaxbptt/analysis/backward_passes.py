@@ -63,16 +63,21 @@ def unroll(
     xs: Any,
     loss: Callable[..., Any] | None,
     length: int | None,
+    flags: Flags,
 ) -> Unrolled:
     """Run the forward pass once; without a loss the `bars` are for the caller to put in."""
     loss = None if loss is None else scalar_loss(loss)
-    r = prepare(step, params, init, xs, length)
+    r = prepare(step, params, init, xs, length, flags.is_first, flags.valid)
     if r.length == 0:
         raise ValueError("A sequence without time steps has no lags: pass at least one step.")
     if loss is not None and not jax.tree.leaves(differentiable(params)):
         raise ValueError("params has no differentiable leaf: pass what the step learns as params, not in a closure.")
-    over_time, r = one_pass(step, None, r, Flags(), unroll=1)
-    over_time = over_time.differentiated(everything(r.params, r.init, r.xs))
+    over_time, r = one_pass(step, None, r, flags, unroll=1)
+    perturbed = everything(r.params, r.init, r.xs)
+    if flags.given:  # what flags add to the params gets no gradient
+        own, *added = perturbed.params
+        perturbed = perturbed._replace(params=(own, *jax.tree.map(lambda _: False, added)))
+    over_time = over_time.differentiated(perturbed)
     results, residuals = over_time.forward(r.params, r.init, r.xs, r.length)
     outputs, nondiff = partition(results)
     bars = None if loss is None else jax.grad(lambda outputs: loss(*combine(outputs, nondiff)))(outputs)

@@ -2,18 +2,21 @@ r"""Methods of taking the gradient compared on the user's own data: how far thei
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from jaxbptt.analysis.adjoint_parts import AdjointPart, check_parts
 from jaxbptt.analysis.compare import relative_error, tolerance
 from jaxbptt.analysis.cost import compile_and_cost, median_seconds
 from jaxbptt.arrays import check_callable, check_concrete, check_count, scalar_loss
-from jaxbptt.cells.cell import Cell
+from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.scans.adjoint import adjoint_scan
 from jaxbptt.scans.checkpointed import checkpointed_scan
 from jaxbptt.scans.exact import scan
+from jaxbptt.scans.flags import Flags
 from jaxbptt.scans.recurrence import prepare
 from jaxbptt.trees import combine, differentiable, name, partition
 
@@ -58,16 +61,18 @@ class Certificate(NamedTuple):
         rows: a `CertificateRow` for each method; the reference, `scan`, is the first.
         tolerance: the relative error up to which a method agrees, by the dtype of the gradient.
         dtype: of the gradient.
+        parts: an `AdjointPart` for each part of the `adjoint` given, in the order in which they run; () without one.
     """
 
     rows: tuple[CertificateRow, ...]
     tolerance: float
     dtype: str
+    parts: tuple[AdjointPart, ...] = ()
 
     def __str__(self) -> str:
         names, *cells = zip(COLUMNS, *map(row_in_words, self.rows), strict=True)
         columns = [_padded(names, str.ljust), *(_padded(column, str.rjust) for column in cells)]
-        return "\n".join(map("  ".join, zip(*columns, strict=True)))
+        return "\n".join([*map("  ".join, zip(*columns, strict=True)), *map(str, self.parts)])
 
 
 def certify(
@@ -79,6 +84,7 @@ def certify(
     *,
     scans: Scans | None = None,
     gradients: Mapping[str, Callable[..., Any]] | None = None,
+    adjoint: Adjoint | None = None,
     length: int | None = None,
     is_first: Any = None,
     valid: Any = None,
@@ -103,6 +109,9 @@ def certify(
         scans: the strategies, by name or as a sequence of functions. By default every exact one: `adjoint_scan` with the
             adjoint derived, and with the `Cell`'s own where there is one, and `checkpointed_scan`.
         gradients: further methods, which are no scans, by name: `(params, init, xs) -> ∂L/∂params`.
+        adjoint: an `Adjoint` of your own for the step. It gets a row, `adjoint_scan (given)`, and each of its three parts is
+            checked alone, at every time step and under random cotangents. A part is given what the ones before it returned:
+            the first that does not agree is the one to look at.
         length: T, needed where `xs` is `None`.
         is_first: booleans `[time, *batch]`, as for `scan`; passed to every strategy, like the next two where given.
         valid: booleans `[time, *batch]`, as for `scan`.
@@ -138,8 +147,8 @@ def certify(
     check_count("repeats", repeats, "at least one round of timing is needed")
     # Non-differentiable leaves (counters, keys, functions among the params) are the same for every method.
     diff, nondiff = partition((params, init, xs))
-    options = {"is_first": is_first, "valid": valid, "reset_carry": reset_carry}
-    options = {word: option for word, option in options.items() if option is not None}
+    flags = Flags(is_first, valid, reset_carry)
+    options = {word: option for word, option in flags._asdict().items() if option is not None}
 
     def value_and_gradient(strategy):
         def unrolled_loss(diff):
@@ -158,6 +167,8 @@ def certify(
             f"gradients is a {type(gradients).__name__}: pass functions (params, init, xs) -> gradient by name."
         )
     strategies = _exact_strategies(step) if scans is None else _named(scans)
+    if adjoint is not None:
+        strategies.append(("adjoint_scan (given)", partial(adjoint_scan, adjoint=adjoint)))
     methods = [("scan", value_and_gradient(scan))]
     methods += [(label, value_and_gradient(strategy)) for label, strategy in strategies if strategy is not scan]
     methods += [(label, gradient_only(method)) for label, method in (gradients or {}).items()]
@@ -207,7 +218,10 @@ def certify(
             )
         )
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(reference)}
-    return Certificate(tuple(rows), bound, ", ".join(sorted(map(str, dtypes))))
+    parts = ()
+    if adjoint is not None:
+        parts = check_parts(step, adjoint, prepare(step, params, init, xs, length, is_first, valid), flags)
+    return Certificate(tuple(rows), bound, ", ".join(sorted(map(str, dtypes))), parts)
 
 
 def _exact_strategies(step: Callable[..., Any] | Cell) -> list[tuple[str, Callable[..., Any]]]:

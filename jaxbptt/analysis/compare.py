@@ -102,13 +102,30 @@ def compare_gradients(
             f"The gradients differ in structure: {jax.tree.structure(mine)} against {jax.tree.structure(reference)}. "
             "Put yours into the containers of the reference."
         )
-    by_step = _leaves_or_none(None if temporal is None else temporal.contributions, reference)
-    by_lag = _leaves_or_none(None if lags is None else lags.contributions, reference)
+    by_step = None if temporal is None else temporal.contributions
+    by_lag = None if lags is None else lags.contributions
+    return _summary(_compared("gradient", mine, reference, by_step, by_lag))
+
+
+def comparison(mine: Any, reference: Any, *, low_rank: bool) -> GradientComparison:
+    """Two mappings of the same trees by name, compared; without the cause that shows in a difference of low rank, or with."""
+    roots = [_compared(root, mine[root], reference[root], low_rank=low_rank) for root in reference]
+    return _summary(sum(roots, ()))
+
+
+def _compared(
+    root: str, mine: Any, reference: Any, by_step: Any = None, by_lag: Any = None, *, low_rank: bool = True
+) -> tuple[LeafComparison, ...]:
+    """Each leaf of two trees of one structure; contributions like them, if there are any."""
+    by_step, by_lag = _leaves_or_none(by_step, reference), _leaves_or_none(by_lag, reference)
     paths = jax.tree_util.tree_leaves_with_path(reference)
-    leaves = tuple(
-        _compare_leaf(name("gradient", path), _wide(a), _wide(b), tolerance(a, b), steps, lag)
+    return tuple(
+        _compare_leaf(name(root, path), _wide(a), _wide(b), tolerance(a, b), steps, lag, low_rank)
         for (path, b), a, steps, lag in zip(paths, jax.tree.leaves(mine), by_step, by_lag, strict=True)
     )
+
+
+def _summary(leaves: tuple[LeafComparison, ...]) -> GradientComparison:
     causes = dict.fromkeys(leaf.cause for leaf in leaves if not leaf.agrees)
     named = [cause for cause in causes if not cause.startswith(_UNKNOWN)]
     return GradientComparison(leaves, not causes, "; ".join(named) or (_UNKNOWN if causes else "agrees"))
@@ -127,7 +144,7 @@ def tolerance(*trees: Any) -> float:
 
 
 def _compare_leaf(
-    leaf: str, mine: np.ndarray, reference: np.ndarray, bound: float, by_step: Any, by_lag: Any
+    leaf: str, mine: np.ndarray, reference: np.ndarray, bound: float, by_step: Any, by_lag: Any, low_rank: bool
 ) -> LeafComparison:
     if mine.shape != reference.shape:
         cause = f"it has shape {mine.shape}, not {reference.shape}"
@@ -139,11 +156,13 @@ def _compare_leaf(
         product, mine_norm, norm = np.vdot(reference, mine), np.linalg.norm(mine), np.linalg.norm(reference)
         cosine, ratio = float(product / norm / mine_norm), float(product / norm**2)
     agrees = error <= bound
-    cause = "agrees" if agrees else _cause(mine, reference, ratio, bound, by_step, by_lag)
+    cause = "agrees" if agrees else _cause(mine, reference, ratio, bound, by_step, by_lag, low_rank)
     return LeafComparison(leaf, agrees, error, cosine, ratio, cause)
 
 
-def _cause(mine: np.ndarray, reference: np.ndarray, ratio: float, bound: float, by_step: Any, by_lag: Any) -> str:
+def _cause(
+    mine: np.ndarray, reference: np.ndarray, ratio: float, bound: float, by_step: Any, by_lag: Any, low_rank: bool
+) -> str:
     def same(candidate: np.ndarray) -> bool:
         return relative_error(mine, candidate) <= 2 * bound
 
@@ -172,9 +191,8 @@ def _cause(mine: np.ndarray, reference: np.ndarray, ratio: float, bound: float, 
                 return f"time step {t} (counted from 0) is missing"
             if same(reference + term):
                 return f"time step {t} (counted from 0) is counted twice"
-    return _low_rank(mine - reference, bound * float(np.linalg.norm(reference))) or (
-        f"{_UNKNOWN}: it is nearest to {ratio:.3g} times the reference"
-    )
+    found = _low_rank(mine - reference, bound * float(np.linalg.norm(reference))) if low_rank else None
+    return found or f"{_UNKNOWN}: it is nearest to {ratio:.3g} times the reference"
 
 
 def _factor(ratio: float, steps: int | None) -> str:

@@ -16,6 +16,7 @@ from jaxbptt.analysis.backward_passes import gradients, map_over_lags, unroll
 from jaxbptt.analysis.norms import cosine, norm_over_time, tree_norm
 from jaxbptt.arrays import as_numpy, check_callable, check_concrete, check_count
 from jaxbptt.cells.cell import Cell
+from jaxbptt.scans.flags import Flags
 from jaxbptt.trees import combine, differentiable
 from jaxbptt.words import counted
 
@@ -73,6 +74,9 @@ def lag_contributions(
     *,
     max_lag: int | None = None,
     length: int | None = None,
+    is_first: Any = None,
+    valid: Any = None,
+    reset_carry: Any = None,
 ) -> LagContributions:
     r"""Split the gradient by lag: by how many time steps before the loss the weights were used.
 
@@ -89,6 +93,10 @@ def lag_contributions(
         loss: `loss(carry, ys) -> scalar`, of the last carry and all outputs.
         max_lag: the longest lag; T − 1, for all of them, by default.
         length: T, needed where `xs` is `None`.
+        is_first: booleans `[time, *batch]`, as for `scan`: where a new sequence begins, no credit passes to what is before.
+        valid: booleans `[time, *batch]`, as for `scan`: a padded step contributes nothing, but counts
+            in the lag, as it does in the window of `windowed_scan`.
+        reset_carry: what `is_first` resets to, as for `scan`.
 
     Returns:
         `LagContributions`, with `max_lag + 1` entries; non-differentiable leaves are `None`.
@@ -110,7 +118,7 @@ def lag_contributions(
         1990, doi:10.1162/neco.1990.2.4.490.
     """
     check_callable("loss", loss, "loss(carry, ys) -> scalar")
-    u = unroll(step, params, init, xs, loss, length)
+    u = unroll(step, params, init, xs, loss, length, Flags(is_first, valid, reset_carry))
     longest = u.length - 1 if max_lag is None else max_lag
     meaning = f"a sequence of {counted(u.length, 'time step')} has lags 0 to {u.length - 1}"
     check_count("max_lag", longest, meaning, least=0, most=u.length - 1)
@@ -132,6 +140,9 @@ def truncation_bias(
     *,
     lengths: Sequence[int] | Int[np.ndarray, " k"] | None = None,
     length: int | None = None,
+    is_first: Any = None,
+    valid: Any = None,
+    reset_carry: Any = None,
 ) -> TruncationBias:
     r"""How biased truncated BPTT is on this sequence, for every truncation length at once and both kinds of cut.
 
@@ -149,6 +160,10 @@ def truncation_bias(
         loss: `loss(carry, ys) -> scalar`, of the last carry and all outputs.
         lengths: K, time steps from 1 to T; all of them by default.
         length: T, needed where `xs` is `None`.
+        is_first: booleans `[time, *batch]`, as for `scan`: where a new sequence begins, no credit passes to what is before.
+        valid: booleans `[time, *batch]`, as for `scan`: a padded step contributes nothing, but counts in
+            K, as it does in `windowed_scan` and `truncated_scan`.
+        reset_carry: what `is_first` resets to, as for `scan`.
 
     Returns:
         `TruncationBias`; nan throughout where the exact gradient is 0.
@@ -170,7 +185,7 @@ def truncation_bias(
         1990, doi:10.1162/neco.1990.2.4.490.
     """
     check_callable("loss", loss, "loss(carry, ys) -> scalar")
-    u = unroll(step, params, init, xs, loss, length)
+    u = unroll(step, params, init, xs, loss, length, Flags(is_first, valid, reset_carry))
     check_concrete("truncation_bias", lengths=lengths)
     chosen = np.arange(1, u.length + 1) if lengths is None else np.atleast_1d(as_numpy(lengths))
     if (
@@ -200,6 +215,9 @@ def input_saliency(
     losses: Callable[..., Any],
     *,
     steps: Sequence[int] | Int[np.ndarray, " chosen"] | None = None,
+    is_first: Any = None,
+    valid: Any = None,
+    reset_carry: Any = None,
 ) -> Float[Array, "chosen time"]:
     r"""Which past input mattered, for the loss of each step on its own.
 
@@ -215,6 +233,9 @@ def input_saliency(
             The norm is taken over all axes but time.
         losses: `losses(carry, ys) -> [time]`, one loss for each step.
         steps: which entries of `losses`, from 0; all of them by default.
+        is_first: booleans `[time, *batch]`, as for `scan`: where a new sequence begins, no credit passes to what is before.
+        valid: booleans `[time, *batch]`, as for `scan`: an input in the padding matters not at all.
+        reset_carry: what `is_first` resets to, as for `scan`.
 
     Returns:
         `[chosen, time]`: entry [t, s] for the loss of step t and the input of step s; 0 where s comes after t.
@@ -241,7 +262,7 @@ def input_saliency(
             "integers."
         )
     check_callable("losses", losses, "losses(carry, ys) -> [time]")
-    u = unroll(step, params, init, xs, None, None)
+    u = unroll(step, params, init, xs, None, None, Flags(is_first, valid, reset_carry))
     value, pull = jax.vjp(lambda outputs: losses(*combine(outputs, u.nondiff)), u.outputs)
     if jnp.ndim(value) != 1:
         raise ValueError(

@@ -27,6 +27,8 @@ from jaxbptt.analysis.trajectory import prepare_state
 from jaxbptt.arrays import check_callable, check_concrete, check_count
 from jaxbptt.cells.cell import Cell, step_of
 from jaxbptt.programs.trace import trace
+from jaxbptt.scans.flags import Flags, check_flags
+from jaxbptt.scans.recurrence import Recurrence
 from jaxbptt.trees import combine, differentiable, is_array, partition
 from jaxbptt.words import counted
 
@@ -61,12 +63,13 @@ class GradientDiagnosis(NamedTuple):
             one step takes it to exactly 0; "no gradient" where no step passes any back; "forward" or
             "backward", the pass in which the first value that is not finite appears.
         rates: the growth of the gradient per step, and its terms.
-        exponents: the leading Lyapunov exponents of the state, driven by the inputs, `[k]`.
+        exponents: the leading Lyapunov exponents of the state, driven by the inputs, `[k]`; over steps that are neither
+            padding nor the first of a sequence, as are all rates.
         standard_errors: of the exponents, `[k]`.
         slopes: for each tanh and σ in the order of the step, so by layer and gate: the mean slope over units and time,
             relative to its largest value; 0 is saturated.
         alignment: |cos| of dₜ and the leading Lyapunov direction at step t, `[time]`; about 1/√n for a random direction, nan
-            where dₜ is 0.
+            where dₜ is 0, in the padding and at the first step of a sequence.
         bound_rate: γσ, where no gradient can grow faster than (γσ)^lag. The geometric mean over time of the largest singular
             value of the Jacobian with every slope at its largest: σ_max(W_hh) for an Elman cell.
         forward: the first value that is not finite in the forward pass or its arguments, or `None`.
@@ -93,6 +96,9 @@ def diagnose_gradient(
     loss: Callable[..., Any],
     *,
     length: int | None = None,
+    is_first: Any = None,
+    valid: Any = None,
+    reset_carry: Any = None,
     num_exponents: int = 8,
 ) -> GradientDiagnosis:
     r"""Say why a gradient vanishes, explodes or is not finite.
@@ -111,13 +117,18 @@ def diagnose_gradient(
         xs: inputs, leaves `[time, features]`, or `None` with `length`.
         loss: `loss(carry, ys) -> scalar`, of the last carry and all outputs.
         length: T, needed where `xs` is `None`.
+        is_first: booleans `[time]`, as for `scan`. What the gradient does inside of sequences is diagnosed: that it does not
+            pass from one to the one before is no "cut".
+        valid: booleans `[time]`, as for `scan`: padded steps count for nothing.
+        reset_carry: what `is_first` resets to, as for `scan`.
         num_exponents: how many Lyapunov exponents to report, at most n.
 
     Returns:
         A `GradientDiagnosis` in numpy; numbers that a gradient of 0, or one that is not finite, does not have are nan.
 
     Raises:
-        ValueError: as for `jacobian_operators`; a sequence without time steps, `num_exponents` below 1.
+        ValueError: as for `jacobian_operators`; a sequence without time steps, flags that leave none of them to pass a
+            gradient back, `num_exponents` below 1.
         TypeError: as for `jacobian_operators`; traced arguments, a loss that is not a function.
 
     Example:
@@ -135,13 +146,16 @@ def diagnose_gradient(
     References:
         Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, 2013, arXiv:1211.5063.
     """
-    check_concrete("diagnose_gradient", params=params, init=init, xs=xs)
+    flags = Flags(is_first, valid, reset_carry)
+    check_concrete("diagnose_gradient", params=params, init=init, xs=xs, **flags._asdict())
     check_callable("loss", loss, "loss(carry, ys) -> scalar")
     check_count("num_exponents", num_exponents, "it counts Lyapunov exponents")
-    r = prepare_state(step, params, init, xs, length)
+    r = prepare_state(step, params, init, xs, length, flags)
     if r.length == 0:
         raise ValueError("A sequence without time steps has no gradient through time: pass at least one step.")
-    arrays, not_arrays = partition((r.params, r.init, r.xs), by=is_array)
+    rows = _Rows.of(r, flags)
+    steps = np.flatnonzero(rows.passes) if flags.given else None
+    arrays, not_arrays = partition((r.params, r.init, r.xs, flags, steps), by=is_array)
     leaves, treedef = jax.tree.flatten(not_arrays)
     static = step_of(step), loss, num_exponents, r.length, treedef, tuple(leaves)
     try:
@@ -150,13 +164,13 @@ def diagnose_gradient(
     except TypeError:
         results = jax.jit(partial(_numbers, *static))(arrays)
     numbers = jax.tree.map(np.asarray, results)
-    forward = first_bad_forward(r, numbers.carries, numbers.ys, numbers.flow.loss)
+    forward = first_bad_forward(r, numbers.carries, numbers.ys, numbers.flow.loss, rows.valid)
     backward = first_bad_backward(numbers.flow)
-    rates, bound_rate = _rates(numbers)
-    cut_at = _cut_at(numbers)
-    cause = _cause(numbers, rates, forward, backward, cut_at)
+    rates, bound_rate = _rates(numbers, rows)
+    cut_at = _cut_at(numbers, rows)
+    cause = _cause(numbers, rows, rates, forward, backward, cut_at)
     in_order = sorted(numbers.slopes.items(), key=lambda item: int(item[0].split()[1]))
-    slopes = {kind: float(np.mean(values, dtype=float)) for kind, values in in_order}
+    slopes = {kind: float(np.mean(values[rows.valid], dtype=float)) for kind, values in in_order}
     diagnosis = GradientDiagnosis(
         sentence="",
         cause=cause,
@@ -164,13 +178,44 @@ def diagnose_gradient(
         exponents=numbers.exponents,
         standard_errors=numbers.standard_errors,
         slopes=slopes,
-        alignment=numbers.alignment,
+        alignment=np.where(rows.passes, numbers.alignment, np.asarray(np.nan, numbers.alignment.dtype)),
         bound_rate=bound_rate,
         forward=forward,
         backward=backward,
     )
     underflows = int(np.argmax(numbers.flow.norms > 0))
-    return diagnosis._replace(sentence=_sentence(diagnosis, r.length, cut_at, underflows))
+    if rows.first[underflows]:
+        underflows = 0  # nothing comes back to the sequences before
+    return diagnosis._replace(sentence=_sentence(diagnosis, r.length, rows.longest, cut_at, underflows))
+
+
+class _Rows(NamedTuple):
+    """What the flags say of the time steps of the row.
+
+    Attributes:
+        first: where a sequence begins, `[time]`.
+        valid: where a step is none of padding, `[time]`.
+        passes: where a step could pass a gradient back, `[time]`.
+        longest: how many of those the longest sequence has.
+    """
+
+    first: np.ndarray
+    valid: np.ndarray
+    passes: np.ndarray
+    longest: int
+
+    @classmethod
+    def of(cls, r: Recurrence, flags: Flags) -> "_Rows":
+        valid = np.ones(r.length, bool) if flags.valid is None else np.array(check_flags("valid", flags.valid, r))
+        first = np.zeros(r.length, bool)
+        if flags.is_first is not None:
+            first = np.array(check_flags("is_first", flags.is_first, r)) & valid
+        passes = valid & ~first
+        if not passes.any():
+            raise ValueError(
+                "is_first and valid leave no step that passes a gradient back: each is padding or the first of a sequence."
+            )
+        return cls(first, valid, passes, int(np.bincount(np.cumsum(first)[passes]).max()))
 
 
 class _Numbers(NamedTuple):
@@ -214,12 +259,13 @@ def _numbers(
 ) -> _Numbers:
     """One forward pass, that of the gradient flow; all the rest is taken at its states.
 
-    Params, init and xs come in two halves: arrays, and leaves that are no arrays and belong to the compiled program.
+    Params, init, xs, flags and the steps to average over come in two halves: arrays, and leaves that are no arrays and
+    belong to the compiled program.
     """
-    params, init, xs = combine(arrays, treedef.unflatten(static_leaves))
-    r = prepare_state(step, params, init, xs, length)
+    params, init, xs, flags, steps = combine(arrays, treedef.unflatten(static_leaves))
+    flow, trajectory = flow_and_trajectory(prepare_state(step, params, init, xs, length), loss, flags)
+    r = trajectory.recurrence
     traced = trace(r.step, r.params, r.init, r.xs)
-    flow, trajectory = flow_and_trajectory(r, loss)
     J = operators_along(trajectory)
     # The step with every slope at its largest computes the same states: only its derivatives differ.
     unsaturated = r._replace(step=without_saturation(traced), params=traced.params)
@@ -227,7 +273,7 @@ def _numbers(
     d = jax.vmap(lambda adjoint: ravel_pytree(adjoint)[0])(flow.adjoints).astype(J.dtype)
     passed_on = jax.lax.map(lambda at: J.pull(at[0], at[1][:, None])[:, 0], (J.at, d))
     leading, direction = _leading(J)
-    spectrum = spectrum_along(J, min(num_exponents, J.size))
+    spectrum = spectrum_along(J, min(num_exponents, J.size), flags.is_first, steps)
     return _Numbers(
         carries=differentiable(trajectory.new_carries),
         ys=differentiable(trajectory.ys),
@@ -272,10 +318,10 @@ def _largest_singular_value(J: JacobianOperators, at_t: Any) -> Array:
     return norm(J.push(at_t, v))
 
 
-def _rates(numbers: _Numbers) -> tuple[GradientRates, float]:
+def _rates(numbers: _Numbers, rows: _Rows) -> tuple[GradientRates, float]:
     """Means over the same steps: those which a gradient reaches and passes, and where no leading direction is taken to 0."""
     d, passed_on = np.asarray(numbers.flow.norms, float), np.asarray(numbers.passed_on, float)
-    counted = (d > 0) & (passed_on > 0) & (numbers.leading > 0) & (numbers.leading_unsaturated > 0)
+    counted = rows.passes & (d > 0) & (passed_on > 0) & (numbers.leading > 0) & (numbers.leading_unsaturated > 0)
 
     def mean_log(values):
         return float(np.log(np.asarray(values, float)[counted]).mean()) if counted.any() else math.nan
@@ -286,25 +332,30 @@ def _rates(numbers: _Numbers) -> tuple[GradientRates, float]:
     return rates, math.exp(mean_log(numbers.largest))
 
 
-def _cut_at(numbers: _Numbers) -> int | None:
-    """The last step that takes the gradient to exactly 0, underflow excepted."""
+def _cut_at(numbers: _Numbers, rows: _Rows) -> int | None:
+    """The last step that takes the gradient to exactly 0, underflow and the first step of a sequence excepted."""
     tiny = max(float(jnp.finfo(leaf.dtype).tiny) for leaf in jax.tree.leaves(numbers.flow.adjoints))
-    cuts = np.flatnonzero((numbers.flow.norms > tiny**0.5) & (numbers.passed_on == 0))
+    cuts = np.flatnonzero(rows.passes & (numbers.flow.norms > tiny**0.5) & (numbers.passed_on == 0))
     return int(cuts[-1]) if cuts.size else None
 
 
 def _cause(
-    numbers: _Numbers, rates: GradientRates, forward: BadEntry | None, backward: BadEntry | None, cut_at: int | None
+    numbers: _Numbers,
+    rows: _Rows,
+    rates: GradientRates,
+    forward: BadEntry | None,
+    backward: BadEntry | None,
+    cut_at: int | None,
 ) -> str:
     if forward is not None:
         return "forward"
     if backward is not None:
         return "backward"
-    if not numbers.passed_on.any():
+    if not numbers.passed_on[rows.passes].any():
         return "no gradient"
     if cut_at is not None:
         return "cut"
-    if abs(rates.observed) * len(numbers.passed_on) < math.log(_STEADY):
+    if abs(rates.observed) * rows.longest < math.log(_STEADY):
         return "steady"
     if rates.observed > 0:
         return "explosion"
@@ -312,8 +363,11 @@ def _cause(
     return min(("weights", "saturation", "alignment"), key=lambda term: terms[term])
 
 
-def _sentence(diagnosis: GradientDiagnosis, length: int, cut_at: int | None, underflows: int) -> str:
-    """The diagnosis in plain words; the first `underflows` steps have a gradient of exactly 0."""
+def _sentence(diagnosis: GradientDiagnosis, length: int, longest: int, cut_at: int | None, underflows: int) -> str:
+    """The diagnosis in plain words; the first `underflows` steps have a gradient of exactly 0.
+
+    `longest` is the number of steps in the longest sequence of a row with `length`.
+    """
     bad = diagnosis.forward or diagnosis.backward
     if bad is not None:
         at = bad.time_index
@@ -345,7 +399,7 @@ def _sentence(diagnosis: GradientDiagnosis, length: int, cut_at: int | None, und
     }.get(diagnosis.cause, "")
     underflow = f" It is exactly 0 before time step {underflows + 1}." if underflows else ""
     return (
-        f"Over {counted(length, 'step')} the gradient {verb}{because}: it changes by {rates.observed:+.3f} nats a step, of "
+        f"Over {counted(longest, 'step')} the gradient {verb}{because}: it changes by {rates.observed:+.3f} nats a step, of "
         f"which weights and gates give {rates.weights:+.3f}, saturation {rates.saturation:+.3f}{flattest}, and alignment "
         f"{rates.alignment:+.3f}. Along the leading Lyapunov direction it would change by "
         f"{rates.weights + rates.saturation:+.3f}; its upper bound, set by the weights, is "

@@ -25,12 +25,15 @@ class BadEntry(NamedTuple):
     value: str
 
 
-def first_bad_forward(r: Recurrence, carries: Any, ys: Any, loss: Any) -> BadEntry | None:
-    """The earliest in time; leaves without a time axis come before all steps, the loss after them."""
+def first_bad_forward(r: Recurrence, carries: Any, ys: Any, loss: Any, valid: np.ndarray) -> BadEntry | None:
+    """The earliest in time; leaves without a time axis come before all steps, the loss after them.
+
+    What stands in xs where a step is not `valid` counts for nothing.
+    """
     found = [
         *_bad_entries("params", r.params),
         *_bad_entries("init", r.init),
-        *_bad_entries("xs", r.xs, over_time=True),
+        *_bad_entries("xs", r.xs, over_time=True, valid=valid),
         *_bad_entries("carry", carries, over_time=True),
         *_bad_entries("ys", ys, over_time=True),
     ]
@@ -51,12 +54,16 @@ def first_bad_backward(flow: GradientFlow) -> BadEntry | None:
     return max(found, key=lambda entry: -1 if entry.time_index is None else entry.time_index)
 
 
-def _bad_entries(root: str, tree: Any, *, over_time: bool = False, backward: bool = False) -> Iterator[BadEntry]:
+def _bad_entries(
+    root: str, tree: Any, *, over_time: bool = False, backward: bool = False, valid: np.ndarray | None = None
+) -> Iterator[BadEntry]:
     """For each leaf with an entry that is not finite: the first one, or the last one for the backward pass."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(differentiable(tree)):
         values = np.asarray(leaf)
         values = values if np.issubdtype(values.dtype, np.inexact) else values.astype(np.float32)  # bfloat16
         bad = ~np.isfinite(values)
+        if valid is not None:
+            bad[~valid] = False
         if not bad.any():
             continue
         if over_time:

@@ -12,7 +12,9 @@ from jaxbptt.analysis.readout import readout
 from jaxbptt.analysis.trajectory import Trajectory
 from jaxbptt.arrays import scalar_loss
 from jaxbptt.cells.cell import Cell
+from jaxbptt.programs.flagged import with_flagged_readout
 from jaxbptt.programs.trace import trace
+from jaxbptt.scans.flags import NO_FLAGS, Flags, beside_input
 from jaxbptt.scans.recurrence import Recurrence, prepare
 from jaxbptt.trees import combine, differentiable, partition, pull
 
@@ -51,6 +53,9 @@ def gradient_flow(
     loss: Callable[..., Any],
     *,
     length: int | None = None,
+    is_first: Any = None,
+    valid: Any = None,
+    reset_carry: Any = None,
 ) -> GradientFlow:
     r"""Follow the gradient back through time, for any step and any loss.
 
@@ -67,6 +72,9 @@ def gradient_flow(
         xs: inputs, leaves `[time, *batch, features]`, or `None` with `length`.
         loss: `loss(carry, ys) -> scalar`, of the last carry and all outputs.
         length: T, needed where `xs` is `None`.
+        is_first: booleans `[time, *batch]`, as for `scan`: where a new sequence begins, no credit passes to what is before.
+        valid: booleans `[time, *batch]`, as for `scan`: a padded step passes dₜ on as it is, and contributes 0.
+        reset_carry: what `is_first` resets to, as for `scan`.
 
     Returns:
         A `GradientFlow`; non-differentiable leaves are `None`.
@@ -86,10 +94,13 @@ def gradient_flow(
     References:
         Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, 2013, arXiv:1211.5063.
     """
-    return flow_and_trajectory(prepare(step, params, init, xs, length), loss)[0]
+    flags = Flags(is_first, valid, reset_carry)
+    return flow_and_trajectory(prepare(step, params, init, xs, length, is_first, valid), loss, flags)[0]
 
 
-def flow_and_trajectory(r: Recurrence, loss: Callable[..., Any]) -> tuple[GradientFlow, Trajectory]:
+def flow_and_trajectory(
+    r: Recurrence, loss: Callable[..., Any], flags: Flags = NO_FLAGS
+) -> tuple[GradientFlow, Trajectory]:
     """The gradient flow, and the states of its one forward pass."""
     loss = scalar_loss(loss)
     if not jax.tree.leaves(differentiable(r.init)):
@@ -97,23 +108,27 @@ def flow_and_trajectory(r: Recurrence, loss: Callable[..., Any]) -> tuple[Gradie
             "init has no differentiable leaf, so no gradient can reach the states: start from floating-point numbers."
         )
     traced = trace(r.step, r.params, r.init, r.xs)
-    read = readout(traced)
+    read = with_flagged_readout(traced.step, readout(traced))
+    r = beside_input(r._replace(step=traced.step, params=traced.params), flags)
+    own_params, *rest = r.params
+    own_xs, *flags_over_time = r.xs
     # Two zeros are added to the state after each step, one for the output only and one for the next step only: the
     # gradients with respect to them are the two terms of ∂L/∂hₜ.
     zeros = jax.tree.map(lambda leaf: jnp.zeros((r.length, *leaf.shape), leaf.dtype), differentiable(r.init))
 
     def probed_step(params, carry, inputs):
         x, to_output, to_next = inputs
-        new_carry, _ = traced.step(params, carry, x)
+        new_carry, _ = r.step(params, carry, x)
         y = read(params, carry, x, _add(new_carry, to_output))
         return _add(new_carry, to_next), (carry, y)
 
-    diff, nondiff = partition((traced.params, r.init, r.xs))
+    diff, nondiff = partition((own_params, r.init, own_xs))
 
     def unrolled_loss(diff, to_output, to_next):
         params, init, xs = combine(diff, nondiff)
+        inputs = (xs, *flags_over_time), to_output, to_next
         carry, (carries, ys) = jax.lax.scan(
-            lambda carry, inputs: probed_step(params, carry, inputs), init, (xs, to_output, to_next), length=r.length
+            lambda carry, inputs: probed_step((params, *rest), carry, inputs), init, inputs, length=r.length
         )
         return loss(carry, ys), (carry, carries, ys)
 
@@ -127,8 +142,8 @@ def flow_and_trajectory(r: Recurrence, loss: Callable[..., Any]) -> tuple[Gradie
 
     def contribution(at_t):
         carry, x, carry_bar, y_bar = at_t
-        (params_bar,) = pull(lambda params: r.step(params, carry, x), (r.params,), (carry_bar, y_bar))
-        return jax.tree.map(norm, params_bar)
+        (params_bar,) = pull(lambda params: r.step((params, *rest), carry, x), (own_params,), (carry_bar, y_bar))
+        return jax.tree.map(norm, traced.like_params(params_bar))
 
     immediate = jax.tree.map(
         lambda output_bar, next_bar: output_bar.at[-1:].add(next_bar[-1:]), through_output, through_next

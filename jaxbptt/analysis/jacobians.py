@@ -9,16 +9,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Bool, Float
 
+from jaxbptt.along_time import at_one_step, put_window, room
 from jaxbptt.analysis.norms import norm
 from jaxbptt.analysis.operators import dense_jacobians
-from jaxbptt.analysis.trajectory import Trajectory, state_vector, trajectory_of
+from jaxbptt.analysis.trajectory import Trajectory, state_size, state_vector, trajectory_of
 from jaxbptt.arrays import at_least_float32, scalar_loss
 from jaxbptt.cells.cell import Cell
+from jaxbptt.scans.flags import Flags
 from jaxbptt.scans.recurrence import prepare
 from jaxbptt.trees import combine, differentiable, partition, pull
+
+# Numbers of J that are computed at once; more were no faster, and take a few times their memory beside J itself.
+_AT_ONCE = 2**20
 
 
 class ScaledProducts(NamedTuple):
@@ -58,14 +64,22 @@ class TemporalContributions(NamedTuple):
 
 
 def state_jacobians(
-    step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any = None, *, length: int | None = None
+    step: Callable[..., Any] | Cell,
+    params: Any,
+    init: Any,
+    xs: Any = None,
+    *,
+    length: int | None = None,
+    is_first: Any = None,
+    valid: Any = None,
+    reset_carry: Any = None,
 ) -> tuple[Any, Float[Array, "time n n"]]:
     r"""Unroll a recurrence and take the Jacobian of every step.
 
     Jₜ = ∂cₜ/∂cₜ₋₁,  t = 1 … T
 
-    by `jax.jacfwd`, mapped over time. Time O(T n · step), memory O(T n²): for n = 1000 and T = 1000 in float32 that is
-    4 GB. The carry counts as one state vector, its leaves flattened in order (for an LSTM: h, then c), and should have no
+    by `jax.jacfwd`, mapped over time. Time O(T n · step), memory O(T n²): T n² numbers for J, and little beyond; for n = 1000
+    and T = 1000 in float32 that is 4 GB. The carry counts as one state vector, its leaves flattened in order (for an LSTM: h, then c), and should have no
     batch axis; use `jax.vmap` for a batch.
 
     Args:
@@ -74,6 +88,10 @@ def state_jacobians(
         init: c₀; non-differentiable leaves (counters, keys) are carried along but are no part of the state vector.
         xs: inputs, leaves `[time, features]`, or `None`.
         length: T, needed where `xs` is `None`.
+        is_first: booleans `[time]`, as for `scan`: where a new sequence begins, the carry before it counts for nothing,
+            and Jₜ is 0.
+        valid: booleans `[time]`, as for `scan`: a padded step holds the carry, and Jₜ is the identity.
+        reset_carry: what `is_first` resets to, as for `scan`.
 
     Returns:
         The carries c₁ … c_T, stacked on a leading time axis, and J `[time, n, n]`: entry `[t]` of both is of the same step.
@@ -89,7 +107,8 @@ def state_jacobians(
         >>> hs.shape, J.shape
         ((3, 2), (3, 2, 2))
     """
-    trajectory = trajectory_of(prepare(step, params, init, xs, length))
+    flags = Flags(is_first, valid, reset_carry)
+    trajectory = trajectory_of(prepare(step, params, init, xs, length), flags)
     return trajectory.new_carries, _jacobians(trajectory)
 
 
@@ -178,6 +197,9 @@ def temporal_contributions(
     loss: Callable[..., Any],
     *,
     length: int | None = None,
+    is_first: Any = None,
+    valid: Any = None,
+    reset_carry: Any = None,
 ) -> TemporalContributions:
     r"""The terms of the chain rule through time: what the weights at each step contribute to the gradient.
 
@@ -194,6 +216,10 @@ def temporal_contributions(
         xs: inputs, leaves `[time, features]`, or `None` with `length`.
         loss: `loss(carry, ys) -> scalar`, of the last carry and all outputs.
         length: T, needed where `xs` is `None`.
+        is_first: booleans `[time]`, as for `scan`: where a new sequence begins, the carry before it counts for nothing,
+            and no term goes through it.
+        valid: booleans `[time]`, as for `scan`: a padded step holds the carry, and contributes 0.
+        reset_carry: what `is_first` resets to, as for `scan`.
 
     Returns:
         `TemporalContributions`; non-differentiable leaves are `None`.
@@ -214,8 +240,8 @@ def temporal_contributions(
     """
     loss = scalar_loss(loss)
     r = prepare(step, params, init, xs, length)
-    trajectory = trajectory_of(r)
-    carries = trajectory.carries
+    trajectory = trajectory_of(r, Flags(is_first, valid, reset_carry))
+    r, carries = trajectory.recurrence, trajectory.carries
     diff, nondiff = partition((trajectory.last_carry, trajectory.ys))
     carry_bar, ys_bar = jax.grad(lambda diff: loss(*combine(diff, nondiff)))(diff)
     J = _jacobians(trajectory)
@@ -238,9 +264,11 @@ def temporal_contributions(
     immediate = jax.vmap(through_output)(carries, r.xs, ys_bar)
     _, adjoints = jax.lax.scan(body, last_adjoint, (J, immediate), reverse=True)
 
+    own, *rest = r.params
+
     def term(at_t):
         carry, x, adjoint, y_bar = at_t
-        (params_bar,) = pull(lambda params: r.step(params, carry, x), (r.params,), (unravel(adjoint), y_bar))
+        (params_bar,) = pull(lambda params: r.step((params, *rest), carry, x), (own,), (unravel(adjoint), y_bar))
         return params_bar
 
     return TemporalContributions(jax.lax.map(term, (carries, r.xs, adjoints, ys_bar)), adjoints)
@@ -257,7 +285,21 @@ def _jacobians(trajectory: Trajectory) -> Array:
 
         return jax.jacfwd(next_state)(flat)
 
-    return jax.vmap(jacobian)(*trajectory.at)
+    size, _ = state_size(r.init)
+    steps = max(_AT_ONCE // size**2, 1)
+    if is_symbolic_dim(r.length) or steps >= r.length:
+        return jax.vmap(jacobian)(*trajectory.at)
+    # Written into the result a few steps at a time: the compiler, which makes other forms of J on the way, makes them of
+    # these steps alone. The last ones begin earlier where they would not be as many, and are computed twice.
+    starts = jnp.minimum(jnp.arange(0, r.length, steps), r.length - steps)
+    at = jax.tree.map(lambda leaf: leaf[starts[:, None] + jnp.arange(steps)], trajectory.at)
+
+    def body(J, inputs):
+        start, at = inputs
+        return put_window(J, jax.vmap(jacobian)(*at), start), None
+
+    one = jax.eval_shape(jacobian, *at_one_step(trajectory.at))
+    return jax.lax.scan(body, room(one, r.length), (starts, at))[0]
 
 
 def _normalise(matrix: Array) -> tuple[Array, Array]:

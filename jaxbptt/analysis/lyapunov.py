@@ -71,6 +71,9 @@ def lyapunov_exponents(
     O(T n k)). Time O(T n² k + T n k²/m) for k exponents and a factorisation every m steps, memory O(n k) beyond the
     results.
 
+    There is no `is_first` and no `valid`: a reset takes every perturbation to 0, and all exponents would be −∞. Pass one
+    sequence, without padding.
+
     Args:
         step: `step(params, carry, x) -> (carry, y)`, or a `Cell`, differentiable in forward mode: no `jax.custom_vjp` in it.
         params: any pytree, passed to every step.
@@ -141,14 +144,24 @@ def lyapunov_exponents(
     return _spectrum(growth, error, size, measured, qr_every, time_step)
 
 
-def spectrum_along(J: JacobianOperators, num_exponents: int) -> LyapunovSpectrum:
-    """The same for a trajectory that is already there: no burn-in, a factorisation at every step, the default frame."""
+def spectrum_along(
+    J: JacobianOperators, num_exponents: int, is_first: Any = None, steps: Any = None
+) -> LyapunovSpectrum:
+    """The same for a trajectory that is already there: no burn-in, a factorisation at every step, the default frame.
 
-    def body(Q, at_t):
-        return _factorise(J.push(at_t, Q))
+    A new frame is taken where `is_first`, and the growth over `steps`, their numbers, is averaged; `None` for all of them.
+    """
+    frame = random_frame(J.size, num_exponents, J.dtype)
 
-    _, (growth, error) = jax.lax.scan(body, random_frame(J.size, num_exponents, J.dtype), J.at)
-    return _spectrum(growth, error, J.size, J.length, 1, 1.0)
+    def body(Q, inputs):
+        at_t, first = inputs
+        Q, growth_and_error = _factorise(J.push(at_t, Q))
+        return Q if first is None else jnp.where(first, frame, Q), growth_and_error
+
+    _, (growth, error) = jax.lax.scan(body, frame, (J.at, is_first))
+    if steps is not None:
+        growth, error = growth[steps], error[steps]
+    return _spectrum(growth, error, J.size, len(growth), 1, 1.0)
 
 
 def _factorise(V: Float[Array, "n k"]) -> tuple[Array, tuple[Array, Array]]:

@@ -13,6 +13,7 @@ from jaxtyping import Array, ArrayLike, Float
 from jaxbptt.analysis.trajectory import Trajectory, prepare_state, state_size, trajectory_of
 from jaxbptt.arrays import as_array, at_least_float32
 from jaxbptt.cells.cell import Cell
+from jaxbptt.scans.flags import Flags
 
 
 class JacobianOperators(NamedTuple):
@@ -36,7 +37,15 @@ class JacobianOperators(NamedTuple):
 
 
 def jacobian_operators(
-    step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any = None, *, length: int | None = None
+    step: Callable[..., Any] | Cell,
+    params: Any,
+    init: Any,
+    xs: Any = None,
+    *,
+    length: int | None = None,
+    is_first: Any = None,
+    valid: Any = None,
+    reset_carry: Any = None,
 ) -> JacobianOperators:
     r"""Unroll a recurrence, with the Jacobian of every step as a linear map: `state_jacobians` without the matrices.
 
@@ -52,6 +61,10 @@ def jacobian_operators(
         init: c₀; non-differentiable leaves are carried along but are no part of the state vector.
         xs: inputs, leaves `[time, features]`, or `None`.
         length: T, needed where `xs` is `None`.
+        is_first: booleans `[time]`, as for `scan`: where a new sequence begins, the carry before it counts for nothing,
+            and Jₜ is 0.
+        valid: booleans `[time]`, as for `scan`: a padded step holds the carry, and Jₜ is the identity.
+        reset_carry: what `is_first` resets to, as for `scan`.
 
     Returns:
         `JacobianOperators`, which `singular_values`, `log_norms` and `jacobian_eigenvalues` take in place of J
@@ -70,7 +83,8 @@ def jacobian_operators(
         >>> values.shape, bool(jnp.isfinite(values).all())
         ((5,), True)
     """
-    return operators_along(trajectory_of(prepare_state(step, params, init, xs, length)))
+    flags = Flags(is_first, valid, reset_carry)
+    return operators_along(trajectory_of(prepare_state(step, params, init, xs, length, flags), flags))
 
 
 def operators_along(trajectory: Trajectory) -> JacobianOperators:

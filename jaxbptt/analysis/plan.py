@@ -16,7 +16,7 @@ from jaxbptt.scans.adjoint import adjoint_scan
 from jaxbptt.scans.checkpointed import checkpointed_scan, layout
 from jaxbptt.scans.exact import scan
 from jaxbptt.scans.flags import Flags
-from jaxbptt.scans.passes import one_pass
+from jaxbptt.scans.passes import Pass, one_pass
 from jaxbptt.scans.recurrence import Recurrence, prepare
 from jaxbptt.scans.segments import Layout
 from jaxbptt.scans.truncated import truncated_scan
@@ -62,8 +62,9 @@ def plan(
 ) -> Plan:
     r"""The exact strategy with the fewest forward steps that fits a memory budget.
 
-    Tried in this order: the hand-written backward of a `Cell`, `scan`, `checkpointed_scan` with the segment of least memory
-    (every step twice), `checkpointed_scan` with as many checkpoints as fit. Unlike most functions here it compiles the
+    Tried in this order: `adjoint_scan`, unless the step can't be sorted, so that its derived adjoint recomputes it; `scan`;
+    `checkpointed_scan` with the segment of least memory (every step twice); `checkpointed_scan` with as many checkpoints as
+    fit. Unlike most functions here it compiles the
     gradient for each candidate, and runs none: bytes are those of the compiled gradient with respect to params and init,
     beyond arguments and results, at the full length.
 
@@ -112,11 +113,10 @@ def plan(
         tried.append(Plan(scan, strategy.__name__, options, need <= memory_bytes, need, forward_steps, why))
         return tried[-1]
 
-    if isinstance(step, Cell) and step.adjoint is not None:
-        best = attempt(adjoint_scan, steps, "every step is computed once, and the backward pass is the cell's own")
-        if best.fits:
-            return _explained(best, memory_bytes)
-    best = attempt(scan, steps, "every step is computed once")
+    why = _why_adjoint_scan(case)
+    best = None if why is None else attempt(adjoint_scan, steps, why)
+    if best is None or not best.fits:
+        best = attempt(scan, steps, "every step is computed once")
     if not best.fits and steps:
         segment = _cut(case, None).segment
         best = attempt(
@@ -224,20 +224,35 @@ def _temporary_bytes(case: _Case, scan: Callable[..., Any]) -> int:
     return compile_and_cost(value_and_gradient, case.arrays)[1].temporary_bytes
 
 
+def _why_adjoint_scan(case: _Case) -> str | None:
+    """The reason for `adjoint_scan`, which is the fastest; `None` where its adjoint would compute each step three times."""
+    over_time = _look(case, lambda r, flags: _differentiated(case, r, flags)[0])
+    if over_time.adjoint.by_vjp:
+        return None
+    whose = "the cell's own" if over_time.step.by_hand else "derived, and only what depends on the carry is in its loop"
+    return f"every step is computed once, and the backward pass is {whose}"
+
+
 def _cut(case: _Case, checkpoints: int | None) -> Layout:
     """How `checkpointed_scan` cuts time."""
 
     def cut(r, flags):
-        given = Flags(**flags)
-        over_time, r = one_pass(case.step, None, r, given, unroll=1)
-        perturbed = everything(r.params, r.init, r.xs)._replace(x=_nothing(r.xs))  # the inputs get no gradient
-        if given.given:
-            # Nor does what flags add to the params.
-            params, *added = perturbed.params
-            perturbed = perturbed._replace(params=(params, *map(_nothing, added)))
-        return layout(over_time.differentiated(perturbed), r.params, r.init, r.xs, r.length, None, checkpoints)
+        over_time, r = _differentiated(case, r, flags)
+        return layout(over_time, r.params, r.init, r.xs, r.length, None, checkpoints)
 
     return _look(case, cut)
+
+
+def _differentiated(case: _Case, r: Recurrence, flags: dict[str, Any]) -> tuple[Pass, Recurrence]:
+    """The pass of a strategy, for a gradient with respect to params and init."""
+    given = Flags(**flags)
+    over_time, r = one_pass(case.step, None, r, given, unroll=1)
+    perturbed = everything(r.params, r.init, r.xs)._replace(x=_nothing(r.xs))  # the inputs get no gradient
+    if given.given:
+        # Nor does what flags add to the params.
+        params, *added = perturbed.params
+        perturbed = perturbed._replace(params=(params, *map(_nothing, added)))
+    return over_time.differentiated(perturbed), r
 
 
 def _nothing(tree: Any) -> Any:

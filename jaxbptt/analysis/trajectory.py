@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
 from jaxbptt.arrays import at_least_float32
 from jaxbptt.cells.cell import Cell
+from jaxbptt.scans.flags import NO_FLAGS, Flags, beside_input
 from jaxbptt.scans.recurrence import Recurrence, prepare
 from jaxbptt.trees import combine, differentiable, name, partition
 
@@ -21,7 +23,8 @@ class Trajectory(NamedTuple):
     """A recurrence and the states it goes through.
 
     Attributes:
-        recurrence: the step with its arguments.
+        recurrence: the step with its arguments and flags (`beside_input`): its params are (params, reset carry, padding),
+            its xs are (xs, is_first, valid).
         carries: c₀ … c_{T−1}, before every step, leaves `[time, ...]`.
         new_carries: c₁ … c_T, after every step.
         ys: the outputs.
@@ -57,8 +60,9 @@ class Trajectory(NamedTuple):
         return jax.vmap(lambda u: vjp(u)[0], 1, 1)(U.astype(flat.dtype)).astype(U.dtype)
 
 
-def trajectory_of(r: Recurrence) -> Trajectory:
+def trajectory_of(r: Recurrence, flags: Flags = NO_FLAGS) -> Trajectory:
     """Run a recurrence, and keep all carries and outputs."""
+    r = beside_input(r, flags)
 
     def body(carry, x):
         new_carry, y = r.step(r.params, carry, x)
@@ -67,9 +71,20 @@ def trajectory_of(r: Recurrence) -> Trajectory:
     return Trajectory(r, *jax.lax.scan(body, r.init, r.xs, length=r.length)[1])
 
 
-def prepare_state(step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, length: int | None) -> Recurrence:
-    """`prepare`, where the carry is one state vector: real, not empty, and, as far as can be seen, without batch axes."""
+def prepare_state(
+    step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, length: int | None, flags: Flags = NO_FLAGS
+) -> Recurrence:
+    """`prepare`, where the carry is one state vector: real, not empty, and, as far as can be seen, without batch axes.
+
+    The flags are checked to be those of one row.
+    """
     r = prepare(step, params, init, xs, length)
+    for word, flag in (("is_first", flags.is_first), ("valid", flags.valid)):
+        if np.ndim(flag) > 1:
+            raise ValueError(
+                f"{word} has shape {np.shape(flag)}, but a state vector is one row, with flags [time]: pass those of one "
+                "row, or use jax.vmap."
+            )
     for path, leaf in jax.tree_util.tree_leaves_with_path(differentiable(r.init)):
         if jnp.iscomplexobj(leaf):
             raise TypeError(

@@ -15,7 +15,6 @@ from jaxbptt.cells import CELLS
 from jaxbptt.cells.stack import stack
 from jaxbptt.commands.sources import Source
 from jaxbptt.network import network
-from jaxbptt.scans.exact import scan
 from jaxbptt.training import losses, sharding
 from jaxbptt.training.chunks import Stream
 from jaxbptt.training.tbptt import TrainState, tbptt
@@ -52,16 +51,13 @@ def build(options: argparse.Namespace, source: Source, mesh: Mesh | None, max_va
 
     def loss(params, carry, chunk, *, scan, key):
         carry, outputs = net.apply(params, carry, read(chunk.xs), scan=scan)
-        return loss_of(outputs, chunk.targets, mask=chunk.mask), carry
-
-    def measure(params, carry, chunk):
-        carry, outputs = net.apply(params, carry, read(chunk.xs), scan=scan)
-        return carry, loss_of(outputs, chunk.targets, mask=chunk.mask, reduction="sum"), jnp.sum(chunk.mask)
+        return loss_of(outputs, chunk.targets, mask=chunk.mask), (carry, jnp.sum(chunk.mask))
 
     rate = options.learning_rate
     if options.schedule == "cosine":
         rate = optax.cosine_decay_schedule(rate, options.updates)
-    init, update = tbptt(loss, optax.adam(rate), clip=optax.clip_by_global_norm(CLIP))
+    functions = tbptt(loss, optax.adam(rate), clip=optax.clip_by_global_norm(CLIP), has_aux=True)
+    init, update = functions
     key_params, key_run = jax.random.split(jax.random.key(options.seed))
     state = init(net.init(key_params), cell.initial_carry((options.batch,)), key_run)
     place: Callable[[Any], Any] = lambda chunk: chunk  # noqa: E731
@@ -73,16 +69,17 @@ def build(options: argparse.Namespace, source: Source, mesh: Mesh | None, max_va
         replicated = NamedSharding(mesh, PartitionSpec())
         shardings = {"out_shardings": (jax.tree.map(lambda leaf: leaf.sharding, state), replicated)}
     compiled = jax.jit(update, donate_argnums=0, **shardings)
-    measured = jax.jit(measure)
-    carry = jax.tree.map(jnp.zeros_like, state.carry)
+    evaluate = jax.jit(functions.evaluate)
+    # A copy, since `update` donates its state.
+    start = jax.tree.map(jnp.copy, state._replace(params=(), opt_state=()))
 
     def validate(stream: Stream, params: Any) -> float:
-        validation_carry, results = carry, []
+        validation, results = start._replace(params=params), []
         for position in range(min(len(stream), max_validation_chunks)):
-            validation_carry, total, steps = measured(params, validation_carry, place(stream.at(position)))
-            results.append((total, steps))
-        totals, steps = np.sum(np.array(jax.device_get(results), float), axis=0)
-        return float(totals / steps)
+            validation, measured = evaluate(validation, place(stream.at(position)))
+            results.append((measured.loss, measured.aux))
+        means, steps = np.array(jax.device_get(results), float).T
+        return float(np.average(means, weights=steps))
 
     @partial(jax.jit, static_argnums=2)
     def sample(params, prompt, count, temperature, key):

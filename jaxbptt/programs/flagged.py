@@ -30,6 +30,21 @@ def with_flagged_input(step: Any) -> Any:
     return flagged_step
 
 
+def with_flagged_readout(step: Any, read: Any) -> Any:
+    """`read(params, carry, x, new_carry) -> y` of a step, for the step whose input is (x, is_first, valid)."""
+
+    def flagged_read(params, carry, x_and_flags, new_carry):
+        x, first, valid = x_and_flags
+        params, _, runs_on = _start(params, carry, x, first, valid)
+        if (
+            valid is not None
+        ):  # a padded step reads its own carry, whose output is dropped, and not the one that is held
+            new_carry = select_rows(valid, new_carry, step(params, *runs_on)[0])
+        return _present(valid, read(params, *runs_on, new_carry))
+
+    return flagged_read
+
+
 def adjoint_with_flagged_input(adjoint: PerturbedAdjoint, reset: Any) -> Adjoint:
     """The adjoint of the flagged step; `reset` flags the leaves of the reset carry that get a gradient."""
 

@@ -43,6 +43,9 @@ class Flags(NamedTuple):
         return self.is_first is not None or self.valid is not None
 
 
+NO_FLAGS = Flags()
+
+
 def with_flags(step: DifferentiableStep, r: Recurrence, flags: Flags) -> tuple[DifferentiableStep, Recurrence]:
     r"""The step whose input is (x, is_first, valid) at a time step, and its params and inputs; as it was, without flags.
 
@@ -77,11 +80,18 @@ def with_flags(step: DifferentiableStep, r: Recurrence, flags: Flags) -> tuple[D
 
 def without_adjoint(r: Recurrence, flags: Flags) -> Recurrence:
     """The same for a strategy that leaves the derivative to JAX."""
+    r_with_flags = beside_input(r, flags)
+    return r_with_flags if flags.given else r
+
+
+def beside_input(r: Recurrence, flags: Flags) -> Recurrence:
+    """The same in one form, flags given or not: params (params, reset carry, padding), xs (xs, is_first, valid)."""
     _check_reset_has_flags(flags)
+    step = with_flagged_input(r.step)
     if not flags.given:
-        return r
+        return r._replace(step=step, params=(r.params, None, None), xs=(r.xs, None, None))
     xs, *carries = _check(r, flags)
-    return r._replace(step=rematerialised_selects(with_flagged_input(r.step)), params=(r.params, *carries), xs=xs)
+    return r._replace(step=rematerialised_selects(step), params=(r.params, *carries), xs=xs)
 
 
 def _check_reset_has_flags(flags: Flags) -> None:

@@ -56,8 +56,9 @@ def pascanu(
         Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, 2013, arXiv:1211.5063, eq. 9.
     """
     r = prepare(step, params, init, xs, length)
-    traced = trace(r.step, r.params, r.init, r.xs)
     flow, trajectory = flow_and_trajectory(r, loss)
+    r = trajectory.recurrence
+    traced = trace(r.step, r.params, r.init, r.xs)
 
     def to_state(params, carry, x):
         return traced.step(params, carry, x)[0]

@@ -49,24 +49,51 @@ class Metrics(NamedTuple):
         gradient_norm: ‖dL/dθ‖₂ over all leaves, before clipping.
         fraction_clipped: the share of the gradient's nonzero entries that clipping changed.
         carry_norm: ‖c‖₂ over all leaves and rows, after the chunk.
+        aux: what the loss returned beside the carry, with `has_aux=True`; () without.
     """
 
     loss: Array
     gradient_norm: Array
     fraction_clipped: Array
     carry_norm: Array
+    aux: Any = ()
 
 
-class TruncatedBPTT(NamedTuple):
-    """The two functions of `tbptt`.
+class Evaluation(NamedTuple):
+    """What `evaluate` measured: the `Metrics` that take no gradient.
+
+    Attributes:
+        loss: of the chunk.
+        carry_norm: ‖c‖₂ over all leaves and rows, after the chunk.
+        aux: what the loss returned beside the carry, with `has_aux=True`; () without.
+    """
+
+    loss: Array
+    carry_norm: Array
+    aux: Any = ()
+
+
+class _InitAndUpdate(NamedTuple):
+    init: Callable[..., TrainState]
+    update: Callable[..., tuple[TrainState, Metrics]]
+
+
+class TruncatedBPTT(_InitAndUpdate):
+    """The functions of `tbptt`: a pair `init, update`, with `evaluate` beside it.
 
     Attributes:
         init: `(params, carry, key) -> TrainState`.
         update: `(state, chunk) -> (state, Metrics)`.
+        evaluate: `(state, chunk) -> (state, Evaluation)`.
     """
 
-    init: Callable[..., TrainState]
-    update: Callable[..., tuple[TrainState, Metrics]]
+    evaluate: Callable[..., tuple[TrainState, Evaluation]]
+
+    def __new__(cls, init: Any, update: Any, evaluate: Any) -> "TruncatedBPTT":
+        """Unpacked, it is the pair alone."""
+        functions = super().__new__(cls, init, update)
+        functions.evaluate = evaluate
+        return functions
 
 
 def tbptt(
@@ -78,6 +105,7 @@ def tbptt(
     burn_in: int = 0,
     scan: Callable[..., Any] | None = None,
     clip: optax.GradientTransformation | None = None,
+    has_aux: bool = False,
 ) -> TruncatedBPTT:
     r"""Truncated BPTT: an update every k₁ time steps, with a gradient that reaches back k₂ of them.
 
@@ -98,7 +126,7 @@ def tbptt(
         loss: `loss(params, carry, chunk, *, scan, key) -> (loss, carry)`. It unrolls the network with the `scan` it is
             given, `carry, ys = scan(step, params, carry, chunk.xs)`, which already has the chunk's `valid` and `is_first`.
             It masks what it computes from the outputs with `chunk.mask`, as in `losses.cross_entropy(ys, chunk.targets,
-            mask=chunk.mask)`. `key` is a new one at every update.
+            mask=chunk.mask)`. `key` is a new one at every update. With `has_aux=True` it returns `(loss, (carry, aux))`.
         optimizer: any of optax's, including those that need the value of the loss; schedules belong to it.
         truncation_length: k₂, time steps.
         update_every: k₁, time steps; by default the chunk's length.
@@ -107,6 +135,7 @@ def tbptt(
         scan: the strategy; `adjoint_scan` by default. `truncation_length` < `update_every` sets it to `truncated_scan`.
         clip: a transformation of the gradient before the optimiser, such as `optax.clip_by_global_norm(1.0)`. Only what it
             changes counts in `fraction_clipped`.
+        has_aux: whether the loss returns aux beside the carry, any pytree, which then is `aux` of the metrics.
 
     Returns:
         `init(params, carry, key) -> TrainState` and `update(state, chunk) -> (state, Metrics)`, to be jitted by the
@@ -114,12 +143,16 @@ def tbptt(
         differentiable, such as integers, are left unchanged; a model with functions or flags among its leaves needs
         `eqx.filter_jit` in place of `jax.jit`.
 
+        The pair also has `evaluate(state, chunk) -> (state, Evaluation)`: the loss that `update` would find, without
+        gradient, update or the memory of one. Of the state it changes the carry and the key, so validation starts from a
+        state with a carry of its own, `state._replace(carry=...)`. Don't donate that: its params are those in training.
+
     Raises:
         ValueError: lengths below 1, a `truncation_length` below `update_every` together with a `scan`, a `burn_in` where
             chunks overlap; from `update`, a chunk whose length doesn't match these options.
         TypeError: a `loss` or `scan` that is not a function, an `optimizer` or `clip` that is not optax's; from `init`, a
             `key` that is not a random key; from `update`, a state or chunk of another type, a loss that doesn't return a
-            pair.
+            pair, or no pair of carry and aux with `has_aux=True`.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -129,7 +162,8 @@ def tbptt(
         >>> def loss(params, carry, chunk, *, scan, key):
         ...     carry, outputs = net.apply(params, carry, chunk.xs, scan=scan)
         ...     return bptt.losses.mean_squared_error(outputs, chunk.targets, mask=chunk.mask), carry
-        >>> init, update = bptt.tbptt(loss, optax.adam(1e-2), clip=optax.clip_by_global_norm(1.0))
+        >>> functions = bptt.tbptt(loss, optax.adam(1e-2), clip=optax.clip_by_global_norm(1.0))
+        >>> init, update = functions
         >>> state = init(net.init(jax.random.key(0)), cell.initial_carry((4,)), jax.random.key(1))
         >>> waves = bptt.streams.rows(jnp.sin(jnp.arange(2_000.0))[:, None], batch=4, chunk_length=20)
         >>> update = jax.jit(update)
@@ -138,13 +172,21 @@ def tbptt(
         ...     state, metrics = update(state, chunk)
         >>> int(state.step), bool(metrics.loss < first / 2)
         (25, True)
+        >>> held_out = bptt.streams.rows(jnp.cos(jnp.arange(400.0))[:, None], batch=4, chunk_length=20)
+        >>> evaluate, validation, total = jax.jit(functions.evaluate), state._replace(carry=cell.initial_carry((4,))), 0.0
+        >>> for chunk in held_out:
+        ...     validation, measured = evaluate(validation, chunk)
+        ...     total += measured.loss / len(held_out)
+        >>> bool(total < first)
+        True
 
     References:
         Williams and Peng, An efficient gradient-based algorithm for on-line training of recurrent network trajectories,
         1990, doi:10.1162/neco.1990.2.4.490: BPTT(h; h′) with h = k₂ and h′ = k₁. Kapturowski et al., Recurrent experience
         replay in distributed reinforcement learning, ICLR 2019.
     """
-    check_callable("loss", loss, "loss(params, carry, chunk, *, scan, key) -> (loss, carry)")
+    returned = "(loss, (carry, aux))" if has_aux else "(loss, carry)"
+    check_callable("loss", loss, f"loss(params, carry, chunk, *, scan, key) -> {returned}")
     clip = optax.identity() if clip is None else clip
     for option, given in (("optimizer", optimizer), ("clip", clip)):
         if not hasattr(given, "update"):
@@ -162,33 +204,51 @@ def tbptt(
         opt_state = jax.tree.map(_copied, (clip.init(trained), optimizer.init(trained)))
         return TrainState(params, opt_state, carry, jnp.zeros((), jnp.int32), key)
 
-    def run(params: Any, carry: Any, chunk: Chunk, key: Any) -> tuple[Array, Any]:
+    def run(params: Any, carry: Any, chunk: Chunk, key: Any) -> tuple[Array, tuple[Any, Any]]:
+        """(loss, (carry, aux)) of a chunk, aux () where the loss has none."""
         flags = {word: flag for word in ("valid", "is_first") if (flag := getattr(chunk, word)) is not None}
         chunk = chunk._replace(mask=_loss_mask(chunk, uncounted=max(overlap, burn_in)))
         result = loss(params, carry, chunk, scan=partial(_on_chunk, strategy, flags), key=key)
         if not (isinstance(result, tuple) and len(result) == 2):
-            raise TypeError(f"The loss returns a pair (loss, carry), but this one returned {type(result).__name__}.")
-        return result
+            raise TypeError(f"The loss returns a pair {returned}, but this one returned {type(result).__name__}.")
+        value, after = result
+        if not has_aux:
+            return value, (after, ())
+        if not (isinstance(after, tuple) and len(after) == 2):
+            raise TypeError(
+                f"With has_aux=True the loss returns {returned}, but this one returned {type(after).__name__} in the place "
+                "of (carry, aux)."
+            )
+        return value, after
 
-    def update(state: TrainState, chunk: Chunk) -> tuple[TrainState, Metrics]:
+    def run_to_next(params: Any, carry: Any, chunk: Chunk, key: Any, last: Any) -> Any:
+        """The carry that the next chunk starts from, checked; `last` is that after this one."""
+        _check_carry(carry, last, returned)
+        if not overlap:
+            return last
+        # The next chunk starts inside this one, so the carry it needs is not the last one but that after k₁ steps.
+        before_next = jax.tree.map(lambda leaf: leaf[: len(leaf) - overlap], chunk)
+        return run(params, carry, before_next, key)[1][0]
+
+    def begin(function: str, state: TrainState, chunk: Chunk) -> Any:
+        """The state's next key, and that for this chunk."""
         if not isinstance(state, TrainState):
             raise TypeError(
-                f"update takes a TrainState, but got a {type(state).__name__}: pass what init(...) returned."
+                f"{function} takes a TrainState, but got a {type(state).__name__}: pass what init(...) returned."
             )
-        steps = _check_chunk(chunk, truncation_length, update_every, burn_in)
-        key, chunk_key = jax.random.split(state.key)
+        _check_chunk(function, chunk, truncation_length, update_every, burn_in)
+        return jax.random.split(state.key)
+
+    def update(state: TrainState, chunk: Chunk) -> tuple[TrainState, Metrics]:
+        key, chunk_key = begin("update", state, chunk)
         trained, fixed = partition(state.params)
 
         def loss_of(trained):
             # state.carry is a constant here, whatever params it was computed with: this is the truncation.
             return run(combine(trained, fixed), state.carry, chunk, chunk_key)
 
-        (value, next_carry), gradient = jax.value_and_grad(loss_of, has_aux=True)(trained)
-        _check_carry(state.carry, next_carry)
-        if overlap:
-            # The next chunk starts inside this one, so the carry it needs is not the last one but that after k₁ steps.
-            before_next = jax.tree.map(lambda leaf: leaf[: steps - overlap], chunk)
-            next_carry = run(state.params, state.carry, before_next, chunk_key)[1]
+        (value, (last, aux)), gradient = jax.value_and_grad(loss_of, has_aux=True)(trained)
+        next_carry = run_to_next(state.params, state.carry, chunk, chunk_key, last)
         clip_state, opt_state = state.opt_state
         clipped, clip_state = clip.update(gradient, clip_state, trained)
         # What optax passes to optimisers that take more than the gradient, such as line searches; unused, it costs nothing.
@@ -200,10 +260,18 @@ def tbptt(
             gradient_norm=_norm(gradient),
             fraction_clipped=_fraction_changed(gradient, clipped),
             carry_norm=_norm(differentiable(next_carry)),
+            aux=aux,
         )
         return TrainState(params, (clip_state, opt_state), next_carry, state.step + 1, key), metrics
 
-    return TruncatedBPTT(init, update)
+    def evaluate(state: TrainState, chunk: Chunk) -> tuple[TrainState, Evaluation]:
+        key, chunk_key = begin("evaluate", state, chunk)
+        value, (last, aux) = run(state.params, state.carry, chunk, chunk_key)
+        next_carry = run_to_next(state.params, state.carry, chunk, chunk_key, last)
+        measured = Evaluation(value, _norm(differentiable(next_carry)), aux)
+        return state._replace(carry=next_carry, key=key), measured
+
+    return TruncatedBPTT(init, update, evaluate)
 
 
 def _copied(leaf: Any) -> Any:
@@ -246,10 +314,10 @@ def _strategy(scan: Any, truncation_length: Any, update_every: Any, overlap: int
     return scan
 
 
-def _check_chunk(chunk: Any, truncation_length: Any, update_every: Any, burn_in: int) -> int:
-    """The number of time steps of a chunk; raises unless it is what the options ask for."""
+def _check_chunk(function: str, chunk: Any, truncation_length: Any, update_every: Any, burn_in: int) -> None:
+    """Raise unless a chunk has as many time steps as the options ask for."""
     if not isinstance(chunk, Chunk):
-        raise TypeError(f"update takes a Chunk(xs, targets, ...), but got a {type(chunk).__name__}.")
+        raise TypeError(f"{function} takes a Chunk(xs, targets, ...), but got a {type(chunk).__name__}.")
     sizes = {jnp.shape(leaf)[0] if jnp.ndim(leaf) else 0 for leaf in jax.tree.leaves(chunk)}
     if len(sizes) != 1:
         raise ValueError(
@@ -273,21 +341,23 @@ def _check_chunk(chunk: Any, truncation_length: Any, update_every: Any, burn_in:
         raise ValueError(
             f"The chunk has {counted(steps, 'time step')}, and burn_in={burn_in} leaves none of them to learn from."
         )
-    return steps
 
 
-def _check_carry(before: Any, after: Any) -> None:
+def _check_carry(before: Any, after: Any, returned: str) -> None:
     if jax.tree.structure(before) != jax.tree.structure(after):
+        aux = ""
+        if isinstance(after, tuple) and after and jax.tree.structure(after[0]) == jax.tree.structure(before):
+            aux = " For (loss, (carry, aux)) pass has_aux=True."
         raise TypeError(
             f"The loss returned a carry of structure {jax.tree.structure(after)}, but it was given one of "
-            f"{jax.tree.structure(before)}: return (loss, carry), the carry as the scan returns it."
+            f"{jax.tree.structure(before)}: return {returned}, the carry as the scan returns it.{aux}"
         )
     for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True):
         old, new = jax.typeof(old), jax.typeof(new)
         if (old.shape, old.dtype) != (new.shape, new.dtype):
             raise ValueError(
                 f"The loss returned {name('carry', path)} as {new.dtype}{list(new.shape)}, but it was given "
-                f"{old.dtype}{list(old.shape)}: return (loss, carry), the carry as the scan returns it."
+                f"{old.dtype}{list(old.shape)}: return {returned}, the carry as the scan returns it."
             )
 
 
