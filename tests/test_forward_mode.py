@@ -94,9 +94,10 @@ MODES = {f"{name}, {mode}": (PROBLEMS[name], FIRST[mode]) for name in PROBLEMS f
 MODES |= {f"{name}, {mode}": (PROBLEMS[name], OTHERS[mode]) for name in ("lstm", "flags", "bare") for mode in OTHERS}
 
 
-@cases(("make", "mode"), MODES, "lstm, pushed", "bare, pushed_later")
-def test_equals_scan(make, mode):
+@cases("case", MODES, "lstm, pushed", "bare, pushed_later")
+def test_equals_scan(case):
     """All strategies in one program, to save compiling."""
+    make, mode = case
     problem = make()
     _, diff = in_floats(*problem, bptt.scan)
     tangents = random_like(diff, 3)

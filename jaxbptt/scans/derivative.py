@@ -19,7 +19,16 @@ from jaxbptt.array_types import as_type, type_at_one_step, varying_alike, zeros
 from jaxbptt.programs.perturbed import Perturbed
 from jaxbptt.scans.linear_map import LinearMap
 from jaxbptt.scans.passes import Pass
-from jaxbptt.trees import differentiable, differentiated_as, is_differentiable, same_keys, select
+from jaxbptt.trees import (
+    combine,
+    differentiable,
+    differentiated_as,
+    is_array,
+    is_differentiable,
+    partition,
+    same_keys,
+    select,
+)
 
 
 def with_derivative(
@@ -71,7 +80,8 @@ def with_derivative(
             leaves, out_tree = jax.tree.flatten(outputs)
             types = [jax.typeof(leaf).strip_weak_type().to_tangent_aval() for leaf in leaves]
             with_tangent = [is_differentiable(leaf) for leaf in leaves]
-            known, known_tree = jax.tree.flatten((primals, saved))
+            known, static = partition((primals, saved), is_array)  # flags and sizes stay Python values
+            known, known_tree = jax.tree.flatten(known)
 
             def push(known, tangents):
                 if not forward_mode:
@@ -80,7 +90,7 @@ def with_derivative(
                         "of the outputs: use jaxbptt.scan, which has both. Forward over reverse, as in jax.hessian, works "
                         "through either."
                     )
-                primals, _ = known_tree.unflatten(known)
+                primals, _ = combine(known_tree.unflatten(known), static)
 
                 def of_moving(*values):
                     outputs = run(*treedef.unflatten(_merged(values, primals, moving)))
@@ -89,7 +99,7 @@ def with_derivative(
                 return jax.jvp(of_moving, _chosen(primals, moving), tangents)[1]
 
             def pull(known, bars):
-                primals, saved = same_keys(known_tree.unflatten(known))
+                primals, saved = same_keys(combine(known_tree.unflatten(known), static))
                 bars = _merged(bars, [None] * len(types), with_tangent)
                 bars = [SymbolicZero(t) if bar is None else bar for t, bar in zip(types, bars, strict=True)]
                 found = _pulled(here, backward, treedef.unflatten(primals), saved, out_tree.unflatten(bars))

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -42,7 +43,7 @@ def _apply(*args: Any, linear_map: LinearMap, num_known: int) -> list[Any]:
 
 def _arrays(args: Sequence[Any]) -> list[Any]:
     """What is known; a number in a traced program is a float or an integer that has a dtype and no shape."""
-    return [arg if hasattr(arg, "shape") else jnp.asarray(arg, arg.dtype) for arg in args]
+    return [arg if hasattr(arg, "shape") else jnp.asarray(arg, getattr(arg, "dtype", None)) for arg in args]
 
 
 def _types(*_: Any, linear_map: LinearMap, num_known: int) -> list[Any]:
@@ -91,7 +92,7 @@ def _batch(axis: Any, args: Sequence[Any], dims: Sequence[Any], *, linear_map: L
     if any(is_explicit(t.sharding.mesh) for t in linear_map.types):
         types = [jax.typeof(leaf) for leaf in jax.eval_shape(push, list(known), linear)]
     else:
-        types = [jax.core.ShapedArray((axis.size, *t.shape), t.dtype) for t in linear_map.types]
+        types = [ShapedArray((axis.size, *t.shape), t.dtype) for t in linear_map.types]
     outer = LinearMap(push, mapped(linear_map.pull), tuple(types))
     return outer(known, linear), [0] * len(types)
 
