@@ -20,7 +20,7 @@ import jaxbptt as bptt
 LENGTH = 8  # steps from the cue to the junction
 LEFT, RIGHT, FORWARD = range(3)
 
-ENVIRONMENTS, ROLLOUT, UPDATES, EVERY = 64, 32, 100, 10  # the table has a row for EVERY 10 updates
+ENVIRONMENTS, ROLLOUT, UPDATES, EVERY = 64, 32, 100, 10  # a row of the table every 10 updates
 BURN_IN = 8  # steps before a rollout that bring its carry up to date
 EPOCHS, MINIBATCHES, LEARNING_RATE, MAX_GRADIENT_NORM = 4, 2, 1e-3, 0.5
 GAMMA, LAMBDA, CLIP = 0.97, 0.95, 0.2  # discount γ, λ of GAE, ε of PPO
@@ -93,7 +93,7 @@ def act(params, memory, state, key):
     """One step in every environment, from the state (carry, mazes)."""
     carry, mazes = state
     key_action, key_mazes = jax.random.split(key)
-    observation, is_first = jax.vmap(observe)(mazes), mazes.is_first | ~memory
+    observation, is_first = jax.vmap(observe)(mazes), mazes.is_first | ~memory  # no memory: every step is the first
     next_carry, log_probs, value = policy(params, carry, observation[None], is_first[None])
     action = jax.random.categorical(key_action, log_probs[0])
     mazes, reward, done = jax.vmap(move)(jax.random.split(key_mazes, len(action)), mazes, action)
@@ -106,7 +106,7 @@ def advantages(rollout, value_after):
 
     def backward(later, step):
         advantage, next_value = later
-        discount = GAMMA * ~step.done
+        discount = jnp.where(step.done, 0.0, GAMMA)
         advantage = step.reward + discount * (next_value + LAMBDA * advantage) - step.value
         return (advantage, step.value), advantage
 
