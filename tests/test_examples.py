@@ -125,3 +125,19 @@ def test_advantages_are_sums_over_the_rest_of_the_episode(rollout):
             rest = delta[t : t + ends[0] + 1, row] if len(ends) else delta[t:, row]
             expected = np.sum((ppo.GAMMA * ppo.LAMBDA) ** np.arange(len(rest)) * rest)
             np.testing.assert_allclose(found[t, row], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_burn_in_brings_the_carry_but_no_gradient(rollout):
+    params, steps, _ = rollout
+    before, later = (jax.tree.map(lambda leaf, part=part: leaf[part], steps) for part in (slice(3, 5), slice(5, 20)))
+    assert not steps.is_first[4:6].any(axis=0).all()
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(observation):
+        shown = before._replace(observation=observation)
+        return ppo.loss(params, shown, later, jnp.ones_like(later.value), scan=bptt.adjoint_scan)
+
+    value, gradient = loss(before.observation)
+    assert loss(before.observation + 1)[0] != value
+    np.testing.assert_array_equal(gradient, 0)
