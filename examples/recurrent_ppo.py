@@ -1,8 +1,8 @@
 """Recurrent PPO on a T-maze: a cue at the first step says which way to turn at the end of the corridor.
 
-The policy is a GRU with a linear read-out. Episodes begin and end inside a rollout, so the carry is reset where `is_first` is
-True; it passes from rollout to rollout. An update unrolls the stored steps again, and `--scan` names the strategy that takes
-the gradient. Without memory, its carry reset at every step, the same policy is right half of the time. It takes seconds.
+The policy is a GRU with a linear read-out. Episodes begin and end inside a rollout, so the carry is reset where `is_first`
+is True; it passes from rollout to rollout. An update unrolls the stored steps again, and `--scan` names the strategy that
+takes the gradient. Without memory, its carry reset at every step, the same policy is right half of the time. Runs in seconds.
 
     python examples/recurrent_ppo.py [--scan adjoint_scan] [--seed 0] [--figure FILE]
 """
@@ -116,8 +116,8 @@ def advantages(rollout, value_after):
 def loss(params, before, rollout, advantage, *, scan):
     """The clipped loss of PPO, from the stored steps unrolled again.
 
-    The carry at the start of the rollout comes from params that the update has changed since. Burn-in: the steps `before` the
-    rollout are unrolled by the params as they are now, without gradient, and give the carry to start from.
+    The carry at the start of the rollout comes from params that the update has changed since. So the steps `before` the
+    rollout are unrolled by the params as they are now, without gradient, for a carry to start from: the burn-in.
     """
     carry, _, _ = policy(params, before.carry[0], before.observation, before.is_first)
     carry = jax.lax.stop_gradient(carry)
