@@ -2,7 +2,7 @@
 
 The policy is a GRU with a linear read-out. Episodes begin and end inside a rollout, so the carry is reset where `is_first`
 is True; it passes from rollout to rollout. An update unrolls the stored steps again, and `--scan` names the strategy that
-takes the gradient. Without memory, its carry reset at every step, the same policy is right half of the time. Runs in seconds.
+takes the gradient. Without memory, its carry reset at every step, the same policy is right half of the time.
 
     python examples/recurrent_ppo.py [--scan adjoint_scan] [--seed 0] [--figure FILE]
 """
@@ -124,7 +124,7 @@ def loss(params, before, rollout, advantage, *, scan):
     _, log_probs, value = policy(params, carry, rollout.observation, rollout.is_first, scan=scan)
     log_prob = jnp.take_along_axis(log_probs, rollout.action[..., None], axis=-1)[..., 0]
     ratio = jnp.exp(log_prob - rollout.log_prob)
-    # Advantages are not normalised: once the task is solved they are small noise, and normalised it undoes what was learned.
+    # Advantages are not normalised: once the task is solved they are small noise, which normalised undoes it.
     gain = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - CLIP, 1 + CLIP) * advantage).mean()
     entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1).mean()
     value_loss = 0.5 * jnp.mean((rollout.value + advantage - value) ** 2)
