@@ -124,7 +124,7 @@ def loss(params, before, rollout, advantage, *, scan):
     _, log_probs, value = policy(params, carry, rollout.observation, rollout.is_first, scan=scan)
     log_prob = jnp.take_along_axis(log_probs, rollout.action[..., None], axis=-1)[..., 0]
     ratio = jnp.exp(log_prob - rollout.log_prob)
-    # Advantages are not normalised: once the task is solved they are small noise, which normalised undoes it.
+    # Advantages are not normalised: once the task is solved they are small noise, and normalising makes it large.
     gain = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - CLIP, 1 + CLIP) * advantage).mean()
     entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1).mean()
     value_loss = 0.5 * jnp.mean((rollout.value + advantage - value) ** 2)
