@@ -110,11 +110,29 @@ def expected():
     return found
 
 
-@modes
-@cases("name", {name: name for name in STRATEGIES | CUT}, "adjoint_scan", "checkpointed_scan, 1 checkpoint")
-def test_strategies(name, mode, expected):
+# Two modes are slow, and options change nothing in how a strategy meets them.
+SLOW_MODES = "disable_jit", "checking_leaks"
+IN_SLOW_MODES = (
+    "scan",
+    "adjoint_scan",
+    "checkpointed_scan",
+    "checkpointed_scan, 1 checkpoint",
+    "truncated_scan",
+    "windowed_scan",
+)
+IN_A_MODE = {
+    f"{name}-{mode}": (name, mode)
+    for name in STRATEGIES | CUT
+    for mode in MODES
+    if mode not in SLOW_MODES or name in IN_SLOW_MODES
+}
+
+
+@cases("case", IN_A_MODE, "adjoint_scan-disable_jit", "checkpointed_scan, 1 checkpoint-disable_jit")
+def test_strategies(case, expected):
+    name, mode = case
     scan = (STRATEGIES | CUT)[name]
-    with mode():
+    with MODES[mode]():
         x64 = jax.config.jax_enable_x64
         results = [
             jax.jit(partial(gradients, scan, step, flags=flags))(args)
