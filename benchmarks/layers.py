@@ -11,12 +11,16 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import flax.linen as nn
 import flax.nnx as nnx
-import haiku as hk
 import jax
 import jax.numpy as jnp
 
 import jaxbptt as bptt
 from jaxbptt.cells import CELLS
+
+try:
+    import haiku as hk
+except ImportError:  # left out of the comparison, as torch is
+    hk = None
 
 
 class Size(NamedTuple):
@@ -213,7 +217,8 @@ def in_jax(kind, size):
     layers["flax.nnx.RNN"] = by_flax(kind, size)
     if kind != "elman":  # equinox has no such cell, and haiku's has relu instead of tanh
         layers["equinox"] = by_equinox(kind, size)
-        layers["haiku.dynamic_unroll"] = by_haiku(kind, size)
+        if hk is not None:
+            layers["haiku.dynamic_unroll"] = by_haiku(kind, size)
     if kind == "lstm" and jax.default_backend() == "gpu":
         layers["jax.experimental.rnn"] = by_cudnn(kind, size)
     return layers

@@ -9,7 +9,7 @@ them convolutional, are run by JAX alone and by our strategies for any step.
     python benchmarks/peers.py [--quick] [--repeats 15] [--cells elman,gru,lstm] [--sizes 0,1,2]
     python benchmarks/peers.py --draw benchmarks/results/NAME.json
 
-Needs dm-haiku and the extra `test`, and includes torch where it is installed.
+Needs the extra `test`, and includes haiku and torch where they are installed.
 """
 
 import argparse

@@ -38,7 +38,7 @@ for name, scan in strategies.items():
         alone, metrics = update(alone, chunk)
         for i, mesh in enumerate(meshes):
             spread[i], found = update(spread[i], bptt.sharding.shard_chunk(chunk, mesh))
-            np.testing.assert_allclose(found, metrics, rtol=1e-5)
+            jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), found, metrics)
     for mesh, state in zip(meshes, spread, strict=True):
         for a, b in zip(jax.tree.leaves(alone[:4]), jax.tree.leaves(state[:4]), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-6)
