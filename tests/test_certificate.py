@@ -179,12 +179,6 @@ def test_which_part_is_wrong(case):
         assert f"{name}: {leaf}: {found[leaf]}" in str(certificate).splitlines()
 
 
-def test_what_is_no_adjoint():
-    cell = make_cell("elman")
-    with pytest.raises(TypeError, match="adjoint is function, but it holds the backward of one step"):
-        bptt.certify(cell, *problem(cell, 3), loss, adjoint=lambda *args: None)
-
-
 def test_a_nan_does_not_agree():
     cell = make_cell("elman")
     ways = {"nan": lambda params, init, xs: jax.tree.map(lambda leaf: leaf * jnp.nan, params)}

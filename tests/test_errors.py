@@ -231,3 +231,8 @@ def test_errors_of_the_step_come_through():
 
     with pytest.raises(TypeError, match="mine"):
         bptt.adjoint_scan(step, None, jnp.zeros(2), length=3)
+
+
+def test_what_is_no_adjoint():
+    with pytest.raises(TypeError, match="adjoint is function, but it holds the backward of one step"):
+        bptt.certify(keep, None, jnp.ones(2), jnp.ones(3), lambda h, ys: ys.sum(), adjoint=lambda *args: None)

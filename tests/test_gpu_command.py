@@ -89,7 +89,6 @@ def test_unknown_part(tmp_path):
 @pytest.mark.slow
 def test_gradients_that_are_compared_do_not_depend_on_rounding(monkeypatch):
     """Else those of two devices would differ with nothing wrong."""
-    pytest.importorskip("haiku")
     monkeypatch.syspath_prepend(str(COMMAND.parent))
     import gpu_parts
 
