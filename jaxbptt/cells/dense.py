@@ -119,6 +119,20 @@ def check_sizes(**sizes: int) -> None:
         check_count(name, size, "it counts features")
 
 
+def lstm_deltas(gates: tuple[Array, Array, Array, Array], c: Array, tanh_c: Array, h_bar: Array, c_bar: Array) -> Array:
+    """δ of an LSTM's four gates, from the cotangents of its new state; c is the memory before the step."""
+    i, f, g, o = gates
+    return jnp.concatenate(
+        [
+            c_bar * g * i * (1 - i),
+            c_bar * c * f * (1 - f),
+            c_bar * i * ((1 - g) * (1 + g)),
+            h_bar * tanh_c * o * (1 - o),
+        ],
+        axis=-1,
+    )
+
+
 def nothing_dropped(h: Array) -> Array:
     """What `W_hh` reads where there is no dropout: the state as it is."""
     return h

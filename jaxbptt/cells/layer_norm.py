@@ -76,15 +76,7 @@ def lstm_step_and_adjoint(
         h_bar = state_bar.h + y_bar
         delta_c = h_bar * o * ((1 - tanh_c) * (1 + tanh_c))
         c_bar = state_bar.c + standardised_back(memory, scale_c, along(params.gain_c, h_bar) * delta_c)
-        delta = jnp.concatenate(
-            [
-                c_bar * g * i * (1 - i),
-                c_bar * state.c * f * (1 - f),
-                c_bar * i * ((1 - g) * (1 + g)),
-                h_bar * tanh_c * o * (1 - o),
-            ],
-            axis=-1,
-        )
+        delta = dense.lstm_deltas((i, f, g, o), state.c, tanh_c, h_bar, c_bar)
         delta_h = standardised_back(from_h, scale_h, along(params.gain_hh, h_bar) * delta)
         return make_state(products.back(delta_h, params.W_hh), c_bar * f), (delta, delta_h, delta_c)
 

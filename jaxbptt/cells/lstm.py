@@ -163,15 +163,7 @@ def lstm(
         tanh_c = jnp.tanh(f * state.c + i * g)
         h_bar = state_bar.h + y_bar
         c_bar = state_bar.c + h_bar * o * ((1 - tanh_c) * (1 + tanh_c))
-        delta = jnp.concatenate(
-            [
-                c_bar * g * i * (1 - i),
-                c_bar * state.c * f * (1 - f),
-                c_bar * i * ((1 - g) * (1 + g)),
-                h_bar * tanh_c * o * (1 - o),
-            ],
-            axis=-1,
-        )
+        delta = dense.lstm_deltas((i, f, g, o), state.c, tanh_c, h_bar, c_bar)
         return LSTMState(h=products.back(delta, params.W_hh), c=c_bar * f), delta
 
     def contract(params, residuals, xs, ys_bar, deltas):

@@ -36,9 +36,8 @@ def with_flagged_readout(step: Any, read: Any) -> Any:
     def flagged_read(params, carry, x_and_flags, new_carry):
         x, first, valid = x_and_flags
         params, _, runs_on = _start(params, carry, x, first, valid)
-        if (
-            valid is not None
-        ):  # a padded step reads its own carry, whose output is dropped, and not the one that is held
+        if valid is not None:
+            # A padded step reads its own carry, whose output is dropped, and not the one that is held.
             new_carry = select_rows(valid, new_carry, step(params, *runs_on)[0])
         return _present(valid, read(params, *runs_on, new_carry))
 

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbptt.along_time import flipped
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.programs.perturbed import PerturbedAdjoint, wrapping_for_outputs
 from jaxbptt.scans.derivative import with_derivative
@@ -112,11 +111,7 @@ def adjoint_scan(
         (init_bar, sums), xs_bar = over_time.back(params, bar_and_sums, residuals, xs, ys_bar, init, length)
         return over_time.weights.finish(sums), init_bar, xs_bar
 
-    run_with_derivative = with_derivative(
-        "adjoint_scan", over_time, run, forward, backward, forward_mode=clip_adjoint is None
-    )
-    carry, ys = run_with_derivative(r.params, r.init, r.xs)
-    return carry, flipped(ys) if reverse else ys
+    return with_derivative("adjoint_scan", over_time, run, forward, backward, forward_mode=clip_adjoint is None)(r)
 
 
 def _clipping(clip: float | Callable[[Any], Any]) -> Callable[[PerturbedAdjoint], PerturbedAdjoint]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxbptt.along_time import at_one_step, filled, flipped
+from jaxbptt.along_time import at_one_step, filled
 from jaxbptt.array_types import byte_count
 from jaxbptt.arrays import check_count
 from jaxbptt.cells.cell import Adjoint, Cell
@@ -117,9 +117,7 @@ def checkpointed_scan(
             gradients = differentiated_as(_gradients_by_scan(over_time, length), gradients)
         return gradients(params, init, xs, carry_bar, ys_bar, states)
 
-    run_with_derivative = with_derivative("checkpointed_scan", over_time, run, forward, backward)
-    carry, ys = run_with_derivative(r.params, r.init, r.xs)
-    return carry, flipped(ys) if reverse else ys
+    return with_derivative("checkpointed_scan", over_time, run, forward, backward)(r)
 
 
 def _gradients_by_scan(over_time: Pass, length: int) -> Callable[..., Any]:

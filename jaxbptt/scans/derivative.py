@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxbptt.along_time import Zeros
+from jaxbptt.along_time import Zeros, flipped
 from jaxbptt.array_types import as_type, type_at_one_step, varying_alike, zeros
 from jaxbptt.programs.perturbed import Perturbed
 from jaxbptt.scans.linear_map import LinearMap
@@ -40,7 +40,7 @@ def with_derivative(
     *,
     forward_mode: bool = True,
 ) -> Callable[..., Any]:
-    """`run` with a derivative.
+    """`run` with a derivative, as a function of the `Recurrence` that `one_pass` returned; in reverse its ys are flipped back.
 
     Args:
         strategy: name of what the user called.
@@ -53,7 +53,11 @@ def with_derivative(
         forward_mode: whether `backward` is the transpose of the derivative of `run`.
     """
 
-    def differentiated(params, init, xs):
+    def differentiated(r):
+        carry, ys = of_arguments(r.params, r.init, r.xs)
+        return carry, flipped(ys) if r.reverse else ys
+
+    def of_arguments(params, init, xs):
         primals = varying_alike((params, init, xs)) if over_time.step.by_hand else (params, init, xs)
         # Flat lists: with symbolic zeros, JAX replaces leaves by its own objects, which the user's containers may refuse.
         primals, treedef = jax.tree.flatten(primals)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbptt.along_time import at_one_step, flipped, put_window, room
+from jaxbptt.along_time import at_one_step, put_window, room
 from jaxbptt.array_types import byte_count
 from jaxbptt.arrays import check_count
 from jaxbptt.cells.cell import Adjoint, Cell
@@ -101,9 +101,7 @@ def truncated_scan(
     def backward(over_time, params, init, xs, _, last_bar, ys_bar):
         return _backward(over_time, params, init, xs, (last_bar, ys_bar), length, segment)
 
-    run_with_derivative = with_derivative("truncated_scan", over_time, run, forward, backward)
-    carry, ys = run_with_derivative(r.params, r.init, r.xs)
-    return carry, flipped(ys) if reverse else ys
+    return with_derivative("truncated_scan", over_time, run, forward, backward)(r)
 
 
 def _backward(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
-from jaxbptt.along_time import at_last_step, filled, flipped
+from jaxbptt.along_time import at_last_step, filled
 from jaxbptt.arrays import check_count
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.programs.perturbed import fit
@@ -100,9 +100,7 @@ def windowed_scan(
         bars = at_last_step(last_bar, length), filled(ys_bar, length)
         return _backward(over_time, (params, init, xs), residuals.stacked(), bars, lags)
 
-    run_with_derivative = with_derivative("windowed_scan", over_time, run, forward, backward, forward_mode=False)
-    carry, ys = run_with_derivative(r.params, r.init, r.xs)
-    return carry, flipped(ys) if reverse else ys
+    return with_derivative("windowed_scan", over_time, run, forward, backward, forward_mode=False)(r)
 
 
 def _backward(
