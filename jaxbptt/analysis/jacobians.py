@@ -78,9 +78,9 @@ def state_jacobians(
 
     Jₜ = ∂cₜ/∂cₜ₋₁,  t = 1 … T
 
-    by `jax.jacfwd`, mapped over time. Time O(T n · step), memory O(T n²): T n² numbers for J, and little beyond; for n = 1000
-    and T = 1000 in float32 that is 4 GB. The carry counts as one state vector, its leaves flattened in order (for an LSTM: h, then c), and should have no
-    batch axis; use `jax.vmap` for a batch.
+    by `jax.jacfwd`, mapped over time. Time O(T n · step), memory O(T n²): T n² numbers for J, and little beyond; for
+    n = 1000 and T = 1000 in float32 that is 4 GB. The carry counts as one state vector, its leaves flattened in order (for
+    an LSTM: h, then c), and should have no batch axis; use `jax.vmap` for a batch.
 
     Args:
         step: `step(params, carry, x) -> (carry, y)`, or a `Cell`, differentiable in forward mode: no `jax.custom_vjp` in it.

@@ -40,7 +40,8 @@ class TracedStep(NamedTuple):
     """A step traced once.
 
     Attributes:
-        jaxpr: the trace, as `Equations`; its constants are `params.closed_over`, its inputs the leaves of (params.leaves, carry, x).
+        jaxpr: the trace, as `Equations`; its constants are `params.closed_over`, its inputs the leaves of
+            (params.leaves, carry, x).
         step: `(params, carry, x) -> (carry, y)`, which evaluates the trace and closes over nothing.
         primitives: names of all equations in it.
         one_at_a_time: whether it has to run one step at a time, and not mapped over time: where it branches (`lax.cond`),

@@ -40,7 +40,9 @@ def with_derivative(
     *,
     forward_mode: bool = True,
 ) -> Callable[..., Any]:
-    """`run` with a derivative, as a function of the `Recurrence` that `one_pass` returned; in reverse its ys are flipped back.
+    """`run` with a derivative, as a function of the `Recurrence` that `one_pass` returned.
+
+    In reverse the ys are flipped back.
 
     Args:
         strategy: name of what the user called.
