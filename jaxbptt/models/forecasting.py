@@ -225,7 +225,7 @@ def validation_errors(
     origins, gap, horizons = _origins(start, min(len(rows), start + MAX_ROWS), horizons, seasons)
 
     xs = columns.encode(rows)
-    between = xs[origins[0] : origins[-1]].reshape(len(origins) - 1, gap, -1)
+    between = xs[origins[0] : origins[-1]].reshape(len(origins) - 1, gap, xs.shape[1])
     runs = _runs(
         network.apply,
         columns.targets,
