@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 # A season is looked for in this many of the last values: more would cost time, and seasons drift.
-_LAST = 50_000
+LOOKED_AT = 50_000
 # A season has to be seen this often.
 _CYCLES = 4
 # The share of the variance that the mean season has to explain is 0.2 and, of c cycles, 2/c: few explain much by chance.
@@ -89,7 +89,7 @@ def season_length(values: Any) -> int | None:
     values = np.asarray(values, float)
     if values.ndim != 1:
         raise ValueError(f"values has shape {values.shape}, but a season is that of one series: pass [time].")
-    values = values[-_LAST:]
+    values = values[-LOOKED_AT:]
     count = len(values)
     longest = count // _CYCLES
     if longest < 2:

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxbptt.arrays import check_count
 from jaxbptt.models.architecture import ModelNetwork
-from jaxbptt.models.baselines import persistence, season_length, seasonal_naive
+from jaxbptt.models.baselines import LOOKED_AT, persistence, season_length, seasonal_naive
 from jaxbptt.models.model import Columns, Model
 from jaxbptt.scans.exact import scan
 from jaxbptt.words import counted
@@ -195,7 +195,7 @@ def validation_errors(
         network: of numbers.
         params: its weights.
         columns: how its numbers are read.
-        rows: `[time, columns]`, the whole series in the columns' own units, gaps filled in.
+        rows: `[time, columns]`, the whole series in the columns' own units, gaps filled in; a memory map is not read whole.
         observed: booleans `[time, columns]`, False where the entry was missing; such a target does not count.
         start: where the validation part begins. What is before it warms the carry up, and is where the season is found.
         season: length of the season of all columns, if it is known.
@@ -222,7 +222,7 @@ def validation_errors(
     else:
         check_count("season", season, "a season is known before validation starts", 1, start)
         seasons = (season,) * len(targets)
-    origins, gap, horizons = _origins(start, min(len(rows), start + MAX_ROWS), horizons, seasons)
+    origins, gap, horizons = _origins(start, len(rows), horizons, seasons)
 
     xs = columns.encode(rows)
     between = xs[origins[0] : origins[-1]].reshape(len(origins) - 1, gap, xs.shape[1])
