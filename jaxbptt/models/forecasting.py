@@ -219,7 +219,7 @@ def validation_errors(
     used = slice(max(start - max(LOOKED_AT, WARM_UP), 0), start + MAX_ROWS)
     start -= used.start
     rows = _checked("rows", rows[used], columns)
-    observed = np.ones(rows.shape, bool) if observed is None else np.asarray(observed[used], bool)
+    observed = np.ones(rows.shape, bool) if observed is None else np.asarray(observed[used], bool).reshape(rows.shape)
     if season is None:
         seasons = tuple(season_length(rows[:start, i]) for i in targets)
     else:
