@@ -72,6 +72,7 @@ from jaxbptt.training import streams as streams
 from jaxbptt.training.chunks import Chunk as Chunk
 from jaxbptt.training.tbptt import TrainState as TrainState
 from jaxbptt.training.tbptt import tbptt as tbptt
+from jaxbptt.words import install_command as _install_command
 
 __version__ = "0.1.0"
 
@@ -83,4 +84,4 @@ def __getattr__(name: str) -> _Any:
     try:
         return _importlib.import_module("jaxbptt.plots")
     except ModuleNotFoundError as error:
-        raise ImportError(f"jaxbptt.plots needs {error.name}: pip install 'jaxbptt[report]'.") from error
+        raise ImportError(f"jaxbptt.plots needs {error.name}: {_install_command('report')}") from error

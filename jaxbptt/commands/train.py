@@ -15,7 +15,7 @@ from jaxbptt.commands import arguments, cluster, metrics, model, run, sources
 from jaxbptt.files import write_whole
 from jaxbptt.tasks import InputError
 from jaxbptt.training import checkpoints
-from jaxbptt.words import counted
+from jaxbptt.words import counted, install_command
 
 DEFAULT_UPDATES = 1000
 
@@ -106,7 +106,7 @@ def _train(options: argparse.Namespace) -> int:
         from jaxbptt.commands.display import Display
         from jaxbptt.plots import plot_learning_curve
     except ModuleNotFoundError as error:
-        raise InputError(f"{error.name} is not installed: pip install 'jaxbptt[train]'.") from None
+        raise InputError(f"{error.name} is not installed: {install_command('train')}") from None
     if options.updates is None and options.minutes is None:
         options.updates = DEFAULT_UPDATES
     if options.schedule == "cosine" and options.updates is None:
