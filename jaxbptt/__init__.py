@@ -65,6 +65,7 @@ from jaxbptt.scans.truncated import truncated_scan as truncated_scan
 from jaxbptt.scans.windowed import windowed_scan as windowed_scan
 from jaxbptt.textbook import bptt as bptt
 from jaxbptt.training import checkpoints as checkpoints
+from jaxbptt.training import hooks as hooks
 from jaxbptt.training import losses as losses
 from jaxbptt.training import regularizers as regularizers
 from jaxbptt.training import sharding as sharding
