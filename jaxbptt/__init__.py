@@ -8,6 +8,7 @@ from typing import Any as _Any
 
 from jaxbptt import analysis as analysis
 from jaxbptt import interop as interop
+from jaxbptt import models as models
 from jaxbptt import scans as scans
 from jaxbptt import tasks as tasks
 from jaxbptt import training as training
@@ -51,6 +52,7 @@ from jaxbptt.cells.lstm import lstm as lstm
 from jaxbptt.cells.rate import RateParams as RateParams
 from jaxbptt.cells.rate import rate as rate
 from jaxbptt.cells.stack import stack as stack
+from jaxbptt.models.model import load as load
 from jaxbptt.network import Network as Network
 from jaxbptt.network import NetworkParams as NetworkParams
 from jaxbptt.network import network as network

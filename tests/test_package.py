@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_contract_names():
-    names = "Cell Adjoint elman gru lstm stack network scan adjoint_scan losses state_jacobians jacobian_products"
+    names = "load Cell Adjoint elman gru lstm stack network scan adjoint_scan losses state_jacobians jacobian_products"
     names += " truncated_scan windowed_scan checkpointed_scan cudnn_scan checkpoint_schedule surviving_paths plan"
     names += (
         " tbptt streams tasks sharding TrainState Chunk as_lax bidirectional valid_from_lengths rate RateParams dropout"
@@ -89,9 +89,10 @@ ALLOWED = {
     "plots": ("analysis", "training"),
     "network": ("cells", "scans"),
     "bidirectional": ("cells", "scans"),
-    "interop": ("bidirectional", "cells"),
+    "models": ("cells", "network", "scans", "tasks", "training"),
+    "interop": ("bidirectional", "cells", "models"),
     "textbook": ("cells", "network"),
-    "reports": ("analysis", "cells", "network", "plots", "tasks", "textbook", "training"),
+    "reports": ("analysis", "cells", "models", "network", "plots", "tasks", "textbook", "training"),
 }
 STRATEGIES = ("exact", "adjoint", "truncated", "windowed", "checkpointed", "cudnn")
 

@@ -27,3 +27,4 @@ from jaxbptt.tasks.synthetic import delayed_xor as delayed_xor
 from jaxbptt.tasks.synthetic import temporal_order as temporal_order
 from jaxbptt.tasks.task import Sequences as Sequences
 from jaxbptt.tasks.task import Task as Task
+from jaxbptt.tasks.vocabulary import Vocabulary as Vocabulary

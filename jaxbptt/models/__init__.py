@@ -1,0 +1,9 @@
+"""What was trained, as a thing to use: a model is loaded from its checkpoints alone, and samples, forecasts, is exported."""
+
+from jaxbptt.models.architecture import Architecture as Architecture
+from jaxbptt.models.architecture import ModelNetwork as ModelNetwork
+from jaxbptt.models.architecture import ModelParams as ModelParams
+from jaxbptt.models.architecture import build as build
+from jaxbptt.models.model import Columns as Columns
+from jaxbptt.models.model import Model as Model
+from jaxbptt.models.model import load as load
