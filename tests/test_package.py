@@ -90,7 +90,7 @@ ALLOWED = {
     "network": ("cells", "scans"),
     "bidirectional": ("cells", "scans"),
     "models": ("cells", "network", "scans", "tasks", "training"),
-    "interop": ("bidirectional", "cells", "models"),
+    "interop": ("bidirectional", "cells", "models", "network"),
     "textbook": ("cells", "network"),
     "reports": ("analysis", "cells", "models", "network", "plots", "tasks", "textbook", "training"),
 }
