@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxbptt import plots, tasks
+from jaxbptt import plots, tasks, words
 from jaxbptt.__main__ import _parser, main
 from jaxbptt.commands import cluster, metrics, model, sources, train
 from jaxbptt.tasks import mapped
@@ -464,7 +464,7 @@ def test_without_the_train_extra(monkeypatch, capsys, module):
     monkeypatch.delattr(sys.modules["jaxbptt.commands"], "display", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
     assert run(*TEXT_RUN) == 2
-    assert f"{module} is not installed: pip install 'jaxbptt[train]'." in capsys.readouterr().err
+    assert f"{module} is not installed: {words.install_command('train')}\n" in capsys.readouterr().err
 
 
 def test_the_standard_library_is_the_default():

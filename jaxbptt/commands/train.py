@@ -19,7 +19,7 @@ from jaxbptt.models import export, forecasting, sampling
 from jaxbptt.models.model import Model, described, saved_architecture, settings_of
 from jaxbptt.tasks import InputError
 from jaxbptt.training import checkpoints, hooks
-from jaxbptt.words import counted
+from jaxbptt.words import counted, install_command
 
 # Errors by horizon are measured on at most so many rows of validation data, after so many that warm the carry up.
 _MAX_VALIDATION_ROWS, _WARM_UP = 20_000, 1_000
@@ -61,7 +61,7 @@ def _train(options: argparse.Namespace) -> int:
         from jaxbptt.commands.display import Display
         from jaxbptt.plots import plot_learning_curve
     except ModuleNotFoundError as error:
-        raise InputError(f"{error.name} is not installed: pip install 'jaxbptt[train]'.") from None
+        raise InputError(f"{error.name} is not installed: {install_command('train')}") from None
     record = train_options.complete(options)
     folder = Path(options.checkpoints)
     metrics_file = Path(options.metrics or folder / "metrics.csv")
