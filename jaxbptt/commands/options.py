@@ -203,16 +203,16 @@ def _resumed(options: argparse.Namespace) -> checkpoints.Record:
         raise InputError(
             f"{_flag(fixed[0])} can't be changed: --resume takes it from the checkpoint. Leave it out, or start another run."
         )
-    data = settings["data"]
+    data, run = settings["data"], dict(record.info["run"])
     if (other := given & {*_SOURCES}) and other != {data["kind"]}:
         raise InputError(f"{_flag(*other)} was given, but the run is of --{data['kind']}: name its file by that.")
     if "updates" in given and settings["training"]["schedule"] != "constant":
         raise InputError(
-            f"--updates can't be changed: the rate's schedule ends at {settings['run']['updates']:,}. Leave it out."
+            f"--updates can't be changed: the rate's schedule ends at {run['updates']:,}. Leave it out."
         )
     if given & {"updates", "minutes"}:
-        settings["run"] |= {"updates": None, "minutes": None}
-    for name, value in {**settings["training"], **settings["run"]}.items():
+        run |= {"updates": None, "minutes": None}
+    for name, value in {**settings["training"], **run}.items():
         if name not in given:
             setattr(options, name, value)
     if not other:

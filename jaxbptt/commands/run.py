@@ -41,7 +41,8 @@ class Limits(NamedTuple):
         save_every: updates between two checkpoints; each is preceded by a validation.
         folder: of the checkpoints.
         metrics: the file, or `None` in a process that doesn't write it.
-        settings: to save with each checkpoint.
+        settings: to save with each checkpoint, and compared on a resume.
+        info: to save with each checkpoint, beside the metrics so far.
         patience: validations without a new least loss after which the run stops; `None` for no limit.
         hooks: called with the metrics of each update.
         errors: `(params) -> JSON`, saved with each best checkpoint.
@@ -53,6 +54,7 @@ class Limits(NamedTuple):
     folder: Path
     metrics: Path | None
     settings: dict[str, Any]
+    info: dict[str, Any]
     patience: int | None = None
     hooks: tuple[Hook, ...] = ()
     errors: Callable[[Any], dict[str, Any] | None] = lambda params: None
@@ -167,7 +169,7 @@ def _note(progress: dict[str, Any], step: int, validation: float | None) -> bool
 
 
 def _save(step: int, state: TrainState, limits: Limits, progress: dict[str, Any], is_best: bool) -> None:
-    info = {"versions": versions(), "metrics": progress}
+    info = limits.info | {"metrics": progress}
     # The best first: a process killed in between comes to this update again, and finds it saved.
     if is_best and (checkpoints.latest(limits.folder / BEST) or -1) < step:
         best = info | {"errors": limits.errors(state.params)}
@@ -228,19 +230,19 @@ def _read(
             )
         row: dict[str, Any] = {"update": number, "loss": float(m.loss)}
         row |= {key: float(getattr(m, key)) for key in ("gradient_norm", "fraction_clipped", "carry_norm")}
-        if source.text:
+        if source.vocabulary:
             row["bits_per_character"] = source.measure(row["loss"])
         rows.append(row)
     if rows and validation is not None:
         rows[-1]["validation_loss"] = validation
-        if source.text:
+        if source.vocabulary:
             rows[-1]["validation_bits_per_character"] = source.measure(validation)
     for row in rows:
         for hook in limits.hooks:
             hook(dict(row))
     if rows and limits.metrics is not None:
         try:
-            metrics.append(limits.metrics, rows, text=source.text is not None)
+            metrics.append(limits.metrics, rows, text=source.vocabulary is not None)
         except OSError as error:
             raise InputError(f"--metrics {limits.metrics} can't be written: {error.strerror or error}.") from None
     return rows

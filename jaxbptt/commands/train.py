@@ -16,7 +16,7 @@ from jaxbptt.commands import arguments, cluster, compiled, metrics, run, sources
 from jaxbptt.commands import options as train_options
 from jaxbptt.files import write_whole
 from jaxbptt.models import export, forecasting, sampling
-from jaxbptt.models.model import Model, described, saved_architecture, settings_of
+from jaxbptt.models.model import Model, load, saved_architecture, settings_of
 from jaxbptt.tasks import InputError
 from jaxbptt.training import checkpoints, hooks
 from jaxbptt.words import counted, install_command
@@ -77,8 +77,7 @@ def _train(options: argparse.Namespace) -> int:
     else:
         architecture = saved_architecture(record.settings)
         settings = dict(record.settings)
-    run_settings = train_options.settings_of(options, train_options.RUN)
-    settings |= {"data": source.data, "training": training, "run": run_settings}
+    settings |= {"data": source.data, "training": training}
     functions = compiled.compile_run(
         architecture, training, options.updates, source, place.mesh, sources.MAX_VALIDATION_CHUNKS
     )
@@ -108,19 +107,29 @@ def _train(options: argparse.Namespace) -> int:
         folder,
         metrics_file if place.first else None,
         settings,
+        {"versions": run.versions(), "run": train_options.settings_of(options, train_options.RUN)},
         options.patience,
         on_update if place.first else (),
         _errors(functions.network, source, options.season),
     )
-    with Display(console, source.measured_in, options.updates) as display:
-        outcome = run.train(functions, state, source, limits, display.show, record and record.info["metrics"])
+    so_far = record and record.info["metrics"]
+    try:
+        with Display(console, source.measured_in, options.updates) as display:
+            outcome = run.train(functions, state, source, limits, display.show, so_far)
+    finally:
+        for hook in limits.hooks:
+            hooks.close(hook)
     if place.first:
         _draw(plot_learning_curve, metrics_file, figure_file, source)
     if outcome.signal:
         console.print(f"Stopped and saved at update {int(outcome.state.step)}. To resume:\n{_command(folder)}")
         return 128 + outcome.signal
+    best = outcome.progress.get("best")
+    if outcome.out_of_patience and best is not None:
+        console.print(f"Stopped early: no validation was better than that of update {best['update']:,}.")
+    model = load(folder)
     if place.first:
-        _finish(options, console, outcome, settings)
+        _use(model, options, console)
         console.print(f"\nCheckpoints: {folder}\nMetrics: {metrics_file}\nLearning curve: {figure_file}")
     if outcome.learnt_nothing:
         print(
@@ -153,6 +162,10 @@ def _check_outputs(options: argparse.Namespace, folder: Path, metrics_file: Path
     metrics.check(metrics_file)
     if not options.resume and metrics_file.parent != folder and metrics_file.exists() and metrics.read(metrics_file):
         raise InputError(f"--metrics {metrics_file} already holds the metrics of another run: name another file.")
+    if options.export and Path(options.export).suffix not in export.ENDINGS:
+        raise InputError(
+            f"--export {options.export} ends in {Path(options.export).suffix!r}: use {' or '.join(export.ENDINGS)}."
+        )
     if figure_file.suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"--figure {figure_file} ends in {figure_file.suffix!r}: use .png, .svg or .pdf.")
 
@@ -181,22 +194,15 @@ def _errors(network: Any, source: sources.Source, season: int | None) -> Callabl
     return errors
 
 
-def _finish(options: argparse.Namespace, console: Any, outcome: run.Outcome, settings: dict[str, Any]) -> None:
-    """What is shown and written at the end."""
-    best = outcome.progress.get("best")
-    if outcome.out_of_patience and best is not None:
-        console.print(f"Stopped early: no validation was better than that of update {best['update']:,}.")
-    network, vocabulary, columns = described(settings)
-    carry, step = network.cell.initial_carry(), int(outcome.state.step)
-    params = _on_this_device(outcome.state.params)
-    model = Model(network, params, carry, vocabulary, columns, settings, {"metrics": outcome.progress}, step)
-    if vocabulary is not None and options.sample:
+def _use(model: Model, options: argparse.Namespace, console: Any) -> None:
+    """A sample, and the weights in a file, of the model that `load` gives."""
+    if model.vocabulary is not None and options.sample:
         key = jax.random.key(options.seed)
         text = sampling.sample(model, None, length=options.sample, temperature=options.temperature, key=key)
         console.print("\nA sample that continues the training text:", style="bold")
         console.print(text)
     if options.export:
-        export.save_weights(options.export, params)
+        export.save_weights(options.export, model.params)
         console.print(f"Weights: {options.export}")
 
 
