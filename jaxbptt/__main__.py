@@ -1,4 +1,4 @@
-r"""The command line: `python -m jaxbptt report` and `python -m jaxbptt train`."""
+r"""The command line: `python -m jaxbptt`, or `jaxbptt` where the package is installed, and the name of a command."""
 
 import argparse
 import platform
@@ -9,7 +9,7 @@ from typing import NoReturn
 import jax
 
 from jaxbptt import __version__, tasks
-from jaxbptt.commands import report, train
+from jaxbptt.commands import export, report, sample, train
 from jaxbptt.training.checkpoints import CheckpointError
 
 
@@ -39,6 +39,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     report.add_parser(commands)
     train.add_parser(commands)
+    sample.add_parser(commands)
+    export.add_parser(commands)
     return parser
 
 

@@ -1,19 +1,26 @@
 """Weights in files: read back by numpy and by safetensors, every one of them, bit for bit."""
 
 import json
+import re
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_models
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
 import jaxbptt as bptt
 from jaxbptt import models, words
+from jaxbptt.__main__ import main
 
 LSTM = ("W_xh", "W_hh", "b")
+KINDS = {
+    "text": (test_models.TEXT, test_models.VOCABULARY),
+    "numbers": (test_models.NUMBERS, None, test_models.COLUMNS),
+}
 MODEL = models.Architecture("lstm", 4, 2, 5, 5, text=True, embedding=3)
 
 
@@ -106,4 +113,63 @@ def test_files_that_cannot_be_written(tmp_path, monkeypatch):
     with pytest.raises(ImportError) as error:
         models.save_weights(tmp_path / "w.safetensors", params)
     assert str(error.value) == f"safetensors.numpy is not installed: {words.install_command('safetensors')}"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for name, described in KINDS.items():
+        test_models.saved(folder / name, *described)
+    return folder
+
+
+@pytest.mark.parametrize("ending", ["npz", "safetensors"])
+@pytest.mark.parametrize("kind", ["text", "numbers"])
+def test_weights_are_exported(folders, capsys, tmp_path, kind, ending):
+    file = tmp_path / f"w.{ending}"
+    assert main(["export", str(folders / kind), "--output", str(file)]) == 0
+    model = bptt.load(folders / kind)
+    expected = models.named_weights(model.params)
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    *names, last = printed.out.splitlines()
+    assert names == [f"{name} {list(array.shape)}" for name, array in expected.items()]
+    assert last == f"{file}: {sum(array.size for array in expected.values()):,} numbers, after 3 updates"
+    if ending == "npz":
+        read = dict(np.load(file))
+        metadata = json.loads(str(read.pop("__metadata__")))
+    else:
+        with safe_open(file, "np") as opened:
+            read = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            metadata = {
+                key: value if key == "written_by" else json.loads(value) for key, value in opened.metadata().items()
+            }
+    assert read.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(read[name], array, strict=True)
+    assert metadata["written_by"].startswith(f"jaxbptt {bptt.__version__}, jax {jax.__version__}, Python ")
+    assert metadata["updates"] == 3
+    assert metadata["architecture"] == model.settings["architecture"]
+    assert ("vocabulary" in metadata, "columns" in metadata) == (kind == "text", kind == "numbers")
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("w.pt", r"--output w\.pt ends in '\.pt': use \.safetensors or \.npz\."),
+        ("nowhere/w.npz", r"--output nowhere/w\.npz can't be written: there is no folder nowhere"),
+        (None, r"the following arguments are required: --output"),
+    ],
+)
+def test_files_that_cannot_be_exported(folders, capsys, tmp_path, monkeypatch, output, message):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(["export", str(folders / "text"), *(["--output", output] if output else [])])
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2
+    assert re.match("jaxbptt export: " + message, error), error
+    assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

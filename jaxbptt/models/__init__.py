@@ -9,3 +9,4 @@ from jaxbptt.models.export import save_weights as save_weights
 from jaxbptt.models.model import Columns as Columns
 from jaxbptt.models.model import Model as Model
 from jaxbptt.models.model import load as load
+from jaxbptt.models.sampling import sample as sample
