@@ -15,14 +15,11 @@ import numpy as np
 from jaxbptt.commands import arguments, cluster, compiled, metrics, run, sources
 from jaxbptt.commands import options as train_options
 from jaxbptt.files import write_whole
-from jaxbptt.models import export, forecasting, sampling
+from jaxbptt.models import baselines, export, forecasting, sampling, wording
 from jaxbptt.models.model import Model, load, saved_architecture, settings_of
 from jaxbptt.tasks import InputError
 from jaxbptt.training import checkpoints, hooks
 from jaxbptt.words import counted, install_command
-
-# Errors by horizon are measured on at most so many rows of validation data, after so many that warm the carry up.
-_MAX_VALIDATION_ROWS, _WARM_UP = 20_000, 1_000
 
 
 def add_parser(commands: Any) -> None:
@@ -180,9 +177,8 @@ def _errors(network: Any, source: sources.Source, season: int | None) -> Callabl
     """`params -> validation errors by horizon`, as a checkpoint has them; `None` for a text, or without validation."""
     if source.columns is None or source.validation is None:
         return lambda params: None
-    # What is before the validation data warms the carry up.
-    start = max(source.cut - _WARM_UP, 0)
-    end = source.cut + _MAX_VALIDATION_ROWS
+    # A file larger than memory is not read as a whole.
+    start, end = max(source.cut - baselines.LOOKED_AT, 0), source.cut + forecasting.MAX_ROWS
     rows = np.asarray(source.values[start:end], float)
     observed = None if source.observed is None else source.observed[start:end]
     options = {"start": source.cut - start, "season": season}
@@ -201,9 +197,20 @@ def _use(model: Model, options: argparse.Namespace, console: Any) -> None:
         text = sampling.sample(model, None, length=options.sample, temperature=options.temperature, key=key)
         console.print("\nA sample that continues the training text:", style="bold")
         console.print(text)
+    if errors := model.info.get("errors"):
+        _show_errors(forecasting.ValidationErrors.from_json(errors), console)
     if options.export:
         export.save_weights(options.export, model.params)
         console.print(f"Weights: {options.export}")
+
+
+def _show_errors(errors: forecasting.ValidationErrors, console: Any) -> None:
+    from jaxbptt.commands.display import table
+
+    console.print()
+    console.print(table(wording.measured_sentence(errors), *wording.errors_table(errors)))
+    for sentence in wording.errors_sentences(errors):
+        console.print(sentence)
 
 
 def _on_this_device(tree: Any) -> Any:
