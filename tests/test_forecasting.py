@@ -259,8 +259,8 @@ def test_errors_in_words():
     head, rows = wording.errors_table(errors)
     assert head[2:5] == ("network", "persistence", "seasonal naive")
     assert rows == [
-        ("load", "1", "1", "4", "2 (season 7)", "0.50"),
-        ("load", "10", "6", "4", "2 (season 7)", "3.00"),
+        ("load", "1", "1", "4", "2", "7", "0.50"),
+        ("load", "10", "6", "4", "2", "7", "3.00"),
     ]
     assert wording.errors_sentences(errors) == [
         "Warning: load: the network is worse than persistence 10 steps ahead, with 1.5 times its error.",
@@ -272,8 +272,8 @@ def test_errors_in_words():
 def test_words_without_a_season_and_for_short_horizons():
     errors = made_up([2.0, 2.0, 3.0], [1.0, 4.0, 0.0], [np.nan] * 3, (None,))
     assert wording.errors_table(errors)[1] == [
-        ("load", "1", "2", "1", "no season", "2.00"),
-        ("load", "3", "3", "0", "no season", "–"),
+        ("load", "1", "2", "1", "–", "none", "2.00"),
+        ("load", "3", "3", "0", "–", "none", "–"),
     ]
     (sentence,) = wording.errors_sentences(errors, (1, 2))
     assert sentence == "Warning: load: the network is worse than persistence 1 step ahead, with 2 times its error."

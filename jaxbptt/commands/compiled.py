@@ -153,7 +153,9 @@ def _check_memory(compiled: Any, devices: int) -> None:
     sizes, available = compiled.memory_analysis(), available_bytes(jax.local_devices()[0])
     if sizes is None or available is None:
         return
-    needed = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
+    needed = (
+        sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
+    )
     if jax.local_devices()[0].platform == "cpu":
         needed *= devices
     if needed > available:

@@ -43,7 +43,9 @@ def plot_forecast(forecast: Forecast, past: Any, *, times: Any = None) -> Figure
     past = np.asarray(past, float)
     steps, columns = forecast.mean.shape
     if past.ndim != 2 or past.shape[1] != columns:
-        raise ValueError(f"past has shape {past.shape}, but the forecast is of {columns} columns: pass [time, {columns}].")
+        raise ValueError(
+            f"past has shape {past.shape}, but the forecast is of {columns} columns: pass [time, {columns}]."
+        )
     if times is not None and len(times) != len(past) + steps:
         raise ValueError(
             f"times has {len(times)} dates, but the past has {len(past)} rows and the forecast {steps}: pass "
