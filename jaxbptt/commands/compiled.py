@@ -97,7 +97,8 @@ def compile_run(
         return init(network.init(key_params), network.cell.initial_carry((training["batch"],)), key_run)
 
     place: Callable[[Any], Any] = lambda chunk: chunk  # noqa: E731
-    state, options = None, {}
+    state: Any = None
+    options: dict[str, Any] = {}
     if mesh is not None:
         state = sharding.shard_state(start(), mesh)
         place = partial(sharding.shard_chunk, mesh=mesh)
@@ -153,7 +154,9 @@ def _check_memory(compiled: Any, devices: int) -> None:
     sizes, available = compiled.memory_analysis(), available_bytes(jax.local_devices()[0])
     if sizes is None or available is None:
         return
-    needed = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
+    needed = (
+        sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
+    )
     if jax.local_devices()[0].platform == "cpu":
         needed *= devices
     if needed > available:

@@ -28,7 +28,9 @@ def optimizer(
     if weight_decay is None:
         weight_decay = ADAMW_DECAY if name == "adamw" else 0.0
     decay = optax.add_decayed_weights(weight_decay, mask=_matrices) if weight_decay else optax.identity()
-    return optax.chain(OPTIMIZERS[name](), decay, optax.scale_by_learning_rate(learning_rate(rate, warmup, schedule, updates)))
+    return optax.chain(
+        OPTIMIZERS[name](), decay, optax.scale_by_learning_rate(learning_rate(rate, warmup, schedule, updates))
+    )
 
 
 def learning_rate(rate: float, warmup: int, schedule: str, updates: int | None) -> optax.Schedule:

@@ -58,8 +58,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         parser, npz="predict the next row of an array [time] or [time, features], in a .npz or .npy file"
     )
     tables.add_options(parser)
-    a("--target", nargs="+", default=[], metavar="COLUMN", help="predict only these columns, by name or place from 1 on")
-    a("--season", type=arguments.size, metavar="N", help="rows in a season, for the seasonal baseline; found if left out")
+    a(
+        "--target",
+        nargs="+",
+        default=[],
+        metavar="COLUMN",
+        help="predict only these columns, by name or place from 1 on",
+    )
+    a(
+        "--season",
+        type=arguments.size,
+        metavar="N",
+        help="rows in a season, for the seasonal baseline; found if left out",
+    )
 
     a("--cell", choices=tuple(CELLS), default="lstm", help="the recurrent cell")
     a("--hidden", type=arguments.size, default=256, help="size of the hidden state")
@@ -92,7 +103,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default="constant",
         help="cosine, linear: after the warm-up the rate falls to 0 at --updates",
     )
-    a("--clip", type=arguments.positive, default=1.0, metavar="NORM", help="longest gradient: longer ones are scaled down")
+    a(
+        "--clip",
+        type=arguments.positive,
+        default=1.0,
+        metavar="NORM",
+        help="longest gradient: longer ones are scaled down",
+    )
     a(
         "--updates",
         type=arguments.size,
@@ -207,9 +224,7 @@ def _resumed(options: argparse.Namespace) -> checkpoints.Record:
     if (other := given & {*_SOURCES}) and other != {data["kind"]}:
         raise InputError(f"{_flag(*other)} was given, but the run is of --{data['kind']}: name its file by that.")
     if "updates" in given and settings["training"]["schedule"] != "constant":
-        raise InputError(
-            f"--updates can't be changed: the rate's schedule ends at {run['updates']:,}. Leave it out."
-        )
+        raise InputError(f"--updates can't be changed: the rate's schedule ends at {run['updates']:,}. Leave it out.")
     if given & {"updates", "minutes"}:
         run |= {"updates": None, "minutes": None}
     for name, value in {**settings["training"], **run}.items():
