@@ -12,12 +12,14 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxbptt as bptt
 from jaxbptt import plots, tasks, words
 from jaxbptt.__main__ import _parser, main
-from jaxbptt.commands import cluster, compiled, memory, metrics, optimizers, run, sources
+from jaxbptt.commands import cluster, compiled, memory, metrics, optimizers, sources
 from jaxbptt.commands import options as train_options
 from jaxbptt.tasks import mapped
 from jaxbptt.training import checkpoints, chunks
@@ -382,10 +384,13 @@ def test_processes_that_cannot_meet(monkeypatch, capsys):
         (["--patience", "3", "--validation", "0"], r"--patience counts validations, and --validation 0 leaves none"),
         (["--text", "data.txt", "--target", "1"], r"--target is for numbers: leave it out"),
         (["--npz", "data.npy", "--embedding", "3"], r"--embedding is for text: leave it out"),
-        (["--text", "data.txt", "--steps", "144"], r"--steps 144 is longer than a row: data\.txt has 286 time steps for "
-         r"training, which make --batch 2 rows of 143\. Use at most --steps 143, or a smaller --batch\."),
+        (
+            ["--text", "data.txt", "--steps", "144"],
+            r"--steps 144 is longer than a row: data\.txt has 286 time steps for "
+            r"training, which make --batch 2 rows of 143\. Use at most --steps 143, or a smaller --batch\.",
+        ),
         (["--on-update", "nothing"], r"'nothing' does not name a hook"),
-        (["--export", "w.txt"], r"--export w\.txt ends in '\.txt': use \.npz or \.safetensors\."),
+        (["--export", "w.txt"], r"--export w\.txt ends in '\.txt': use \.safetensors or \.npz\."),
         (["--hidden", "0"], r"argument --hidden: 0 is too small: at least 1 is needed"),
         (["--sample", "-1"], r"argument --sample: -1 is too small: at least 0 is needed"),
         (["--validation", "1"], r"argument --validation: 1 is not a share"),
@@ -546,3 +551,155 @@ def test_learning_curve():
     assert axes.get_yscale() == "linear"
     with pytest.raises(ValueError, match=r"validation has \(1,\) updates and \(2,\) losses"):
         plots.plot_learning_curve(([1], [1]), ([1], [1, 2]))
+
+
+def test_the_best_is_kept_and_patience_ends_a_run(monkeypatch, capsys):
+    """Validations 3, 2, 4, 5: the second is the best, and two in a row without a new best are enough."""
+    losses = iter([3.0, 2.0, 4.0, 5.0, 1.0])
+    build = compiled.compile_run
+    monkeypatch.setattr(compiled, "compile_run", lambda *a: build(*a)._replace(validate=lambda params: next(losses)))
+    assert train(*TEXT_RUN, "--updates", "24", "--patience", "2", "--save-every", "3") == 0
+    assert "Stopped early: no validation was better than that of update 6." in capsys.readouterr().out
+    record = checkpoints.record("jaxbptt-train")
+    assert record.step == 12
+    best = {"update": 6, "validation_loss": 2.0}
+    assert record.info["metrics"].items() >= {"since_best": 2, "validation_loss": 5.0, "best": best}.items()
+    assert checkpoints.record("jaxbptt-train/best").step == 6
+    model = bptt.load("jaxbptt-train")
+    assert (model.step, bptt.load("jaxbptt-train", which="last").step) == (6, 12)
+    assert model.info["versions"]["jax"] == jax.__version__
+    assert model.vocabulary.decode(model.settings["prompt"]) == TEXT.encode()[276:286].decode(errors="ignore")
+    # One validation more is patience enough, since those before count too.
+    losses = iter([6.0])
+    assert train("--resume", "jaxbptt-train", "--updates", "24") == 0
+    assert checkpoints.latest("jaxbptt-train") == 15
+
+
+def test_the_model_that_is_loaded_is_the_one_that_was_trained():
+    """Its loss on the validation data is the one that was measured."""
+    assert train(*SMALL, "--npz", "data.npy", "--target", "2", "--updates", "12", "--layers", "2") == 0
+    model = bptt.load("jaxbptt-train", which="last")
+    values = np.load("data.npy")
+    rows = model.columns.encode(values[216:])
+    expected = [row for row in metrics.read(Path("jaxbptt-train/metrics.csv")) if "validation_loss" in row][-1]
+    # Two rows of 12 and 11 steps, as a stream cuts them.
+    errors = []
+    for low, high in ((0, 12), (12, 23)):
+        _, predicted = model.network.apply(model.params, model.carry, rows[low:high])
+        errors += ((predicted[:, 0] - rows[low + 1 : high + 1, 1]) ** 2).tolist()
+    np.testing.assert_allclose(np.mean(errors), expected["validation_loss"], rtol=1e-4)
+    assert model.columns.target_names == ("column 2",)
+    assert np.shape(bptt.load("jaxbptt-train").info["errors"]["network"]) == (12, 1)
+
+
+def test_missing_entries_do_not_count(monkeypatch):
+    """The loss is the mean over the entries that were observed."""
+    values = np.load("data.npy")
+    observed = np.random.default_rng(0).random(values.shape) < 0.7
+    table = tasks.Table("t.csv", ("a", "b"), values, observed, None, (), (1, 2))
+    monkeypatch.setattr(tasks, "read_table", lambda path, **_: table)
+    options = _parser().parse_args(["train", *SMALL, "--csv", "data.csv", "--target", "b"])
+    options.reading = {"missing": "mask"}
+    source = sources.open_source(options)
+    training = train_options.settings_of(options, train_options.TRAINING)
+    architecture = compiled.architecture_of(training, source)
+    run = compiled.compile_run(architecture, training, 10, source, None, 1)
+    # Row 0 has the steps from 0 on, row 1 those from 108 on.
+    inputs, counted = (
+        np.stack([array[30:40], array[138:148]], axis=1) for array in (source.columns.encode(values), observed)
+    )
+    targets, counted = (
+        np.stack([array[31:41, 1], array[139:149, 1]], axis=1) for array in (source.columns.encode(values), observed)
+    )
+    with jax.enable_x64(False):
+        _, outputs = run.network.apply(run.state.params, run.state.carry, inputs)
+        _, measured = run.update(run.state, source.training.at(3))
+    np.testing.assert_allclose(measured.loss, np.mean((outputs[..., 0] - targets)[counted] ** 2), rtol=1e-5)
+    assert int(measured.aux) == counted.sum() < counted.size
+
+
+def test_a_run_that_grows_worse_than_a_constant_stops(monkeypatch, capsys):
+    monkeypatch.setattr("jaxbptt.commands.run.DIVERGED_UPDATES", 6)
+    steep = ["--optimizer", "sgd", "--clip", "1e9"]
+    assert train(*SMALL, "--npz", "data.npy", "--updates", "60", "--learning-rate", "30", *steep) == 2
+    error = capsys.readouterr().err
+    assert re.match(
+        r"jaxbptt train: at update \d+ the loss is [\d.e+]+, and for long it has been above 1, that of a constant",
+        error,
+    )
+
+
+def test_a_run_that_learns_nothing_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("jaxbptt.commands.run.DIVERGED_UPDATES", 6)
+    assert train(*TEXT_RUN, "--updates", "12", "--learning-rate", "1e-9") == 1
+    printed = capsys.readouterr()
+    counts = np.unique(np.frombuffer(TEXT.encode()[:286], np.uint8), return_counts=True)[1] / 286
+    constant = -np.sum(counts * np.log2(counts)) * 318 / 306
+    assert f"at the end the loss is still above {constant:.3g} bits per character" in printed.err
+    assert "Checkpoints: jaxbptt-train" in printed.out
+
+
+def test_what_does_not_fit_in_memory_is_refused_before_it_is_run(monkeypatch, capsys):
+    monkeypatch.setattr(compiled, "available_bytes", lambda device: 2**20)
+    assert train(*SMALL, "--npz", "data.npy", "--hidden", "256") == 2
+    error = capsys.readouterr().err
+    assert re.match(
+        r"jaxbptt train: an update needs 0\.0 GiB, but there are 0\.0 GiB left: use a smaller --steps", error
+    )
+    assert not Path("jaxbptt-train").exists()
+
+
+def test_available_memory():
+    """What this machine says, and what a control group leaves of it."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < memory.available_bytes(jax.devices()[0]) <= total
+    Path("memory.max").write_text("5000\n")
+    Path("memory.current").write_text("3000\n")
+    Path("memory.stat").write_text("anon 10\ninactive_file 700\n")
+    assert memory._group("memory.max", "memory.current") == 2700
+    Path("memory.max").write_text("max\n")
+    assert memory._group("memory.max", "memory.current") is None
+    assert memory._group("nowhere", "nowhere") is None
+
+
+@pytest.mark.parametrize("schedule", optimizers.SCHEDULES)
+def test_learning_rates(schedule):
+    rate = optimizers.learning_rate(0.6, 4, schedule, 24)
+    rates = np.array([float(rate(i)) for i in range(25)])
+    np.testing.assert_allclose(rates[:5], [0.12, 0.24, 0.36, 0.48, 0.6], rtol=1e-6)
+    falling = np.arange(21) / 20
+    expected = {"constant": 1 + 0 * falling, "linear": 1 - falling, "cosine": (1 + np.cos(np.pi * falling)) / 2}
+    np.testing.assert_allclose(rates[4:], 0.6 * expected[schedule], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
+def test_optimizers_and_weight_decay(name):
+    """A step goes down the gradient; matrices shrink on top of that by rate · decay, biases do not."""
+    params = {"W": jnp.full((2, 2), 3.0), "b": jnp.full(2, 3.0)}
+    gradient = jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.5), params)
+    steps = {}
+    for decay in (None, 0.0, 0.1):
+        transform = optimizers.optimizer(name, 0.2, weight_decay=decay, warmup=0, schedule="constant", updates=None)
+        steps[decay], _ = transform.update(gradient, transform.init(params), params)
+    assert all((leaf < 0).all() for leaf in jax.tree.leaves(steps[0.0]))
+    np.testing.assert_allclose(steps[0.1]["W"] - steps[0.0]["W"], -0.2 * 0.1 * 3)
+    np.testing.assert_array_equal(steps[0.1]["b"], steps[0.0]["b"])
+    of_its_own = 0.01 if name == "adamw" else 0.0
+    np.testing.assert_allclose(steps[None]["W"] - steps[0.0]["W"], -0.2 * of_its_own * 3, atol=1e-9)
+
+
+def test_hooks_and_weights_at_the_end(monkeypatch, capsys):
+    Path("my_hooks.py").write_text("seen = []\ndef on_update(metrics):\n    seen.append(metrics)\n")
+    monkeypatch.syspath_prepend(".")
+    options = ["--on-update", "my_hooks:on_update", "--tensorboard", "tb", "--export", "weights.npz"]
+    assert train(*SMALL, "--npz", "data.npy", "--updates", "8", *options) == 0
+    import my_hooks
+
+    rows = metrics.read(Path("jaxbptt-train/metrics.csv"))
+    assert [seen["update"] for seen in my_hooks.seen] == list(range(1, 9))
+    for seen, row in zip(my_hooks.seen, rows, strict=True):
+        np.testing.assert_allclose([seen[key] for key in row], list(row.values()), rtol=1e-6)
+    assert len(list(Path("tb").glob("events.*"))) == 1
+    weights = np.load("weights.npz")
+    np.testing.assert_array_equal(weights["W_hy"], bptt.load("jaxbptt-train").params.W_hy)
+    assert "Weights: weights.npz" in capsys.readouterr().out

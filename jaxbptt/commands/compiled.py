@@ -97,7 +97,8 @@ def compile_run(
         return init(network.init(key_params), network.cell.initial_carry((training["batch"],)), key_run)
 
     place: Callable[[Any], Any] = lambda chunk: chunk  # noqa: E731
-    state, options = None, {}
+    state: Any = None
+    options: dict[str, Any] = {}
     if mesh is not None:
         state = sharding.shard_state(start(), mesh)
         place = partial(sharding.shard_chunk, mesh=mesh)

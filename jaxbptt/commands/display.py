@@ -46,13 +46,17 @@ class Display:
             self._task,
             completed=progress.share,
             update=f"{progress.update:,}",
-            words=f"{progress.training:.3f} {self._measured_in}, {progress.rate:.1f} updates/s{left}",
+            words=f"{_loss(progress.training)} {self._measured_in}, {progress.rate:.1f} updates/s{left}",
         )
         if progress.validation is not None:
             self._console.print(
-                f"update {progress.update:,}: {progress.training:.3f}, validation {progress.validation:.3f} "
+                f"update {progress.update:,}: {_loss(progress.training)}, validation {_loss(progress.validation)} "
                 f"{self._measured_in}, {progress.rate:.1f} updates/s{left}"
             )
+
+
+def _loss(value: float) -> str:
+    return f"{value:.3f}" if value < 1e4 else f"{value:.3g}"
 
 
 def _clock(seconds: float) -> str:

@@ -2,8 +2,7 @@
 
 import os
 from pathlib import Path
-
-import jax
+from typing import Any
 
 _CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -11,7 +10,7 @@ _CGROUPS = (
 )
 
 
-def available_bytes(device: jax.Device) -> int | None:
+def available_bytes(device: Any) -> int | None:
     """What a device, or for a CPU the machine and the process's control group, has left; `None` if it does not say."""
     if device.platform != "cpu":
         stats = device.memory_stats() or {}

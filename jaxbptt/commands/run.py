@@ -21,6 +21,7 @@ from jaxbptt.commands.sources import Source
 from jaxbptt.models.model import BEST
 from jaxbptt.tasks import InputError
 from jaxbptt.training import checkpoints
+from jaxbptt.training.hooks import Hook
 from jaxbptt.training.tbptt import TrainState
 
 # Reading a number waits for the device, so the metrics of this many updates are read at once.
@@ -28,8 +29,6 @@ READ_EVERY = 20
 # A run has diverged when at so many checkpoints in a row, at least so many updates apart, the mean loss of so many updates is
 # above that of a constant prediction, and above what it was at an earlier checkpoint.
 DIVERGED_INTERVALS, DIVERGED_UPDATES = 3, 100
-
-Hook = Callable[[dict[str, Any]], None]
 
 
 class Limits(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxbptt import tasks
 from jaxbptt.models.model import Columns
-from jaxbptt.tasks.files import standard_library_file
+from jaxbptt.tasks.files import npz_values, standard_library_file
 from jaxbptt.tasks.mapped import blocks
 from jaxbptt.training import streams
 from jaxbptt.training.chunks import Stream
@@ -85,7 +85,7 @@ def open_source(options: argparse.Namespace, resumed: Mapping[str, Any] | None =
         text, table = tasks.map_text(path), None
         values = text.values
     else:
-        text, table = None, _table(kind, path, options.reading)
+        text, table = None, read_numbers(kind, path, options.reading)
         values = table.values
     fingerprint = _fingerprint(path)
     if resumed is not None and resumed["data"]["fingerprint"] != fingerprint:
@@ -106,7 +106,8 @@ def open_source(options: argparse.Namespace, resumed: Mapping[str, Any] | None =
         parts: dict[str, Any] = _text_parts(text, cut, options.steps)
     else:
         assert table is not None
-        parts = _number_parts(table, cut, options.target)
+        masked = options.reading.get("missing") == "mask" and not table.observed.all()
+        parts = _number_parts(table, cut, options.target, masked)
     encode, series = parts.pop("encode"), parts.pop("series")
     sizes = {"batch": options.batch, "chunk_length": options.steps, "encode": encode}
     lines = parts.pop("read_as")
@@ -143,32 +144,23 @@ def _text_parts(text: tasks.MappedText, cut: int, steps: int) -> dict[str, Any]:
     }
 
 
-class _Table(NamedTuple):
-    """What `tasks.Table` has too, of an array in a file, whose columns are named by their place from 1 on."""
-
-    name: str
-    columns: tuple[str, ...]
-    values: np.ndarray
-    observed: np.ndarray | None
-    read_as: tuple[str, ...]
-
-
-def _table(kind: str, path: str, reading: Mapping[str, Any]) -> _Table:
+def read_numbers(kind: str, path: str, reading: Mapping[str, Any]) -> tasks.Table:
+    """The numbers of a `--csv` or `--npz`; a `.npy` file stays on disk."""
     if kind == "csv":
-        table = tasks.read_table(path, **reading)
-        observed = None if table.observed.all() or reading.get("missing") != "mask" else table.observed
-        return _Table(table.name, table.columns, table.values, observed, table.read_as)
-    values = tasks.map_array(path).values if Path(path).suffix == ".npy" else tasks.read_npz_array(path)
+        return tasks.read_table(path, **reading)
+    values = tasks.map_array(path).values if Path(path).suffix == ".npy" else npz_values(path)
     values = values.reshape(len(values), -1)
-    return _Table(Path(path).name, tuple(str(i + 1) for i in range(values.shape[1])), values, None, ())
+    places = tuple(range(1, values.shape[1] + 1))
+    observed = np.broadcast_to(True, values.shape)
+    return tasks.Table(Path(path).name, tuple(f"column {i}" for i in places), values, observed, None, (), places)
 
 
-def _number_parts(table: _Table, cut: int, target: list[str]) -> dict[str, Any]:
+def _number_parts(table: tasks.Table, cut: int, target: list[str], masked: bool) -> dict[str, Any]:
     mean, deviation = tasks.mean_and_deviation(table.values, steps=cut, name=table.name)
-    targets = tasks.column_positions(table.columns, target, option="--target") if target else range(len(table.columns))
-    columns = Columns(table.columns, mean, deviation, tuple(targets))
+    targets = table.positions(target) if target else tuple(range(len(table.columns)))
+    columns = Columns(table.columns, mean, deviation, targets)
     series, encode = table.values, columns.encode
-    if table.observed is not None:
+    if masked:
         # Whether an entry was observed goes beside it, so that the loss of a chunk knows.
         series, encode = np.concatenate([table.values, table.observed], axis=1), _with_observed(columns)
     predicted = f", of which {', '.join(columns.target_names)} predicted" if target else ""
@@ -176,7 +168,7 @@ def _number_parts(table: _Table, cut: int, target: list[str]) -> dict[str, Any]:
         "vocabulary": None,
         "columns": columns,
         "change": _changes(table.values[:cut], columns),
-        "observed": table.observed,
+        "observed": table.observed if masked else None,
         # Of a column that never changes in training, the mean is right.
         "constant_loss": float(np.mean([table.values[:cut, i].min() < table.values[:cut, i].max() for i in targets])),
         "bytes_per_character": 1.0,

@@ -167,7 +167,7 @@ def _check_outputs(options: argparse.Namespace, folder: Path, metrics_file: Path
         raise InputError(f"--figure {figure_file} ends in {figure_file.suffix!r}: use .png, .svg or .pdf.")
 
 
-def _hooks(options: argparse.Namespace) -> tuple[run.Hook, ...]:
+def _hooks(options: argparse.Namespace) -> tuple[hooks.Hook, ...]:
     """What is called with the metrics of each update."""
     tensorboard = [hooks.tensorboard(options.tensorboard)] if options.tensorboard else []
     return (*tensorboard, *([hooks.load_hook(options.on_update)] if options.on_update else []))
@@ -175,7 +175,8 @@ def _hooks(options: argparse.Namespace) -> tuple[run.Hook, ...]:
 
 def _errors(network: Any, source: sources.Source, season: int | None) -> Callable[[Any], Any]:
     """`params -> validation errors by horizon`, as a checkpoint has them; `None` for a text, or without validation."""
-    if source.columns is None or source.validation is None:
+    columns = source.columns
+    if columns is None or source.validation is None:
         return lambda params: None
     # A file larger than memory is not read as a whole.
     start, end = max(source.cut - baselines.LOOKED_AT, 0), source.cut + forecasting.MAX_ROWS
@@ -185,7 +186,7 @@ def _errors(network: Any, source: sources.Source, season: int | None) -> Callabl
 
     def errors(params: Any) -> dict[str, Any]:
         local = _on_this_device(params)
-        return forecasting.validation_errors(network, local, source.columns, rows, observed, **options).to_json()
+        return forecasting.validation_errors(network, local, columns, rows, observed, **options).to_json()
 
     return errors
 

@@ -81,7 +81,12 @@ def standard_library_file() -> str:
 
 
 def read_npz(path: str | Path) -> Series:
-    """The only array of a numpy `.npz` file, or the one named `xs`: `[time]` or `[time, features]`."""
+    """The only array of a numpy `.npz` file, or the one named `xs`, standardised: `[time]` or `[time, features]`."""
+    return Series(Path(path).name, standardise(npz_values(path)), ())
+
+
+def npz_values(path: str | Path) -> np.ndarray:
+    """The numbers that `read_npz` reads, float64 `[time, features]`, in their own units."""
     read_bytes(path)
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
@@ -97,7 +102,7 @@ def read_npz(path: str | Path) -> Series:
     bad = np.argwhere(~np.isfinite(values))
     if len(bad):
         raise InputError(f"{path}: array {key!r} is {values[tuple(bad[0])]} at [time, feature] = {bad[0].tolist()}.")
-    return Series(Path(path).name, standardise(values), ())
+    return values
 
 
 def next_step(series: Series, *, steps: int, batch: int) -> NextStep:
