@@ -166,7 +166,10 @@ def _about(table: tasks.Table, columns: Columns, future: Forecast, about_times: 
         about_times,
     ]
     if future.held:
-        sentences.append(f"{_shortened(future.held)}: read but not predicted, held at the last value.")
+        sentences.append(
+            f"{_shortened(future.held)}: read but not predicted, held at the last value; train without "
+            "--target to predict it, too."
+        )
     if not future.measured:
         sentences.append("There are no intervals: validation has not measured enough errors for this level.")
     elif future.measured < steps:
@@ -214,17 +217,13 @@ def _print_errors(console: Any, model: Model, future: Forecast) -> None:
     if found is None:
         console.print("\nThe model was trained without validation data, so nothing is known of its errors.")
         return
-    from rich.table import Table
+    from jaxbptt.commands.display import table
 
     errors = ValidationErrors.from_json(found)
     head, rows = errors_table(errors)
-    shown = Table(title=f"\n{measured_sentence(errors)}", title_justify="left", title_style="")
-    for i, name in enumerate(head):
-        shown.add_column(name, justify="right" if i else "left")
     per_column = len(rows) // len(future.columns)
-    for row in rows[: _MAX_COLUMNS * per_column]:
-        shown.add_row(*row)
-    console.print(shown)
+    console.print()
+    console.print(table(measured_sentence(errors), head, rows[: _MAX_COLUMNS * per_column]))
     if len(future.columns) > _MAX_COLUMNS:
         console.print(f"and {counted(len(future.columns) - _MAX_COLUMNS, 'more column')}")
     for sentence in errors_sentences(errors):

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxbptt.arrays import check_count
 from jaxbptt.models.architecture import ModelNetwork
-from jaxbptt.models.baselines import persistence, season_length, seasonal_naive
+from jaxbptt.models.baselines import LOOKED_AT, persistence, season_length, seasonal_naive
 from jaxbptt.models.model import Columns, Model
 from jaxbptt.scans.exact import scan
 from jaxbptt.words import counted
