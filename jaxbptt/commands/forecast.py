@@ -3,6 +3,7 @@ r"""`python -m jaxbptt forecast` continues a table with a trained model: a file 
 import argparse
 import csv
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +117,14 @@ def _read(options: argparse.Namespace, model: Model, columns: Columns) -> tasks.
             f"the file that the model was trained on, {data['path']}, is gone: name one by --csv or --npz."
         )
     options.csv = path if kind == "csv" else None
+    given = tables.given(options)
+    if "columns" in given:
+        raise InputError(f"--columns can't be chosen: the model reads {_shortened(columns.names)}.")
     reading = {}
     if kind == "csv":
-        # Columns that the model doesn't read may be of any kind, or missing.
-        reading = data["reading"] | tables.given(options) | {"columns": list(columns.names)}
-        if not options.drop:
-            reading.pop("drop", None)
+        # Columns that the model doesn't read may be of any kind, and those that were dropped may be gone.
+        reading = {key: value for key, value in data["reading"].items() if key != "drop"}
+        reading |= given | {"columns": list(columns.names)}
     try:
         table = sources.read_numbers(kind, path, reading)
     except InputError as error:
@@ -148,7 +151,10 @@ def _continued(times: np.ndarray | None, steps: int) -> tuple[np.ndarray | None,
 
     # A few thousand dates show the spacing as well as all of them.
     known = pandas.DatetimeIndex(times[-4000:])
-    spacing = pandas.infer_freq(known) if len(known) > 2 else None
+    with warnings.catch_warnings():
+        # Newer versions say that they will return the spacing as an object, which is as good here.
+        warnings.simplefilter("ignore")
+        spacing = pandas.infer_freq(known) if len(known) > 2 else None
     if spacing is None:
         return None, "The dates are not evenly spaced, so the forecast has steps only."
     later = pandas.date_range(known[-1], periods=steps + 1, freq=spacing)[1:]
