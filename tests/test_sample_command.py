@@ -78,7 +78,7 @@ def test_characters_are_whole(prompt, temperature):
 
 def test_a_shorter_text_begins_a_longer_one():
     """Wherever a block ends, an accent that comes after it belongs to the last letter."""
-    model = make("e\u0301")
+    model = make("e\u0301", "e")
     whole = draw(model, length=150)
     ends = sampling._ends(whole)
     assert len(set(np.diff(ends))) > 1
