@@ -1,7 +1,6 @@
 r"""Text that a model writes: drawn byte by byte, of which any number make a character, and cut where a character ends."""
 
 import codecs
-import unicodedata
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -20,10 +19,6 @@ from jaxbptt.tasks.vocabulary import LATER_BYTES, Vocabulary
 BLOCK = 64
 # A temperature of 0 is told apart, and must not divide.
 _LOWEST_TEMPERATURE = 1e-6
-# Marks without end belong to one character: a text may have this many bytes for each character, and no more.
-_MOST_BYTES = 64
-_JOINER = "\u200d"
-_SKIN_TONES = range(0x1F3FB, 0x1F400)
 
 
 def sample(model: Model, prompt: str | None, *, length: int, temperature: float, key: Any) -> str:
@@ -40,7 +35,7 @@ def sample(model: Model, prompt: str | None, *, length: int, temperature: float,
     Args:
         model: what `load` returned, of a model of text.
         prompt: the text before; `None` for the end of the training data.
-        length: characters to draw, as a reader counts them: a letter and the accents that are written on it are one.
+        length: characters to draw, as Python counts them.
         temperature: 1 draws as often as the model expects, less is more certain; 0 takes the likeliest byte each time.
         key: of `jax.random`. With the same key a shorter text is the beginning of a longer one.
 
@@ -88,14 +83,8 @@ def sample(model: Model, prompt: str | None, *, length: int, temperature: float,
         )
         drawn = np.append(drawn, np.asarray(symbols)[len(part) :])
         start += BLOCK
-        if len(drawn) <= length:
-            continue
-        text, enough = model.vocabulary.decode(drawn), len(drawn) > _MOST_BYTES * length
-        # Counted only where there may be enough of them. The last one is complete where another has begun.
-        if enough or len(text) > length:
-            ends = [0, *_ends(text)]
-            if enough or len(ends) - 1 > length:
-                return text[: ends[min(length, len(ends) - 1)]]
+        if len(drawn) >= length and len(text := model.vocabulary.decode(drawn)) >= length:
+            return text[:length]
 
 
 def _encoded(vocabulary: Vocabulary, prompt: str) -> np.ndarray:
@@ -190,22 +179,3 @@ def _is_utf8(raw: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
-
-
-def _ends(text: str) -> list[int]:
-    """Where each character ends, as a reader sees them: with its accents, a family of emoji as one, a line break as one."""
-    ends = []
-    for i, character in enumerate(text):
-        before = text[i - 1 : i]
-        belongs = (
-            unicodedata.category(character)[0] == "M"
-            or character == _JOINER
-            or before == _JOINER
-            or ord(character) in _SKIN_TONES
-            or before + character == "\r\n"
-        )
-        if belongs and ends:
-            ends[-1] = i + 1
-        else:
-            ends.append(i + 1)
-    return ends
