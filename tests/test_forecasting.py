@@ -181,6 +181,13 @@ def test_columns_that_are_not_predicted_are_held():
     np.testing.assert_allclose(errors.network, [[np.sqrt(((1 - 5) ** 2 + (105 - 9) ** 2) / 2)]])
 
 
+def test_the_season_is_that_of_the_training_part():
+    t = np.arange(160)
+    rows = np.where(t < 100, np.sin(2 * np.pi * t / 8), np.sin(2 * np.pi * t / 5))[:, None] * [1.0, -2.0]
+    assert validation_errors(*linear(np.eye(2), PLAIN), rows, start=100, horizons=2).season == (8, 8)
+    assert validation_errors(*linear(np.eye(2), PLAIN), rows, start=100, horizons=2, season=5).season == (5, 5)
+
+
 @pytest.mark.parametrize(
     ("after", "horizons", "origins"), [(1, 1, 1), (2, 1, 2), (7, 3, 5), (60, 30, 31), (99, 49, 51)]
 )
@@ -332,7 +339,7 @@ SEASONS = {
     "weekends and a parabola": ((T % 7 >= 5) + 1e-3 * T**2 + 0.2 * NOISE, 7),
     "eight days and a steep trend": ((T % 8 >= 5) + 10 * T + 0.1 * NOISE, 8),
     "eight days and growth": ((T % 8 >= 5) + np.exp(T / 200) + 0.1 * NOISE, 8),
-    "spikes": ((np.arange(5000) % 24 == 0) + 0.05 * np.random.default_rng(1).normal(size=5000), 24),
+    "spikes": ((np.arange(5000) % 24 == 0) + 0.05 * np.random.default_rng(2).normal(size=5000), 24),
     "sine of numbers too large to square": (1e200 * np.sin(2 * np.pi * T / 24), 24),
     "four weeks": ((T % 7 >= 5)[:28], 7),
     "day and week": (np.sin(2 * np.pi * T / 24) + 2.0 * (T // 24 % 7 >= 5), 168),
@@ -342,6 +349,8 @@ SEASONS = {
     "trend": (0.3 * T, None),
     "trend and noise": (0.01 * T + NOISE, None),
     "parabola and noise": (1e-2 * T**2 + NOISE, None),
+    "growth": (np.exp(T / 50), None),
+    "growth and noise": (np.exp(T / 100) + 0.1 * NOISE, None),
     "constant": (np.full(1000, 1 / 3), None),
     "zeros": (np.zeros(100), None),
     "three cycles": (np.sin(2 * np.pi * T[:75] / 25), None),

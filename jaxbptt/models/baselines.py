@@ -153,9 +153,7 @@ def _is_season(values: np.ndarray, season: int) -> bool:
     half = len(residuals) // 2 // season * season
     if not half:
         return False
-    one, other = residuals[:half], residuals[half : 2 * half]
-    # Without their means, which are what the moving average misses of a trend that bends.
-    halves = [(each - each.mean()).reshape(-1, season) for each in (one, other)]
+    halves = residuals[:half].reshape(-1, season), residuals[half : 2 * half].reshape(-1, season)
     needed = _EXPLAINED + _EXPLAINED_MORE * season / len(values)
     for one, other in (halves, halves[::-1]):
         variance = np.mean(other**2)
