@@ -22,10 +22,10 @@ _CLOCKS = {
 _DAYS = (
     (r"(\d{1,2})([/.\-])\d{1,2}\2\d{4}", ("%d{0}%m{0}%Y", "%m{0}%d{0}%Y")),
     (r"(\d{1,2})([/.\-])\d{1,2}\2\d{2}", ("%d{0}%m{0}%y", "%m{0}%d{0}%y", "%y{0}%m{0}%d")),
-    (r"(\d{4})([/.])\d{1,2}\2\d{1,2}", ("%Y{0}%m{0}%d",)),
-    (r"(\d{4})([/\-])\d{1,2}", ("%Y{0}%m",)),
+    (r"(\d{4})([/.\-])\d{1,2}\2\d{1,2}", ("%Y{0}%m{0}%d",)),
+    (r"(\d{4})(-)\d{2}", ("%Y{0}%m",)),
     (r"(\d{1,2})([ \-])[A-Za-z]{3}\2\d{4}", ("%d{0}%b{0}%Y",)),
-    (r"(\d{1,2})([ \-])[A-Za-z]{3}\2\d{2}", ("%d{0}%b{0}%y", "%y{0}%b{0}%d")),
+    (r"(\d{1,2})([ \-])[A-Za-z]{3}\2\d{2}", ("%d{0}%b{0}%y",)),
     (r"(\d{1,2})( )[A-Za-z]{4,}\2\d{4}", ("%d{0}%B{0}%Y",)),
     (r"([A-Za-z]{3})( )\d{1,2}, \d{4}", ("%b %d, %Y",)),
     (r"([A-Za-z]{4,})( )\d{1,2}, \d{4}", ("%B %d, %Y",)),
@@ -130,7 +130,7 @@ def times_of_rows(
             notes.append(f"{names[i]}: times of day, left out")
     if times is not None and first is not None and dated is not None:
         unit = "D" if (times == times.astype("datetime64[D]")).all() else "s"
-        span = " to ".join(np.datetime_as_string(times[[0, -1]], unit=unit))
+        span = " to ".join(np.datetime_as_string([times.min(), times.max()], unit=unit))
         zone = " in UTC" if first == ISO_WITH_ZONE else ""
         century = "; years of two digits lie between 1969 and 2068" if "%y" in first else ""
         notes.insert(0, f"{names[dated]}: the times of the rows, {span}{zone}, not an input{century}")

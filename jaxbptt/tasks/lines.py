@@ -16,7 +16,7 @@ from jaxbptt.words import counted
 # Stands for a delimiter where a line is one cell; pandas and csv want a character, and this one is in no table.
 NO_DELIMITER = "\x1f"
 _BLOCK = 2**20
-_CELLS = 2**19
+_CELLS = 2**18
 _LINE = re.compile(rb"[^\r\n]*(?:\r\n|\n|\r|\Z)")
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -105,7 +105,7 @@ def line_of(lines: Lines, delimiter: str, row: int) -> int:
     return lines.first
 
 
-def frames(lines: Lines, delimiter: str, width: int) -> Iterator[Any]:
+def frames(lines: Lines, delimiter: str, width: int, count: int | None = None) -> Iterator[Any]:
     """Consecutive rows as pandas frames of texts: nothing guessed, nothing converted; blank lines are empty cells."""
     import pandas
 
@@ -122,7 +122,8 @@ def frames(lines: Lines, delimiter: str, width: int) -> Iterator[Any]:
             skipinitialspace=True,
             engine="c",
             encoding="utf-8",
-            chunksize=max(_CELLS // width, 3),
+            chunksize=max(_CELLS // width, 100),
+            nrows=count,
         ) as reader:
             yield from reader
     except pandas.errors.ParserError as error:
