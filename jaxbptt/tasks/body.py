@@ -158,11 +158,18 @@ def _refuse_cell(lines: Lines, body: Body) -> None:
     row, column, cell = body.bad[0]
     reading = body.reading
     where = place(lines, reading, row, column)
-    first = reading.head.cells[(reading.header is not False) + reading.units, column]
-    kind = "date as those above it are" if dates.formats(first.strip(BLANKS)) else "finite number"
+    start = reading.head.rows[skipped := (reading.header is not False) + reading.units]
+    first = reading.head.cells[skipped, column].strip(BLANKS)
+    wrong = "is not a finite number"
+    other = "," if reading.decimal == "." else "."
+    if row > start and dates.formats(first):
+        wrong = "is not a date as those above it are"
+    elif numbers(np.array([cell], object), other).bad is None:
+        wrong += f" where {reading.decimal!r} is the decimal mark, as in other cells"
+    names = " If this line has names: --header yes." if row == 0 and reading.header is False else ""
     raise InputError(
-        f"{where}: {cell[:40]!r} is not a {kind}. Leave the column out with --drop {column + 1}, or name those to keep "
-        "with --columns."
+        f"{where}: {cell[:40]!r} {wrong}.{names} Leave the column out with --drop {column + 1}, or name those to keep with "
+        "--columns."
     )
 
 

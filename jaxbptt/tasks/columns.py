@@ -15,7 +15,9 @@ def names_of(reading: Reading) -> tuple[str, ...]:
         name if name and given.count(name) == 1 else f"{name} ({i})" if name else f"column {i}"
         for i, name in enumerate(given, start=1)
     ]
-    return tuple(name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, start=1))
+    while len({*names}) < len(names):  # such a name was there already
+        names = [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, start=1)]
+    return tuple(names)
 
 
 def chosen(reading: Reading, columns: Sequence[str | int], drop: Sequence[str | int], lines: Lines) -> tuple[int, ...]:

@@ -110,7 +110,7 @@ def times_of_rows(
             notes.append(f"{names[i]}: more dates, left out")
         elif any(not np.array_equal(values, other, equal_nan=True) for other in found.values()):
             dated = i
-            known = all((np.diff(other) >= np.timedelta64(0)).all() for other in found.values())
+            known = all((other[1:] >= other[:-1]).all() for other in found.values())
             unknown = "" if known else ", nor whether the rows are in order"
             options = "--dates " + _order_of(found)
             notes.append(
@@ -164,7 +164,8 @@ def _day_formats(text: str) -> tuple[str, ...]:
 def _parse(texts: list[str], name: str) -> np.ndarray:
     import pandas
 
-    series: Any = pandas.Series(texts, dtype=object)
+    # pandas takes two words for the time at which it reads them.
+    series: Any = pandas.Series(["" if text.casefold() in ("now", "today") else text for text in texts], dtype=object)
     if name == ISO_WITH_ZONE:
         times = pandas.to_datetime(series, format="ISO8601", errors="coerce", utc=True).dt.tz_localize(None)
     else:

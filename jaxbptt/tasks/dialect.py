@@ -112,12 +112,17 @@ def readings(lines: Lines, delimiter: str | None, decimal: str | None, header: b
     ]
     if delimiter is None:
         found = [reading for reading in found if not _splits_names(reading, heads)]
+        if any(reading.names and not reading.header for reading in found):  # a comment above has names
+            found = [reading for reading in found if reading.names]
         if any(reading.delimiter == "\t" for reading in found):
             found = [reading for reading in found if reading.delimiter != " "]
     found = [reading for reading in found if {"number", "mixed"} & {*reading.kinds}]
     if found:
         fewest = min(reading.texts for reading in found)
         found = [reading for reading in found if reading.texts == fewest]
+        broken = max(heads, key=lambda head: head.agree)
+        if fewest and broken.problem and broken.agree and all(reading.delimiter == NO_DELIMITER for reading in found):
+            raise InputError(broken.problem)
         if fewest and len(found) > 1:
             found = [reading for reading in found if not _cut_too_little(reading)] or found
         return found
@@ -145,7 +150,7 @@ def _head(lines: Lines, delimiter: str) -> Head:
     try:
         frame = next(frames(lines, delimiter, width, len(read)))
     except InputError as error:
-        return Head(delimiter, none, problem=str(error))
+        return Head(delimiter, none, (), (), str(error), width, agree)
     read = read[: len(frame)]
     kept = [i for i, (_, cells) in enumerate(read) if width == 1 or not is_blank(cells)]
     return Head(delimiter, frame.to_numpy()[kept], tuple(kept), tuple(read[i][0] for i in kept), "", width, agree)
@@ -184,7 +189,7 @@ def likeliest(lines: Lines, delimiter: str | None) -> tuple[str, int]:
 
 def _splits_names(reading: Reading, heads: list[Head]) -> bool:
     """Whether a line is one cell here, but its names are as many as another delimiter makes cells."""
-    if reading.delimiter != NO_DELIMITER or not reading.header:
+    if reading.delimiter != NO_DELIMITER or reading.header is False:
         return False
     name = reading.head.cells[0, 0]
     return any(head.agree and head.delimiter != " " and head.delimiter in name for head in heads)

@@ -35,9 +35,15 @@ def is_units(row: np.ndarray, with_it: tuple[Kind, ...], below: tuple[Kind, ...]
     kinds = kinds_of(row[None], decimal)
     return (
         any(with_it[i] == "mixed" for i in columns)
-        and all(kinds[i] == "missing" or (kinds[i] == "text" and not looks_like_a_number(row[i])) for i in columns)
+        and all(kinds[i] == "missing" or (kinds[i] == "text" and _may_be_a_unit(row[i])) for i in columns)
         and all(kind in ("missing", "text") for kind in kinds)
     )
+
+
+def _may_be_a_unit(cell: str) -> bool:
+    """Whether this is `m/s` or `1/s`, and not a number written badly."""
+    text = cell.strip(BLANKS)
+    return text.startswith(("1/", "10^")) or not (looks_like_a_number(text) or text[:1].isdigit())
 
 
 def is_header(cells: np.ndarray, below: tuple[Kind, ...], decimal: str) -> bool | None:
@@ -48,7 +54,9 @@ def is_header(cells: np.ndarray, below: tuple[Kind, ...], decimal: str) -> bool 
     names = any(below[i] in ("number", "date", "mixed") for i in texts)
     data = any(kind in ("number", "date") for kind in kinds) or len(texts) < kinds.count("text")
     if not data:
-        return True if names else None if texts and "number" in below else False
+        # A name may begin with a digit; where all do, they may be numbers with something else in the cell.
+        surely = names and not all(first[i].strip(BLANKS)[0].isdigit() for i in texts)
+        return True if surely else None if texts and (names or "number" in below) else False
     if names:
         return None
     rest = cells[1:]

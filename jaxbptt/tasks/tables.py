@@ -179,7 +179,7 @@ def _table(
     times, about = date_columns.times_of_rows(body.dates, names, order, lines.path)
     if sort and times is None:
         raise InputError(f"--sort needs dates that give the rows an order: {'; '.join(about) or 'there are none'}.")
-    if times is not None and (back := np.diff(times) < np.timedelta64(0)).any():
+    if times is not None and (back := times[1:] < times[:-1]).any():
         if sort:
             rank = np.argsort(times, kind="stable")
             values, rows, times = values[rank], rows[rank], times[rank]
@@ -228,8 +228,8 @@ def _kept_columns(lines: Lines, body: Body, names: tuple[str, ...], some: bool) 
         notes.append(f"without name and numbers, left out: {', '.join(names[i] for i in empty)}")
     kept = [i for i in kept if i not in empty]
     counts = kept and kept[0] == 0 and reading.header and reading.named(0) in ("", "Unnamed: 0")
-    if counts and len(kept) > 1 and np.array_equal(body.values[0], np.arange(len(body.rows))):
-        notes.append("column 1 counts the rows, as pandas writes them, and is left out")
+    if counts and len(kept) > 1 and any(np.array_equal(body.values[0], np.arange(len(body.rows)) + i) for i in (0, 1)):
+        notes.append("column 1 counts the rows, as pandas and R write them, and is left out")
         del kept[0]
     return kept, notes
 
