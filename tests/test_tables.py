@@ -266,6 +266,7 @@ BAD = {
     "empty": ("", r"a\.csv is empty\."),
     "UTF-16": ("a\n1\n".encode("utf-16"), r"is not UTF-8 text: byte 0 \(line 1\) is 0xff.*--encoding utf-16"),
     "UTF-16 without mark": ("a\n1\n".encode("utf-16-le"), r"has bytes 0, .*--encoding utf-16-le"),
+    "a spreadsheet": (b"PK\x03\x04\x14\x00\x06\x00\x08\xe9", r"is a spreadsheet or a zip archive, not text: save the table as CSV"),
     "half a gzip": (gzip.compress(b"a\n" + b"1\n" * 100)[:-9], r"is not a readable gzip file"),
 }
 
@@ -397,7 +398,7 @@ def test_unknown_options(tmp_path):
     for options in ({"missing": "skip"}, {"decimal": ";"}, {"dates": "day"}, {"ragged": "fill"}, {"header": "yes"}):
         with pytest.raises(ValueError, match=r"is expected\."):
             read(tmp_path, "a\n1\n", **options)
-    for delimiter in ("", "x", "::", '"', "\n"):
+    for delimiter in ("", "x", "::", '"', "\n", "¦", ".", "\x0b"):
         with pytest.raises(tasks.InputError, match=r"--delimiter .* is none: a character"):
             read(tmp_path, "a\n1\n", delimiter=delimiter)
     with pytest.raises(tasks.InputError, match=r"--encoding nope is unknown"):

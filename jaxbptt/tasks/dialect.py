@@ -106,7 +106,7 @@ def readings(lines: Lines, delimiter: str | None, decimal: str | None, header: b
     found = [
         reading
         for head in heads
-        if not head.problem
+        if len(head.cells)
         for mark in ((".", ",") if decimal is None else (decimal,))
         if (reading := _read_head(lines, head, mark, header)) is not None
     ]

@@ -51,13 +51,15 @@ def load(path: str | Path, encoding: str, skip: int) -> Lines:
             raw = gzip.decompress(raw)
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(f"{path} is not a readable gzip file: {error}.") from None
+    if raw[:4] == b"PK\x03\x04":
+        raise InputError(f"{path} is a spreadsheet or a zip archive, not text: save the table as CSV.")
     raw = _as_utf8(path, raw, encoding)
     start = line = 0
     delimiter, comments, read_as = None, [], []
     while start < len(raw):
         found = _LINE.match(raw, start)
         assert found is not None
-        text = found[0].strip()
+        text = found[0].strip().removeprefix(codecs.BOM_UTF8)
         named = re.fullmatch(rb'"?sep=(.)"?', text)
         if line < skip:
             pass
@@ -77,7 +79,7 @@ def load(path: str | Path, encoding: str, skip: int) -> Lines:
     while end > start and raw[end - 1] in b"\r\n ":
         end -= 1
     if start or end < len(raw):
-        raw = raw[start:end]
+        raw = raw[start:end].removeprefix(codecs.BOM_UTF8)
     if not raw:
         raise InputError(f"{path} has no rows of numbers." if line else f"{path} is empty.")
     return Lines(path, raw, line + 1, comments[-1].lstrip("#").strip() if comments else "", delimiter, tuple(read_as))
