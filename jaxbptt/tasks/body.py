@@ -89,11 +89,7 @@ def read_body(lines: Lines, reading: Reading, columns: tuple[int, ...], *, stop:
     return Body(
         reading,
         {i: np.concatenate(parts.pop(i))[where] for i in tuple(parts) if i not in bad},
-        {
-            i: {name: np.concatenate(each)[where] for name, each in found[i].items()}
-            for i in tuple(found)
-            if i not in bad
-        },
+        {i: {name: np.concatenate(v)[where] for name, v in found[i].items()} for i in tuple(found) if i not in bad},
         kept,
         blank,
         empty,
@@ -218,21 +214,18 @@ def _is_even(lines: Lines, delimiter: str, width: int, total: int) -> bool:
 
 
 def _kept_rows(lines: Lines, delimiter: str, width: int, start: int, total: int) -> tuple[np.ndarray, int, int]:
-    """Which rows are some, and how many of the others are blank lines, and rows of empty cells at the end."""
-    kept, blank, end = [], 0, 0
-    count = 0
+    """The rows that are some, and how many of the others are blank lines, and rows of empty cells at the end."""
+    blank, last, count = [], start - 1, 0
     for row, (line, cells) in enumerate(rows(lines, delimiter)):
         count = row + 1
         if width > 1 and is_blank(cells):
-            blank += row >= start
-            continue
-        if len(cells) != width and not (width == 1 and not cells):
+            blank.append(row)
+        elif len(cells) != width and not (width == 1 and not cells):
             raise InputError(ragged(lines, line, len(cells), width))
-        if row >= start:
-            kept.append(row)
-            if any(cells):
-                end = len(kept)
+        elif any(cells) or width == 1:
+            last = row
     if count != total:
         raise InputError(f"{lines.path}: its quotes can't be followed. Write each quote inside a cell twice.")
-    empty = len(kept) - end if width > 1 else 0
-    return np.array(kept[: len(kept) - empty], int), blank, empty
+    within = [row for row in blank if start <= row <= last]
+    kept = np.delete(np.arange(start, last + 1), np.array(within, int) - start)
+    return kept, len(within), total - 1 - last - sum(row > last for row in blank)

@@ -16,6 +16,8 @@ from jaxbptt.tasks.headers import Kind, is_header, is_units, kinds_of
 from jaxbptt.tasks.lines import NO_DELIMITER, Lines, frames, is_blank, ragged, rows
 
 DELIMITERS = {",": ",", ";": ";", "tab": "\t", "|": "|", "space": " ", "none": NO_DELIMITER}
+# Rows and cells from which the few readings are found that the whole file is tried with.
+_HEAD_ROWS, _HEAD_CELLS = 1000, 200_000
 
 
 def delimiter_of(given: str) -> str:
@@ -25,7 +27,8 @@ def delimiter_of(given: str) -> str:
         InputError: what can't be between cells.
     """
     found = DELIMITERS.get(given.replace("\\t", "tab"), given)
-    if len(found) != 1 or found.isalnum() or found in '"\r\n.-+':
+    plain = len(found) == 1 and found.isascii() and (found.isprintable() or found in DELIMITERS.values())
+    if not plain or found.isalnum() or found in '".-+':
         raise InputError(f"--delimiter {given!r} is none: a character such as ',' or ';', or tab, space, none.")
     return found
 
@@ -35,9 +38,6 @@ def option(delimiter: str | None = None, decimal: str | None = None) -> str:
     named = next((name for name, each in DELIMITERS.items() if each == delimiter), delimiter)
     shown = [f"--delimiter {named if named.isalpha() else repr(named)}"] if named else []
     return " ".join([*shown, *([f"--decimal {decimal!r}"] if decimal else [])])
-
-
-_HEAD, _HEAD_CELLS = 1000, 200_000
 
 
 class Head(NamedTuple):
@@ -133,7 +133,7 @@ def _head(lines: Lines, delimiter: str) -> Head:
     none = np.empty((0, 0), object)
     try:
         read, total = [], 0
-        for row in itertools.islice(rows(lines, delimiter), _HEAD):
+        for row in itertools.islice(rows(lines, delimiter), _HEAD_ROWS):
             read.append(row)
             total += len(row[1])
             if total > _HEAD_CELLS:

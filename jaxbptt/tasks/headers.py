@@ -60,6 +60,8 @@ def is_header(cells: np.ndarray, below: tuple[Kind, ...], decimal: str) -> bool 
     if names:
         return None
     rest = cells[1:]
+    if not len(rest):
+        return False
     labels = [cell.strip(BLANKS) for cell in first]
     if not labels[0] and len(labels) > 1 and _counts(labels[1:]) and _counts([c.strip(BLANKS) for c in rest[:, 0]]):
         return True  # columns and rows numbered by pandas
