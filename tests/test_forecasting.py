@@ -189,7 +189,8 @@ def test_the_season_is_that_of_the_training_part():
 
 
 @pytest.mark.parametrize(
-    ("after", "horizons", "origins"), [(1, 1, 1), (2, 1, 2), (7, 3, 5), (60, 30, 31), (99, 49, 51)]
+    ("after", "horizons", "origins"),
+    [(1, 1, 1), (2, 1, 2), (7, 3, 5), (20, 10, 11), (39, 20, 20), (60, 41, 20), (99, 50, 50)],
 )
 def test_few_validation_rows_shorten_the_horizons(after, horizons, origins):
     errors = validation_errors(*linear(np.eye(2), PLAIN), series(after + 5, 2), start=5)

@@ -22,7 +22,7 @@ from jaxbptt.words import counted
 # In percent, so that ranks are counted exactly.
 _LEVELS = (50, 60, 70, 80, 90, 95, 99)
 LEVELS = tuple(level / 100 for level in _LEVELS)
-MAX_ORIGINS = 256
+MIN_ORIGINS, MAX_ORIGINS = 20, 256
 # Rows that bring the carry up to date, and rows of the validation part that are looked at, however long the series is.
 WARM_UP, MAX_ROWS = 2_000, 10_000
 
@@ -186,8 +186,8 @@ def validation_errors(
 
     One pass reads up to 2,000 rows before `start`, and the validation part, of which at most the first 10,000 rows are
     used. From at most 256 of its rows, evenly spaced, the network runs freely, all in one batch; where columns have a
-    season, the spacing and the season have no common divisor, so that origins are at all times of the season. Every horizon
-    has the same origins, so horizons go up to half the rows there are.
+    season, the spacing and the season have no common divisor, so that origins are at all times of the season. All horizons
+    have the same origins, and where there are few rows, so few horizons that there are 20 origins, or half as many as rows.
 
     Cost: at most 12,000 steps of one row and `horizons` steps of 256. Compiled once for data of one shape.
 
@@ -304,9 +304,10 @@ def _free(apply: Callable[..., Any], targets: tuple[int, ...], steps: int, param
 
 
 def _origins(start: int, stop: int, horizons: int, seasons: tuple[int | None, ...]) -> tuple[np.ndarray, int, int]:
-    """Rows to forecast from, of which the first target is at `start` and the last before `stop`; their spacing; the horizons."""
-    horizons = min(horizons, max((stop - start) // 2, 1))
-    possible = stop - start - horizons + 1
+    """Rows to forecast from, their spacing, and the horizons; the first target is at `start`, the last before `stop`."""
+    rows = stop - start
+    horizons = min(horizons, max(rows - MIN_ORIGINS + 1, rows // 2, 1))
+    possible = rows - horizons + 1
     gap = -(-possible // MAX_ORIGINS)
     while any(m is not None and np.gcd(gap, m) > 1 for m in seasons) and gap < possible:
         gap += 1
