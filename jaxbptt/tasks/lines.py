@@ -178,6 +178,7 @@ def _single(line: str) -> str:
 
 
 def _as_utf8(path: str | Path, raw: bytes, encoding: str) -> bytes:
+    name = encoding
     try:
         name = codecs.lookup(encoding).name
         text = raw.decode(name)
