@@ -8,6 +8,7 @@ from typing import Any as _Any
 
 from jaxbptt import analysis as analysis
 from jaxbptt import interop as interop
+from jaxbptt import models as models
 from jaxbptt import scans as scans
 from jaxbptt import tasks as tasks
 from jaxbptt import training as training
@@ -51,6 +52,7 @@ from jaxbptt.cells.lstm import lstm as lstm
 from jaxbptt.cells.rate import RateParams as RateParams
 from jaxbptt.cells.rate import rate as rate
 from jaxbptt.cells.stack import stack as stack
+from jaxbptt.models.model import load as load
 from jaxbptt.network import Network as Network
 from jaxbptt.network import NetworkParams as NetworkParams
 from jaxbptt.network import network as network
@@ -65,6 +67,7 @@ from jaxbptt.scans.truncated import truncated_scan as truncated_scan
 from jaxbptt.scans.windowed import windowed_scan as windowed_scan
 from jaxbptt.textbook import bptt as bptt
 from jaxbptt.training import checkpoints as checkpoints
+from jaxbptt.training import hooks as hooks
 from jaxbptt.training import losses as losses
 from jaxbptt.training import regularizers as regularizers
 from jaxbptt.training import sharding as sharding
@@ -72,6 +75,7 @@ from jaxbptt.training import streams as streams
 from jaxbptt.training.chunks import Chunk as Chunk
 from jaxbptt.training.tbptt import TrainState as TrainState
 from jaxbptt.training.tbptt import tbptt as tbptt
+from jaxbptt.words import install_command as _install_command
 
 __version__ = "0.1.0"
 
@@ -83,4 +87,4 @@ def __getattr__(name: str) -> _Any:
     try:
         return _importlib.import_module("jaxbptt.plots")
     except ModuleNotFoundError as error:
-        raise ImportError(f"jaxbptt.plots needs {error.name}: pip install 'jaxbptt[report]'.") from error
+        raise ImportError(f"jaxbptt.plots needs {error.name}: {_install_command('report')}") from error

@@ -12,12 +12,13 @@ import pytest
 from nbclient import NotebookClient
 
 import jaxbptt as bptt
+from jaxbptt import words
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_contract_names():
-    names = "Cell Adjoint elman gru lstm stack network scan adjoint_scan losses state_jacobians jacobian_products"
+    names = "load Cell Adjoint elman gru lstm stack network scan adjoint_scan losses state_jacobians jacobian_products"
     names += " truncated_scan windowed_scan checkpointed_scan cudnn_scan checkpoint_schedule surviving_paths plan"
     names += (
         " tbptt streams tasks sharding TrainState Chunk as_lax bidirectional valid_from_lengths rate RateParams dropout"
@@ -66,7 +67,9 @@ def test_plots_without_matplotlib_say_what_to_install():
         "try: jaxbptt.plots\nexcept ImportError as error: print(error)"
     )
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert "pip install 'jaxbptt[report]'" in run.stdout
+    assert re.fullmatch(r"jaxbptt\.plots needs matplotlib[.\w]*: (.*)\n", run.stdout)[1] == words.install_command(
+        "report"
+    )
 
 
 def test_unknown_name():
@@ -83,12 +86,13 @@ ALLOWED = {
     "analysis": ("cells", "programs", "scans"),
     "training": ("cells", "programs", "scans", "analysis", "tasks"),
     "tasks": (),
-    "plots": ("analysis", "training"),
+    "plots": ("analysis", "models", "training"),
     "network": ("cells", "scans"),
     "bidirectional": ("cells", "scans"),
-    "interop": ("bidirectional", "cells"),
+    "models": ("cells", "network", "scans", "tasks", "training"),
+    "interop": ("bidirectional", "cells", "models", "network"),
     "textbook": ("cells", "network"),
-    "reports": ("analysis", "cells", "network", "plots", "tasks", "textbook", "training"),
+    "reports": ("analysis", "cells", "models", "network", "plots", "tasks", "textbook", "training"),
 }
 STRATEGIES = ("exact", "adjoint", "truncated", "windowed", "checkpointed", "cudnn")
 

@@ -13,6 +13,7 @@ import pytest
 
 from jaxbptt import tasks
 from jaxbptt.commands import tables
+from jaxbptt.words import install_command
 
 FILES = Path(__file__).parent / "tables"
 NAN = np.nan
@@ -532,7 +533,7 @@ def test_pandas_is_imported_when_a_table_is_read():
         "except jaxbptt.tasks.InputError as error: print(error)"
     )
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert "pandas is not installed: pip install 'jaxbptt[tables]'." in run.stdout
+    assert f"pandas is not installed: {install_command('tables')}" in run.stdout
 
 
 def parse(*arguments):

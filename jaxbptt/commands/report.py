@@ -11,7 +11,7 @@ from jaxbptt import tasks
 from jaxbptt.cells import CELLS
 from jaxbptt.commands import arguments
 from jaxbptt.files import write_whole
-from jaxbptt.words import counted
+from jaxbptt.words import counted, install_command
 
 
 def add_parser(commands: Any) -> None:
@@ -51,7 +51,7 @@ def _report(options: argparse.Namespace) -> None:
 
         from jaxbptt.reports import page, report, wording
     except ModuleNotFoundError as error:
-        raise tasks.InputError(f"{error.name} is not installed: pip install 'jaxbptt[report]'.") from None
+        raise tasks.InputError(f"{error.name} is not installed: {install_command('report')}") from None
 
     console = Console()
     settings: dict[str, Any] = {"hidden": options.hidden, "seed": options.seed, "dtype": jnp.result_type(float)}

@@ -29,3 +29,4 @@ from jaxbptt.tasks.tables import read_csv as read_csv
 from jaxbptt.tasks.tables import read_table as read_table
 from jaxbptt.tasks.task import Sequences as Sequences
 from jaxbptt.tasks.task import Task as Task
+from jaxbptt.tasks.vocabulary import Vocabulary as Vocabulary

@@ -85,6 +85,11 @@ def read_npz(path: str | Path) -> Series:
 
     Its shape is `[time]` or `[time, features]`.
     """
+    return Series(Path(path).name, standardise(npz_values(path)), ())
+
+
+def npz_values(path: str | Path) -> np.ndarray:
+    """The numbers that `read_npz` reads, float64 `[time, features]`, in their own units."""
     read_bytes(path)
     kind = ".npy" if Path(path).suffix == ".npy" else ".npz"
     try:
@@ -103,7 +108,7 @@ def read_npz(path: str | Path) -> Series:
     bad = np.argwhere(~np.isfinite(values))
     if len(bad):
         raise InputError(f"{what} is {values[tuple(bad[0])]} at [time, feature] = {bad[0].tolist()}.")
-    return Series(Path(path).name, standardise(values), ())
+    return values
 
 
 def next_step(series: Series, *, steps: int, batch: int) -> NextStep:

@@ -12,11 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxbptt.tasks.files import InputError, check_numbers
+from jaxbptt.tasks.vocabulary import Vocabulary
 
 # Large enough that numpy's overhead doesn't count, small enough for any machine.
 BLOCK_BYTES = 2**22
-# The second and further bytes of a UTF-8 character.
-_LATER_BYTES = bytes(range(0x80, 0xC0))
 
 
 class MappedText(NamedTuple):
@@ -55,10 +54,7 @@ class MappedText(NamedTuple):
 
         A character that is cut off at either end is left out.
         """
-        raw = bytes(np.array(self.symbols, np.uint8)[np.asarray(numbers)])
-        # Without final=True the decoder holds an incomplete last character back.
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        return decoder.decode(raw[:3].lstrip(_LATER_BYTES) + raw[3:])
+        return Vocabulary(self.symbols).decode(numbers)
 
 
 class MappedArray(NamedTuple):

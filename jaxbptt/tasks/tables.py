@@ -14,7 +14,7 @@ from jaxbptt.tasks.files import InputError, Series, standardise
 from jaxbptt.tasks.lines import NO_DELIMITER, Lines, line_of, load, without_ragged
 from jaxbptt.tasks.missing import Missing, fill
 from jaxbptt.tasks.missing import words as fill_words
-from jaxbptt.words import counted
+from jaxbptt.words import counted, install_command
 
 
 class Table(NamedTuple):
@@ -130,7 +130,7 @@ def read_table(
     try:
         import pandas  # noqa: F401
     except ModuleNotFoundError:
-        raise InputError("pandas is not installed: pip install 'jaxbptt[tables]'.") from None
+        raise InputError(f"pandas is not installed: {install_command('tables')}") from None
     _check_options(
         decimal=(decimal, (None, ".", ",")),
         header=(header, (None, True, False)),

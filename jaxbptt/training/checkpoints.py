@@ -1,7 +1,7 @@
 r"""A training run's state on disk, by orbax: written whole or not at all, and read back only if every byte is as it was.
 
-Beside the arrays is a record: the settings of the run, the name, shape and dtype of every leaf, a SHA-256 of all that and
-of the numbers, and one of each file. It is needed because orbax's array store reads missing data as zeros.
+Beside the arrays is a record: the settings of the run, what else is to be known of it, the name, shape and dtype of every
+leaf, a SHA-256 of all that and of the numbers, and one of each file. It is needed because orbax's array store reads missing data as zeros.
 orbax is imported only where it is used (extra `train`).
 """
 
@@ -13,14 +13,16 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray, Tracer
 
 from jaxbptt.arrays import check_count
 from jaxbptt.trees import is_key
+from jaxbptt.words import install_command
 
 _FORMAT = "jaxbptt checkpoint 1"
 _RECORD = "record.json"
@@ -31,8 +33,29 @@ class CheckpointError(ValueError):
     """A checkpoint that can't be written, read or used; the message says why in one line."""
 
 
+class Record(NamedTuple):
+    """What a checkpoint says of itself.
+
+    Attributes:
+        step: of the checkpoint.
+        settings: what `restore` asks for.
+        info: what else was saved with it.
+    """
+
+    step: int
+    settings: dict[str, Any]
+    info: dict[str, Any]
+
+
 def save(
-    folder: str | Path, step: int, state: Any, settings: Mapping[str, Any], *, keep: int = 3, older: bool = False
+    folder: str | Path,
+    step: int,
+    state: Any,
+    settings: Mapping[str, Any],
+    *,
+    info: Mapping[str, Any] | None = None,
+    keep: int = 3,
+    older: bool = False,
 ) -> Path:
     """Write `folder/step_…`, whole or not at all, then remove all but the newest checkpoints.
 
@@ -44,6 +67,7 @@ def save(
         step: names the checkpoint; larger is newer.
         state: a pytree of arrays, which may include typed keys of `jax.random`; sharded over devices and processes or not.
         settings: what the run was started with, in JSON's types; `restore` asks for the same.
+        info: what else `record` is to tell, such as metrics and versions, in JSON's types; `restore` does not ask for it.
         keep: how many of the newest checkpoints are kept.
         older: allow a step before the newest one in the folder. Both are kept, but `restore` reads the newest.
 
@@ -68,7 +92,7 @@ def save(
     folder = Path(folder).absolute()
     check_count("step", step, "it counts updates", least=0)
     check_count("keep", keep, "it counts checkpoints")
-    step, settings = int(step), _plain(settings)
+    step, settings, info = int(step), _plain(settings), _plain(info or {})
     path = folder / f"step_{step:08d}"
     if path.exists():
         raise CheckpointError(f"{path} exists already: a checkpoint is never overwritten. Use another folder.")
@@ -80,7 +104,7 @@ def save(
         )
     _check_leaves(state)
     named = _named_leaves(state)
-    record = _record(step, named, settings)
+    record = _record(step, named, settings) | {"info": info}
     record["sha256"] = _digest(record, named)
     # Written under another name and renamed at the end, which file systems do at once or not at all. Only one process
     # makes, renames and removes folders; the arrays are written by all, each its own shards.
@@ -119,35 +143,93 @@ def restore(folder: str | Path, like: Any, settings: Mapping[str, Any]) -> Any:
         ImportError: without orbax.
     """
     ocp = _orbax()
+    step, path = _newest(folder)
+    named = _named_leaves(like)
+    record = _read_record(path, step)
+    _compare(path, record, _record(step, named, _plain(settings)))
+    leaves = _restored(ocp, path, record, named)
+    wanted, structure = jax.tree.flatten(like)
+    return structure.unflatten(
+        jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(one)) if is_key(one) else leaf
+        for one, leaf in zip(wanted, leaves.values(), strict=True)
+    )
+
+
+def read(folder: str | Path) -> dict[str, np.ndarray]:
+    """The newest checkpoint's leaves by name, whatever they are: for who does not know what the state looked like.
+
+    Args:
+        folder: what `save` was given.
+
+    Returns:
+        Names, in the form of `jax.tree_util.keystr`, to arrays; random keys as their data.
+
+    Raises:
+        CheckpointError: no checkpoint, or one that is damaged or has another format.
+        ImportError: without orbax.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp
+        >>> from jaxbptt import checkpoints
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = checkpoints.save(folder, 5, {"w": jnp.arange(3.0)}, {"seed": 0}, info={"loss": 0.5})
+        ...     print(checkpoints.read(folder), checkpoints.record(folder).info)
+        {"['w']": array([0., 1., 2.], dtype=float32)} {'loss': 0.5}
+    """
+    ocp = _orbax()
+    step, path = _newest(folder)
+    found = _read_record(path, step)
+    # jnp.dtype knows bfloat16 by name.
+    return _restored(
+        ocp, path, found, {name: np.zeros(shape, jnp.dtype(dtype)) for name, shape, dtype in found["leaves"]}
+    )
+
+
+def record(folder: str | Path) -> Record:
+    """What the newest checkpoint says of itself, without its arrays.
+
+    Args:
+        folder: what `save` was given.
+
+    Returns:
+        A `Record`.
+
+    Raises:
+        CheckpointError: no checkpoint, or one that is damaged or has another format.
+    """
+    step, path = _newest(folder)
+    found = _read_record(path, step)
+    return Record(step, found["settings"], found.get("info", {}))
+
+
+def latest(folder: str | Path) -> int | None:
+    """The step of the newest complete checkpoint; None if there is none."""
+    return max(_steps(Path(folder)), default=None)
+
+
+def _newest(folder: str | Path) -> tuple[int, Path]:
+    """The newest checkpoint: its step and its own folder."""
     folder = Path(folder).absolute()
     step = latest(folder)
     if step is None:
         raise CheckpointError(f"{folder} holds no checkpoint: there is nothing to go on from.")
-    path = folder / f"step_{step:08d}"
-    named = _named_leaves(like)
-    record = _read_record(path, step)
-    _compare(path, record, _record(step, named, _plain(settings)))
+    return step, folder / f"step_{step:08d}"
+
+
+def _restored(ocp: Any, path: Path, record: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves by name, like those given in shape, dtype and sharding, every bit as it was saved."""
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         arrays = ocp.args.StandardRestore(jax.tree.map(_abstract, _by_number(named)))
         try:
             restored = checkpointer.restore(path / "state", args=arrays)
         except Exception as error:  # orbax passes on what file systems and its array store raise
             raise _damaged(path, _one_line(error)) from None
-    leaves = [
-        (name, restored[f"{number:05d}"] if leaf.size else leaf) for number, (name, leaf) in enumerate(named.items())
-    ]
-    if _digest(record, dict(leaves)) != record["sha256"]:
+    leaves = {
+        name: restored[f"{number:05d}"] if leaf.size else leaf for number, (name, leaf) in enumerate(named.items())
+    }
+    if _digest(record, leaves) != record["sha256"]:
         raise _damaged(path, "its numbers are not those that were saved")
-    wanted, structure = jax.tree.flatten(like)
-    return structure.unflatten(
-        jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(one)) if is_key(one) else leaf
-        for one, (_, leaf) in zip(wanted, leaves, strict=True)
-    )
-
-
-def latest(folder: str | Path) -> int | None:
-    """The step of the newest complete checkpoint; None if there is none."""
-    return max(_steps(Path(folder)), default=None)
+    return leaves
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,7 +244,7 @@ def _orbax() -> Any:
     try:
         import orbax.checkpoint as ocp
     except ModuleNotFoundError as error:
-        raise ImportError(f"{error.name} is not installed: pip install 'jaxbptt[train]'.", name=error.name) from None
+        raise ImportError(f"{error.name} is not installed: {install_command('train')}", name=error.name) from None
     return ocp
 
 
@@ -240,7 +322,7 @@ def _record(step: int, named: Mapping[str, Any], settings: Mapping[str, Any]) ->
 
 
 def _digest(record: Mapping[str, Any], named: Mapping[str, Any]) -> str:
-    described = {key: record[key] for key in ("format", "step", "settings", "leaves")}
+    described = {key: record[key] for key in ("format", "step", "settings", "leaves", "info") if key in record}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for leaf in named.values():
         digest.update(np.ascontiguousarray(_on_host(leaf)).reshape(-1).view(np.uint8).data)
