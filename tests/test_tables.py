@@ -232,8 +232,8 @@ def test_lines_are_those_of_an_editor():
 BAD = {
     "two columns of text": (
         "a,b,c\nx,1,u\ny,2,v\n",
-        r"line 2, column 1 \(a\): 'x' is not a finite number\. Columns 1, 3 have such cells: leave them out with --drop 1 3, or name "
-        r"those to keep with --columns\.",
+        r"line 2, column 1 \(a\): 'x' is not a finite number\. Columns 1, 3 have such cells: leave them out with "
+        r"--drop 1 3, or name those to keep with --columns\.",
     ),
     "inf": ("a\n1\ninf\n", r"line 3, column 1 \(a\): 'inf' is not a finite number\."),
     "too large": ("a\n1\n1e999\n", r"line 3, column 1 \(a\): '1e999' is not a finite"),

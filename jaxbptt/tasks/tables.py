@@ -243,7 +243,7 @@ def _check_missing(
         number = int((~observed).sum())
         raise InputError(
             f"{where}: the cell is missing{f', the first of {number:,}' if number > 1 else ''}. Repeat the last value with "
-            "--missing hold, draw a line with --missing interpolate, or leave such cells out of the loss with --missing mask."
+            "--missing hold, draw a line with --missing interpolate, or keep such cells out of the loss with --missing mask."
         )
     empty = np.flatnonzero(~observed.any(axis=0))
     if len(empty):
