@@ -230,6 +230,11 @@ def test_lines_are_those_of_an_editor():
 
 # what is wrong with the text of a file, and with which words it is refused
 BAD = {
+    "two columns of text": (
+        "a,b,c\nx,1,u\ny,2,v\n",
+        r"line 2, column 1 \(a\): 'x' is not a finite number\. Columns 1, 3 have such cells: leave them out with "
+        r"--drop 1 3, or name those to keep with --columns\.",
+    ),
     "inf": ("a\n1\ninf\n", r"line 3, column 1 \(a\): 'inf' is not a finite number\."),
     "too large": ("a\n1\n1e999\n", r"line 3, column 1 \(a\): '1e999' is not a finite"),
     "hexadecimal": ("a\n0x10\n1\n", r"line 2, column 1 \(a\): '0x10' is not"),
@@ -245,6 +250,7 @@ BAD = {
     "a letter for a digit": ("1O\n12\n13\n", r"line 1: '1O' may be names or data\. .*--header yes or --header no"),
     "names of years": ("station,2020,2021\nOslo,1,2\n", r"line 1, column 1: 'station' is not .*names: --header yes"),
     "years": ("2019,2020\n1.5,2.5\n", r"line 1: '2019, 2020' may be names or data"),
+    "numbers of columns": ("0,1,2\n3,4,5\n", r"line 1: '0, 1, 2' may be names or data\. .*--header yes or --header no"),
     "index and numbers": ("time,0,1\n0.1,2,3\n", r"line 1: 'time, 0, 1' may be names or data"),
     "a number or two": (
         "1\n2,5\n",
@@ -267,7 +273,10 @@ BAD = {
     "empty": ("", r"a\.csv is empty\."),
     "UTF-16": ("a\n1\n".encode("utf-16"), r"is not UTF-8 text: byte 0 \(line 1\) is 0xff.*--encoding utf-16"),
     "UTF-16 without mark": ("a\n1\n".encode("utf-16-le"), r"has bytes 0, .*--encoding utf-16-le"),
-    "a spreadsheet": (b"PK\x03\x04\x14\x00\x06\x00\x08\xe9", r"is a spreadsheet or a zip archive, not text: save the table as CSV"),
+    "a spreadsheet": (
+        b"PK\x03\x04\x14\x00\x06\x00\x08\xe9",
+        r"is a spreadsheet or a zip archive, not text: save the table as CSV",
+    ),
     "half a gzip": (gzip.compress(b"a\n" + b"1\n" * 100)[:-9], r"is not a readable gzip file"),
 }
 
@@ -296,6 +305,8 @@ GOOD = {
     "one name settles delimiters": ("a\n1,5\n2\n", {}, [[1.5], [2]]),
     "a late comma": ("a;b\n" + "1;2\n" * 1500 + "3;4,5\n", {}, [[1, 2]] * 1500 + [[3, 4.5]]),
     "labels with commas": ("Oslo, N;1,5\nBonn, D;2,5\n", {"drop": [1]}, [[1.5], [2.5]]),
+    "labels without commas": ("Oslo;1,5\nBonn;2,5\n", {"drop": [1]}, [[1.5], [2.5]]),
+    "dates with blanks": ("2024-01-01 00:00;1,5\n2024-01-01 01:00;2,5\n", {"drop": [1]}, [[1.5], [2.5]]),
     "rows numbered": (",0,1\n0,1.5,2.5\n1,2.5,3.5\n", {}, [[1.5, 2.5], [2.5, 3.5]]),
     "rows that count, chosen": (",x\n0,1.5\n1,2.5\n", {"columns": [1, "x"]}, [[0, 1.5], [1, 2.5]]),
     "a delimiter named inside": ("sep=;\na;b\n1;2\n", {}, [[1, 2]]),
@@ -393,6 +404,34 @@ def test_columns_by_name_and_position(tmp_path):
         table.positions(["id"], option="--target")
     with pytest.raises(tasks.InputError, match=r"no rows of numbers"):
         read(tmp_path, "a\n1\n", drop=["a"])
+
+
+def test_rows_are_read_in_pieces_as_in_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxbptt.tasks.tables.lines._CELLS", 1)  # pieces of 100 rows
+    days = np.datetime64("2024-01-01") + np.arange(250)
+    rows = [f"{day},{i / 4},{'' if i == 199 else -i}\n" for i, day in enumerate(days)]
+    text = "day,a,b\n" + "".join(rows[:150]) + "\n" + "".join(rows[150:])
+    table = read(tmp_path, text, missing="mask")
+    np.testing.assert_array_equal(table.times, days)
+    np.testing.assert_array_equal(table.values[:, 0], np.arange(250) / 4)
+    np.testing.assert_array_equal(table.values[:, 1], [-(i - (i == 199)) for i in range(250)])
+    assert np.argwhere(~table.observed).tolist() == [[199, 1]]
+    with pytest.raises(tasks.InputError, match=r"line 202, column 3 \(b\): the cell is missing"):
+        read(tmp_path, text)
+    for wrong in (98, 99, 100, 101, 199, 200):
+        long = [*rows[:wrong], f"{days[wrong]},1,2,\n", *rows[wrong:199]]
+        with pytest.raises(tasks.InputError, match=rf"line {wrong + 2}: 4 cells, but 3 columns"):
+            read(tmp_path, "day,a,b\n" + "".join(long))
+
+
+def test_rows_left_out_are_counted(tmp_path):
+    table = read(tmp_path, "a,b\n1,2\n   \n3\n4,5\n,\n", ragged="drop")
+    assert table.values.tolist() == [[1, 2], [4, 5]]
+    assert table.read_as[1:] == (
+        "1 row not of 2 cells left out: line 4",
+        "1 blank line is no row",
+        "1 row of empty cells at the end left out",
+    )
 
 
 def test_unknown_options(tmp_path):

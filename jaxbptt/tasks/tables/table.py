@@ -6,14 +6,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxbptt.tasks import dates as date_columns
-from jaxbptt.tasks.body import Body, choose, place
-from jaxbptt.tasks.columns import chosen, find, names_of
-from jaxbptt.tasks.dialect import delimiter_of, likeliest, option, readings
 from jaxbptt.tasks.files import InputError, Series, standardise
-from jaxbptt.tasks.lines import NO_DELIMITER, Lines, line_of, load, without_ragged
-from jaxbptt.tasks.missing import Missing, fill
-from jaxbptt.tasks.missing import words as fill_words
+from jaxbptt.tasks.tables import dates as date_columns
+from jaxbptt.tasks.tables.body import Body, choose, place
+from jaxbptt.tasks.tables.columns import chosen, find, names_of
+from jaxbptt.tasks.tables.dialect import delimiter_of, likeliest, option, readings
+from jaxbptt.tasks.tables.lines import NO_DELIMITER, Lines, line_of, load, without_ragged
+from jaxbptt.tasks.tables.missing import Missing, fill
+from jaxbptt.tasks.tables.missing import words as fill_words
 from jaxbptt.words import counted, install_command
 
 
@@ -243,7 +243,7 @@ def _check_missing(
         number = int((~observed).sum())
         raise InputError(
             f"{where}: the cell is missing{f', the first of {number:,}' if number > 1 else ''}. Repeat the last value with "
-            "--missing hold, draw a line with --missing interpolate, or leave such cells out of the loss with --missing mask."
+            "--missing hold, draw a line with --missing interpolate, or keep such cells out of the loss with --missing mask."
         )
     empty = np.flatnonzero(~observed.any(axis=0))
     if len(empty):

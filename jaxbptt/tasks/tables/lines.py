@@ -141,8 +141,8 @@ def ragged(lines: Lines, line: int, cells: int, width: int, table_from: int | No
     """What is wrong with a row of another length; `table_from`: the line where rows of the usual length begin."""
     words = f"{lines.path}, line {line}: {counted(cells, 'cell')}, but {counted(width, 'column')}. "
     if table_from is not None and table_from > line:
-        words += f"If the table begins in line {table_from}: --skip {table_from - 1}. If not, give every row the same number."
-        return words
+        words += f"If the table begins in line {table_from}: --skip {table_from - 1}. "
+        return words + "If not, give every row the same number."
     return words + "Give every row the same number, or leave such rows out with --ragged drop."
 
 
@@ -178,6 +178,7 @@ def _single(line: str) -> str:
 
 
 def _as_utf8(path: str | Path, raw: bytes, encoding: str) -> bytes:
+    name = encoding
     try:
         name = codecs.lookup(encoding).name
         text = raw.decode(name)

@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxbptt.tasks import dates
-from jaxbptt.tasks.cells import BLANKS, numbers
-from jaxbptt.tasks.dialect import Reading, option
 from jaxbptt.tasks.files import InputError
-from jaxbptt.tasks.lines import NO_DELIMITER, Lines, frames, is_blank, line_of, ragged, rows
+from jaxbptt.tasks.tables import dates
+from jaxbptt.tasks.tables.cells import BLANKS, numbers
+from jaxbptt.tasks.tables.dialect import Reading, option
+from jaxbptt.tasks.tables.lines import NO_DELIMITER, Lines, frames, is_blank, line_of, ragged, rows
 from jaxbptt.words import counted
 
 
@@ -162,10 +162,13 @@ def _refuse_cell(lines: Lines, body: Body) -> None:
         wrong = "is not a date as those above it are"
     elif numbers(np.array([cell], object), other).bad is None:
         wrong += f" where {reading.decimal!r} is the decimal mark, as in other cells"
+    drop = " ".join(str(i + 1) for i in sorted({i for _, i, _ in body.bad}))
+    out = "Leave the column out with"
+    if " " in drop:
+        out = f"Columns {drop.replace(' ', ', ')} have such cells: leave them out with"
     names = " If this line has names: --header yes." if row == 0 and reading.header is False else ""
     raise InputError(
-        f"{where}: {cell[:40]!r} {wrong}.{names} Leave the column out with --drop {column + 1}, or name those to keep with "
-        "--columns."
+        f"{where}: {cell[:40]!r} {wrong}.{names} {out} --drop {drop}, or name those to keep with --columns."
     )
 
 
