@@ -121,7 +121,8 @@ def section(name, seeds, **changes):
     )
     return (
         f"## {ABOUT[name]}\n\n{length:,} rows, the last {VALIDATION:.0%} for validation, forecasts from {errors.origins} of "
-        f"them. {settings}, {options['updates']:,} updates with Adam, from {options['learning-rate']:g} to 0 as a cosine.\n\n"
+        f"them. {settings}, {options['updates']:,} updates with Adam, from {options['learning-rate']:g} to 0 as a "
+        "cosine.\n\n"
         + harness.table(
             ("column", "steps ahead", "seed", "network", "persistence", "seasonal naive", "better by a factor of"), rows
         )
@@ -141,7 +142,7 @@ def main():
     texts.append(
         "Root mean squared errors on validation data, in the series' own units. The network runs freely: it reads its own "
         "predictions. Persistence is the last value, the seasonal naive forecast the value one season ago. The season is "
-        "found on the training part; Lorenz's equations have none, and are given the mean time of a turn around a wing."
+        "found on the training part. Lorenz's equations have none, and are given the mean time of a turn around a wing."
     )
     for name in options.only or SERIES:
         texts.append(section(name, (0,) if options.quick else (0, 1, 2), **changes))

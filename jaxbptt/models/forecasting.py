@@ -41,8 +41,8 @@ class ValidationErrors(NamedTuple):
         persistence: `[horizons, columns]`, of the last value.
         seasonal: `[horizons, columns]`, of the seasonal naive forecast; nan without a season.
         observed: `[horizons, columns]`, how many of the targets were observed, and count.
-        quantiles: `[levels, horizons, columns]` of the network's absolute errors: with n of them, the ⌈(n + 1) p⌉-th smallest
-            for the level p of `LEVELS`; nan where that is more than n.
+        quantiles: `[levels, horizons, columns]` of the network's absolute errors: with n of them, the ⌈(n + 1) p⌉-th
+            smallest for the level p of `LEVELS`; nan where that is more than n.
     """
 
     columns: tuple[str, ...]
