@@ -77,8 +77,8 @@ def compile_run(
         InputError: an update needs more memory than there is.
     """
     network = build(architecture)
-    functions = tbptt(
-        _loss(network, architecture, training["dropout"]),
+    init, update = tbptt(
+        _loss(network, architecture, training=True),
         optimizer(
             training["optimizer"],
             training["learning_rate"],
@@ -90,7 +90,8 @@ def compile_run(
         clip=optax.clip_by_global_norm(training["clip"]),
         has_aux=True,
     )
-    init, update = functions
+    # Nothing is dropped in a validation.
+    without_dropout = tbptt(_loss(network, architecture, training=False), optax.identity(), has_aux=True)
     key_params, key_run = jax.random.split(jax.random.key(training["seed"]))
 
     def start() -> TrainState:
@@ -109,7 +110,7 @@ def compile_run(
     compiled = jax.jit(update, donate_argnums=0, **options).lower(like, place(source.training.at(0))).compile()
     _check_memory(compiled, 1 if mesh is None else len(mesh.local_devices))
     state = start() if state is None else state
-    evaluate = jax.jit(functions.evaluate)
+    evaluate = jax.jit(without_dropout.evaluate)
     # A copy, since `update` donates its state.
     fresh = jax.tree.map(jnp.copy, state._replace(params=(), opt_state=()))
 
@@ -129,11 +130,12 @@ def compile_run(
     )
 
 
-def _loss(network: ModelNetwork, architecture: Architecture, dropout: float) -> Callable[..., Any]:
+def _loss(network: ModelNetwork, architecture: Architecture, *, training: bool) -> Callable[..., Any]:
     """The loss of a chunk, with what it is the mean of as aux: how many steps, or entries."""
     width, targets = architecture.inputs, list(architecture.targets)
 
     def loss(params, carry, chunk, *, scan, key):
+        key = key if training else None
         if architecture.text:
             carry, logits = network.apply(params, carry, chunk.xs, scan=scan, key=key)
             return losses.cross_entropy(logits, chunk.targets, mask=chunk.mask), (carry, jnp.sum(chunk.mask))
