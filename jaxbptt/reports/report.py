@@ -50,6 +50,7 @@ class CellReport(NamedTuple):
         horizon: the lag from which on less than 1 % of that gradient is still to come, the longest over its leaves.
         singular_values: of ∂h_T/∂hₜ on the first row of the batch, or `None` where the dense Jacobians would not fit.
         bound_rate: γ σ_max(W_hh) for the Elman cell, `None` for the others.
+        loss: the mean over all steps and rows.
     """
 
     name: str
@@ -62,6 +63,7 @@ class CellReport(NamedTuple):
     horizon: int | None = None
     singular_values: LogSingularValues | None = None
     bound_rate: float | None = None
+    loss: float | None = None
 
 
 class Entry(NamedTuple):
@@ -148,7 +150,8 @@ def stages(entry: Entry) -> list[Stage]:
             gradients = {"Jacobian products": partial(_by_jacobian_products, entry)} | gradients
         result = certify(cell, params, init, xs, mean_loss, gradients=gradients, repeats=3, progress=show)
         left_out = f"Jacobian products, singular values and lags: {dense_bytes / 2**30:.1f} GiB of dense matrices"
-        return {"certificate": result, "left_out": () if dense else (left_out,)}
+        value = jax.jit(lambda params, init, xs: mean_loss(*scan(cell, params, init, xs)))(params, init, xs)
+        return {"certificate": result, "left_out": () if dense else (left_out,), "loss": float(value)}
 
     def truncation(show):
         lengths = [2**i for i in range(len(xs).bit_length())]

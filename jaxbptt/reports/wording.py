@@ -1,5 +1,6 @@
 r"""The report in words: sentences and tables, the same in the terminal and on the page."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,32 @@ class Table(NamedTuple):
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+
+class Section(NamedTuple):
+    """What a report says beside the gradient.
+
+    Attributes:
+        title: of the section.
+        sentences: above the table.
+        table: of numbers.
+        warnings: below it.
+    """
+
+    title: str
+    sentences: tuple[str, ...]
+    table: Table
+    warnings: tuple[str, ...] = ()
+
+
+def losses_section(reports: Sequence[CellReport], easy: tuple[str, float], unit: str) -> Section:
+    """The loss of networks on the sequences of the report, beside that of what is easy."""
+    rows = [(report.name, report.loss) for report in reports] + [easy]
+    return Section(
+        "What was learnt",
+        (f"The mean loss on the sequences of this report, in {unit}.",),
+        Table(("", "mean loss"), tuple((name, "" if loss is None else f"{loss:.4g}") for name, loss in rows)),
+    )
 
 
 def certificate_table(certificate: Certificate) -> Table:

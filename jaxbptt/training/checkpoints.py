@@ -179,7 +179,9 @@ def read(folder: str | Path) -> dict[str, np.ndarray]:
     step, path = _newest(folder)
     found = _read_record(path, step)
     # jnp.dtype knows bfloat16 by name.
-    return _restored(ocp, path, found, {name: np.zeros(shape, jnp.dtype(dtype)) for name, shape, dtype in found["leaves"]})
+    return _restored(
+        ocp, path, found, {name: np.zeros(shape, jnp.dtype(dtype)) for name, shape, dtype in found["leaves"]}
+    )
 
 
 def record(folder: str | Path) -> Record:
