@@ -67,6 +67,7 @@ from jaxbptt.scans.truncated import truncated_scan as truncated_scan
 from jaxbptt.scans.windowed import windowed_scan as windowed_scan
 from jaxbptt.textbook import bptt as bptt
 from jaxbptt.training import checkpoints as checkpoints
+from jaxbptt.training import hooks as hooks
 from jaxbptt.training import losses as losses
 from jaxbptt.training import regularizers as regularizers
 from jaxbptt.training import sharding as sharding
@@ -74,6 +75,7 @@ from jaxbptt.training import streams as streams
 from jaxbptt.training.chunks import Chunk as Chunk
 from jaxbptt.training.tbptt import TrainState as TrainState
 from jaxbptt.training.tbptt import tbptt as tbptt
+from jaxbptt.words import install_command as _install_command
 
 __version__ = "0.1.0"
 
@@ -85,4 +87,4 @@ def __getattr__(name: str) -> _Any:
     try:
         return _importlib.import_module("jaxbptt.plots")
     except ModuleNotFoundError as error:
-        raise ImportError(f"jaxbptt.plots needs {error.name}: pip install 'jaxbptt[report]'.") from error
+        raise ImportError(f"jaxbptt.plots needs {error.name}: {_install_command('report')}") from error

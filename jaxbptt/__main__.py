@@ -1,12 +1,15 @@
-r"""The command line: `python -m jaxbptt report` and `python -m jaxbptt train`."""
+r"""The command line: `python -m jaxbptt`, or `jaxbptt` where the package is installed, and the name of a command."""
 
 import argparse
+import platform
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jaxbptt import tasks
-from jaxbptt.commands import report, train
+import jax
+
+from jaxbptt import __version__, tasks
+from jaxbptt.commands import export, report, sample, train
 from jaxbptt.training.checkpoints import CheckpointError
 
 
@@ -31,9 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="jaxbptt", description="The gradient of a recurrent network through time, by every method.")
+    version = f"jaxbptt {__version__}, jax {jax.__version__}, Python {platform.python_version()}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     report.add_parser(commands)
     train.add_parser(commands)
+    sample.add_parser(commands)
+    export.add_parser(commands)
     return parser
 
 

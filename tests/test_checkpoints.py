@@ -278,7 +278,7 @@ def test_without_orbax(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
     monkeypatch.delattr(sys.modules.get("orbax", sys), "checkpoint", raising=False)
     for call in (lambda: save(tmp_path, 1, make(), SETTINGS), lambda: restore(tmp_path, make(), SETTINGS)):
-        with pytest.raises(ImportError, match=r"orbax.checkpoint is not installed: pip install 'jaxbptt\[train\]'"):
+        with pytest.raises(ImportError, match=r"orbax.checkpoint is not installed: .*pip install .*\[train\]'"):
             call()
 
 

@@ -42,6 +42,47 @@ def test_both_biases_of_torch_count():
     assert params.b_hn.tolist() == [3, 3]
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"readout.weight": np.ones((4, 3))}, r"readout.weight has shape \(4, 3\), but \[\*, 2\] is expected"),
+        ({"readout.bias": np.ones(3)}, r"readout.bias has shape \(3,\), but \[4\] is expected"),
+        ({"embedding.weight": np.ones((9, 2))}, r"embedding.weight has shape \(9, 2\), but \[\*, 3\] is expected"),
+        ({"dropout.weight": np.ones(2)}, r"'dropout.weight' belongs to no part of a module as `to_torch` describes it"),
+        ({"rnn.weight_ih_l1": np.ones((8, 2))}, r"'weight_hh_l1' is missing"),
+    ],
+)
+def test_modules_with_a_read_out_that_do_not_fit(changed, message):
+    fitting = {
+        "rnn.weight_ih_l0": np.ones((8, 3)),
+        "rnn.weight_hh_l0": np.ones((8, 2)),
+        "readout.weight": np.ones((4, 2)),
+        "readout.bias": np.ones(4),
+        "embedding.weight": np.ones((9, 3)),
+    }
+    params = interop.from_torch(fitting)
+    assert [leaf.shape for leaf in jax.tree.leaves(params)] == [(8, 3), (8, 2), (8,), (4, 2), (4,), (9, 3)]
+    del fitting["readout.bias"]
+    assert interop.from_torch(fitting).b_y.tolist() == [0] * 4
+    with pytest.raises(ValueError, match=message):
+        interop.from_torch(fitting | changed)
+
+
+def test_layers_that_torch_has_not():
+    key = jax.random.key(0)
+    normalised = bptt.lstm(3, 4, layer_norm=True).init(key)
+    to_torch = inspect.unwrap(interop.to_torch)
+    network = bptt.network(bptt.lstm(3, 4, layer_norm=True), 2).init(key)
+    for params in (normalised, [normalised], network):
+        with pytest.raises(TypeError, match=r"Layer 0 is a LayerNormLSTMParams, but .* torch has no other cells"):
+            to_torch(params)
+    for upper in (bptt.gru(4, 4), bptt.lstm(4, 5)):
+        with pytest.raises(
+            ValueError, match=r"Layer 0 is LSTMParams of hidden size 4 and layer 1 .* of one kind and size"
+        ):
+            to_torch(bptt.network(bptt.stack(bptt.lstm(3, 4), upper), 2).init(key))
+
+
 @pytest.mark.parametrize("name", ["elman", "gru", "lstm"])
 def test_bfloat16(name):
     """numpy as torch knows it has no bfloat16: float32 arrays go there, and the same numbers come back."""

@@ -239,3 +239,21 @@ def test_labels_of_few_bits_and_more_classes_than_they_can_hold(dtype):
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_single_features_masked():
+    """What was not observed counts in neither sum nor number, and nan there changes nothing."""
+    outputs, targets = jax.random.normal(jax.random.key(0), (2, 3, 4, 2))
+    mask = jax.random.bernoulli(jax.random.key(1), 0.6, outputs.shape)
+    squares = np.asarray((outputs - targets) ** 2)[np.asarray(mask)]
+    spoilt = jnp.where(mask, targets, jnp.nan)
+    value, gradient = jax.value_and_grad(losses.mean_squared_error)(outputs, spoilt, mask=mask)
+    np.testing.assert_allclose(value, squares.mean())
+    assert np.isfinite(gradient).all()
+    np.testing.assert_allclose(losses.mean_squared_error(outputs, spoilt, mask=mask, reduction="sum"), squares.sum() / 2)
+    every = jnp.ones(outputs.shape, bool)
+    for reduction in ("mean", "sum"):
+        np.testing.assert_allclose(
+            losses.mean_squared_error(outputs, targets, mask=every, reduction=reduction),
+            losses.mean_squared_error(outputs, targets, reduction=reduction),
+        )

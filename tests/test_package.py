@@ -12,6 +12,7 @@ import pytest
 from nbclient import NotebookClient
 
 import jaxbptt as bptt
+from jaxbptt import words
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,7 +67,9 @@ def test_plots_without_matplotlib_say_what_to_install():
         "try: jaxbptt.plots\nexcept ImportError as error: print(error)"
     )
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert "pip install 'jaxbptt[report]'" in run.stdout
+    assert re.fullmatch(r"jaxbptt\.plots needs matplotlib[.\w]*: (.*)\n", run.stdout)[1] == words.install_command(
+        "report"
+    )
 
 
 def test_unknown_name():
@@ -87,7 +90,7 @@ ALLOWED = {
     "network": ("cells", "scans"),
     "bidirectional": ("cells", "scans"),
     "models": ("cells", "network", "scans", "tasks", "training"),
-    "interop": ("bidirectional", "cells", "models"),
+    "interop": ("bidirectional", "cells", "models", "network"),
     "textbook": ("cells", "network"),
     "reports": ("analysis", "cells", "models", "network", "plots", "tasks", "textbook", "training"),
 }

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxbptt as bptt
-from jaxbptt import tasks
+from jaxbptt import tasks, words
 from jaxbptt.__main__ import main
 from jaxbptt.commands import report as command
 from jaxbptt.reports import page, report, wording
@@ -159,7 +159,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, ar
 def test_without_the_report_extra(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "rich.console", None)
     assert main(["report", *SMALL, "--output", str(tmp_path / "r.html")]) == 2
-    assert "is not installed: pip install 'jaxbptt[report]'" in capsys.readouterr().err
+    assert f"is not installed: {words.install_command('report')}\n" in capsys.readouterr().err
 
 
 def test_a_failed_write_is_one_line(monkeypatch, tmp_path, capsys):

@@ -9,7 +9,7 @@ import pytest
 from reference import EXACT, cases
 
 import jaxbptt as bptt
-from jaxbptt import interop
+from jaxbptt import interop, models
 
 torch = pytest.importorskip("torch")
 
@@ -145,6 +145,79 @@ def test_torch_reads_ours(name):
         np.testing.assert_array_equal(leaf, back)
 
 
+class Net(torch.nn.Module):
+    """As the docstring of `to_torch` describes it."""
+
+    def __init__(self, kind, inputs, outputs, *, layers=1, bias=True, symbols=None):
+        super().__init__()
+        if symbols is not None:
+            self.embedding = torch.nn.Embedding(symbols, inputs)
+        self.rnn = getattr(torch.nn, MODULES[kind])(inputs, HIDDEN, layers)
+        self.readout = torch.nn.Linear(HIDDEN, outputs, bias=bias)
+
+    def forward(self, xs, state=None):
+        hs, state = self.rnn(self.embedding(xs) if hasattr(self, "embedding") else xs, state)
+        return self.readout(hs), state
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.costly
+def test_networks_with_a_read_out(name, layers, bias):
+    make = getattr(bptt, name)
+    cells = [make(size, HIDDEN) for size in [INPUT, HIDDEN][:layers]]
+    cell = cells[0] if layers == 1 else bptt.stack(*cells)
+    net = bptt.network(cell, 2, bias=bias)
+    params = random(net.init(jax.random.key(0)))
+    module = loaded(Net(name, INPUT, 2, layers=layers, bias=bias), params)
+    xs = np.random.default_rng(1).normal(size=(STEPS, BATCH, INPUT)).astype(np.float32)
+    close(net.apply(params, cell.initial_carry((BATCH,)), xs, scan=bptt.scan)[1], module(torch.as_tensor(xs))[0])
+    same(interop.from_torch(module), params)
+
+
+@pytest.mark.parametrize("embedding", [3, None])
+def test_models_of_text(embedding):
+    symbols = 7
+    net = models.build(models.Architecture("lstm", HIDDEN, 2, symbols, symbols, text=True, embedding=embedding))
+    params = random(net.init(jax.random.key(0)))
+    size = {"symbols": symbols} if embedding else {}
+    module = loaded(Net("lstm", embedding or symbols, symbols, layers=2, **size), params)
+    xs = np.random.default_rng(1).integers(0, symbols, (STEPS, BATCH))
+    theirs = torch.as_tensor(xs)
+    theirs = theirs if embedding else torch.nn.functional.one_hot(theirs, symbols).float()
+    close(net.apply(params, net.cell.initial_carry((BATCH,)), xs, scan=bptt.scan)[1], module(theirs)[0])
+    back = interop.from_torch(module)
+    assert type(back) is (models.ModelParams if embedding else bptt.NetworkParams)
+    same(back, params)
+
+
+def test_models_of_numbers():
+    """The network predicts changes, which torch's module leaves to who calls it."""
+    targets, change = (2, 0), np.array([0.5, 2.0], np.float32)
+    net = models.build(models.Architecture("gru", HIDDEN, 1, 3, 2, text=False, targets=targets, change=tuple(change)))
+    params = random(net.init(jax.random.key(0)))
+    xs = np.random.default_rng(1).normal(size=(STEPS, 3)).astype(np.float32)
+    theirs = loaded(Net("gru", 3, 2), params)(torch.as_tensor(xs))[0].detach().numpy()
+    close(net.apply(params, net.cell.initial_carry(), xs)[1], xs[:, targets] + change * theirs)
+
+
+def random(params):
+    """Every weight drawn, so that biases count too."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, leaf.dtype), params)
+
+
+def loaded(module, params):
+    module.load_state_dict({key: torch.as_tensor(array) for key, array in interop.to_torch(params).items()})
+    return module
+
+
+def same(ours, theirs):
+    for leaf, back in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+        np.testing.assert_array_equal(leaf, back)
+
+
 def test_cross_entropy_is_torchs():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(6, 4, 5)).astype(np.float32), rng.integers(0, 5, (6, 4))
@@ -168,3 +241,7 @@ def test_bfloat16_modules(name):
 def test_a_module_with_relu_is_refused():
     with pytest.raises(ValueError, match="nonlinearity is 'relu', but the Elman cell's is tanh"):
         interop.from_torch(torch.nn.RNN(INPUT, HIDDEN, nonlinearity="relu"))
+    module = Net("elman", INPUT, 2)
+    module.rnn = torch.nn.RNN(INPUT, HIDDEN, nonlinearity="relu")
+    with pytest.raises(ValueError, match="nonlinearity is 'relu'"):
+        interop.from_torch(module)

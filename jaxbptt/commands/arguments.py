@@ -1,10 +1,11 @@
-"""What the commands' options share: checked numbers, and files that can be written."""
+"""What the commands' options share: checked numbers, files that can be written, and the trained model to use."""
 
 import argparse
 import math
 import os
 from pathlib import Path
 
+from jaxbptt.models.model import Model, load
 from jaxbptt.tasks import InputError
 
 
@@ -22,6 +23,27 @@ def add_source(parser: argparse.ArgumentParser, *, npz: str) -> None:
     source.add_argument("--text", metavar="FILE", help="predict the next character of a UTF-8 text")
     source.add_argument("--csv", metavar="FILE", help="predict the next row of numeric columns")
     source.add_argument("--npz", metavar="FILE", help=npz)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The options that name a trained model."""
+    parser.add_argument("folder", metavar="FOLDER", help="folder of the checkpoints that `train` has saved")
+    parser.add_argument(
+        "--which", choices=("best", "last"), default="best", help="the checkpoint: the best on validation, or the last"
+    )
+
+
+def load_model(options: argparse.Namespace) -> Model:
+    """The model that the options name.
+
+    Raises:
+        CheckpointError: no model, or a damaged one.
+        InputError: without orbax.
+    """
+    try:
+        return load(options.folder, which=options.which)
+    except ImportError as error:
+        raise InputError(str(error)) from None
 
 
 def size(text: str) -> int:

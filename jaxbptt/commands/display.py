@@ -1,12 +1,14 @@
 """What a run shows: a progress bar on a terminal, and a line at each validation."""
 
 import math
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
+from rich.table import Table
 
 from jaxbptt.commands.run import Progress
 
@@ -44,16 +46,30 @@ class Display:
             self._task,
             completed=progress.share,
             update=f"{progress.update:,}",
-            words=f"{progress.training:.3f} {self._measured_in}, {progress.rate:.1f} updates/s{left}",
+            words=f"{_loss(progress.training)} {self._measured_in}, {progress.rate:.1f} updates/s{left}",
         )
         if progress.validation is not None:
             self._console.print(
-                f"update {progress.update:,}: {progress.training:.3f}, validation {progress.validation:.3f} "
+                f"update {progress.update:,}: {_loss(progress.training)}, validation {_loss(progress.validation)} "
                 f"{self._measured_in}, {progress.rate:.1f} updates/s{left}"
             )
+
+
+def _loss(value: float) -> str:
+    return f"{value:.3f}" if value < 1e4 else f"{value:.3g}"
 
 
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table for a terminal: the first column to the left, numbers to the right."""
+    shown = Table(title=title, title_justify="left")
+    for i, column in enumerate(head):
+        shown.add_column(column, justify="right" if i else "left", no_wrap=not i)
+    for row in rows:
+        shown.add_row(*row)
+    return shown

@@ -14,7 +14,7 @@ from jaxbptt.cells import CELLS
 from jaxbptt.commands import arguments
 from jaxbptt.files import write_whole
 from jaxbptt.models.model import Model, load
-from jaxbptt.words import counted
+from jaxbptt.words import counted, install_command
 
 _DEFAULTS = {"cell": "all", "hidden": 64, "seed": 0}
 
@@ -83,7 +83,7 @@ def _report(options: argparse.Namespace) -> None:
 
         from jaxbptt.reports import page, report, wording
     except ModuleNotFoundError as error:
-        raise tasks.InputError(f"{error.name} is not installed: pip install 'jaxbptt[report]'.") from None
+        raise tasks.InputError(f"{error.name} is not installed: {install_command('report')}") from None
 
     console = Console()
     subject = _trained(options) if task is None else _untrained(options, *task)

@@ -1,10 +1,12 @@
 """The loop of a run: updates, metrics, validation, checkpoints, and a stop that loses nothing."""
 
 import math
+import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,15 +14,21 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxbptt import __version__
 from jaxbptt.commands import metrics
-from jaxbptt.commands.model import Model
+from jaxbptt.commands.compiled import Compiled
 from jaxbptt.commands.sources import Source
+from jaxbptt.models.model import BEST
 from jaxbptt.tasks import InputError
 from jaxbptt.training import checkpoints
+from jaxbptt.training.hooks import Hook
 from jaxbptt.training.tbptt import TrainState
 
 # Reading a number waits for the device, so the metrics of this many updates are read at once.
 READ_EVERY = 20
+# A run has diverged when at so many checkpoints in a row, at least so many updates apart, the mean loss of so many updates is
+# above that of a constant prediction, and above what it was at an earlier checkpoint.
+DIVERGED_INTERVALS, DIVERGED_UPDATES = 3, 100
 
 
 class Limits(NamedTuple):
@@ -32,7 +40,11 @@ class Limits(NamedTuple):
         save_every: updates between two checkpoints; each is preceded by a validation.
         folder: of the checkpoints.
         metrics: the file, or `None` in a process that doesn't write it.
-        settings: to save with each checkpoint.
+        settings: to save with each checkpoint, and compared on a resume.
+        info: to save with each checkpoint, beside the metrics so far.
+        patience: validations without a new least loss after which the run stops; `None` for no limit.
+        hooks: called with the metrics of each update.
+        errors: `(params) -> JSON`, saved with each best checkpoint.
     """
 
     updates: int | None
@@ -41,6 +53,10 @@ class Limits(NamedTuple):
     folder: Path
     metrics: Path | None
     settings: dict[str, Any]
+    info: dict[str, Any]
+    patience: int | None = None
+    hooks: tuple[Hook, ...] = ()
+    errors: Callable[[Any], dict[str, Any] | None] = lambda params: None
 
 
 class Progress(NamedTuple):
@@ -63,43 +79,141 @@ class Progress(NamedTuple):
     left: float
 
 
-def train(
-    model: Model, state: TrainState, source: Source, limits: Limits, show: Callable[[Progress], None]
-) -> tuple[TrainState, int | None]:
-    """Update until a limit is reached or a signal comes; the last state is saved.
+class Outcome(NamedTuple):
+    """How a run ended.
 
-    Returns:
-        The state, and the signal that ended the run, or `None`.
+    Attributes:
+        state: the last, which is saved.
+        signal: that stopped it, or `None`.
+        progress: the metrics so far, as checkpoints have them.
+        out_of_patience: whether it stopped since validations did not get better.
+        learnt_nothing: whether the loss was above that of a constant prediction to the end.
+    """
+
+    state: TrainState
+    signal: int | None
+    progress: dict[str, Any]
+    out_of_patience: bool
+    learnt_nothing: bool
+
+
+def train(
+    compiled: Compiled,
+    state: TrainState,
+    source: Source,
+    limits: Limits,
+    show: Callable[[Progress], None],
+    so_far: Mapping[str, Any] | None = None,
+) -> Outcome:
+    """Update until a limit is reached or a signal comes; the last state is saved, and the best on validation beside it.
+
+    Args:
+        compiled: the functions of the run.
+        state: to start from.
+        source: the data.
+        limits: when it stops, and what it writes.
+        show: told of progress.
+        so_far: the metrics of the run that is resumed, `Outcome.progress`.
 
     Raises:
-        InputError: a loss or gradient that is not finite; nothing is saved from then on.
+        InputError: a loss or gradient that is not finite, or a loss that stays above a constant prediction's and grows;
+            nothing is saved from then on.
     """
     first = step = int(state.step)
     saved = step or -1
     chunks = source.training.start(step)
     pending: list[Any] = []
     began = time.monotonic()
-    clock = _Clock(began, first)
+    clock, losses = _Clock(began, first), _Losses(source)
+    progress = dict(so_far or {"since_best": 0})
     with _signals() as caught:
         while True:
             ended, stop = _asked_to_end(step, first, began, limits, caught)
             boundary = step > max(saved, first) and step % limits.save_every == 0
             if len(pending) == READ_EVERY or boundary or ended or stop:
                 validation = None
-                if (boundary or ended) and step > saved and model.validate is not None:
-                    validation = model.validate(state.params)
+                if (boundary or ended) and step > saved and compiled.validate is not None:
+                    validation = compiled.validate(state.params)
                 rows = _read(pending, step, validation, source, limits)
+                losses.add(rows)
                 if rows:
                     show(_progress(rows, clock, began, source, limits))
                 pending = []
+                if boundary:
+                    losses.check(step)
+                impatient = False
                 if (boundary or ended or stop) and step > saved:
-                    checkpoints.save(limits.folder, step, state, limits.settings)
+                    progress |= {"update": step, "loss": losses.mean}
+                    is_best = _note(progress, step, validation)
+                    impatient = boundary and limits.patience is not None and progress["since_best"] >= limits.patience
+                    _save(step, state, limits, progress, is_best)
                     saved = step
-                if ended or stop:
-                    return state, stop or None
-            state, measured = model.update(state, next(chunks))
+                if ended or stop or impatient:
+                    return Outcome(state, stop or None, progress, impatient, losses.above_to_the_end)
+            state, measured = compiled.update(state, next(chunks))
             pending.append(measured)
             step += 1
+
+
+def _note(progress: dict[str, Any], step: int, validation: float | None) -> bool:
+    """Note a validation among the metrics so far; says whether it is the best."""
+    if validation is None or not math.isfinite(validation):
+        return False
+    progress["validation_loss"] = validation
+    is_best = "best" not in progress or validation < progress["best"]["validation_loss"]
+    if is_best:
+        progress["best"] = {"update": step, "validation_loss": validation}
+    progress["since_best"] = 0 if is_best else progress["since_best"] + 1
+    return is_best
+
+
+def _save(step: int, state: TrainState, limits: Limits, progress: dict[str, Any], is_best: bool) -> None:
+    info = limits.info | {"metrics": progress}
+    # The best first: a process killed in between comes to this update again, and finds it saved.
+    if is_best and (checkpoints.latest(limits.folder / BEST) or -1) < step:
+        best = info | {"errors": limits.errors(state.params)}
+        checkpoints.save(limits.folder / BEST, step, state, limits.settings, info=best, keep=1)
+    checkpoints.save(limits.folder, step, state, limits.settings, info=info)
+
+
+def versions() -> dict[str, str]:
+    """What a checkpoint was written by."""
+    return {"jaxbptt": __version__, "jax": jax.__version__, "python": platform.python_version()}
+
+
+class _Losses:
+    """The losses of the last updates, to notice a run that has diverged."""
+
+    def __init__(self, source: Source):
+        self._source, self._recent = source, deque(maxlen=DIVERGED_UPDATES)
+        self._unchecked, self._least, self._above = 0, math.inf, 0
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        self._recent.extend(row["loss"] for row in rows)
+        self._unchecked += len(rows)
+
+    @property
+    def mean(self) -> float:
+        return sum(self._recent) / max(len(self._recent), 1)
+
+    def check(self, step: int) -> None:
+        """At a checkpoint."""
+        if self._unchecked < DIVERGED_UPDATES:
+            return
+        self._unchecked = 0
+        self._above = self._above + 1 if self.mean > max(self._source.constant_loss, self._least) else 0
+        self._least = min(self._least, self.mean)
+        if self._above >= DIVERGED_INTERVALS:
+            raise InputError(
+                f"at update {step} the loss is {self.mean:.3g}, and for long it has been above "
+                f"{self._source.constant_loss:.3g}, that of a constant prediction: the run has diverged. Try a smaller "
+                "--learning-rate."
+            )
+
+    @property
+    def above_to_the_end(self) -> bool:
+        """Whether the loss of so many updates is that of a constant prediction, or worse."""
+        return len(self._recent) == DIVERGED_UPDATES and self.mean >= self._source.constant_loss
 
 
 def _read(
@@ -115,16 +229,19 @@ def _read(
             )
         row: dict[str, Any] = {"update": number, "loss": float(m.loss)}
         row |= {key: float(getattr(m, key)) for key in ("gradient_norm", "fraction_clipped", "carry_norm")}
-        if source.text:
+        if source.vocabulary:
             row["bits_per_character"] = source.measure(row["loss"])
         rows.append(row)
     if rows and validation is not None:
         rows[-1]["validation_loss"] = validation
-        if source.text:
+        if source.vocabulary:
             rows[-1]["validation_bits_per_character"] = source.measure(validation)
+    for row in rows:
+        for hook in limits.hooks:
+            hook(dict(row))
     if rows and limits.metrics is not None:
         try:
-            metrics.append(limits.metrics, rows, text=source.text is not None)
+            metrics.append(limits.metrics, rows, text=source.vocabulary is not None)
         except OSError as error:
             raise InputError(f"--metrics {limits.metrics} can't be written: {error.strerror or error}.") from None
     return rows

@@ -3,14 +3,16 @@
 import argparse
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxbptt import tasks
-from jaxbptt.tasks.files import standard_library_file
+from jaxbptt.models.model import Columns
+from jaxbptt.tasks.files import npz_values, standard_library_file
+from jaxbptt.tasks.mapped import blocks
 from jaxbptt.training import streams
 from jaxbptt.training.chunks import Stream
 from jaxbptt.words import counted
@@ -27,71 +29,183 @@ class Source(NamedTuple):
         name: of the file.
         training: chunks of the training data, the start of the series.
         validation: chunks of the validation data, the rest of it, or `None`.
-        features: of the network's input and output.
-        text: the symbols of a text, or `None` for numbers.
-        prompt: the end of the training data, encoded.
-        fingerprint: distinguishes this file from others.
-        words: a description for the user.
+        vocabulary: of a text, or `None`.
+        columns: of numbers, or `None`.
+        change: of numbers, the root mean square of one step's change of each target in the training data, standardised.
+        values: the series, bytes `[time]` or raw numbers `[time, columns]`.
+        observed: of numbers, booleans like `values`, False where an entry was missing and does not count; `None`: all count.
+        cut: where the validation data begins.
+        constant_loss: of the prediction that knows only the training data's frequencies, or means.
+        bytes_per_character: of a text; 1 for numbers.
+        prompt: the end of a text's training data, encoded; empty for numbers.
+        data: what a checkpoint says of the data, in JSON's types.
+        words: lines that describe it for the user.
     """
 
     name: str
     training: Stream
     validation: Stream | None
-    features: int
-    text: tasks.MappedText | None
+    vocabulary: tasks.Vocabulary | None
+    columns: Columns | None
+    change: tuple[float, ...]
+    values: np.ndarray
+    observed: np.ndarray | None
+    cut: int
+    constant_loss: float
+    bytes_per_character: float
     prompt: np.ndarray
-    fingerprint: str
-    words: str
+    data: dict[str, Any]
+    words: tuple[str, ...]
 
     def measure(self, loss: float) -> float:
         """Bits per character of a text's loss in nats per byte; the loss itself for numbers."""
-        return loss / math.log(2) * self.text.bytes_per_character if self.text else loss
+        return loss / math.log(2) * self.bytes_per_character if self.vocabulary else loss
 
     @property
     def measured_in(self) -> str:
         """The unit of `measure`."""
-        return "bits per character" if self.text else "mean squared error, standardised"
+        return "bits per character" if self.vocabulary else "mean squared error, standardised"
 
 
-def open_source(options: argparse.Namespace) -> Source:
+def open_source(options: argparse.Namespace, resumed: Mapping[str, Any] | None = None) -> Source:
     """The data that the options name, or the standard library's decimal arithmetic.
 
+    Args:
+        options: of `train`, complete.
+        resumed: the settings of the run that is resumed, whose file it has to be.
+
     Raises:
-        InputError: data that can't be read, or is too short.
+        InputError: data that can't be read, is too short, or is not that of the run.
     """
-    path = options.csv or options.npz or options.text or standard_library_file()
-    text = None if options.csv or options.npz else tasks.map_text(path)
-    values = _numbers(options, path) if text is None else text.values
+    kind = "csv" if options.csv else "npz" if options.npz else "text"
+    named = options.csv or options.npz or options.text
+    path = named or standard_library_file()
     name = Path(path).name
+    if kind == "text":
+        text, table = tasks.map_text(path), None
+        values = text.values
+    else:
+        text, table = None, read_numbers(kind, path, options.reading)
+        values = table.values
+    fingerprint = _fingerprint(path)
+    if resumed is not None and resumed["data"]["fingerprint"] != fingerprint:
+        raise tasks.InputError(
+            f"{path} is not the file that the run began with: it has {fingerprint}, that one had "
+            f"{resumed['data']['fingerprint']}. Give the place of that file, or start another run."
+        )
     total = len(values)
     cut = total - round(total * options.validation)
-    _check_length(name, "training", cut, options.batch)
-    if cut < total:
-        _check_length(name, f"validation (--validation {options.validation:g})", total - cut, options.batch)
-    if text is None:
-        features = math.prod(values.shape[1:])
-        encode = _standardiser(name, values, cut)
-        kind = f"rows of {counted(features, 'number')}, standardised by the training data"
+    _check_lengths(name, options, cut, total)
+    data = {
+        "kind": kind,
+        "path": str(Path(named).absolute()) if named else None,
+        "fingerprint": fingerprint,
+        "reading": options.reading,
+    }
+    if text is not None:
+        parts: dict[str, Any] = _text_parts(text, cut, options.steps)
     else:
-        features, encode = text.features, text.encode
-        kind = f"bytes ({features} different, {counted(text.characters, 'character')})"
+        assert table is not None
+        masked = options.reading.get("missing") == "mask" and not table.observed.all()
+        parts = _number_parts(table, cut, options.target, masked)
+    encode, series = parts.pop("encode"), parts.pop("series")
     sizes = {"batch": options.batch, "chunk_length": options.steps, "encode": encode}
+    lines = parts.pop("read_as")
+    held_out = f"; the last {total - cut:,} are for validation" if cut < total else ""
     return Source(
         name=name,
-        training=streams.rows(values[:cut], **sizes),
-        validation=streams.rows(values[cut:], **sizes) if cut < total else None,
-        features=features,
-        text=text,
-        prompt=encode(values[max(cut - options.steps, 0) : cut]),
-        fingerprint=_fingerprint(path),
-        words=f"{name}: {total:,} {kind}; the last {total - cut:,} are for validation",
+        training=streams.rows(series[:cut], **sizes),
+        validation=streams.rows(series[cut:], **sizes) if cut < total else None,
+        values=values,
+        cut=cut,
+        data=data,
+        words=(*lines, f"{name}: {total:,} {parts.pop('what')}{held_out}"),
+        **parts,
     )
 
 
-def _numbers(options: argparse.Namespace, path: str) -> np.ndarray:
-    if options.csv:
-        return tasks.read_csv(path).values
-    return tasks.map_array(path).values if Path(path).suffix == ".npy" else tasks.read_npz(path).values
+def _text_parts(text: tasks.MappedText, cut: int, steps: int) -> dict[str, Any]:
+    counts = np.zeros(256, np.int64)
+    for block in blocks(text.values[:cut]):
+        counts += np.bincount(block, minlength=256)
+    frequencies = counts[counts > 0] / counts.sum()
+    return {
+        "vocabulary": tasks.Vocabulary(text.symbols),
+        "columns": None,
+        "change": (),
+        "observed": None,
+        "constant_loss": float(-np.sum(frequencies * np.log(frequencies))),
+        "bytes_per_character": text.bytes_per_character,
+        "prompt": text.encode(text.values[max(cut - steps, 0) : cut]),
+        "encode": text.encode,
+        "series": text.values,
+        "read_as": (),
+        "what": f"bytes ({text.features} different, {counted(text.characters, 'character')})",
+    }
+
+
+def read_numbers(kind: str, path: str, reading: Mapping[str, Any]) -> tasks.Table:
+    """The numbers of a `--csv` or `--npz`; a `.npy` file stays on disk."""
+    if kind == "csv":
+        return tasks.read_table(path, **reading)
+    values = tasks.map_array(path).values if Path(path).suffix == ".npy" else npz_values(path)
+    values = values.reshape(len(values), -1)
+    places = tuple(range(1, values.shape[1] + 1))
+    observed = np.broadcast_to(True, values.shape)
+    return tasks.Table(Path(path).name, tuple(f"column {i}" for i in places), values, observed, None, (), places)
+
+
+def _number_parts(table: tasks.Table, cut: int, target: list[str], masked: bool) -> dict[str, Any]:
+    mean, deviation = tasks.mean_and_deviation(table.values, steps=cut, name=table.name)
+    targets = table.positions(target) if target else tuple(range(len(table.columns)))
+    columns = Columns(table.columns, mean, deviation, targets)
+    series, encode = table.values, columns.encode
+    if masked:
+        # Whether an entry was observed goes beside it, so that the loss of a chunk knows.
+        series, encode = np.concatenate([table.values, table.observed], axis=1), _with_observed(columns)
+    predicted = f", of which {', '.join(columns.target_names)} predicted" if target else ""
+    return {
+        "vocabulary": None,
+        "columns": columns,
+        "change": _changes(table.values[:cut], columns),
+        "observed": table.observed if masked else None,
+        # Of a column that never changes in training, the mean is right.
+        "constant_loss": float(np.mean([table.values[:cut, i].min() < table.values[:cut, i].max() for i in targets])),
+        "bytes_per_character": 1.0,
+        "prompt": np.zeros((0, len(table.columns)), np.float32),
+        "encode": encode,
+        "series": series,
+        "read_as": table.read_as,
+        "what": f"rows of {counted(len(table.columns), 'number')}{predicted}, standardised by the training data",
+    }
+
+
+def _with_observed(columns: Columns) -> Callable[[np.ndarray], np.ndarray]:
+    width = len(columns.names)
+    return lambda raw: np.concatenate([columns.encode(raw[:, :width]), raw[:, width:].astype(np.float32)], axis=1)
+
+
+def _changes(values: np.ndarray, columns: Columns) -> tuple[float, ...]:
+    """Root mean square of one step's change of each target, standardised; 1 where nothing changes."""
+    squares, last = np.zeros(len(columns.names)), values[:1]
+    for block in blocks(values):
+        encoded = columns.encode(np.concatenate([last, block])).astype(float)
+        squares += (np.diff(encoded, axis=0) ** 2).sum(axis=0)
+        last = block[-1:]
+    changes = np.sqrt(squares / max(len(values) - 1, 1))[list(columns.targets)]
+    return tuple(np.where(changes > 0, changes, 1.0).tolist())
+
+
+def _check_lengths(name: str, options: argparse.Namespace, cut: int, total: int) -> None:
+    _check_length(name, "training", cut, options.batch)
+    if cut < total:
+        _check_length(name, f"validation (--validation {options.validation:g})", total - cut, options.batch)
+    row = -(-(cut - 1) // options.batch)
+    if options.steps > row:
+        raise tasks.InputError(
+            f"--steps {options.steps:,} is longer than a row: {name} has {counted(cut, 'time step')} for training, which make "
+            f"--batch {options.batch} rows of {row:,}. Use at most --steps {row}, or a smaller --batch."
+        )
 
 
 def _check_length(name: str, purpose: str, steps: int, batch: int) -> None:
@@ -100,15 +214,6 @@ def _check_length(name: str, purpose: str, steps: int, batch: int) -> None:
             f"{name} has {counted(steps, 'time step')} for {purpose}, but --batch {batch} needs {batch + 1:,}, one more to "
             "predict: use a longer file or a smaller --batch."
         )
-
-
-def _standardiser(name: str, values: np.ndarray, steps: int) -> Callable[[np.ndarray], np.ndarray]:
-    mean, deviation = tasks.mean_and_deviation(values, steps=steps, name=name)
-
-    def encode(raw: np.ndarray) -> np.ndarray:
-        return ((np.asarray(raw, float) - mean) / deviation).astype(np.float32).reshape(len(raw), -1)
-
-    return encode
 
 
 def _fingerprint(path: str | Path) -> str:

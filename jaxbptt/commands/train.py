@@ -5,19 +5,21 @@ import io
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from jaxbptt.cells import CELLS
-from jaxbptt.commands import arguments, cluster, metrics, model, run, sources
+from jaxbptt.commands import arguments, cluster, compiled, metrics, run, sources
+from jaxbptt.commands import options as train_options
 from jaxbptt.files import write_whole
+from jaxbptt.models import baselines, export, forecasting, sampling, wording
+from jaxbptt.models.model import Model, load, saved_architecture, settings_of
 from jaxbptt.tasks import InputError
-from jaxbptt.training import checkpoints
-from jaxbptt.words import counted
-
-DEFAULT_UPDATES = 1000
+from jaxbptt.training import checkpoints, hooks
+from jaxbptt.words import counted, install_command
 
 
 def add_parser(commands: Any) -> None:
@@ -26,65 +28,15 @@ def add_parser(commands: Any) -> None:
         "train",
         help="train a character model or a forecaster by truncated BPTT; can be resumed after any interruption",
         description="Trains a recurrent network by truncated BPTT to predict the next character of a text or the next row "
-        "of numbers; files may be larger than memory. Ctrl-C saves, and --resume continues as if there had been no stop, "
-        "bit for bit. Without a file it reads a module of the standard library. A cluster launcher's environment "
-        "(JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, Slurm, Open MPI) is respected.",
+        "of numbers; files may be larger than memory. Ctrl-C saves, and --resume FOLDER continues as if there had been no "
+        "stop, bit for bit. Without a file it reads a module of the standard library. What was trained is in FOLDER: "
+        "`jaxbptt sample FOLDER`, `jaxbptt forecast FOLDER`, and `jaxbptt.load(FOLDER)` in Python, which take the best on "
+        "validation. A cluster launcher's environment (JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID, "
+        "Slurm, Open MPI) is respected.",
         formatter_class=arguments.HelpFormatter,
     )
     train.set_defaults(run=start)
-    a = train.add_argument
-    arguments.add_source(
-        train, npz="predict the next row of an array [time] or [time, features], in a .npz or .npy file"
-    )
-    a("--cell", choices=tuple(CELLS), default="lstm", help="the recurrent cell")
-    a("--hidden", type=arguments.size, default=256, help="size of the hidden state")
-    a("--layers", type=arguments.size, default=1, help="number of stacked layers")
-    a("--steps", type=arguments.size, default=64, help="truncation length: time steps per update")
-    a("--batch", type=arguments.size, default=32, help="number of rows that the file is cut into, trained side by side")
-    a("--learning-rate", type=arguments.positive, default=4e-3, metavar="RATE", help="learning rate of Adam")
-    a("--schedule", choices=("constant", "cosine"), default="constant", help="cosine: the rate falls to 0 at --updates")
-    a(
-        "--updates",
-        type=arguments.size,
-        metavar="N",
-        help=f"stop after this many updates in total; {DEFAULT_UPDATES} if there is no --minutes",
-    )
-    a("--minutes", type=arguments.positive, metavar="M", help="stop after this many minutes at the latest")
-    a(
-        "--validation",
-        type=arguments.share,
-        default=0.1,
-        metavar="SHARE",
-        help="share of the series, at its end, held out for validation",
-    )
-    a("--seed", type=int, default=0, help="seed of the random weights and of the sample")
-    a("--checkpoints", metavar="FOLDER", default="jaxbptt-train", help="folder for the checkpoints")
-    a(
-        "--save-every",
-        type=arguments.size,
-        default=200,
-        metavar="N",
-        help="updates between two checkpoints, and between two validations",
-    )
-    a("--resume", action="store_true", help="continue from the newest checkpoint, with the same data and settings")
-    a(
-        "--metrics",
-        metavar="FILE",
-        help="file for the metrics, .csv or .jsonl, one line per update; FOLDER/metrics.csv by default",
-    )
-    a(
-        "--figure",
-        metavar="FILE",
-        help="file for the learning curve, .png, .svg or .pdf; FOLDER/learning-curve.png by default",
-    )
-    a("--sample", type=arguments.count, default=400, metavar="N", help="bytes of text to sample at the end")
-    a(
-        "--temperature",
-        type=arguments.at_least_zero,
-        default=0.7,
-        help="temperature of the sample; 0 always takes the most likely byte",
-    )
-    a("--devices", type=arguments.size, default=1, metavar="N", help="devices that share the batch, in each process")
+    train_options.add_options(train)
 
 
 def start(options: argparse.Namespace) -> int:
@@ -106,23 +58,32 @@ def _train(options: argparse.Namespace) -> int:
         from jaxbptt.commands.display import Display
         from jaxbptt.plots import plot_learning_curve
     except ModuleNotFoundError as error:
-        raise InputError(f"{error.name} is not installed: pip install 'jaxbptt[train]'.") from None
-    if options.updates is None and options.minutes is None:
-        options.updates = DEFAULT_UPDATES
-    if options.schedule == "cosine" and options.updates is None:
-        raise InputError("--schedule cosine needs --updates, after which the rate is 0.")
+        raise InputError(f"{error.name} is not installed: {install_command('train')}") from None
+    record = train_options.complete(options)
     folder = Path(options.checkpoints)
     metrics_file = Path(options.metrics or folder / "metrics.csv")
     figure_file = Path(options.figure or folder / "learning-curve.png")
     _check_outputs(options, folder, metrics_file, figure_file)
-    source = sources.open_source(options)
+    on_update = _hooks(options)
+    source = sources.open_source(options, record and record.settings)
     place = cluster.start(options.devices, options.batch)
-    built = model.build(options, source, place.mesh, sources.MAX_VALIDATION_CHUNKS)
-    state, settings = built.state, _settings(options, source)
-    if options.resume:
-        state = checkpoints.restore(folder, state, settings)
+    training = train_options.settings_of(options, train_options.TRAINING)
+    if record is None:
+        architecture = compiled.architecture_of(training, source)
+        settings = settings_of(architecture, source.vocabulary, source.columns, source.prompt)
+    else:
+        architecture = saved_architecture(record.settings)
+        settings = dict(record.settings)
+    settings |= {"data": source.data, "training": training}
+    functions = compiled.compile_run(
+        architecture, training, options.updates, source, place.mesh, sources.MAX_VALIDATION_CHUNKS
+    )
+    state = functions.state
+    if record is not None:
+        state = checkpoints.restore(folder, state, record.settings)
     console = Console(quiet=not place.first, highlight=False, markup=False, soft_wrap=True)
-    console.print(source.words)
+    for words in source.words:
+        console.print(words)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     done = int(state.step)
     console.print(
@@ -133,26 +94,48 @@ def _train(options: argparse.Namespace) -> int:
     if place.first:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            metrics.begin(metrics_file, done, text=source.text is not None)
+            metrics.begin(metrics_file, done, text=source.vocabulary is not None)
         except OSError as error:
             raise InputError(f"{error.filename} can't be written: {error.strerror or error}.") from None
-    seconds = None if options.minutes is None else 60 * options.minutes
     limits = run.Limits(
-        options.updates, seconds, options.save_every, folder, metrics_file if place.first else None, settings
+        options.updates,
+        None if options.minutes is None else 60 * options.minutes,
+        options.save_every,
+        folder,
+        metrics_file if place.first else None,
+        settings,
+        {"versions": run.versions(), "run": train_options.settings_of(options, train_options.RUN)},
+        options.patience,
+        on_update if place.first else (),
+        _errors(functions.network, source, options.season),
     )
-    with Display(console, source.measured_in, options.updates) as display:
-        state, stopped = run.train(built, state, source, limits, display.show)
+    so_far = record and record.info["metrics"]
+    try:
+        with Display(console, source.measured_in, options.updates) as display:
+            outcome = run.train(functions, state, source, limits, display.show, so_far)
+    finally:
+        for hook in limits.hooks:
+            hooks.close(hook)
     if place.first:
         _draw(plot_learning_curve, metrics_file, figure_file, source)
-    if stopped:
-        console.print(f"Stopped and saved at update {int(state.step)}. To resume:\n{_command(options)}")
-        return 128 + stopped
-    if source.text and options.sample and place.first:
-        key = jax.random.key(options.seed)
-        sampled = source.text.decode(built.sample(state.params, options.sample, options.temperature, key))
-        console.print("\nA sample that continues the training text:", style="bold")
-        console.print(sampled)
-    console.print(f"\nCheckpoints: {folder}\nMetrics: {metrics_file}\nLearning curve: {figure_file}")
+    if outcome.signal:
+        console.print(f"Stopped and saved at update {int(outcome.state.step)}. To resume:\n{_command(folder)}")
+        return 128 + outcome.signal
+    best = outcome.progress.get("best")
+    if outcome.out_of_patience and best is not None:
+        console.print(f"Stopped early: no validation was better than that of update {best['update']:,}.")
+    model = load(folder)
+    if place.first:
+        _use(model, options, console)
+        console.print(f"\nCheckpoints: {folder}\nMetrics: {metrics_file}\nLearning curve: {figure_file}")
+    if outcome.learnt_nothing:
+        print(
+            f"jaxbptt train: at the end the loss is still above {source.measure(source.constant_loss):.3g} "
+            f"{source.measured_in}, that of a constant prediction: nothing has been learnt. Try a smaller --learning-rate, "
+            "or more --updates.",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 
@@ -166,11 +149,9 @@ def _check_outputs(options: argparse.Namespace, folder: Path, metrics_file: Path
     newest = checkpoints.latest(folder)
     if newest is not None and not options.resume:
         raise InputError(
-            f"--checkpoints {folder} already has a checkpoint of update {newest}: add --resume to continue from it, or "
+            f"--checkpoints {folder} already has a checkpoint of update {newest}: continue from it with --resume {folder}, or "
             "name another folder."
         )
-    if newest is None and options.resume:
-        raise InputError(f"--checkpoints {folder} has no checkpoint to resume from.")
     for option, path in (("--metrics", metrics_file), ("--figure", figure_file)):
         # The folder of the checkpoints is made later.
         if path.parent != folder or folder.exists():
@@ -178,25 +159,70 @@ def _check_outputs(options: argparse.Namespace, folder: Path, metrics_file: Path
     metrics.check(metrics_file)
     if not options.resume and metrics_file.parent != folder and metrics_file.exists() and metrics.read(metrics_file):
         raise InputError(f"--metrics {metrics_file} already holds the metrics of another run: name another file.")
+    if options.export and Path(options.export).suffix not in export.ENDINGS:
+        raise InputError(
+            f"--export {options.export} ends in {Path(options.export).suffix!r}: use {' or '.join(export.ENDINGS)}."
+        )
     if figure_file.suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"--figure {figure_file} ends in {figure_file.suffix!r}: use .png, .svg or .pdf.")
 
 
-def _settings(options: argparse.Namespace, source: sources.Source) -> dict[str, Any]:
-    """What the numbers of a run depend on, except the devices, which change only the rounding."""
-    names = ("cell", "hidden", "layers", "steps", "batch", "learning_rate", "schedule", "validation", "seed")
-    settings = {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
-    if options.schedule == "cosine":
-        settings["--updates"] = options.updates
-    kind = "text" if source.text else "csv" if options.csv else "npz"
-    return settings | {"data": f"{kind}, {source.fingerprint}"}
+def _hooks(options: argparse.Namespace) -> tuple[hooks.Hook, ...]:
+    """What is called with the metrics of each update."""
+    tensorboard = [hooks.tensorboard(options.tensorboard)] if options.tensorboard else []
+    return (*tensorboard, *([hooks.load_hook(options.on_update)] if options.on_update else []))
+
+
+def _errors(network: Any, source: sources.Source, season: int | None) -> Callable[[Any], Any]:
+    """`params -> validation errors by horizon`, as a checkpoint has them; `None` for a text, or without validation."""
+    columns = source.columns
+    if columns is None or source.validation is None:
+        return lambda params: None
+    # A file larger than memory is not read as a whole.
+    start, end = max(source.cut - baselines.LOOKED_AT, 0), source.cut + forecasting.MAX_ROWS
+    rows = np.asarray(source.values[start:end], float)
+    observed = None if source.observed is None else source.observed[start:end]
+    options = {"start": source.cut - start, "season": season}
+
+    def errors(params: Any) -> dict[str, Any]:
+        local = _on_this_device(params)
+        return forecasting.validation_errors(network, local, columns, rows, observed, **options).to_json()
+
+    return errors
+
+
+def _use(model: Model, options: argparse.Namespace, console: Any) -> None:
+    """A sample, and the weights in a file, of the model that `load` gives."""
+    if model.vocabulary is not None and options.sample:
+        key = jax.random.key(options.seed)
+        text = sampling.sample(model, None, length=options.sample, temperature=options.temperature, key=key)
+        console.print("\nA sample that continues the training text:", style="bold")
+        console.print(text)
+    if errors := model.info.get("errors"):
+        _show_errors(forecasting.ValidationErrors.from_json(errors), console)
+    if options.export:
+        export.save_weights(options.export, model.params)
+        console.print(f"Weights: {options.export}")
+
+
+def _show_errors(errors: forecasting.ValidationErrors, console: Any) -> None:
+    from jaxbptt.commands.display import table
+
+    console.print()
+    console.print(table(wording.measured_sentence(errors), *wording.errors_table(errors)))
+    for sentence in wording.errors_sentences(errors):
+        console.print(sentence)
+
+
+def _on_this_device(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), tree)
 
 
 def _draw(plot: Any, metrics_file: Path, figure_file: Path, source: sources.Source) -> None:
     rows = metrics.read(metrics_file)
     if not rows:
         return
-    name = "bits_per_character" if source.text else "loss"
+    name = "bits_per_character" if source.vocabulary else "loss"
     training, validation = (
         ([row["update"] for row in rows if key in row], [row[key] for row in rows if key in row])
         for key in (name, f"validation_{name}")
@@ -210,7 +236,6 @@ def _draw(plot: Any, metrics_file: Path, figure_file: Path, source: sources.Sour
         raise InputError(f"--figure {figure_file} can't be written: {error.strerror or error}.") from None
 
 
-def _command(options: argparse.Namespace) -> str:
+def _command(folder: Path) -> str:
     """The command that resumes the run."""
-    words = [word for word in options.arguments if word != "--resume"]
-    return shlex.join([Path(sys.executable).name, "-m", "jaxbptt", *words, "--resume"])
+    return shlex.join([Path(sys.executable).name, "-m", "jaxbptt", "train", "--resume", str(folder)])

@@ -110,10 +110,9 @@ def load(folder: str | Path, *, which: Literal["best", "last"] = "best") -> Mode
 
 def described(settings: Mapping[str, Any]) -> tuple[ModelNetwork, Vocabulary | None, Columns | None]:
     """The network, and the vocabulary or the columns, that a checkpoint's settings describe."""
-    architecture = {key: _as_tuple(value) for key, value in settings["architecture"].items()}
     vocabulary, columns = settings.get("vocabulary"), settings.get("columns")
     return (
-        build(Architecture(**architecture)),
+        build(saved_architecture(settings)),
         None if vocabulary is None else Vocabulary(tuple(vocabulary)),
         None
         if columns is None
@@ -124,6 +123,11 @@ def described(settings: Mapping[str, Any]) -> tuple[ModelNetwork, Vocabulary | N
             tuple(columns["targets"]),
         ),
     )
+
+
+def saved_architecture(settings: Mapping[str, Any]) -> Architecture:
+    """The architecture that a checkpoint's settings describe."""
+    return Architecture(**{key: _as_tuple(value) for key, value in settings["architecture"].items()})
 
 
 def settings_of(

@@ -12,7 +12,6 @@ from jaxbptt.tasks.files import InputError as InputError
 from jaxbptt.tasks.files import NextStep as NextStep
 from jaxbptt.tasks.files import Series as Series
 from jaxbptt.tasks.files import next_step as next_step
-from jaxbptt.tasks.files import read_csv as read_csv
 from jaxbptt.tasks.files import read_npz as read_npz
 from jaxbptt.tasks.files import read_standard_library as read_standard_library
 from jaxbptt.tasks.files import read_text as read_text
@@ -25,6 +24,9 @@ from jaxbptt.tasks.synthetic import adding_problem as adding_problem
 from jaxbptt.tasks.synthetic import copy_memory as copy_memory
 from jaxbptt.tasks.synthetic import delayed_xor as delayed_xor
 from jaxbptt.tasks.synthetic import temporal_order as temporal_order
+from jaxbptt.tasks.tables import Table as Table
+from jaxbptt.tasks.tables import read_csv as read_csv
+from jaxbptt.tasks.tables import read_table as read_table
 from jaxbptt.tasks.task import Sequences as Sequences
 from jaxbptt.tasks.task import Task as Task
 from jaxbptt.tasks.vocabulary import Vocabulary as Vocabulary

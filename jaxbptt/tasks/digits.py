@@ -13,6 +13,7 @@ import numpy as np
 from jaxbptt.arrays import check_count
 from jaxbptt.tasks.files import InputError
 from jaxbptt.tasks.task import Sequences, Task, checked, last_step
+from jaxbptt.words import install_command
 
 
 class Digits(NamedTuple):
@@ -64,7 +65,7 @@ def digits(*, by: Literal["rows", "pixels"] = "rows", seed: int = 0) -> Digits:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise InputError("The digits come with scikit-learn: pip install 'jaxbptt[tasks]'.") from None
+        raise InputError(f"The digits come with scikit-learn: {install_command('tasks')}") from None
     features = 8 if by == "rows" else 1
     images, classes = load_digits(return_X_y=True)
     order = np.random.default_rng(seed).permutation(len(images))

@@ -3,9 +3,7 @@ r"""Sequences to learn from: the user's own text or numbers, and real text that 
 Every reader checks what it reads and says in one line what is wrong and where; nothing is repaired silently.
 """
 
-import csv
 import importlib.util
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -82,41 +80,14 @@ def standard_library_file() -> str:
     return spec.origin
 
 
-def read_csv(path: str | Path) -> Series:
-    """Numeric columns of a comma-separated file, one row a time step, with or without a line of column names."""
-    text = _decoded(path)
-    try:
-        # Blank lines are not rows.
-        rows = [(line, row) for line, row in enumerate(csv.reader(text.splitlines()), start=1) if row]
-    except csv.Error as error:
-        raise InputError(f"{path} is not a readable CSV file: {error}.") from None
-    header = bool(rows) and not any(_float_or_none(cell) is not None for cell in rows[0][1]) and any(rows[0][1])
-    names = rows[0][1] if header else []
-    rows = rows[header:]
-    if not rows:
-        raise InputError(f"{path} has no rows of numbers.")
-    width = len(names or rows[0][1])
-    values = np.empty((len(rows), width))
-    for i, (line, row) in enumerate(rows):
-        if len(row) != width:
-            raise InputError(
-                f"{path}, line {line}: {counted(len(row), 'cell')}, but {counted(width, 'column')}. Give every row the "
-                "same number."
-            )
-        for column, cell in enumerate(row):
-            where = f"{path}, line {line}, column {column + 1}" + (f" ({names[column].strip()})" if names else "")
-            if not cell.strip():
-                raise InputError(f"{where}: the cell is missing. Fill it in or drop the row.")
-            number = _float_or_none(cell)
-            if number is None or not math.isfinite(number):
-                raise InputError(f"{where}: {cell.strip()[:40]!r} is not a finite number. Keep numeric columns only.")
-            values[i, column] = number
-    return Series(Path(path).name, _standardise(values), ())
-
-
 def read_npz(path: str | Path) -> Series:
-    """The only array of a numpy `.npz` file, or the one named `xs`: `[time]` or `[time, features]`."""
-    _read(path)
+    """The only array of a numpy `.npz` file, or the one named `xs`, standardised: `[time]` or `[time, features]`."""
+    return Series(Path(path).name, standardise(npz_values(path)), ())
+
+
+def npz_values(path: str | Path) -> np.ndarray:
+    """The numbers that `read_npz` reads, float64 `[time, features]`, in their own units."""
+    read_bytes(path)
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
@@ -131,7 +102,7 @@ def read_npz(path: str | Path) -> Series:
     bad = np.argwhere(~np.isfinite(values))
     if len(bad):
         raise InputError(f"{path}: array {key!r} is {values[tuple(bad[0])]} at [time, feature] = {bad[0].tolist()}.")
-    return Series(Path(path).name, _standardise(values), ())
+    return values
 
 
 def next_step(series: Series, *, steps: int, batch: int) -> NextStep:
@@ -160,7 +131,8 @@ def check_numbers(what: str, values: np.ndarray) -> None:
         raise InputError(f"{what} is empty, its shape is {values.shape}.")
 
 
-def _read(path: str | Path) -> bytes:
+def read_bytes(path: str | Path) -> bytes:
+    """What is in a file that is not empty."""
     try:
         raw = Path(path).read_bytes()
     except OSError as error:
@@ -171,7 +143,7 @@ def _read(path: str | Path) -> bytes:
 
 
 def _decoded(path: str | Path) -> str:
-    raw = _read(path)
+    raw = read_bytes(path)
     try:
         text = raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -184,14 +156,7 @@ def _decoded(path: str | Path) -> str:
     return text
 
 
-def _float_or_none(cell: str) -> float | None:
-    try:
-        return float(cell)
-    except ValueError:
-        return None
-
-
-def _standardise(values: np.ndarray) -> np.ndarray:
+def standardise(values: np.ndarray) -> np.ndarray:
     """Mean 0 and variance 1 in each column; a constant column becomes 0."""
     values = values / np.maximum(np.abs(values).max(axis=0), np.finfo(float).tiny)  # squares of 1e200 would overflow
     deviation = values.std(axis=0)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxbptt.tasks.files import InputError
 
 # The second and further bytes of a UTF-8 character.
-_LATER_BYTES = bytes(range(0x80, 0xC0))
+LATER_BYTES = bytes(range(0x80, 0xC0))
 
 
 class Vocabulary(NamedTuple):
@@ -43,4 +43,4 @@ class Vocabulary(NamedTuple):
         raw = bytes(np.array(self.symbols, np.uint8)[np.asarray(numbers)])
         # Without final=True the decoder holds an incomplete last character back.
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        return decoder.decode(raw[:3].lstrip(_LATER_BYTES) + raw[3:])
+        return decoder.decode(raw[:3].lstrip(LATER_BYTES) + raw[3:])

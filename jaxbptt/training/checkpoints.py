@@ -22,6 +22,7 @@ from jax.core import ShapedArray, Tracer
 
 from jaxbptt.arrays import check_count
 from jaxbptt.trees import is_key
+from jaxbptt.words import install_command
 
 _FORMAT = "jaxbptt checkpoint 1"
 _RECORD = "record.json"
@@ -243,7 +244,7 @@ def _orbax() -> Any:
     try:
         import orbax.checkpoint as ocp
     except ModuleNotFoundError as error:
-        raise ImportError(f"{error.name} is not installed: pip install 'jaxbptt[train]'.", name=error.name) from None
+        raise ImportError(f"{error.name} is not installed: {install_command('train')}", name=error.name) from None
     return ocp
 
 

@@ -101,10 +101,13 @@ def mean_squared_error(
 
     Lₜ = mean_f (yₜ,f − ŷₜ,f)²,  L = mean (or Σ) of Lₜ over valid steps and batch
 
+    With a mask of single features, such as those that were observed, L is the mean over the features that count, or their
+    Σ over the number of features of a step.
+
     Args:
         outputs: yₜ, `[time, *batch, features]`.
         targets: ŷₜ, of the same shape.
-        mask: boolean `[time, *batch]`, True where a step counts; all of them by default.
+        mask: boolean `[time, *batch]`, True where a step counts, or `[time, *batch, features]`; all of them by default.
         reduction: `"mean"` over valid steps, or `"sum"`, the Σₜ of the textbook.
 
     Returns:
@@ -127,10 +130,16 @@ def mean_squared_error(
         raise ValueError(
             f"targets have shape {targets.shape}, but outputs have {outputs.shape}: they must be the same."
         )
-    mask = _check_mask(mask, outputs.shape[:-1])
+    of_features = mask is not None and jnp.ndim(mask) == outputs.ndim
+    mask = _check_mask(mask, outputs.shape if of_features else outputs.shape[:-1])
     wide = at_least_float32(outputs.dtype)
-    difference = jnp.where(mask[..., None], outputs.astype(wide) - targets.astype(wide), 0)
-    return _reduce(optax.squared_error(difference).mean(axis=-1), mask, reduction).astype(outputs.dtype)
+    counts = mask if of_features else mask[..., None]
+    errors = optax.squared_error(jnp.where(counts, outputs.astype(wide) - targets.astype(wide), 0))
+    if not of_features:
+        errors = errors.mean(axis=-1)
+    elif reduction == "sum":
+        errors = errors / errors.shape[-1]
+    return _reduce(errors, mask, reduction).astype(outputs.dtype)
 
 
 def final_step(loss: Callable[..., Any]) -> Callable[..., Any]:
