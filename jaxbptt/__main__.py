@@ -9,7 +9,7 @@ from typing import NoReturn
 import jax
 
 from jaxbptt import __version__, tasks
-from jaxbptt.commands import export, report, sample, train
+from jaxbptt.commands import export, forecast, report, sample, train
 from jaxbptt.training.checkpoints import CheckpointError
 
 
@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_parser(commands)
     train.add_parser(commands)
     sample.add_parser(commands)
+    forecast.add_parser(commands)
     export.add_parser(commands)
     return parser
 

@@ -14,7 +14,7 @@ from matplotlib.font_manager import findfont, get_font
 from reference import make_cell, problem
 
 import jaxbptt as bptt
-from jaxbptt import plots
+from jaxbptt import models, plots
 from jaxbptt.plots.figure import MARKERS, NEUTRAL
 
 NO_NUMBERS = [np.zeros(1), np.zeros(4), np.full(4, np.nan), np.array([0.0, np.nan, np.inf, -np.inf])]
@@ -400,6 +400,66 @@ def test_text_saliency_says_what_is_wrong(text, values, options, message):
         plots.plot_text_saliency(text, values, **options)
 
 
+def future(steps, columns=1, measured=None):
+    mean, spread = np.arange(steps * columns, dtype=float).reshape(steps, columns), np.ones((steps, columns))
+    spread[measured if measured is not None else steps :] = np.nan
+    names = tuple(f"$c_{i}" for i in range(columns))
+    return models.Forecast(names, mean, mean - spread, mean + 2 * spread, 0.95, (), measured or 0)
+
+
+def test_forecast():
+    past = np.arange(40.0).reshape(20, 2) + 100
+    figure = plots.plot_forecast(future(4, 2, measured=3), past)
+    upper, lower = figure.axes
+    for i, axes in enumerate((upper, lower)):
+        behind, ahead, points, _ = axes.lines
+        np.testing.assert_array_equal(behind.get_xdata(), np.arange(-19, 1))
+        np.testing.assert_array_equal(behind.get_ydata(), past[:, i])
+        np.testing.assert_array_equal(ahead.get_xdata(), np.arange(5))
+        np.testing.assert_array_equal(ahead.get_ydata(), [past[-1, i], *future(4, 2).mean[:, i]])
+        np.testing.assert_array_equal(points.get_xdata(), np.arange(1, 5))
+        (band,) = axes.collections
+        corners = band.get_paths()[0].vertices
+        assert set(corners[:, 0]) == {1, 2, 3}, "no interval where there is none"
+        np.testing.assert_array_equal(
+            np.unique(corners[:, 1]), np.unique([[2 * h + i - 1, 2 * h + i + 2] for h in range(3)])
+        )
+        assert axes.get_ylabel() == rf"\$c_{i}"
+    assert texts(figure) == ["past", "forecast", "95 % interval"]
+    assert lower.get_xlabel() == "steps after the last known row"
+    assert save(figure)
+
+
+def test_forecast_on_dates():
+    past = np.zeros((300, 5))
+    times = np.datetime64("2024-02-20T05") + np.arange(330) * np.timedelta64(1, "h")
+    figure = plots.plot_forecast(future(30, 5), past, times=times)
+    assert save(figure)
+    assert len(figure.axes) == 4
+    assert figure.axes[0].get_title() == "Forecast, 4 of 5 columns"
+    behind, ahead, *_ = figure.axes[3].lines
+    np.testing.assert_array_equal(behind.get_xdata(), times[210:300])
+    np.testing.assert_array_equal(ahead.get_xdata(), times[299:])
+    assert figure.axes[-1].get_xlabel() == ""
+    assert texts(plots.plot_forecast(future(3, measured=0), np.zeros((9, 1)))) == ["past", "forecast"]
+
+
+@pytest.mark.parametrize(
+    ("past", "options", "message"),
+    [
+        (np.zeros((9, 2)), {}, r"past has shape \(9, 2\), but the forecast is of 1 column"),
+        (
+            np.zeros((9, 1)),
+            {"times": np.arange(9)},
+            "times has 9 dates, but the past has 9 rows and the forecast 3: pass 12",
+        ),
+    ],
+)
+def test_forecast_says_what_is_wrong(past, options, message):
+    with pytest.raises(ValueError, match=message):
+        plots.plot_forecast(future(3), past, **options)
+
+
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("values", NO_NUMBERS, ids=["one zero", "zeros", "nan", "nan and inf"])
 @pytest.mark.costly
@@ -421,6 +481,8 @@ def test_nothing_to_draw_is_no_error(values, several):
         (plots.plot_surviving_paths, np.zeros((n, n), bool)),
         (lambda saliency: plots.plot_text_saliency("abcd"[:n], saliency), np.where(values < 0, np.nan, values)),
     ]
+    column = values[:, None]
+    assert save(plots.plot_forecast(models.Forecast(("a",), column, column, column, 0.9, (), 0), column))
     for draw, result in drawings:
         assert save(draw({"a": result, "b": result} if several else result))
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxbptt.arrays import check_count
 from jaxbptt.models.architecture import ModelNetwork
-from jaxbptt.models.baselines import persistence, season_length, seasonal_naive
+from jaxbptt.models.baselines import LOOKED_AT, persistence, season_length, seasonal_naive
 from jaxbptt.models.model import Columns, Model
 from jaxbptt.scans.exact import scan
 from jaxbptt.words import counted
@@ -208,15 +208,18 @@ def validation_errors(
         ValueError: rows of another shape or not finite; a start that leaves no row on one side; a season that is longer than
             the rows before `start`; horizons below 1.
     """
-    rows = _checked("rows", rows, columns)
     targets = list(columns.targets)
     check_count("horizons", horizons, "it counts steps ahead")
-    check_count("start", start, "there must be rows before and after the start of validation", 1, len(rows) - 1)
-    observed = np.ones(rows.shape, bool) if observed is None else np.asarray(observed, bool)
-    if observed.shape != rows.shape:
+    check_count("start", start, "there must be rows before and after the start of validation", 1, max(len(rows) - 1, 1))
+    if observed is not None and np.shape(observed) != np.shape(rows):
         raise ValueError(
-            f"observed has shape {observed.shape}, but rows has {rows.shape}: pass a boolean for each entry."
+            f"observed has shape {np.shape(observed)}, but rows has {np.shape(rows)}: pass a boolean for each entry."
         )
+    # The file may be larger than memory.
+    used = slice(max(start - max(LOOKED_AT, WARM_UP), 0), start + MAX_ROWS)
+    start -= used.start
+    rows = _checked("rows", rows[used], columns)
+    observed = np.ones(rows.shape, bool) if observed is None else np.asarray(observed[used], bool).reshape(rows.shape)
     if season is None:
         seasons = tuple(season_length(rows[:start, i]) for i in targets)
     else:

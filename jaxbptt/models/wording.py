@@ -13,8 +13,11 @@ HORIZONS = (1, 10, 50)
 def errors_table(
     errors: ValidationErrors, horizons: Sequence[int] = HORIZONS
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Root mean squared errors: a head, and a row for each column and horizon that was measured."""
-    head = "column", "steps ahead", "network", "persistence", "seasonal naive", "network / best baseline"
+    """Root mean squared errors: a head, and a row for each column and horizon that was measured.
+
+    The season is in steps, and the last column is the network's error divided by that of the better baseline.
+    """
+    head = "column", "steps ahead", "network", "persistence", "seasonal naive", "season", "network / best"
     rows = []
     for i, name in enumerate(errors.columns):
         season = errors.season[i]
@@ -24,8 +27,18 @@ def errors_table(
             )
             baseline = np.fmin(persistence, seasonal)
             ratio = network / baseline if baseline > 0 else np.nan
-            words = "no season" if season is None else f"{_number(seasonal)} (season {season:,})"
-            rows.append((name, f"{h:,}", _number(network), _number(persistence), words, _number(ratio, ".2f")))
+            length = "none" if season is None else f"{season:,}"
+            rows.append(
+                (
+                    name,
+                    f"{h:,}",
+                    _number(network),
+                    _number(persistence),
+                    _number(seasonal),
+                    length,
+                    _number(ratio, ".2f"),
+                )
+            )
     return head, rows
 
 

@@ -5,6 +5,7 @@ Values that are not finite, or 0 on a logarithmic axis, are left out. Needs the 
 """
 
 from jaxbptt.plots.figure import COLOURS as COLOURS
+from jaxbptt.plots.forecast import plot_forecast as plot_forecast
 from jaxbptt.plots.gradients import plot_certificate as plot_certificate
 from jaxbptt.plots.gradients import plot_gradient_flow as plot_gradient_flow
 from jaxbptt.plots.learning import plot_learning_curve as plot_learning_curve

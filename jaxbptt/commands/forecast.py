@@ -1,0 +1,236 @@
+r"""`python -m jaxbptt forecast` continues a table with a trained model: a file of forecasts with intervals, and a figure."""
+
+import argparse
+import csv
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxbptt import tasks
+from jaxbptt.commands import arguments, sources, tables
+from jaxbptt.files import write_whole
+from jaxbptt.models.forecasting import LEVELS, Forecast, ValidationErrors, forecast
+from jaxbptt.models.model import Columns, Model
+from jaxbptt.models.wording import errors_sentences, errors_table, measured_sentence
+from jaxbptt.tasks import InputError
+from jaxbptt.words import counted, install_command
+
+# Rows of the table of errors that fit on a screen.
+_MAX_COLUMNS = 8
+
+
+def add_parser(commands: Any) -> None:
+    """The command's options."""
+    parser = commands.add_parser(
+        "forecast",
+        help="forecast the next rows of a table with a model that `train` has trained on one like it",
+        description="Reads the table, whose columns are found by their names, and lets the network run on from its last row: "
+        "each prediction is read as the next row, and columns that are not predicted keep their last value. Writes step, "
+        "date where the table has evenly spaced ones, and for each column the forecast and an interval, which held the "
+        "given share of the model's validation data as many steps ahead. Without a file it continues the table that the "
+        "model was trained on.",
+        formatter_class=arguments.HelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    arguments.add_model(parser)
+    a = parser.add_argument
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--csv", metavar="FILE", help="the table to continue")
+    source.add_argument("--npz", metavar="FILE", help="or an array [time] or [time, features], in a .npz or .npy file")
+    a("--steps", type=arguments.size, required=True, metavar="N", help="how many rows to forecast")
+    a("--level", type=float, choices=LEVELS, default=0.9, help="share of the validation data that the intervals held")
+    a("--output", metavar="FILE", default="jaxbptt-forecast.csv", help="the file to write")
+    a("--figure", metavar="FILE", help="the figure, .png, .svg or .pdf; named like the output by default")
+    tables.add_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Load the model, read the table, write forecast and figure, print how far off the model was."""
+    with jax.enable_x64(False):
+        return _forecast(options)
+
+
+def _forecast(options: argparse.Namespace) -> int:
+    try:
+        # Imported here, since the rest of the package does not need them.
+        from rich.console import Console
+
+        from jaxbptt.plots import plot_forecast
+    except ModuleNotFoundError as error:
+        raise InputError(f"{error.name} is not installed: {install_command('report')}") from None
+    output = Path(options.output)
+    figure = Path(options.figure or output.with_suffix(".png"))
+    _check_outputs(output, figure)
+    model = arguments.load_model(options)
+    if model.columns is None:
+        raise InputError(
+            f"{options.folder} has a model of text, which forecasts no numbers: jaxbptt sample {options.folder}"
+        )
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    table = _read(options, model, model.columns)
+    for words in table.read_as:
+        console.print(words)
+    try:
+        future = forecast(model, table.values, steps=options.steps, level=options.level)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    times, about_times = _continued(table.times, options.steps)
+    console.print(_about(table, model.columns, future, about_times))
+    picture = io.BytesIO()
+    past = table.values[:, list(model.columns.targets)]
+    plot_forecast(future, past, times=times).savefig(picture, format=figure.suffix[1:], dpi=150)
+    for option, path, content in (
+        ("--output", output, _rows(future, times)),
+        ("--figure", figure, picture.getvalue()),
+    ):
+        try:
+            write_whole(path, content)
+        except OSError as error:
+            raise InputError(f"{option} {path} can't be written: {error.strerror or error}.") from None
+    _print_errors(console, model, future)
+    console.print(f"\nForecast: {output}\nFigure: {figure}")
+    return 0
+
+
+def _check_outputs(output: Path, figure: Path) -> None:
+    arguments.check_output("--output", output)
+    arguments.check_output("--figure", figure)
+    if figure.suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--figure {figure} ends in {figure.suffix!r}: use .png, .svg or .pdf.")
+    if figure == output:
+        raise InputError(f"--output {output} is the name of the figure, too: name a .csv file.")
+
+
+def _read(options: argparse.Namespace, model: Model, columns: Columns) -> tasks.Table:
+    """The columns that the model reads, in its order, read as those it was trained on."""
+    data = model.settings["data"]
+    path = options.csv or options.npz
+    kind = "csv" if options.csv else "npz" if options.npz else data["kind"]
+    if path is None and data["path"] is not None and Path(data["path"]).is_file():
+        path = data["path"]
+    if path is None:
+        raise InputError(
+            f"the file that the model was trained on, {data['path']}, is gone: name one by --csv or --npz."
+        )
+    options.csv = path if kind == "csv" else None
+    given = tables.given(options)
+    if "columns" in given:
+        raise InputError(f"--columns can't be chosen: the model reads {_shortened(columns.names)}.")
+    reading = {}
+    if kind == "csv":
+        # Columns that the model doesn't read may be of any kind, and those that were dropped may be gone.
+        reading = {key: value for key, value in data["reading"].items() if key != "drop"}
+        reading |= given | {"columns": list(columns.names)}
+    try:
+        table = sources.read_numbers(kind, path, reading)
+    except InputError as error:
+        words = str(error)
+        if words.startswith("--columns "):
+            raise InputError(f"the model reads the column {words.removeprefix('--columns ')}") from None
+        raise
+    if kind != "csv" and len(table.columns) != len(columns.names):
+        raise InputError(
+            f"{path} has {counted(len(table.columns), 'column')}, but the model reads {len(columns.names)}: pass an array "
+            f"[time, {len(columns.names)}]."
+        )
+    if kind != "csv":
+        return table
+    order = [table.columns.index(name) for name in columns.names]
+    return table._replace(columns=columns.names, values=table.values[:, order], observed=table.observed[:, order])
+
+
+def _continued(times: np.ndarray | None, steps: int) -> tuple[np.ndarray | None, str]:
+    """Dates of the rows read and of those to come, and what there is to say of them."""
+    if times is None:
+        return None, ""
+    import pandas
+
+    # A few thousand dates show the spacing as well as all of them.
+    known = pandas.DatetimeIndex(times[-4000:])
+    with warnings.catch_warnings():
+        # Newer versions say that they will return the spacing as an object, which is as good here.
+        warnings.simplefilter("ignore")
+        spacing = pandas.infer_freq(known) if len(known) > 2 else None
+    if spacing is None:
+        return None, "The dates are not evenly spaced, so the forecast has steps only."
+    later = pandas.date_range(known[-1], periods=steps + 1, freq=spacing)[1:]
+    if not (later[:1] > known[-1:]).all():
+        return None, "The newest row is not the last, so the forecast has steps only: --sort puts the rows in order."
+    return np.concatenate([times, later.to_numpy().astype(times.dtype)]), ""
+
+
+def _about(table: tasks.Table, columns: Columns, future: Forecast, about_times: str) -> str:
+    """What is forecast and from what."""
+    steps = len(future.mean)
+    sentences = [
+        f"{counted(steps, 'row')} after the last of {counted(len(table.values), 'row')} of {table.name}, for "
+        f"{_shortened(columns.target_names)}.",
+        about_times,
+    ]
+    if future.held:
+        sentences.append(
+            f"{_shortened(future.held)}: read but not predicted, held at the last value; train without "
+            "--target to predict it, too."
+        )
+    if not future.measured:
+        sentences.append("There are no intervals: validation has not measured enough errors for this level.")
+    elif future.measured < steps:
+        sentences.append(
+            f"There are intervals for the first {counted(future.measured, 'step')}: validation has not measured enough "
+            "errors further ahead."
+        )
+    lost = np.flatnonzero(~np.isfinite(future.mean).all(axis=1))
+    if len(lost):
+        sentences.append(f"Warning: from step {lost[0] + 1:,} on the forecast is not finite.")
+    return "\n".join(filter(None, sentences))
+
+
+def _shortened(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:_MAX_COLUMNS]) + (
+        f" and {len(names) - _MAX_COLUMNS} more" if len(names) > _MAX_COLUMNS else ""
+    )
+
+
+def _rows(future: Forecast, times: np.ndarray | None) -> str:
+    """The forecast as a CSV file."""
+    steps = len(future.mean)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    dates = [] if times is None else _written(times)[-steps:]
+    ends = (("", future.mean), (" low", future.low), (" high", future.high))
+    names = (f"{name}{end}" for name in future.columns for end, _ in ends)
+    writer.writerow(["step", *(["date"] if dates else []), *names])
+    cells = np.stack([numbers for _, numbers in ends], axis=2).reshape(steps, -1)
+    for i, row in enumerate(cells):
+        writer.writerow([i + 1, *dates[i : i + 1], *(f"{x:.9g}" if np.isfinite(x) else "" for x in row)])
+    return text.getvalue()
+
+
+def _written(times: np.ndarray) -> list[str]:
+    """Dates, with the time of day where any has one."""
+    whole_days = (times == times.astype("datetime64[D]")).all()
+    words = np.datetime_as_string(times, unit="D" if whole_days else "s")
+    return [word.replace("T", " ") for word in words.tolist()]
+
+
+def _print_errors(console: Any, model: Model, future: Forecast) -> None:
+    """How far off the model's forecasts of its validation data were, beside the baselines'."""
+    found = model.info.get("errors")
+    if found is None:
+        console.print("\nThe model was trained without validation data, so nothing is known of its errors.")
+        return
+    from jaxbptt.commands.display import table
+
+    errors = ValidationErrors.from_json(found)
+    head, rows = errors_table(errors)
+    per_column = len(rows) // len(future.columns)
+    console.print()
+    console.print(table(measured_sentence(errors), head, rows[: _MAX_COLUMNS * per_column]))
+    if len(future.columns) > _MAX_COLUMNS:
+        console.print(f"and {counted(len(future.columns) - _MAX_COLUMNS, 'more column')}")
+    for sentence in errors_sentences(errors):
+        console.print(sentence)
