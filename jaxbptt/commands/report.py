@@ -11,9 +11,11 @@ import jax.numpy as jnp
 
 from jaxbptt import tasks
 from jaxbptt.cells import CELLS
-from jaxbptt.commands import arguments
+from jaxbptt.commands import arguments, sources, tables
 from jaxbptt.files import write_whole
-from jaxbptt.models.model import Model, load
+from jaxbptt.models.forecasting import ValidationErrors
+from jaxbptt.models.model import Model
+from jaxbptt.tasks.files import standardise
 from jaxbptt.words import counted, install_command
 
 _DEFAULTS = {"cell": "all", "hidden": 64, "seed": 0}
@@ -32,7 +34,8 @@ def add_parser(commands: Any) -> None:
     )
     report.set_defaults(run=run)
     a = report.add_argument
-    a("--checkpoint", metavar="FOLDER", help="open up the network trained in this folder, the best on validation")
+    a("--checkpoint", metavar="FOLDER", help="open up a trained network, from the folder of its checkpoints")
+    a("--which", choices=("best", "last"), help="the checkpoint: the best on validation (default), or the last")
     arguments.add_source(
         report, npz="predict the next row of an array [time] or [time, features], in a .npz or .npy file"
     )
@@ -43,6 +46,7 @@ def add_parser(commands: Any) -> None:
     a("--seed", type=int, help=f"seed of the random weights (default: {_DEFAULTS['seed']})")
     a("--output", metavar="FILE", default="jaxbptt-report.html", help="the page to write")
     a("--float64", action="store_true", help="compute in double precision")
+    tables.add_options(report)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -52,6 +56,10 @@ def run(options: argparse.Namespace) -> int:
             setattr(options, name, default if getattr(options, name) is None else getattr(options, name))
         elif getattr(options, name) is not None:
             raise tasks.InputError(f"--{name} is that of the checkpoint: leave it out, or leave out --checkpoint.")
+    if options.which is not None and options.checkpoint is None:
+        raise tasks.InputError(
+            "--which chooses among checkpoints, but there is none: name their folder with --checkpoint."
+        )
     arguments.check_output("--output", options.output)
     with jax.enable_x64(options.float64):
         _report(options)
@@ -75,18 +83,19 @@ class _Subject(NamedTuple):
 
 
 def _report(options: argparse.Namespace) -> None:
-    task = None if options.checkpoint else _task(options)
+    data = None if options.checkpoint else _data(options)
     try:
         # Imported here, since only this command needs rich and matplotlib.
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+        from jaxbptt.commands.display import table
         from jaxbptt.reports import page, report, wording
     except ModuleNotFoundError as error:
         raise tasks.InputError(f"{error.name} is not installed: {install_command('report')}") from None
 
     console = Console()
-    subject = _trained(options) if task is None else _untrained(options, *task)
+    subject = _trained(options) if data is None else _untrained(options, data)
     for line in subject.lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     columns = TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -107,13 +116,13 @@ def _report(options: argparse.Namespace) -> None:
 
     for cell in reports:
         title = f"{cell.name}: every method, against jax.grad through lax.scan"
-        console.print(_table(title, wording.certificate_table(cell.certificate)))
+        console.print(table(title, *wording.certificate_table(cell.certificate)))
         for words in cell.left_out:
             console.print(f"Left out: {words}.", style="dim")
         title = f"{cell.name}: truncated at K steps, against the exact gradient"
-        console.print(_table(title, wording.bias_table(cell.bias)))
+        console.print(table(title, *wording.bias_table(cell.bias)))
     for section in sections:
-        console.print(_table(section.title, section.table))
+        console.print(table(section.title, *section.table))
         for sentence in (*section.sentences, *section.warnings):
             console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     for cell in reports:
@@ -122,21 +131,40 @@ def _report(options: argparse.Namespace) -> None:
     console.print(f"\nReport: {options.output}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _task(options: argparse.Namespace) -> tuple[tasks.Series, tasks.NextStep]:
-    if options.text is not None:
-        series = tasks.read_text(options.text)
-    elif options.csv is not None:
-        series = tasks.read_csv(options.csv)
-    elif options.npz is not None:
-        series = tasks.read_npz(options.npz)
-    else:
-        series = tasks.read_standard_library()
-    return series, tasks.next_step(series, steps=options.steps, batch=options.batch)
+class _Data(NamedTuple):
+    """What an untrained network reads.
+
+    Attributes:
+        series: the whole of it.
+        task: sequences of it.
+        table: of numbers, in their own units.
+        observed: of sequences with masked entries, where a target counts.
+    """
+
+    series: tasks.Series
+    task: tasks.NextStep
+    table: tasks.Table | None = None
+    observed: Any = None
 
 
-def _untrained(options: argparse.Namespace, series: tasks.Series, task: tasks.NextStep) -> _Subject:
-    from jaxbptt.reports import report
+def _data(options: argparse.Namespace) -> _Data:
+    reading = tables.given(options)
+    sizes = {"steps": options.steps, "batch": options.batch}
+    if not options.csv and not options.npz:
+        series = tasks.read_standard_library() if options.text is None else tasks.read_text(options.text)
+        return _Data(series, tasks.next_step(series, **sizes))
+    table = sources.read_numbers("csv" if options.csv else "npz", options.csv or options.npz, reading)
+    series = tasks.Series(table.name, standardise(table.values), ())
+    task, observed = tasks.next_step(series, **sizes), None
+    if reading.get("missing") == "mask" and not table.observed.all():
+        observed = tasks.next_step(series._replace(values=table.observed), **sizes).targets
+    return _Data(series, task, table, observed)
 
+
+def _untrained(options: argparse.Namespace, data: _Data) -> _Subject:
+    from jaxbptt.reports import report, wording
+
+    series, table = data.series, data.table
     names = CELLS if options.cell == "all" else [options.cell]
     settings: dict[str, Any] = {"hidden": options.hidden, "seed": options.seed, "dtype": jnp.result_type(float)}
     kind = "character" if series.symbols else "column"
@@ -148,17 +176,20 @@ def _untrained(options: argparse.Namespace, series: tasks.Series, task: tasks.Ne
         "seed": str(options.seed),
         **_machine(),
     }
-    return _Subject(tuple(report.untrained(name, task, **settings) for name in names), facts, (), lambda reports: ())
+    easy = () if table is None else (wording.persistence_section(table.columns, table.values, table.observed),)
+    return _Subject(
+        tuple(report.untrained(name, data.task, observed=data.observed, **settings) for name in names),
+        facts,
+        () if table is None else table.read_as,
+        lambda reports: easy,
+    )
 
 
 def _trained(options: argparse.Namespace) -> _Subject:
     from jaxbptt.commands import sequences
     from jaxbptt.reports import trained, wording
 
-    try:
-        model = load(options.checkpoint)
-    except ImportError as error:
-        raise tasks.InputError(f"{error}") from None
+    model = arguments.load_model(argparse.Namespace(folder=options.checkpoint, which=options.which or "best"))
     cut = sequences.of_model(model, options)
     text = model.vocabulary is not None
     unit = "nats per byte" if text else "squared standard deviations"
@@ -172,11 +203,13 @@ def _trained(options: argparse.Namespace) -> _Subject:
     }
     lines = (*cut.read_as, *(f"{name}: {value}" for name, value in facts.items()))
     easy = trained.easy(model, cut.sequences)
+    errors = model.info.get("errors")
+    forecasts = () if errors is None else (wording.errors_section(ValidationErrors.from_json(errors)),)
     return _Subject(
         trained.entries(model, cut.sequences, dtype=jnp.result_type(float)),
         facts,
         lines,
-        lambda reports: (wording.losses_section(reports, easy, unit),),
+        lambda reports: (wording.losses_section(reports, easy, unit), *forecasts),
     )
 
 
@@ -206,14 +239,3 @@ def _machine() -> dict[str, str]:
         "numbers": jnp.result_type(float).name,
         "on": f"{jax.devices()[0].device_kind}, jax {jax.__version__}, Python {platform.python_version()}",
     }
-
-
-def _table(title: str, table: Any) -> Any:
-    from rich.table import Table
-
-    shown = Table(title=title, title_justify="left")
-    for i, column in enumerate(table.head):
-        shown.add_column(column, justify="right" if i else "left", no_wrap=not i)
-    for row in table.rows:
-        shown.add_row(*row)
-    return shown

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxbptt import tasks
-from jaxbptt.commands import sources
+from jaxbptt.commands import sources, tables
 from jaxbptt.models.model import Model
 from jaxbptt.reports.trained import Sequences
 from jaxbptt.tasks.files import standard_library_file
@@ -37,6 +37,7 @@ def of_model(model: Model, options: argparse.Namespace) -> Cut:
     path, trained_on = _path(model, options)
     name = Path(path).name
     if model.vocabulary is not None:
+        tables.given(options)
         values, observed, read_as = tasks.map_text(path).values, None, ()
     else:
         values, observed, read_as = _numbers(model, path, options)
@@ -99,17 +100,29 @@ def _numbers(
 ) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
     """The model's columns `[time, columns]` in the file's units, where its targets were observed, and how it was read."""
     assert model.columns is not None
-    kind = "csv" if options.csv else "npz" if options.npz else model.settings["data"]["kind"]
-    table: Any = sources._table(kind, path, model.settings["data"]["reading"])
-    names = model.columns.names
-    missing = [name for name in names if name not in table.columns]
-    if missing:
+    data, names = model.settings["data"], model.columns.names
+    kind = "csv" if options.csv else "npz" if options.npz else data["kind"]
+    reading: dict[str, Any] = {}
+    if kind == "csv":
+        given = tables.given(argparse.Namespace(**{**vars(options), "csv": path}))
+        for name in ("columns", "drop"):
+            if name in given:
+                raise tasks.InputError(f"--{name} can't be chosen: the network reads {', '.join(names)}.")
+        # Columns that the model doesn't read may be of any kind, and those that were dropped may be gone.
+        reading = {key: value for key, value in data["reading"].items() if key != "drop"}
+        reading |= given | {"columns": list(names)}
+    else:
+        tables.given(options)
+    table = sources.read_numbers(kind, path, reading)
+    if len(table.columns) != len(names):
         raise tasks.InputError(
-            f"{table.name} has no column {missing[0]!r}, which {options.checkpoint} reads: it has {', '.join(table.columns)}."
+            f"{path} has {counted(len(table.columns), 'column')}, but the network reads {len(names)}: pass an array "
+            f"[time, {len(names)}]."
         )
-    places = [table.columns.index(name) for name in names]
-    observed = None if table.observed is None else table.observed[:, [places[i] for i in model.columns.targets]]
-    return table.values[:, places], observed, table.read_as
+    order = [table.columns.index(name) for name in names] if kind == "csv" else list(range(len(names)))
+    masked = reading.get("missing") == "mask" and not table.observed.all()
+    observed = table.observed[:, [order[i] for i in model.columns.targets]] if masked else None
+    return table.values[:, order], observed, table.read_as
 
 
 def _symbol_numbers(name: str, vocabulary: tasks.Vocabulary, raw: np.ndarray) -> np.ndarray:

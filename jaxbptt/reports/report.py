@@ -90,13 +90,28 @@ class Entry(NamedTuple):
     gradients: Mapping[str, Callable[..., Any]] = {}
 
 
-def untrained(name: str, task: NextStep, *, hidden: int, seed: int, dtype: Any) -> Entry:
-    """A cell with a linear read-out, with random weights, on the task."""
+def untrained(name: str, task: NextStep, *, hidden: int, seed: int, dtype: Any, observed: Any = None) -> Entry:
+    """A cell with a linear read-out, with random weights, on the task.
+
+    Args:
+        name: in `CELLS`.
+        task: the sequences.
+        hidden: size of the state.
+        seed: of the weights.
+        dtype: of all that is computed.
+        observed: booleans like the targets of numbers, False where one does not count.
+    """
     batch, features = task.xs.shape[1:]
     cell = CELLS[name](features, hidden, dtype=dtype)
     params, W_hy, _ = network(cell, features).init(jax.random.key(seed))
-    loss = getattr(losses, task.loss)
-    targets = jnp.asarray(task.targets) if task.loss == "cross_entropy" else jnp.asarray(task.targets, dtype)
+    by_number = task.loss == "cross_entropy"
+    targets = jnp.asarray(task.targets) if by_number else jnp.asarray(task.targets, dtype)
+    mask = None if observed is None else jnp.asarray(observed)
+
+    def loss(hs, known):
+        targets, mask = known
+        return getattr(losses, task.loss)(hs @ W_hy.T, targets, mask=mask)
+
     by_textbook = {"textbook loop": lambda params, init, xs: _by_textbook(params, W_hy, init, xs, targets)}
     return Entry(
         name,
@@ -104,9 +119,9 @@ def untrained(name: str, task: NextStep, *, hidden: int, seed: int, dtype: Any) 
         params,
         cell.initial_carry((batch,)),
         jnp.asarray(task.xs, dtype),
-        targets,
-        lambda hs, targets: loss(hs @ W_hy.T, targets),
-        by_textbook if name == "elman" and task.loss == "cross_entropy" else {},
+        (targets, mask),
+        loss,
+        by_textbook if name == "elman" and by_number else {},
     )
 
 

@@ -20,9 +20,9 @@ class Sequences(NamedTuple):
         observed: booleans like `targets`, False where an entry does not count; `None` where all do.
     """
 
-    xs: np.ndarray
-    targets: np.ndarray
-    observed: np.ndarray | None = None
+    xs: Any
+    targets: Any
+    observed: Any = None
 
 
 def entries(model: Model, sequences: Sequences, *, dtype: Any) -> tuple[Entry, Entry]:
@@ -41,8 +41,8 @@ def entries(model: Model, sequences: Sequences, *, dtype: Any) -> tuple[Entry, E
     numbers = model.vocabulary is None
     known = Sequences(
         as_given.astype(dtype) if numbers else as_given,
-        jnp.asarray(sequences.targets, dtype if numbers else None),  # pyright: ignore[reportArgumentType]
-        None if sequences.observed is None else jnp.asarray(sequences.observed),  # pyright: ignore[reportArgumentType]
+        jnp.asarray(sequences.targets, dtype if numbers else None),
+        None if sequences.observed is None else jnp.asarray(sequences.observed),
     )
     init = network.cell.initial_carry(sequences.xs.shape[1:2])
 
