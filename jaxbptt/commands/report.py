@@ -18,6 +18,8 @@ from jaxbptt.models.model import Model
 from jaxbptt.tasks.files import standardise
 from jaxbptt.words import counted, install_command
 
+# Of a table with a row for each column of the data, what fits on a screen.
+_MAX_ROWS = 24
 _DEFAULTS = {"cell": "all", "hidden": 64, "seed": 0}
 
 
@@ -122,7 +124,10 @@ def _report(options: argparse.Namespace) -> None:
         title = f"{cell.name}: truncated at K steps, against the exact gradient"
         console.print(table(title, *wording.bias_table(cell.bias)))
     for section in sections:
-        console.print(table(section.title, *section.table))
+        head, rows = section.table
+        console.print(table(section.title, head, rows[:_MAX_ROWS]))
+        if len(rows) > _MAX_ROWS:
+            console.print(f"{counted(len(rows) - _MAX_ROWS, 'more row')} on the page.", style="dim")
         for sentence in (*section.sentences, *section.warnings):
             console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     for cell in reports:
@@ -194,7 +199,7 @@ def _trained(options: argparse.Namespace) -> _Subject:
     text = model.vocabulary is not None
     unit = "nats per byte" if text else "squared standard deviations"
     facts = {
-        "checkpoint": f"{options.checkpoint}, update {model.step:,}",
+        "checkpoint": f"{options.checkpoint}, update {model.step:,}{_standing(model)}",
         "network": _network(model),
         **_metrics(model, unit),
         "trained on": _trained_on(model),
@@ -211,6 +216,11 @@ def _trained(options: argparse.Namespace) -> _Subject:
         lines,
         lambda reports: (wording.losses_section(reports, easy, unit), *forecasts),
     )
+
+
+def _standing(model: Model) -> str:
+    best = model.info.get("metrics", {}).get("best")
+    return ", the best on validation" if best and best["update"] == model.step else ""
 
 
 def _network(model: Model) -> str:

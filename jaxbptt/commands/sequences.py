@@ -113,7 +113,13 @@ def _numbers(
         reading |= given | {"columns": list(names)}
     else:
         tables.given(options)
-    table = sources.read_numbers(kind, path, reading)
+    try:
+        table = sources.read_numbers(kind, path, reading)
+    except tasks.InputError as error:
+        words = str(error)
+        if not words.startswith("--columns "):
+            raise
+        raise tasks.InputError(f"the network reads the column {words.removeprefix('--columns ')}") from None
     if len(table.columns) != len(names):
         raise tasks.InputError(
             f"{path} has {counted(len(table.columns), 'column')}, but the network reads {len(names)}: pass an array "

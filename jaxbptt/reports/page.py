@@ -50,6 +50,8 @@ def render(
         trained: whether the networks are one, before and after training, and not untrained.
     """
     title = _TITLE_TRAINED if trained else _TITLE
+    # What there is to say of a checkpoint takes a line each.
+    separator = "<br>" if trained else " · "
     where = (
         "before training and after it, on the same sequences, each from a state of zeros"
         if trained
@@ -65,7 +67,7 @@ def render(
     )
     parts = [
         f"<h1>{title}</h1>",
-        "<p class='quiet'>" + " · ".join(f"{escape(key)} {escape(value)}" for key, value in facts.items()) + "</p>",
+        "<p class='quiet'>" + separator.join(f"{escape(key)} {escape(value)}" for key, value in facts.items()) + "</p>",
         *map(_section, sections),
         "<h2>How far back the gradient reaches, and why</h2>",
         _list(map(reach_sentence, reports)),

@@ -49,7 +49,7 @@ def losses_section(reports: Sequence[CellReport], easy: tuple[str, float], unit:
     return Section(
         "What was learnt",
         (f"The mean loss on the sequences of this report, in {unit}.",),
-        Table(("", "mean loss"), tuple((name, "" if loss is None else f"{loss:.4g}") for name, loss in rows)),
+        Table(("prediction", "mean loss"), tuple((name, "" if loss is None else f"{loss:.4g}") for name, loss in rows)),
     )
 
 
@@ -72,7 +72,7 @@ def persistence_section(columns: Sequence[str], values: np.ndarray, observed: np
             "column's changes, in its own units, and relative to its standard deviation.",
         ),
         Table(
-            ("column", "change in a step", "of its deviation"),
+            ("column", "change in a step", "in deviations"),
             tuple((name, f"{change:.3g}", f"{change / (std or 1):.3g}") for name, change, std in rows),
         ),
     )
