@@ -56,7 +56,12 @@ def losses_section(reports: Sequence[CellReport], easy: tuple[str, float], unit:
 def errors_section(errors: ValidationErrors) -> Section:
     """The errors of a network's forecasts, beside those of what is easy."""
     head, rows = errors_table(errors)
-    return Section("Forecasts", (measured_sentence(errors),), Table(head, tuple(rows)), tuple(errors_sentences(errors)))
+    return Section(
+        "Forecasts of the validation data",
+        (measured_sentence(errors),),
+        Table(head, tuple(rows)),
+        tuple(errors_sentences(errors)),
+    )
 
 
 def persistence_section(columns: Sequence[str], values: np.ndarray, observed: np.ndarray) -> Section:
