@@ -84,7 +84,7 @@ def test_a_text(tmp_path):
     assert (there / "weights.safetensors").exists()
     model = bptt.load(folder)
     assert model.info["metrics"]["best"]["update"] == model.step
-    with pytest.raises(AssertionError, match="poem.txt"):
+    with pytest.raises(AssertionError, match=r"poem\.txt"):
         command("report", "--checkpoint", str(folder), "--steps", "10", "--batch", "2", cwd=there)
 
 

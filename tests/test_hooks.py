@@ -46,6 +46,9 @@ def test_tensorboard_files_hold_the_numbers(tmp_path):
     # Where a resumed run starts, so that TensorBoard hides the updates that it does again.
     assert [one.step for one in events(file) if one.HasField("session_log")] == [5]
     hooks.close(on_update)  # closed already
+    on_update(ROWS[1])
+    hooks.close(on_update)
+    assert [scalars(one) for one in sorted(folder.iterdir())] == [expected, expected[2:]]
     hooks.close(print)  # has nothing to close
 
 

@@ -62,6 +62,9 @@ def test_modules_with_a_read_out_that_do_not_fit(changed, message):
     }
     params = interop.from_torch(fitting)
     assert [leaf.shape for leaf in jax.tree.leaves(params)] == [(8, 3), (8, 2), (8,), (4, 2), (4,), (9, 3)]
+    reverse = {f"{key}_reverse": value for key, value in fitting.items() if key.startswith("rnn")}
+    both = interop.from_torch(fitting | reverse | {"readout.weight": np.ones((4, 4))})
+    assert isinstance(both.cell, bptt.Directions)
     del fitting["readout.bias"]
     assert interop.from_torch(fitting).b_y.tolist() == [0] * 4
     with pytest.raises(ValueError, match=message):

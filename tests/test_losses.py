@@ -250,7 +250,9 @@ def test_single_features_masked():
     value, gradient = jax.value_and_grad(losses.mean_squared_error)(outputs, spoilt, mask=mask)
     np.testing.assert_allclose(value, squares.mean())
     assert np.isfinite(gradient).all()
-    np.testing.assert_allclose(losses.mean_squared_error(outputs, spoilt, mask=mask, reduction="sum"), squares.sum() / 2)
+    np.testing.assert_allclose(
+        losses.mean_squared_error(outputs, spoilt, mask=mask, reduction="sum"), squares.sum() / 2
+    )
     every = jnp.ones(outputs.shape, bool)
     for reduction in ("mean", "sum"):
         np.testing.assert_allclose(

@@ -95,3 +95,16 @@ def test_how_an_extra_is_installed(tmp_path, monkeypatch, folder, project, insid
         word.replace("ROOT", str(root)).replace("PYTHON", str(mine / "python")) for word in shlex.split(expected)
     ]
     assert "[train]'" in command  # a shell takes brackets for a pattern
+
+
+def test_no_message_has_a_command_of_its_own():
+    files = [file for file in (ROOT / "jaxbptt").rglob("*.py") if file.name != "words.py"]
+    assert [file.name for file in files if "pip install" in file.read_text("utf-8")] == []
+
+
+def test_a_table_without_pandas(monkeypatch, tmp_path):
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n3,4\n")
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(bptt.tasks.InputError) as error:
+        bptt.tasks.read_table(tmp_path / "a.csv")
+    assert str(error.value) == f"pandas is not installed: {words.install_command('tables')}"

@@ -53,18 +53,12 @@ _UNSET = object()
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """All options of `train`."""
-    a = parser.add_argument
     arguments.add_source(
         parser, npz="predict the next row of an array [time] or [time, features], in a .npz or .npy file"
     )
     tables.add_options(parser)
-    a(
-        "--target",
-        nargs="+",
-        default=[],
-        metavar="COLUMN",
-        help="predict only these columns, by name or place from 1 on",
-    )
+    a = parser.add_argument
+    a("--target", nargs="+", metavar="NAME", help="predict only these columns, by name or position from 1")
     a(
         "--season",
         type=arguments.size,
@@ -72,9 +66,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="rows in a season, for the seasonal baseline; found if left out",
     )
 
+    a = parser.add_argument_group("the network").add_argument
     a("--cell", choices=tuple(CELLS), default="lstm", help="the recurrent cell")
-    a("--hidden", type=arguments.size, default=256, help="size of the hidden state")
-    a("--layers", type=arguments.size, default=1, help="number of stacked layers")
+    a("--hidden", type=arguments.size, default=256, metavar="N", help="size of the hidden state")
+    a("--layers", type=arguments.size, default=1, metavar="N", help="number of stacked layers")
     a("--layer-norm", action="store_true", help="normalise the layers, of an lstm")
     a(
         "--dropout",
@@ -84,9 +79,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="drop what upper layers and the read-out read with this probability, one mask for each update",
     )
     a("--embedding", type=arguments.size, metavar="N", help="learn a vector of this size for each symbol of a text")
-    a("--steps", type=arguments.size, default=64, help="truncation length: time steps per update")
-    a("--batch", type=arguments.size, default=32, help="number of rows that the file is cut into, trained side by side")
 
+    a = parser.add_argument_group("training").add_argument
+    a("--steps", type=arguments.size, default=64, metavar="N", help="truncation length: time steps per update")
+    a(
+        "--batch",
+        type=arguments.size,
+        default=32,
+        metavar="N",
+        help="number of rows that the file is cut into, trained side by side",
+    )
     a("--optimizer", choices=tuple(optimizers.OPTIMIZERS), default="adam", help="how gradients become updates")
     a("--learning-rate", type=arguments.positive, default=4e-3, metavar="RATE", help="learning rate")
     a(
@@ -131,7 +133,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="stop early, after this many validations without a new least loss",
     )
     a("--seed", type=int, default=0, help="seed of the random weights and of the sample")
+    a("--devices", type=arguments.size, default=1, metavar="N", help="devices that share the batch, in each process")
 
+    a = parser.add_argument_group("what is saved and written").add_argument
     a("--checkpoints", metavar="FOLDER", default="jaxbptt-train", help="folder for the checkpoints")
     a(
         "--save-every",
@@ -170,7 +174,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=0.7,
         help="temperature of the sample; 0 always takes the most likely byte",
     )
-    a("--devices", type=arguments.size, default=1, metavar="N", help="devices that share the batch, in each process")
 
 
 def complete(options: argparse.Namespace) -> checkpoints.Record | None:

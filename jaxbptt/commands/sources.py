@@ -155,7 +155,7 @@ def read_numbers(kind: str, path: str, reading: Mapping[str, Any]) -> tasks.Tabl
     return tasks.Table(Path(path).name, tuple(f"column {i}" for i in places), values, observed, None, (), places)
 
 
-def _number_parts(table: tasks.Table, cut: int, target: list[str], masked: bool) -> dict[str, Any]:
+def _number_parts(table: tasks.Table, cut: int, target: list[str] | None, masked: bool) -> dict[str, Any]:
     mean, deviation = tasks.mean_and_deviation(table.values, steps=cut, name=table.name)
     targets = table.positions(target) if target else tuple(range(len(table.columns)))
     columns = Columns(table.columns, mean, deviation, targets)

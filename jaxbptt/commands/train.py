@@ -4,6 +4,7 @@ import argparse
 import io
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -237,5 +238,7 @@ def _draw(plot: Any, metrics_file: Path, figure_file: Path, source: sources.Sour
 
 
 def _command(folder: Path) -> str:
-    """The command that resumes the run."""
-    return shlex.join([Path(sys.executable).name, "-m", "jaxbptt", "train", "--resume", str(folder)])
+    """The command that resumes the run, by this Python."""
+    name = Path(sys.executable).name
+    python = name if shutil.which(name) == sys.executable else sys.executable
+    return shlex.join([python, "-m", "jaxbptt", "train", "--resume", str(folder)])

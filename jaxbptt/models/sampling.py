@@ -78,9 +78,8 @@ def sample(model: Model, prompt: str | None, *, length: int, temperature: float,
         block = np.full(BLOCK, -1, np.int32)
         part = given[start : start + BLOCK]
         block[: len(part)] = part
-        position = np.int32(start - len(given))
         state, symbols = _read_or_draw(
-            model.network, model.params, state, block, position, following, np.float32(temperature), key
+            model.network, model.params, state, block, np.int32(start), following, np.float32(temperature), key
         )
         drawn = np.append(drawn, np.asarray(symbols)[len(part) :])
         start += BLOCK
@@ -104,12 +103,12 @@ def _read_or_draw(
     params: Any,
     state: Any,
     given: Any,
-    position: Any,
+    start: Any,
     following: Any,
     temperature: Any,
     key: Any,
 ) -> tuple[Any, Any]:
-    """One block of symbols: those given, and drawn ones where that is −1. The first one drawn of all has position 0."""
+    """One block of symbols: those given, and drawn ones where that is −1. `start` is how many there were before."""
 
     def step(state, at):
         carry, logits, place = state
@@ -124,8 +123,7 @@ def _read_or_draw(
         # The end of the training data may begin in the middle of a character, whose bytes lead nowhere.
         return (carry, network.readout(params, symbol, h), jnp.maximum(allowed[symbol], 0)), symbol
 
-    positions = jnp.maximum(position + jnp.arange(BLOCK, dtype=position.dtype), 0)
-    return jax.lax.scan(step, state, (given, positions))
+    return jax.lax.scan(step, state, (given, start + jnp.arange(BLOCK, dtype=start.dtype)))
 
 
 # Places inside a character of UTF-8, by the bytes that may follow, from the first to the last, and the place after them.

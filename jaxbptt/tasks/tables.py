@@ -11,7 +11,7 @@ from jaxbptt.tasks.body import Body, choose, place
 from jaxbptt.tasks.dialect import DELIMITERS, Reading, likeliest, readings
 from jaxbptt.tasks.files import InputError, Series, standardise
 from jaxbptt.tasks.lines import NO_DELIMITER, Lines, line_of, load, without_ragged
-from jaxbptt.words import counted
+from jaxbptt.words import counted, install_command
 
 Missing = Literal["error", "hold", "interpolate", "mask"]
 
@@ -65,7 +65,7 @@ def read_table(
     try:
         import pandas  # noqa: F401
     except ModuleNotFoundError:
-        raise InputError("pandas is not installed: pip install 'jaxbptt[tables]'.") from None
+        raise InputError(f"pandas is not installed: {install_command('tables')}") from None
     delimiter = None if delimiter is None else DELIMITERS.get(delimiter, delimiter)
     lines = load(path, encoding, skip)
     if ragged == "drop":

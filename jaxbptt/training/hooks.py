@@ -72,8 +72,9 @@ class TensorBoard:
         """Write what was measured at one update."""
         update = int(metrics["update"])
         if self._writer is None:
-            # Opened only now, since it has to be told which updates of earlier files are written again.
-            self._writer = self._open_writer(purge_step=update)
+            # Opened only now, since it has to be told which updates of earlier files are written again; and a file that is
+            # opened in the same second has to have another name.
+            self._writer = self._open_writer(purge_step=update, filename_suffix=f".{update}")
         for name, value in metrics.items():
             if name != "update":
                 self._writer.add_scalar(name, float(value), update)
