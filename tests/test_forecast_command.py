@@ -11,10 +11,12 @@ import numpy as np
 import optax
 import pandas
 import pytest
+from rich.console import Console
 
 import jaxbptt as bptt
 from jaxbptt import checkpoints, models, tasks
 from jaxbptt.__main__ import main
+from jaxbptt.commands import display
 from jaxbptt.commands import forecast as command
 from jaxbptt.models.model import BEST, settings_of
 
@@ -241,3 +243,18 @@ def test_a_model_of_text(capsys):
     assert capsys.readouterr().err == (
         "jaxbptt forecast: text has a model of text, which forecasts no numbers: jaxbptt sample text\n"
     )
+
+
+def test_errors_of_many_columns(capsys):
+    numbers = np.ones((3, 10))
+    names = tuple(f"c{i}" for i in range(10))
+    found = models.ValidationErrors(
+        names, (None,) * 10, 9, 2 * numbers, numbers, np.nan * numbers, 9 * numbers, np.ones((7, 3, 10))
+    )
+    display.show_errors(Console(), found)
+    printed = capsys.readouterr().out
+    assert printed.count("│ c") == 16  # each at 1 and 3 steps ahead
+    assert "│ c7" in printed
+    assert "│ c8" not in printed
+    assert "and 2 more columns" in printed
+    assert printed.count("Warning: ") == 10

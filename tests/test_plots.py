@@ -418,6 +418,7 @@ def test_forecast():
         np.testing.assert_array_equal(ahead.get_xdata(), np.arange(5))
         np.testing.assert_array_equal(ahead.get_ydata(), [past[-1, i], *future(4, 2).mean[:, i]])
         np.testing.assert_array_equal(points.get_xdata(), np.arange(1, 5))
+        assert points.get_marker() == "o"
         (band,) = axes.collections
         corners = band.get_paths()[0].vertices
         assert set(corners[:, 0]) == {1, 2, 3}, "no interval where there is none"
@@ -431,14 +432,16 @@ def test_forecast():
 
 
 def test_forecast_on_dates():
-    past = np.zeros((300, 5))
+    past = np.arange(1500.0).reshape(300, 5)
     times = np.datetime64("2024-02-20T05") + np.arange(330) * np.timedelta64(1, "h")
     figure = plots.plot_forecast(future(30, 5), past, times=times)
     assert save(figure)
     assert len(figure.axes) == 4
     assert figure.axes[0].get_title() == "Forecast, 4 of 5 columns"
-    behind, ahead, *_ = figure.axes[3].lines
+    behind, ahead, points, _ = figure.axes[3].lines
     np.testing.assert_array_equal(behind.get_xdata(), times[210:300])
+    np.testing.assert_array_equal(behind.get_ydata(), past[210:, 3])
+    assert points.get_marker() in ("", "None")
     np.testing.assert_array_equal(ahead.get_xdata(), times[299:])
     assert figure.axes[-1].get_xlabel() == ""
     assert texts(plots.plot_forecast(future(3, measured=0), np.zeros((9, 1)))) == ["past", "forecast"]

@@ -11,6 +11,12 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from jaxbptt.commands.run import Progress
+from jaxbptt.models import wording
+from jaxbptt.models.forecasting import ValidationErrors
+from jaxbptt.words import counted
+
+# Of which the errors of forecasts are shown.
+MAX_COLUMNS = 8
 
 
 class Display:
@@ -73,3 +79,15 @@ def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Tab
     for row in rows:
         shown.add_row(*row)
     return shown
+
+
+def show_errors(console: Console, errors: ValidationErrors) -> None:
+    """The errors of forecasts beside those of the baselines, of as many columns as fit on a screen, and all warnings."""
+    head, rows = wording.errors_table(errors)
+    shown = rows[: MAX_COLUMNS * len(rows) // len(errors.columns)]
+    console.print()
+    console.print(table(wording.measured_sentence(errors), head, shown))
+    if len(errors.columns) > MAX_COLUMNS:
+        console.print(f"and {counted(len(errors.columns) - MAX_COLUMNS, 'more column')}")
+    for sentence in wording.errors_sentences(errors):
+        console.print(sentence)

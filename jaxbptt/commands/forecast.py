@@ -15,12 +15,11 @@ from jaxbptt.commands import arguments, sources, tables
 from jaxbptt.files import write_whole
 from jaxbptt.models.forecasting import LEVELS, Forecast, ValidationErrors, forecast
 from jaxbptt.models.model import Columns, Model
-from jaxbptt.models.wording import errors_sentences, errors_table, measured_sentence
 from jaxbptt.tasks import InputError
 from jaxbptt.words import counted, install_command
 
-# Rows of the table of errors that fit on a screen.
-_MAX_COLUMNS = 8
+# So many names of columns fit in a line.
+_MAX_NAMES = 8
 
 
 def add_parser(commands: Any) -> None:
@@ -59,6 +58,7 @@ def _forecast(options: argparse.Namespace) -> int:
         # Imported here, since the rest of the package does not need them.
         from rich.console import Console
 
+        from jaxbptt.commands.display import show_errors
         from jaxbptt.plots import plot_forecast
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is not installed: {install_command('report')}") from None
@@ -91,7 +91,11 @@ def _forecast(options: argparse.Namespace) -> int:
             write_whole(path, content)
         except OSError as error:
             raise InputError(f"{option} {path} can't be written: {error.strerror or error}.") from None
-    _print_errors(console, model, future)
+    errors = model.info.get("errors")
+    if errors is None:
+        console.print("\nThe model was trained without validation data, so nothing is known of its errors.")
+    else:
+        show_errors(console, ValidationErrors.from_json(errors))
     console.print(f"\nForecast: {output}\nFigure: {figure}")
     return 0
 
@@ -190,9 +194,7 @@ def _about(table: tasks.Table, columns: Columns, future: Forecast, about_times: 
 
 
 def _shortened(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:_MAX_COLUMNS]) + (
-        f" and {len(names) - _MAX_COLUMNS} more" if len(names) > _MAX_COLUMNS else ""
-    )
+    return ", ".join(names[:_MAX_NAMES]) + (f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else "")
 
 
 def _rows(future: Forecast, times: np.ndarray | None) -> str:
@@ -215,22 +217,3 @@ def _written(times: np.ndarray) -> list[str]:
     whole_days = (times == times.astype("datetime64[D]")).all()
     words = np.datetime_as_string(times, unit="D" if whole_days else "s")
     return [word.replace("T", " ") for word in words.tolist()]
-
-
-def _print_errors(console: Any, model: Model, future: Forecast) -> None:
-    """How far off the model's forecasts of its validation data were, beside the baselines'."""
-    found = model.info.get("errors")
-    if found is None:
-        console.print("\nThe model was trained without validation data, so nothing is known of its errors.")
-        return
-    from jaxbptt.commands.display import table
-
-    errors = ValidationErrors.from_json(found)
-    head, rows = errors_table(errors)
-    per_column = len(rows) // len(future.columns)
-    console.print()
-    console.print(table(measured_sentence(errors), head, rows[: _MAX_COLUMNS * per_column]))
-    if len(future.columns) > _MAX_COLUMNS:
-        console.print(f"and {counted(len(future.columns) - _MAX_COLUMNS, 'more column')}")
-    for sentence in errors_sentences(errors):
-        console.print(sentence)

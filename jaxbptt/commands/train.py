@@ -16,7 +16,7 @@ import numpy as np
 from jaxbptt.commands import arguments, cluster, compiled, metrics, run, sources
 from jaxbptt.commands import options as train_options
 from jaxbptt.files import write_whole
-from jaxbptt.models import baselines, export, forecasting, sampling, wording
+from jaxbptt.models import baselines, export, forecasting, sampling
 from jaxbptt.models.model import Model, load, saved_architecture, settings_of
 from jaxbptt.tasks import InputError
 from jaxbptt.training import checkpoints, hooks
@@ -194,25 +194,18 @@ def _errors(network: Any, source: sources.Source, season: int | None) -> Callabl
 
 def _use(model: Model, options: argparse.Namespace, console: Any) -> None:
     """A sample, and the weights in a file, of the model that `load` gives."""
+    from jaxbptt.commands.display import show_errors
+
     if model.vocabulary is not None and options.sample:
         key = jax.random.key(options.seed)
         text = sampling.sample(model, None, length=options.sample, temperature=options.temperature, key=key)
         console.print("\nA sample that continues the training text:", style="bold")
         console.print(text)
     if errors := model.info.get("errors"):
-        _show_errors(forecasting.ValidationErrors.from_json(errors), console)
+        show_errors(console, forecasting.ValidationErrors.from_json(errors))
     if options.export:
         export.save_weights(options.export, model.params)
         console.print(f"Weights: {options.export}")
-
-
-def _show_errors(errors: forecasting.ValidationErrors, console: Any) -> None:
-    from jaxbptt.commands.display import table
-
-    console.print()
-    console.print(table(wording.measured_sentence(errors), *wording.errors_table(errors)))
-    for sentence in wording.errors_sentences(errors):
-        console.print(sentence)
 
 
 def _on_this_device(tree: Any) -> Any:

@@ -63,10 +63,11 @@ def seasonal_naive(values: Any, origins: Any, horizons: int, *, season: int) -> 
 def season_length(values: Any) -> int | None:
     r"""The length of the season of a series, in steps; `None` where it has none.
 
-    Candidates are the peaks of the autocorrelation of the detrended series. Without its moving average over one season, the
-    mean season of each half of the series has to explain a fifth of the other half's variance, and more where there are few:
-    what only oscillates, like Lorenz's equations, loses its phase, and such a mean is close to 0. Of several, it is the one
-    over which the series changes least; of those over which it changes about as little, the shortest.
+    Candidates are the peaks of the autocorrelation and of the spectrum, both without a cubic trend. Without its moving
+    average over one season, the mean season of each half of the series has to explain a fifth of the other half's variance,
+    and more where there are few: what only oscillates, like Lorenz's equations, loses its phase, and such a mean is close
+    to 0. Of several, it is the one over which the series changes least; of those over which it changes about as little, the
+    shortest.
 
     Only the last 50,000 values are looked at, for seasons that are there at least four times.
 
@@ -102,7 +103,7 @@ def season_length(values: Any) -> int | None:
     seasons, season = {}, None
     found = _around(_candidates(residuals, longest), longest)
     while found:
-        seasons |= {m: _change(values, m) for m in found if _is_season(values, m)}
+        seasons |= {m: _change(residuals, m) for m in found if _is_season(residuals, m)}
         about_least = _SAME * min(seasons.values(), default=0.0) + 0.01 * residuals.var()
         before, season = season, min((m for m, change in seasons.items() if change <= about_least), default=None)
         if season is None or season == before:
@@ -135,7 +136,7 @@ def _around(lags: np.ndarray, longest: int) -> set[int]:
 
 def _detrended(values: np.ndarray) -> np.ndarray:
     time = np.linspace(-1, 1, len(values))
-    return values - np.polynomial.Polynomial.fit(time, values, 1)(time)
+    return values - np.polynomial.Polynomial.fit(time, values, 3)(time)
 
 
 def _change(values: np.ndarray, season: int) -> float:
@@ -146,16 +147,15 @@ def _change(values: np.ndarray, season: int) -> float:
 def _is_season(values: np.ndarray, season: int) -> bool:
     """Whether the mean season of each half explains enough of the other half's variance; more, where seasons are few."""
     sums = np.cumsum(np.concatenate([[0.0], values]))
-    means = (sums[season:] - sums[:-season]) / season
-    # The centred mean over one season; for an even one, of two that are a step apart.
-    even = season % 2 == 0
-    trend = (means[1:] + means[:-1]) / 2 if even else means
-    start = season // 2
-    residuals = values[start : start + len(trend)] - trend
+    # The mean over one season, as near the middle as whole steps allow.
+    trend = (sums[season:] - sums[:-season]) / season
+    residuals = values[season // 2 :][: len(trend)] - trend
     half = len(residuals) // 2 // season * season
     if not half:
         return False
-    halves = residuals[:half].reshape(-1, season), residuals[half : 2 * half].reshape(-1, season)
+    one, other = residuals[:half], residuals[half : 2 * half]
+    # Without their means, which are what the moving average misses of a trend that bends.
+    halves = [(each - each.mean()).reshape(-1, season) for each in (one, other)]
     needed = _EXPLAINED + _EXPLAINED_MORE * season / len(values)
     for one, other in (halves, halves[::-1]):
         variance = np.mean(other**2)
