@@ -47,7 +47,8 @@ def given(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: if one is given without a CSV file.
     """
-    found = {name: value for name in _NAMES if (value := getattr(options, name, None)) not in (None, False)}
+    values = {name: getattr(options, name, None) for name in _NAMES}
+    found = {name: value for name, value in values.items() if value is not None and value is not False}
     if found and getattr(options, "csv", None) is None:
         name = next(iter(found))
         raise InputError(f"--{name} says how a CSV file is read, but there is none: name it with --csv.")

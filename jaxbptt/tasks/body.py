@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxbptt.tasks import dates
 from jaxbptt.tasks.cells import BLANKS, numbers
-from jaxbptt.tasks.dialect import DELIMITERS, Reading
+from jaxbptt.tasks.dialect import Reading, option
 from jaxbptt.tasks.files import InputError
 from jaxbptt.tasks.lines import NO_DELIMITER, Lines, frames, is_blank, line_of, ragged, rows
 from jaxbptt.words import counted
@@ -23,6 +23,7 @@ class Body(NamedTuple):
         blank: how many lines within the table are blank.
         empty: how many rows at the end have no cell with anything in it.
         bad: row, column and text of cells that are neither numbers nor dates, the first of each column.
+        nothing: positions of columns without a character in any cell.
         marks: characters in numbers beyond digits, signs and `e`, by position.
     """
 
@@ -33,6 +34,7 @@ class Body(NamedTuple):
     blank: int
     empty: int
     bad: tuple[tuple[int, int, str], ...]
+    nothing: frozenset[int]
     marks: dict[int, frozenset[str]]
 
 
@@ -49,6 +51,7 @@ def read_body(lines: Lines, reading: Reading, columns: tuple[int, ...], *, stop:
     marks: dict[int, frozenset[str]] = {i: frozenset() for i in parts}
     found: dict[int, dates.Dates] = {}
     bad: dict[int, tuple[int, int, str]] = {}
+    nothing = set(parts)
     total, open_end = 0, False
     for frame in frames(lines, reading.delimiter, width):
         frame = frame.iloc[max(start - total, 0) :]
@@ -63,6 +66,8 @@ def read_body(lines: Lines, reading: Reading, columns: tuple[int, ...], *, stop:
                 read = numbers(cells, reading.decimal)
                 parts[i].append(read.values)
                 marks[i] |= read.marks
+                if i in nothing and (not read.missing.all() or any(cell.strip(BLANKS) for cell in cells)):
+                    nothing.remove(i)
                 place = read.bad
                 if place is not None and (known := dates.start(cells)) is not None:
                     step = dates.read(known, cells)
@@ -84,38 +89,34 @@ def read_body(lines: Lines, reading: Reading, columns: tuple[int, ...], *, stop:
     return Body(
         reading,
         {i: np.concatenate(parts.pop(i))[where] for i in tuple(parts) if i not in bad},
-        {
-            i: {name: np.concatenate(each)[where] for name, each in found[i].items()}
-            for i in tuple(found)
-            if i not in bad
-        },
+        {i: {name: np.concatenate(v)[where] for name, v in found[i].items()} for i in tuple(found) if i not in bad},
         kept,
         blank,
         empty,
         tuple(sorted(bad.values())),
+        frozenset(nothing),
         marks,
     )
 
 
-def choose(lines: Lines, found: list[Reading], columns: list[tuple[int, ...]], *, settled: tuple[bool, bool]) -> Body:
+def choose(lines: Lines, found: list[tuple[Reading, tuple[int, ...]]], *, settled: tuple[bool, bool]) -> Body:
     """The one reading that makes sense of the whole file.
 
     Args:
         lines: of the file.
-        found: readings that make sense of its first rows.
-        columns: to read under each of them.
+        found: readings that make sense of its first rows, with the columns to read.
         settled: whether the delimiter and the decimal were named.
 
     Raises:
         InputError: where none does, where two give different numbers, and where the first row may be names or numbers.
     """
     bodies, errors = [], []
-    for reading, chosen in zip(found, columns, strict=True):
+    for reading, columns in found:
         same = [body for body in bodies if body.reading[0] == reading[0] and body.reading[2:4] == reading[2:4]]
         if same and not same[0].bad and not frozenset().union(*same[0].marks.values()):
             continue  # whole numbers are the same under both decimals
         try:
-            bodies.append(read_body(lines, reading, chosen, stop=len(found) == 1))
+            bodies.append(read_body(lines, reading, columns, stop=len(found) == 1))
         except InputError as error:
             errors.append(error)
     if not bodies:
@@ -128,36 +129,46 @@ def choose(lines: Lines, found: list[Reading], columns: list[tuple[int, ...]], *
     for other in bodies[1:]:
         if not _same(best, other):
             raise InputError(_ambiguous(lines, best, other))
-    one = best.reading.delimiter == NO_DELIMITER
-    if one and not settled[0]:
-        inside = frozenset().union(*best.marks.values()) & {",", " "}
-        for mark in inside - ({best.reading.decimal} if settled[1] else set()):
-            if best.reading.header and mark == ",":
-                continue
-            for line, cells in rows(lines, mark):
-                if len(cells) > 1 and not best.reading.header:
-                    raise InputError(
-                        f"{lines.path}, line {line}: {mark.join(cells)!r} may be {counted(len(cells), 'cell')} or one number. "
-                        f"Say which: --delimiter {_named(mark)}, or --delimiter none --decimal {best.reading.decimal}."
-                    )
+    if best.reading.delimiter == NO_DELIMITER and not best.reading.header and not settled[0]:
+        _check_one_column(lines, best, best.reading.decimal if settled[1] else "")
     if best.reading.header is None:
-        shown = ",".join(best.reading.head.cells[0, :4])
+        line, shown = best.reading.head.lines[0], ", ".join(best.reading.head.cells[0, :4])
         raise InputError(
-            f"{lines.path}, line {best.reading.head.lines[0]}: {shown!r} may be names or data. Say which: --header yes or "
-            "--header no."
+            f"{lines.path}, line {line}: {shown!r} may be names or data. Say which: --header yes or --header no."
         )
     return best
+
+
+def _check_one_column(lines: Lines, body: Body, decimal: str) -> None:
+    """Refuse numbers with a mark that may be a delimiter, even if it cuts rows into different numbers of cells."""
+    for mark in sorted(frozenset().union(*body.marks.values()) & {",", " "} - {decimal}):
+        for line, cells in rows(lines, mark):
+            if len(cells) > 1:
+                raise InputError(
+                    f"{lines.path}, line {line}: {mark.join(cells)!r} may be {counted(len(cells), 'cell')} or one number. "
+                    f"Say which: {option(mark)}, or {option(NO_DELIMITER, body.reading.decimal)}."
+                )
 
 
 def _refuse_cell(lines: Lines, body: Body) -> None:
     row, column, cell = body.bad[0]
     reading = body.reading
     where = place(lines, reading, row, column)
-    first = reading.head.cells[(reading.header is not False) + reading.units, column]
-    kind = "date as those above it are" if dates.formats(first.strip(BLANKS)) else "finite number"
+    start = reading.head.rows[skipped := (reading.header is not False) + reading.units]
+    first = reading.head.cells[skipped, column].strip(BLANKS)
+    wrong = "is not a finite number"
+    other = "," if reading.decimal == "." else "."
+    if row > start and dates.formats(first):
+        wrong = "is not a date as those above it are"
+    elif numbers(np.array([cell], object), other).bad is None:
+        wrong += f" where {reading.decimal!r} is the decimal mark, as in other cells"
+    drop = " ".join(str(i + 1) for i in sorted({i for _, i, _ in body.bad}))
+    out = "Leave the column out with"
+    if " " in drop:
+        out = f"Columns {drop.replace(' ', ', ')} have such cells: leave them out with"
+    names = " If this line has names: --header yes." if row == 0 and reading.header is False else ""
     raise InputError(
-        f"{where}: {cell[:40]!r} is not a {kind}. Leave the column out with --drop {column + 1}, or name those to keep "
-        "with --columns."
+        f"{where}: {cell[:40]!r} {wrong}.{names} {out} --drop {drop}, or name those to keep with --columns."
     )
 
 
@@ -191,17 +202,11 @@ def _ambiguous(lines: Lines, one: Body, other: Body) -> str:
     words = []
     for body in (one, other):
         shown = [f"{column[row]:.10g}" for column in body.values.values()][:4]
-        option = f"--decimal {body.reading.decimal}"
-        if one.reading.delimiter != other.reading.delimiter:
-            option = f"--delimiter {_named(body.reading.delimiter)} {option}"
-        words.append((" and ".join(shown) + (" …" if len(body.values) > 4 else ""), option))
+        cut = body.reading.delimiter if one.reading.delimiter != other.reading.delimiter else None
+        words.append((" and ".join(shown) + (" …" if len(body.values) > 4 else ""), option(cut, body.reading.decimal)))
     return (
         f"{lines.path}, line {line} may be {words[0][0]}, or {words[1][0]}. Say which: {words[0][1]}, or {words[1][1]}."
     )
-
-
-def _named(delimiter: str) -> str:
-    return next((name for name, each in DELIMITERS.items() if each == delimiter), delimiter)
 
 
 def _is_even(lines: Lines, delimiter: str, width: int, total: int) -> bool:
@@ -212,21 +217,18 @@ def _is_even(lines: Lines, delimiter: str, width: int, total: int) -> bool:
 
 
 def _kept_rows(lines: Lines, delimiter: str, width: int, start: int, total: int) -> tuple[np.ndarray, int, int]:
-    """Which rows are some, and how many of the others are blank lines, and rows of empty cells at the end."""
-    kept, blank, end = [], 0, 0
-    count = 0
+    """The rows that are some, and how many of the others are blank lines, and rows of empty cells at the end."""
+    blank, last, count = [], start - 1, 0
     for row, (line, cells) in enumerate(rows(lines, delimiter)):
         count = row + 1
         if width > 1 and is_blank(cells):
-            blank += row >= start
-            continue
-        if len(cells) != width and not (width == 1 and not cells):
+            blank.append(row)
+        elif len(cells) != width and not (width == 1 and not cells):
             raise InputError(ragged(lines, line, len(cells), width))
-        if row >= start:
-            kept.append(row)
-            if any(cells):
-                end = len(kept)
+        elif any(cells) or width == 1:
+            last = row
     if count != total:
         raise InputError(f"{lines.path}: its quotes can't be followed. Write each quote inside a cell twice.")
-    empty = len(kept) - end if width > 1 else 0
-    return np.array(kept[: len(kept) - empty], int), blank, empty
+    within = [row for row in blank if start <= row <= last]
+    kept = np.delete(np.arange(start, last + 1), np.array(within, int) - start)
+    return kept, len(within), total - 1 - last - sum(row > last for row in blank)

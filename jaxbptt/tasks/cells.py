@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-MISSING = frozenset(("", "na", "n/a", "#n/a", "nan", "-nan", "<na>", "null", "none", "?", "-", "--"))
+MISSING = frozenset(
+    ("", "na", "n/a", "#n/a", "n.a.", "nan", "-nan", "<na>", "nat", "null", "none", "?", "-", "--", ".", "..")
+)
 # What surrounds a number without being part of it: blanks that people see as such, not line ends.
 BLANKS = " \t\u00a0\u202f\u2009"
 _PLAIN = b"0123456789+-eE\n"

@@ -9,35 +9,36 @@ import numpy as np
 
 from jaxbptt.tasks.cells import BLANKS, MISSING
 from jaxbptt.tasks.files import InputError
+from jaxbptt.words import counted
 
 _CLOCKS = {
     r"\d{1,2}:\d{2}": "%H:%M",
     r"\d{1,2}:\d{2}:\d{2}": "%H:%M:%S",
     r"\d{1,2}:\d{2}:\d{2}\.\d+": "%H:%M:%S.%f",
-    r"\d{1,2}:\d{2} ?[AaPp][Mm]": "%I:%M %p",
-    r"\d{1,2}:\d{2}:\d{2} ?[AaPp][Mm]": "%I:%M:%S %p",
+    r"\d{1,2}:\d{2}[AaPp][Mm]": "%I:%M%p",
+    r"\d{1,2}:\d{2} [AaPp][Mm]": "%I:%M %p",
+    r"\d{1,2}:\d{2}:\d{2}[AaPp][Mm]": "%I:%M:%S%p",
+    r"\d{1,2}:\d{2}:\d{2} [AaPp][Mm]": "%I:%M:%S %p",
     r"\d{1,2}\.\d{2}\.\d{2}": "%H.%M.%S",
 }
-# The orders of day, month and year that a date's shape leaves open.
+# What a date's shape leaves open: the order of day, month and year, and whether May is short for itself.
 _DAYS = (
     (r"(\d{1,2})([/.\-])\d{1,2}\2\d{4}", ("%d{0}%m{0}%Y", "%m{0}%d{0}%Y")),
     (r"(\d{1,2})([/.\-])\d{1,2}\2\d{2}", ("%d{0}%m{0}%y", "%m{0}%d{0}%y", "%y{0}%m{0}%d")),
-    (r"(\d{4})([/.])\d{1,2}\2\d{1,2}", ("%Y{0}%m{0}%d",)),
-    (r"(\d{4})([/\-])\d{1,2}", ("%Y{0}%m",)),
-    (r"(\d{1,2})([ \-])[A-Za-z]{3}\2\d{4}", ("%d{0}%b{0}%Y",)),
-    (r"(\d{1,2})([ \-])[A-Za-z]{3}\2\d{2}", ("%d{0}%b{0}%y", "%y{0}%b{0}%d")),
+    (r"(\d{4})([/.\-])\d{1,2}\2\d{1,2}", ("%Y{0}%m{0}%d",)),
+    (r"(\d{4})(-)\d{2}", ("%Y{0}%m",)),
+    (r"(\d{1,2})([ \-])[A-Za-z]{3}\2\d{4}", ("%d{0}%b{0}%Y", "%d{0}%B{0}%Y")),
+    (r"(\d{1,2})([ \-])[A-Za-z]{3}\2\d{2}", ("%d{0}%b{0}%y",)),
     (r"(\d{1,2})( )[A-Za-z]{4,}\2\d{4}", ("%d{0}%B{0}%Y",)),
-    (r"([A-Za-z]{3})( )\d{1,2}, \d{4}", ("%b %d, %Y",)),
+    (r"([A-Za-z]{3})( )\d{1,2}, \d{4}", ("%b %d, %Y", "%B %d, %Y")),
     (r"([A-Za-z]{4,})( )\d{1,2}, \d{4}", ("%B %d, %Y",)),
-    (r"([A-Za-z]{3})([ \-])\d{4}", ("%b{0}%Y",)),
+    (r"([A-Za-z]{3})([ \-])\d{4}", ("%b{0}%Y", "%B{0}%Y")),
     (r"([A-Za-z]{4,})( )\d{4}", ("%B{0}%Y",)),
 )
 _ISO = re.compile(r"\d{4}-\d{2}-\d{2}(?:[T ]\d{2}:\d{2}(?::\d{2}(?:[.,]\d+)?)?)?( ?(?:Z|UTC|[+\-]\d{2}:?\d{2}))?")
 Order = Literal["day-first", "month-first", "year-first"]
 _ORDERS = {"%d": "day-first", "%m": "month-first", "%y": "year-first"}
 ISO, ISO_WITH_ZONE = "ISO8601", "ISO8601 with a zone"
-
-
 # What the cells of a column are under each format that fits them all.
 Dates = dict[str, list[np.ndarray]]
 
@@ -69,20 +70,14 @@ def formats(cell: str) -> tuple[str, ...]:
     iso = _ISO.fullmatch(cell)
     if iso:
         return (ISO_WITH_ZONE if iso[1] else ISO,)
+    days = _day_formats(cell)
     for clock, clock_format in _CLOCKS.items():
         if re.fullmatch(clock, cell):
-            days = _day_formats(cell)
             return (*days, clock_format)
-    days = _day_formats(cell)
-    if days:
-        return days
-    for clock, clock_format in _CLOCKS.items():
         split = re.fullmatch(rf"(.*?)([ T]|, ){clock}", cell)
         if split:
-            space = " " if clock_format.endswith("p") and cell[-3] == " " else ""
-            ending = clock_format.replace(" %p", f"{space}%p")
-            return tuple(day + split[2] + ending for day in _day_formats(split[1]))
-    return ()
+            return tuple(day + split[2] + clock_format for day in _day_formats(split[1]))
+    return days
 
 
 def times_of_rows(
@@ -110,7 +105,7 @@ def times_of_rows(
             notes.append(f"{names[i]}: more dates, left out")
         elif any(not np.array_equal(values, other, equal_nan=True) for other in found.values()):
             dated = i
-            known = all((np.diff(other) >= np.timedelta64(0)).all() for other in found.values())
+            known = all((other[1:] >= other[:-1]).all() for other in found.values())
             unknown = "" if known else ", nor whether the rows are in order"
             options = "--dates " + _order_of(found)
             notes.append(
@@ -118,7 +113,9 @@ def times_of_rows(
             )
         elif np.isnat(values).any():
             dated = i
-            notes.append(f"{names[i]}: dates, left out, since {np.isnat(values).sum():,} are missing")
+            notes.append(
+                f"{names[i]}: dates, left out, since {counted(int(np.isnat(values).sum()), 'is', 'are')} missing"
+            )
         else:
             dated, first, times = i, next(iter(found)), values
     for i, clock in clocks.items():
@@ -130,7 +127,7 @@ def times_of_rows(
             notes.append(f"{names[i]}: times of day, left out")
     if times is not None and first is not None and dated is not None:
         unit = "D" if (times == times.astype("datetime64[D]")).all() else "s"
-        span = " to ".join(np.datetime_as_string(times[[0, -1]], unit=unit))
+        span = " to ".join(np.datetime_as_string([times.min(), times.max()], unit=unit))
         zone = " in UTC" if first == ISO_WITH_ZONE else ""
         century = "; years of two digits lie between 1969 and 2068" if "%y" in first else ""
         notes.insert(0, f"{names[dated]}: the times of the rows, {span}{zone}, not an input{century}")
@@ -138,8 +135,8 @@ def times_of_rows(
 
 
 def _in_order(found: dict[str, np.ndarray], order: Order | None, name: str, path: str | Path) -> dict[str, np.ndarray]:
-    """The formats that have the order, or leave none open."""
-    kept = {each: values for each, values in found.items() if _ORDERS.get(each[:2], order) == order}
+    """The formats that have the order, if that is open."""
+    kept = {each: values for each, values in found.items() if _ORDERS.get(each[:2]) == order}
     if order is None or not any(each[:2] in _ORDERS and each[3:5] in _ORDERS for each in found):
         return found
     if not kept:
@@ -164,7 +161,8 @@ def _day_formats(text: str) -> tuple[str, ...]:
 def _parse(texts: list[str], name: str) -> np.ndarray:
     import pandas
 
-    series: Any = pandas.Series(texts, dtype=object)
+    # pandas takes two words for the time at which it reads them.
+    series: Any = pandas.Series(["" if text.casefold() in ("now", "today") else text for text in texts], dtype=object)
     if name == ISO_WITH_ZONE:
         times = pandas.to_datetime(series, format="ISO8601", errors="coerce", utc=True).dt.tz_localize(None)
     else:

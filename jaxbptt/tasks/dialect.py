@@ -5,22 +5,39 @@ cells, and a column has numbers. What the first rows leave open, the whole file 
 """
 
 import itertools
-import re
 from collections import Counter
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from jaxbptt.tasks import dates
-from jaxbptt.tasks.cells import BLANKS, MISSING, looks_like_a_number, numbers
+from jaxbptt.tasks.cells import looks_like_a_number
 from jaxbptt.tasks.files import InputError
+from jaxbptt.tasks.headers import Kind, is_header, is_units, kinds_of
 from jaxbptt.tasks.lines import NO_DELIMITER, Lines, frames, is_blank, ragged, rows
 
 DELIMITERS = {",": ",", ";": ";", "tab": "\t", "|": "|", "space": " ", "none": NO_DELIMITER}
-_HEAD = 1000
-_SOME = 50
-# mixed: numbers, and something else
-Kind = Literal["number", "missing", "date", "text", "mixed"]
+# Rows and cells from which the few readings are found that the whole file is tried with.
+_HEAD_ROWS, _HEAD_CELLS = 1000, 200_000
+
+
+def delimiter_of(given: str) -> str:
+    """The character that an option names.
+
+    Raises:
+        InputError: what can't be between cells.
+    """
+    found = DELIMITERS.get(given.replace("\\t", "tab"), given)
+    plain = len(found) == 1 and found.isascii() and (found.isprintable() or found in DELIMITERS.values())
+    if not plain or found.isalnum() or found in '".-+':
+        raise InputError(f"--delimiter {given!r} is none: a character such as ',' or ';', or tab, space, none.")
+    return found
+
+
+def option(delimiter: str | None = None, decimal: str | None = None) -> str:
+    """The options that name a delimiter and a decimal mark."""
+    named = next((name for name, each in DELIMITERS.items() if each == delimiter), delimiter)
+    shown = [f"--delimiter {named if named.isalpha() else repr(named)}"] if named else []
+    return " ".join([*shown, *([f"--decimal {decimal!r}"] if decimal else [])])
 
 
 class Head(NamedTuple):
@@ -89,18 +106,23 @@ def readings(lines: Lines, delimiter: str | None, decimal: str | None, header: b
     found = [
         reading
         for head in heads
-        if not head.problem
+        if len(head.cells)
         for mark in ((".", ",") if decimal is None else (decimal,))
         if (reading := _read_head(lines, head, mark, header)) is not None
     ]
     if delimiter is None:
         found = [reading for reading in found if not _splits_names(reading, heads)]
+        if any(reading.names and not reading.header for reading in found):  # a comment above has names
+            found = [reading for reading in found if reading.names]
         if any(reading.delimiter == "\t" for reading in found):
             found = [reading for reading in found if reading.delimiter != " "]
     found = [reading for reading in found if {"number", "mixed"} & {*reading.kinds}]
     if found:
         fewest = min(reading.texts for reading in found)
         found = [reading for reading in found if reading.texts == fewest]
+        broken = max(heads, key=lambda head: head.agree)
+        if fewest and broken.problem and broken.agree and all(reading.delimiter == NO_DELIMITER for reading in found):
+            raise InputError(broken.problem)
         if fewest and len(found) > 1:
             found = [reading for reading in found if not _cut_too_little(reading)] or found
         return found
@@ -110,7 +132,12 @@ def readings(lines: Lines, delimiter: str | None, decimal: str | None, header: b
 def _head(lines: Lines, delimiter: str) -> Head:
     none = np.empty((0, 0), object)
     try:
-        read = list(itertools.islice(rows(lines, delimiter), _HEAD))
+        read, total = [], 0
+        for row in itertools.islice(rows(lines, delimiter), _HEAD_ROWS):
+            read.append(row)
+            total += len(row[1])
+            if total > _HEAD_CELLS:
+                break
     except InputError as error:
         return Head(delimiter, none, problem=str(error))
     counts = Counter(len(cells) for _, cells in read if not is_blank(cells))
@@ -121,9 +148,9 @@ def _head(lines: Lines, delimiter: str) -> Head:
             table_from = next(line for line, cells in read if len(cells) == width)
             return Head(delimiter, none, (), (), ragged(lines, line, len(cells), width, table_from), width, agree)
     try:
-        frame = next(frames(lines, delimiter, width))
+        frame = next(frames(lines, delimiter, width, len(read)))
     except InputError as error:
-        return Head(delimiter, none, problem=str(error))
+        return Head(delimiter, none, (), (), str(error), width, agree)
     read = read[: len(frame)]
     kept = [i for i, (_, cells) in enumerate(read) if width == 1 or not is_blank(cells)]
     return Head(delimiter, frame.to_numpy()[kept], tuple(kept), tuple(read[i][0] for i in kept), "", width, agree)
@@ -134,13 +161,13 @@ def _read_head(lines: Lines, head: Head, decimal: str, header: bool | None) -> R
     cells = head.cells
     if head.delimiter == "," == decimal and not any("," in cell for cell in cells.flat):
         return None  # the decimal commas would be quoted
-    below = _kinds(cells[1:], decimal)
-    further = _kinds(cells[2:], decimal)
-    units = header is not False and len(cells) > 2 and _is_units(cells[1], below, further, decimal)
-    named = header if header is not None else _is_header(cells, further if units else below, decimal)
+    below = kinds_of(cells[1:], decimal)
+    further = kinds_of(cells[2:], decimal)
+    units = header is not False and len(cells) > 2 and is_units(cells[1], below, further, decimal)
+    named = header if header is not None else is_header(cells, further if units else below, decimal)
     if named is False:
         names = _names_in_comment(lines.comment, head)
-        return Reading(head.delimiter, decimal, False, False, names, _kinds(cells, decimal), head)
+        return Reading(head.delimiter, decimal, False, False, names, kinds_of(cells, decimal), head)
     names = tuple(" ".join(cell.split()) for cell in cells[0])
     return Reading(head.delimiter, decimal, named, units, names, further if units else below, head)
 
@@ -160,74 +187,9 @@ def likeliest(lines: Lines, delimiter: str | None) -> tuple[str, int]:
     return best.delimiter, best.width
 
 
-def _kinds(cells: np.ndarray, decimal: str) -> tuple[Kind, ...]:
-    return tuple(_kind(column, decimal) for column in cells.T)
-
-
-def _kind(column: np.ndarray, decimal: str) -> Kind:
-    read = numbers(column, decimal)
-    if read.bad is None:
-        return "missing" if read.missing.all() else "number"
-    found = dates.start(column)
-    if found is not None and not isinstance(dates.read(found, column), int):
-        return "date"
-    one_by_one = (numbers(column[i : i + 1], decimal) for i in range(len(column[:_SOME])))
-    return "mixed" if any(one.bad is None and not one.missing[0] for one in one_by_one) else "text"
-
-
-def _is_units(row: np.ndarray, with_it: tuple[Kind, ...], below: tuple[Kind, ...], decimal: str) -> bool:
-    """Whether the row below the names has no number where all further rows have one."""
-    columns = [i for i, kind in enumerate(below) if kind == "number"]
-    kinds = _kinds(row[None], decimal)
-    return (
-        any(with_it[i] == "mixed" for i in columns)
-        and all(kinds[i] == "missing" or (kinds[i] == "text" and not looks_like_a_number(row[i])) for i in columns)
-        and all(kind in ("missing", "text") for kind in kinds)
-    )
-
-
-def _is_header(cells: np.ndarray, below: tuple[Kind, ...], decimal: str) -> bool | None:
-    """Whether the first row has names: texts above numbers or dates. `None` where it may be both."""
-    first = cells[0]
-    kinds = _kinds(first[None], decimal)
-    texts = [i for i, kind in enumerate(kinds) if kind == "text" and not looks_like_a_number(first[i])]
-    names = any(below[i] in ("number", "date", "mixed") for i in texts)
-    data = any(kind in ("number", "date") for kind in kinds) or len(texts) < kinds.count("text")
-    if not data:
-        return True if names else None if texts and "number" in below else False
-    if names:
-        return None
-    rest = cells[1:]
-    labels = [cell.strip(BLANKS) for cell in first]
-    if not labels[0] and len(labels) > 1 and _counts(labels[1:]) and _counts([c.strip(BLANKS) for c in rest[:, 0]]):
-        return True  # columns and rows numbered by pandas
-    if _counts(labels) and (len(labels) > 1 or _written_unlike(rest)):
-        return None
-    return None if len(labels) > 1 and _consecutive(labels) and _written_unlike(rest) else False
-
-
-def _counts(labels: list[str]) -> bool:
-    """Whether these are 0, 1, …, n-1."""
-    return bool(labels) and labels == [str(i) for i in range(len(labels))]
-
-
-def _consecutive(labels: list[str]) -> bool:
-    """Whether these are whole numbers, each one more than the last, such as years."""
-    if not all(re.fullmatch("[0-9]{1,9}", label) for label in labels):
-        return False
-    return [int(label) for label in labels] == [int(labels[0]) + i for i in range(len(labels))]
-
-
-def _written_unlike(rest: np.ndarray) -> bool:
-    """Whether no cell is a whole number without a decimal mark, but for those that are missing."""
-    cells = [cell.strip(BLANKS) for cell in rest.flat]
-    there = [cell for cell in cells if cell.casefold() not in MISSING]
-    return bool(there) and not any(cell.lstrip("+-").isdigit() for cell in there)
-
-
 def _splits_names(reading: Reading, heads: list[Head]) -> bool:
     """Whether a line is one cell here, but its names are as many as another delimiter makes cells."""
-    if reading.delimiter != NO_DELIMITER or not reading.header:
+    if reading.delimiter != NO_DELIMITER or reading.header is False:
         return False
     name = reading.head.cells[0, 0]
     return any(head.agree and head.delimiter != " " and head.delimiter in name for head in heads)
@@ -245,7 +207,7 @@ def _why_none(lines: Lines, heads: list[Head]) -> str:
     if head.problem:
         return head.problem
     cells = head.cells
-    texts = [i for i, kind in enumerate(_kinds(cells[1:], ".")) if kind == "text"]
+    texts = [i for i, kind in enumerate(kinds_of(cells[1:], ".")) if kind == "text"]
     if texts:
         cell = cells[1, texts[0]].strip()[:40]
         return f"{lines.path} has no column of numbers: line {head.lines[1]}, column {texts[0] + 1} is {cell!r}."

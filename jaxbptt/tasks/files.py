@@ -81,27 +81,33 @@ def standard_library_file() -> str:
 
 
 def read_npz(path: str | Path) -> Series:
-    """The only array of a numpy `.npz` file, or the one named `xs`, standardised: `[time]` or `[time, features]`."""
+    """The array of a numpy `.npy` file, or of an `.npz` file the only one or the one named `xs`; standardised.
+
+    Its shape is `[time]` or `[time, features]`.
+    """
     return Series(Path(path).name, standardise(npz_values(path)), ())
 
 
 def npz_values(path: str | Path) -> np.ndarray:
     """The numbers that `read_npz` reads, float64 `[time, features]`, in their own units."""
     read_bytes(path)
+    kind = ".npy" if Path(path).suffix == ".npy" else ".npz"
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
+        with open(path, "rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            arrays = {"": loaded} if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in loaded.files}
     except Exception as error:  # numpy, zipfile and zlib each have errors of their own for a broken file
-        raise InputError(f"{path} is not a readable .npz file of plain arrays: {str(error).splitlines()[0]}") from None
+        words = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path} is not a readable {kind} file of plain arrays: {words}") from None
     if len(arrays) != 1 and "xs" not in arrays:
         raise InputError(f"{path} holds {sorted(arrays)}: name the array to predict 'xs', or keep a single one.")
     key = "xs" if "xs" in arrays else next(iter(arrays))
-    values = arrays[key]
-    check_numbers(f"{path}: array {key!r}", values)
+    values, what = arrays[key], f"{path}: " + (f"array {key!r}" if key else "the array")
+    check_numbers(what, values)
     values = values.astype(float).reshape(len(values), -1)
     bad = np.argwhere(~np.isfinite(values))
     if len(bad):
-        raise InputError(f"{path}: array {key!r} is {values[tuple(bad[0])]} at [time, feature] = {bad[0].tolist()}.")
+        raise InputError(f"{what} is {values[tuple(bad[0])]} at [time, feature] = {bad[0].tolist()}.")
     return values
 
 

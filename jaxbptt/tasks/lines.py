@@ -15,8 +15,7 @@ from jaxbptt.words import counted
 
 # Stands for a delimiter where a line is one cell; pandas and csv want a character, and this one is in no table.
 NO_DELIMITER = "\x1f"
-_BLOCK = 2**20
-_CELLS = 2**19
+_CELLS = 2**18
 _LINE = re.compile(rb"[^\r\n]*(?:\r\n|\n|\r|\Z)")
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -51,13 +50,15 @@ def load(path: str | Path, encoding: str, skip: int) -> Lines:
             raw = gzip.decompress(raw)
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(f"{path} is not a readable gzip file: {error}.") from None
+    if raw[:4] == b"PK\x03\x04":
+        raise InputError(f"{path} is a spreadsheet or a zip archive, not text: save the table as CSV.")
     raw = _as_utf8(path, raw, encoding)
     start = line = 0
     delimiter, comments, read_as = None, [], []
     while start < len(raw):
         found = _LINE.match(raw, start)
         assert found is not None
-        text = found[0].strip()
+        text = found[0].strip().removeprefix(codecs.BOM_UTF8)
         named = re.fullmatch(rb'"?sep=(.)"?', text)
         if line < skip:
             pass
@@ -77,7 +78,7 @@ def load(path: str | Path, encoding: str, skip: int) -> Lines:
     while end > start and raw[end - 1] in b"\r\n ":
         end -= 1
     if start or end < len(raw):
-        raw = raw[start:end]
+        raw = raw[start:end].removeprefix(codecs.BOM_UTF8)
     if not raw:
         raise InputError(f"{path} has no rows of numbers." if line else f"{path} is empty.")
     return Lines(path, raw, line + 1, comments[-1].lstrip("#").strip() if comments else "", delimiter, tuple(read_as))
@@ -105,7 +106,7 @@ def line_of(lines: Lines, delimiter: str, row: int) -> int:
     return lines.first
 
 
-def frames(lines: Lines, delimiter: str, width: int) -> Iterator[Any]:
+def frames(lines: Lines, delimiter: str, width: int, count: int | None = None) -> Iterator[Any]:
     """Consecutive rows as pandas frames of texts: nothing guessed, nothing converted; blank lines are empty cells."""
     import pandas
 
@@ -122,7 +123,8 @@ def frames(lines: Lines, delimiter: str, width: int) -> Iterator[Any]:
             skipinitialspace=True,
             engine="c",
             encoding="utf-8",
-            chunksize=max(_CELLS // width, 3),
+            chunksize=max(_CELLS // width, 100),
+            nrows=count,
         ) as reader:
             yield from reader
     except pandas.errors.ParserError as error:
@@ -139,15 +141,15 @@ def ragged(lines: Lines, line: int, cells: int, width: int, table_from: int | No
     """What is wrong with a row of another length; `table_from`: the line where rows of the usual length begin."""
     words = f"{lines.path}, line {line}: {counted(cells, 'cell')}, but {counted(width, 'column')}. "
     if table_from is not None and table_from > line:
-        return (
-            words
-            + f"If the table begins in line {table_from}: --skip {table_from - 1}. If not, give every row the same number."
-        )
+        words += f"If the table begins in line {table_from}: --skip {table_from - 1}. "
+        return words + "If not, give every row the same number."
     return words + "Give every row the same number, or leave such rows out with --ragged drop."
 
 
 def without_ragged(lines: Lines, delimiter: str, width: int) -> Lines:
     """The rows of another length than usual made blank lines, so that all others stay where they are."""
+    if width == 1:
+        return lines
     each = lines.raw.splitlines(keepends=True)
     starts = [(line, len(cells) not in (width, 0) and not is_blank(cells)) for line, cells in rows(lines, delimiter)]
     ends = [line for line, _ in starts[1:]] + [lines.first + len(each)]
@@ -176,40 +178,24 @@ def _single(line: str) -> str:
 
 
 def _as_utf8(path: str | Path, raw: bytes, encoding: str) -> bytes:
+    name = encoding
     try:
         name = codecs.lookup(encoding).name
-        codec = codecs.getincrementaldecoder(name)
+        text = raw.decode(name)
     except LookupError:
         raise InputError(
             f"--encoding {encoding} is unknown: utf-8, latin-1, cp1252 and utf-16 are usual ones."
         ) from None
-    decoder, place = codec(), 0
-    try:
-        if name != "utf-8":
-            raw = raw.decode(name).encode()
-        elif not raw.isascii():
-            for place in range(0, len(raw), _BLOCK):
-                decoder.decode(raw[place : place + _BLOCK])
-            decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
+        first, line = error.start, raw.count(b"\n", 0, error.start) + 1
         if name != "utf-8":
-            raise InputError(f"{path} is not {encoding} text: {error.reason} at byte {error.start}.") from None
-        first = _first_invalid(raw)
-        line = raw.count(b"\n", 0, first) + 1
+            raise InputError(f"{path} is not {encoding} text: {error.reason} at byte {first}.") from None
         other = "utf-16" if raw[:2] in _UTF16 else "latin-1"
         raise InputError(
             f"{path} is not UTF-8 text: byte {first} (line {line}) is 0x{raw[first]:02x}. Save it as UTF-8, or name its "
             f"encoding, such as --encoding {other}."
         ) from None
-    raw = raw.removeprefix(codecs.BOM_UTF8)
+    raw = (raw if name == "utf-8" else text.encode()).removeprefix(codecs.BOM_UTF8)
     if b"\0" in raw:
         raise InputError(f"{path} has bytes 0, which no table has. If it is UTF-16 text: --encoding utf-16-le.")
     return raw
-
-
-def _first_invalid(raw: bytes) -> int:
-    try:
-        raw.decode()
-    except UnicodeDecodeError as error:
-        return error.start
-    return 0
