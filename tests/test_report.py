@@ -322,7 +322,7 @@ def files(tmp_path_factory):
     wave = np.sin(np.arange(80)[:, None] * [0.3, 0.5, 0.7])
     np.save(folder / "wave.npy", wave)
     lines = ["note;c;b;a", *(f"x;{c:.4f};{b:.4f};{a:.4f}" for a, b, c in wave)]
-    lines[73] = "x;;0.5;"
+    lines[71], lines[73] = "x;;0.5;0.5", "x;;0.5;"
     (folder / "wave.csv").write_text("\n".join(lines) + "\n")
     return folder
 
