@@ -105,7 +105,7 @@ def imports_of(file):
 @pytest.mark.parametrize("part", ALLOWED)
 def test_imports_run_one_way(part):
     package = ROOT / "jaxbptt"
-    files = list((package / part).glob("*.py")) or [package / f"{part}.py"]
+    files = list((package / part).rglob("*.py")) or [package / f"{part}.py"]
     for file in files:
         parts = {name.split(".")[0] for name in imports_of(file)}
         assert parts <= {part, *BASE, *ALLOWED[part]}, (file, parts)

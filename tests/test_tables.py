@@ -407,7 +407,7 @@ def test_columns_by_name_and_position(tmp_path):
 
 
 def test_rows_are_read_in_pieces_as_in_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxbptt.tasks.lines._CELLS", 1)  # pieces of 100 rows
+    monkeypatch.setattr("jaxbptt.tasks.tables.lines._CELLS", 1)  # pieces of 100 rows
     days = np.datetime64("2024-01-01") + np.arange(250)
     rows = [f"{day},{i / 4},{'' if i == 199 else -i}\n" for i, day in enumerate(days)]
     text = "day,a,b\n" + "".join(rows[:150]) + "\n" + "".join(rows[150:])

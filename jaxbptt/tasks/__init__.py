@@ -24,9 +24,9 @@ from jaxbptt.tasks.synthetic import adding_problem as adding_problem
 from jaxbptt.tasks.synthetic import copy_memory as copy_memory
 from jaxbptt.tasks.synthetic import delayed_xor as delayed_xor
 from jaxbptt.tasks.synthetic import temporal_order as temporal_order
-from jaxbptt.tasks.tables import Table as Table
-from jaxbptt.tasks.tables import read_csv as read_csv
-from jaxbptt.tasks.tables import read_table as read_table
+from jaxbptt.tasks.tables.table import Table as Table
+from jaxbptt.tasks.tables.table import read_csv as read_csv
+from jaxbptt.tasks.tables.table import read_table as read_table
 from jaxbptt.tasks.task import Sequences as Sequences
 from jaxbptt.tasks.task import Task as Task
 from jaxbptt.tasks.vocabulary import Vocabulary as Vocabulary

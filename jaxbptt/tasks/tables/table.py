@@ -6,14 +6,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxbptt.tasks import dates as date_columns
-from jaxbptt.tasks.body import Body, choose, place
-from jaxbptt.tasks.columns import chosen, find, names_of
-from jaxbptt.tasks.dialect import delimiter_of, likeliest, option, readings
 from jaxbptt.tasks.files import InputError, Series, standardise
-from jaxbptt.tasks.lines import NO_DELIMITER, Lines, line_of, load, without_ragged
-from jaxbptt.tasks.missing import Missing, fill
-from jaxbptt.tasks.missing import words as fill_words
+from jaxbptt.tasks.tables import dates as date_columns
+from jaxbptt.tasks.tables.body import Body, choose, place
+from jaxbptt.tasks.tables.columns import chosen, find, names_of
+from jaxbptt.tasks.tables.dialect import delimiter_of, likeliest, option, readings
+from jaxbptt.tasks.tables.lines import NO_DELIMITER, Lines, line_of, load, without_ragged
+from jaxbptt.tasks.tables.missing import Missing, fill
+from jaxbptt.tasks.tables.missing import words as fill_words
 from jaxbptt.words import counted, install_command
 
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxbptt.tasks.cells import looks_like_a_number
 from jaxbptt.tasks.files import InputError
-from jaxbptt.tasks.headers import Kind, is_header, is_units, kinds_of
-from jaxbptt.tasks.lines import NO_DELIMITER, Lines, frames, is_blank, ragged, rows
+from jaxbptt.tasks.tables.cells import looks_like_a_number
+from jaxbptt.tasks.tables.headers import Kind, is_header, is_units, kinds_of
+from jaxbptt.tasks.tables.lines import NO_DELIMITER, Lines, frames, is_blank, ragged, rows
 
 DELIMITERS = {",": ",", ";": ";", "tab": "\t", "|": "|", "space": " ", "none": NO_DELIMITER}
 # Rows and cells from which the few readings are found that the whole file is tried with.

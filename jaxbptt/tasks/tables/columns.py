@@ -3,9 +3,9 @@ r"""Names of columns, and columns by their names."""
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxbptt.tasks.dialect import Reading
 from jaxbptt.tasks.files import InputError
-from jaxbptt.tasks.lines import Lines
+from jaxbptt.tasks.tables.dialect import Reading
+from jaxbptt.tasks.tables.lines import Lines
 
 
 def names_of(reading: Reading) -> tuple[str, ...]:

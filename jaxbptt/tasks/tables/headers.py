@@ -5,8 +5,8 @@ from typing import Literal
 
 import numpy as np
 
-from jaxbptt.tasks import dates
-from jaxbptt.tasks.cells import BLANKS, MISSING, looks_like_a_number, numbers
+from jaxbptt.tasks.tables import dates
+from jaxbptt.tasks.tables.cells import BLANKS, MISSING, looks_like_a_number, numbers
 
 # mixed: numbers, and something else
 Kind = Literal["number", "missing", "date", "text", "mixed"]

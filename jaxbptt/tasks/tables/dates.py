@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxbptt.tasks.cells import BLANKS, MISSING
 from jaxbptt.tasks.files import InputError
+from jaxbptt.tasks.tables.cells import BLANKS, MISSING
 from jaxbptt.words import counted
 
 _CLOCKS = {

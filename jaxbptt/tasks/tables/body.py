@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxbptt.tasks import dates
-from jaxbptt.tasks.cells import BLANKS, numbers
-from jaxbptt.tasks.dialect import Reading, option
 from jaxbptt.tasks.files import InputError
-from jaxbptt.tasks.lines import NO_DELIMITER, Lines, frames, is_blank, line_of, ragged, rows
+from jaxbptt.tasks.tables import dates
+from jaxbptt.tasks.tables.cells import BLANKS, numbers
+from jaxbptt.tasks.tables.dialect import Reading, option
+from jaxbptt.tasks.tables.lines import NO_DELIMITER, Lines, frames, is_blank, line_of, ragged, rows
 from jaxbptt.words import counted
 
 
