@@ -64,6 +64,16 @@ def test_jacobians_a_few_steps_at_a_time(monkeypatch):
     assert_close(differentiated(), expected)
 
 
+def test_normalised_states_at_many_steps_at_once():
+    """In float32 as in float64: what compilers make of a batch of such Jacobians has been wrong."""
+    cell = bptt.lstm(3, 24, layer_norm=True)
+    xs = jax.random.normal(jax.random.key(1), (128, 3), jnp.float32)
+    args = cell.init(jax.random.key(0)), cell.initial_carry(), xs
+    jacobians_of = jax.jit(lambda *args: bptt.state_jacobians(cell, *args)[1])
+    expected = jacobians_of(*jax.tree.map(lambda leaf: leaf.astype(float), args))
+    np.testing.assert_allclose(jacobians_of(*args), expected, rtol=1e-3, atol=1e-2)
+
+
 def test_memory_is_that_of_the_jacobians():
     """T n² numbers, and a tenth of that beyond them, as the docstring says."""
     cell, steps = bptt.lstm(3, 64, dtype=jnp.float32), 701

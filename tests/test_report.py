@@ -1,20 +1,26 @@
 """The report runs on real input, says what is so, and leaves nothing half written."""
 
+import argparse
 import re
 import subprocess
 import sys
+from collections import namedtuple
+from functools import partial
 from html.parser import HTMLParser
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxbptt as bptt
-from jaxbptt import tasks, words
+from jaxbptt import losses, models, tasks, words
 from jaxbptt.__main__ import main
 from jaxbptt.commands import report as command
-from jaxbptt.reports import page, report, wording
+from jaxbptt.commands import sequences, sources
+from jaxbptt.reports import page, report, trained, wording
 
+Named = namedtuple("Named", "name")
 SMALL = ["--hidden", "6", "--steps", "12", "--batch", "2"]
 
 
@@ -95,25 +101,31 @@ def test_report_on_a_file_as_a_process(tmp_path):
     ("kind", "features", "words"),
     [
         ("npz", 2, "40 steps of 2 columns"),
+        ("npy", 2, "40 steps of 2 columns"),
         ("csv", 1, "40 steps of 1 column"),
         ("text", 27, "43 steps of 27 characters"),
     ],
 )
 def test_what_is_read_is_what_is_reported(tmp_path, monkeypatch, kind, features, words):
     path, seen = tmp_path / f"data.{kind}", []
+    wave = np.sin(np.arange(40)[:, None] * [0.3, 0.5])
     if kind == "npz":
-        np.savez(path, xs=np.sin(np.arange(40)[:, None] * [0.3, 0.5]))
+        np.savez(path, xs=wave)
+    elif kind == "npy":
+        np.save(path, wave)
     elif kind == "csv":
         np.savetxt(path, np.sin(np.arange(40)))
     else:
         path.write_text("the quick brown fox jumps over the lazy dog")
-    monkeypatch.setattr(report, "stages", lambda name, task, **_: seen.append((name, task)) or [])
+    monkeypatch.setattr(report, "untrained", lambda name, task, **_: seen.append((name, task)) or Named(name))
+    monkeypatch.setattr(report, "stages", lambda entry: [])
     monkeypatch.setattr(report, "report_cell", lambda name, stages, progress: None)
-    monkeypatch.setattr(page, "render", lambda facts, reports: facts["data"])
+    monkeypatch.setattr(page, "render", lambda facts, reports, sections, trained: facts["data"])
+    option = "--npz" if kind == "npy" else f"--{kind}"
     with pytest.raises(
         AttributeError, match="has no attribute"
     ):  # there is no report to print, after the page is written
-        main(["report", f"--{kind}", str(path), *SMALL, "--cell", "gru", "--output", str(tmp_path / "r.html")])
+        main(["report", option, str(path), *SMALL, "--cell", "gru", "--output", str(tmp_path / "r.html")])
     ((name, task),) = seen
     assert name == "gru"
     assert task.xs.shape == (12, 2, features)
@@ -137,6 +149,12 @@ def test_what_is_read_is_what_is_reported(tmp_path, monkeypatch, kind, features,
         (["--hidden", "-3"], r"jaxbptt report: argument --hidden: -3 is too small: at least 1 is needed"),
         (["--batch", "two"], r"jaxbptt report: argument --batch: 'two' is not a whole number"),
         (["--cell", "rnn"], r"jaxbptt report: argument --cell: invalid choice: 'rnn'"),
+        (["--text", "short.txt", "--delimiter", ";"], r"jaxbptt report: --delimiter says how a CSV file is read"),
+        (
+            ["--which", "last"],
+            r"jaxbptt report: --which chooses among checkpoints, but there is none: name their folder",
+        ),
+        (["--checkpoint", "."], r"jaxbptt report: --hidden is that of the checkpoint: leave it out, or leave out"),
         (["--text", "a", "--csv", "b"], r"jaxbptt report: argument --csv: not allowed with argument --text"),
     ],
 )
@@ -166,9 +184,9 @@ def test_a_failed_write_is_one_line(monkeypatch, tmp_path, capsys):
     def fail(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(report, "stages", lambda *_, **__: [])
+    monkeypatch.setattr(report, "stages", lambda *_: [])
     monkeypatch.setattr(report, "report_cell", lambda *_: None)
-    monkeypatch.setattr(page, "render", lambda *_: "")
+    monkeypatch.setattr(page, "render", lambda *_, **__: "")
     monkeypatch.setattr(command, "write_whole", fail)
     arguments = ["report", *SMALL, "--cell", "gru", "--output", str(tmp_path / "r.html")]
     assert main(arguments) == 2
@@ -240,7 +258,7 @@ def test_tables_in_words():
 def test_what_does_not_fit_is_left_out_and_said(monkeypatch):
     monkeypatch.setattr(report, "MAX_DENSE_BYTES", 0)
     task = tasks.next_step(tasks.read_standard_library(), steps=5, batch=1)
-    stages = report.stages("gru", task, hidden=3, seed=0, dtype=jnp.float32)
+    stages = report.stages(report.untrained("gru", task, hidden=3, seed=0, dtype=jnp.float32))
     seen = []
     result = report.report_cell("gru", stages, lambda words, done: seen.append((words, done)))
     assert result.singular_values is result.lags is wording.horizon_sentence(result) is None
@@ -258,3 +276,262 @@ def test_help_names_the_defaults_that_there_are(capsys, name):
     printed = capsys.readouterr().out
     assert "(default: 0)" in " ".join(printed.split())
     assert not re.search(r"default:\s+(None|False)", printed)
+
+
+def test_scores_in_words():
+    reports = [
+        report.CellReport(name, None, None, None, None, loss=loss) for name, loss in (("a", 0.51234), ("b", 0.25))
+    ]
+    section = wording.losses_section(reports, ("persistence", 0.3), "nats")
+    assert section.table.rows == (("a", "0.5123"), ("b", "0.25"), ("persistence", "0.3"))
+    assert section.sentences == ("The mean loss on the sequences of this report, in nats.",)
+    values, observed = np.array([[0.0, 5.0], [3.0, 5.0], [100.0, 5.0], [104.0, 5.0]]), np.ones((4, 2), bool)
+    observed[2, 0] = False
+    section = wording.persistence_section(("x", "constant"), values, observed)
+    assert section.table.rows == (("x", "3", "0.0597"), ("constant", "0", "0"))
+
+
+def model_of(kind, path, *, cell="gru", layers=1, fingerprint=None, validation=0.25, **architecture):
+    """A model with other weights than those of its seed, and settings as training saves them."""
+    vocabulary = columns = None
+    if kind == "text":
+        vocabulary = tasks.Vocabulary((97, 98, 177, 195, 200))
+        described = models.Architecture(cell, 6, layers, 5, 5, text=True, **architecture)
+    else:
+        columns = models.Columns(("a", "b", "c"), np.array([0.1, 0.2, 0.3]), np.array([1.0, 0.5, 2.0]), (2, 0))
+        described = models.Architecture(cell, 6, layers, 3, 2, text=False, targets=(2, 0), change=(0.1, 0.2))
+    network = models.build(described)
+    data = {"kind": kind, "path": str(path), "fingerprint": fingerprint or sources._fingerprint(path), "reading": {}}
+    settings = {"architecture": described._asdict(), "data": data, "training": {"seed": 7, "validation": validation}}
+    params = network.init(jax.random.key(1))
+    return models.Model(network, params, network.cell.initial_carry(), vocabulary, columns, settings, {}, 3)
+
+
+def options(**given):
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    words = [f"{word}" for key, value in given.items() for word in (f"--{key}", *(str(value).split()))]
+    return parser.parse_args(["report", "--checkpoint", "folder", "--steps", "5", "--batch", "3", *words])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    text = "".join(np.random.default_rng(0).choice(list("abñ"), 70))
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    wave = np.sin(np.arange(80)[:, None] * [0.3, 0.5, 0.7])
+    np.save(folder / "wave.npy", wave)
+    lines = ["note;c;b;a", *(f"x;{c:.4f};{b:.4f};{a:.4f}" for a, b, c in wave)]
+    lines[71], lines[73] = "x;;0.5;0.5", "x;;0.5;"
+    (folder / "wave.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_before_is_the_network_that_training_began_with(files):
+    """One-hot text, so that the network is that of `network`: the same weights and loss; after training they are others."""
+    model = model_of("text", files / "text.txt")
+    cut = sequences.of_model(model, options())
+    before, after = trained.entries(model, cut.sequences, dtype=jnp.float32)
+    assert (before.name, after.name) == ("gru, untrained", "gru, trained")
+    key = jax.random.split(jax.random.split(jax.random.key(7))[0])[0]
+    net = bptt.network(bptt.gru(5, 6), 5, bias=True)
+    params = net.init(key)
+
+    jax.tree.map(np.testing.assert_array_equal, before.params, params.cell)
+    xs = jax.nn.one_hot(cut.sequences.xs, 5, dtype=jnp.float32)
+    _, logits = net.apply(params, bptt.gru(5, 6).initial_carry((3,)), xs)
+
+    @jax.jit
+    def loss(params):
+        return before.loss(bptt.scan(before.cell, params, before.init, before.xs)[1], before.known)
+
+    expected = losses.cross_entropy(logits, cut.sequences.targets)
+    np.testing.assert_allclose(loss(before.params), expected, rtol=1e-5)
+    assert abs(float(loss(after.params)) - float(expected)) > 1e-2
+
+
+@pytest.mark.parametrize("cell", ["elman", "lstm"])
+def test_the_loss_of_numbers_is_that_of_training(files, cell):
+    """Of target columns, as changes, without masked entries; and Jacobian products add up where rows have unequally many."""
+    model = model_of("csv", files / "wave.csv", cell=cell)
+    model.settings["data"]["reading"] = {"missing": "mask", "drop": ["note"]}
+    cut = sequences.of_model(model, options())
+    assert cut.sequences.observed.shape == (5, 3, 2)
+    assert 0 < np.count_nonzero(~cut.sequences.observed) < 6
+    assert cut.sequences.observed[-1].any(axis=-1).all()
+    assert any("missing" in line for line in cut.read_as)
+    _, entry = trained.entries(model, cut.sequences, dtype=jnp.dtype(float))
+    _, hs = jax.jit(lambda *args: bptt.scan(entry.cell, *args))(entry.params, entry.init, entry.xs)
+    xs, targets, observed = map(np.asarray, cut.sequences)
+    np.testing.assert_array_equal(targets[~observed], xs[..., [2, 0]][~observed])  # the last value is repeated
+    ys = xs[..., [2, 0]] + np.array([0.1, 0.2]) * np.asarray(hs @ model.params.W_hy.T.astype(float))
+    errors = (ys - targets)[observed] ** 2
+    np.testing.assert_allclose(entry.loss(hs, entry.known), errors.mean(), rtol=1e-5)
+
+    def loss(params):
+        return entry.loss(bptt.scan(entry.cell, params, entry.init, entry.xs)[1], entry.known)
+
+    found, expected = jax.jit(lambda *args: (report._by_jacobian_products(entry, *args), jax.grad(loss)(args[0])))(
+        entry.params, entry.init, entry.xs
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), found, expected)
+    name, easy = trained.easy(model, cut.sequences)
+    assert name.startswith("persistence")
+    np.testing.assert_allclose(easy, ((xs[..., [2, 0]] - targets)[observed] ** 2).mean(), rtol=1e-5)
+
+
+def test_what_is_easy_of_a_text(files):
+    model = model_of("text", files / "text.txt")
+    numbers = np.array([[0, 0], [0, 1]])
+    name, easy = trained.easy(model, trained.Sequences(numbers, numbers))
+    assert name == "frequencies of the symbols"
+    np.testing.assert_allclose(easy, -(0.75 * np.log(0.75) + 0.25 * np.log(0.25)))
+
+
+def test_sequences_are_of_the_validation_part(files):
+    raw = (files / "text.txt").read_bytes()
+    total = len(raw)
+    model = model_of("text", files / "text.txt")
+    cut = sequences.of_model(model, options())
+    first = total - round(total / 4)
+    assert cut.words == f"text.txt, the last {total - first} steps, held out from training"
+    encoded = np.array([model.vocabulary.symbols.index(byte) for byte in raw])
+    np.testing.assert_array_equal(cut.sequences.xs[:, 0], encoded[first : first + 5])
+    np.testing.assert_array_equal(cut.sequences.targets[:, -1], encoded[-5:])
+    few = sequences.of_model(model_of("text", files / "text.txt", validation=0.02), options())
+    assert few.words == "text.txt, the last 8 steps, some of which it was trained on"
+    assert len({tuple(row) for row in few.sequences.xs.T}) == 3
+    none = sequences.of_model(model_of("text", files / "text.txt", validation=0.0), options())
+    assert none.words == f"text.txt, all {total} steps, which it was trained on"
+    other = model_of("text", files / "text.txt", fingerprint="of another file")
+    assert sequences.of_model(other, options(text=files / "text.txt")).words == (
+        f"text.txt, all {total} steps; it was trained on another file"
+    )
+
+
+def test_columns_are_found_by_name(files):
+    """The table has them in another order, and one that can't be read; an array has them in order."""
+    model = model_of("npz", files / "wave.npy")
+    from_array = sequences.of_model(model, options())
+    assert from_array.sequences.xs.shape == (5, 3, 3)
+    wave = np.load(files / "wave.npy")
+    np.testing.assert_array_equal(from_array.sequences.xs[:, 0], model.columns.encode(wave[60:65]))
+    from_table = sequences.of_model(model, options(csv=files / "wave.csv", missing="hold"))
+    assert from_table.words.startswith("wave.csv, all 80 steps")
+    assert from_table.sequences.observed is None
+    np.testing.assert_allclose(from_table.sequences.xs[:, 0], model.columns.encode(wave[:5]), atol=1e-3)
+    np.testing.assert_allclose(
+        from_table.sequences.targets[:, 0], model.columns.encode(wave[1:6])[:, [2, 0]], atol=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "message"),
+    [
+        ("text", {"csv": "wave.csv"}, "folder was trained on text: pass its file with --text"),
+        ("npz", {"text": "text.txt"}, "folder was trained on numbers: pass its file with --csv or --npz"),
+        ("gone", {}, r"folder was trained on gone\.txt, which is not there any more: pass a file with --text"),
+        ("changed", {}, "folder was trained on text.txt, which has changed since: pass a file with --text"),
+        ("text", {"steps": "200"}, "text.txt has 96 time steps, but --steps 200 needs 201, one more to predict"),
+        ("text", {"text": "unknown.txt"}, "unknown.txt has 'z', which the model has never seen"),
+        ("text", {"delimiter": ";"}, "--delimiter says how a CSV file is read, but there is none"),
+        ("npz", {"npz": "narrow.npy"}, r"narrow\.npy has 1 column, but the network reads 3: pass an array \[time, 3\]"),
+        (
+            "npz",
+            {"csv": "narrow.csv"},
+            r"the network reads the column b: narrow\.csv has no such column, but 1 'a', 2 'c'",
+        ),
+        ("npz", {"csv": "wave.csv", "columns": "a"}, "--columns can't be chosen: the network reads a, b, c"),
+    ],
+)
+def test_files_that_do_not_fit_the_model(files, monkeypatch, kind, given, message):
+    monkeypatch.chdir(files)
+    np.save("narrow.npy", np.arange(50.0))
+    np.savetxt("narrow.csv", np.ones((50, 2)) * [[1.0, 2.0]], delimiter=",", header="a,c", comments="")
+    (files / "unknown.txt").write_text("abz" * 20)
+    is_text = kind != "npz"
+    model = model_of("text" if is_text else "npz", "text.txt" if is_text else "wave.npy")
+    if kind == "gone":
+        model.settings["data"]["path"] = "gone.txt"
+    if kind == "changed":
+        model.settings["data"]["fingerprint"] = "another"
+    with pytest.raises(tasks.InputError, match=message):
+        sequences.of_model(model, options(**given))
+
+
+def test_a_folder_without_a_model_leaves_nothing_written(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    output = tmp_path / "r.html"
+    for more, message in (([], "holds no checkpoint"), (["--seed", "0"], "--seed is that of the checkpoint")):
+        assert main(["report", "--checkpoint", str(tmp_path / "empty"), *more, "--output", str(output)]) == 2
+        assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
+TRAINED = {
+    "text": ["--text", "text.txt", "--cell", "gru", "--embedding", "4"],
+    "numbers": ["--csv", "wave.csv", "--drop", "note", "--missing", "mask", "--cell", "elman", "--target", "c"],
+}
+
+
+def train(*words):
+    with jax.numpy_dtype_promotion("standard"):  # optax's Adam promotes
+        assert main(["train", *words]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TRAINED)
+def test_report_of_a_trained_network(files, monkeypatch, tmp_path, capsys, kind):
+    monkeypatch.chdir(files)
+    sizes = ["--hidden", "6", "--steps", "8", "--batch", "2", "--updates", "60", "--sample", "0"]
+    train(*TRAINED[kind], *sizes, "--validation", "0.3", "--checkpoints", str(tmp_path / "run"))
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    page_options = ["--checkpoint", "run", "--steps", "10", "--batch", "2", "--output", "r.html", "--float64"]
+    assert main(["report", *page_options]) == 0
+    printed = capsys.readouterr().out
+    html = (tmp_path / "r.html").read_text(encoding="utf-8")
+    cell = "gru" if kind == "text" else "elman"
+    for name in (f"{cell}, untrained", f"{cell}, trained"):
+        assert f"{name}: every method" in printed
+        assert f"<li>{name}: Over 10 steps the gradient " in html
+        assert f"<h3>{name}</h3>" in html
+    assert "NO" not in printed
+    assert html.count("<svg ") == 6
+    assert "<h1>The gradient through time, before and after training</h1>" in html
+    assert "before training and after it, on the same sequences" in html
+    assert "in an untrained network" not in html
+    assert re.search(r"checkpoint run, update 60, the best on validation<br>network ", html)
+    assert "held out from training" in html
+    assert "textbook loop" not in html
+    assert ("(γσ)^lag" in html) == (kind == "numbers")
+    scores = dict(re.findall(r"<tr><td>([^<]*)</td><td>([^<]*)</td></tr>", html))
+    untrained, after = float(scores[f"{cell}, untrained"]), float(scores[f"{cell}, trained"])
+    assert untrained > after > 0
+    if kind == "text":
+        assert "gru, 1 layer of 6, embedding of 4" in html
+        assert "frequencies of the symbols" in scores
+    else:
+        assert "persistence: nothing changes" in scores
+        assert "<h2>Forecasts of the validation data</h2>" in html
+        assert "seasonal naive" in html
+        assert "missing" in printed
+    parsed = Page(html)
+    assert parsed.outside == []
+    assert len(parsed.ids) == len(set(parsed.ids))
+
+
+@pytest.mark.slow
+def test_training_begins_with_the_network_that_is_shown(files, monkeypatch, tmp_path):
+    """With a rate that changes no weight, what is trained is what training began with."""
+    monkeypatch.chdir(files)
+    rate = ["--learning-rate", "1e-30", "--weight-decay", "0", "--updates", "2", "--sample", "0", "--seed", "5"]
+    sizes = ["--hidden", "6", "--steps", "8", "--batch", "2"]
+    deep = ["--text", "text.txt", "--embedding", "4", "--layers", "2", "--layer-norm", "--dropout", "0.1"]
+    train(*deep, *sizes, *rate, "--checkpoints", str(tmp_path / "run"))
+    model = bptt.load(tmp_path / "run")
+    cut = sequences.of_model(model, options())
+    before, after = trained.entries(model, cut.sequences, dtype=jnp.float32)
+    equal = partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-20)
+    jax.tree.map(equal, (before.params, before.xs), (after.params, after.xs))
+    assert command._network(model).startswith("lstm, 2 layers of 6, layer normalisation, embedding of 4, ")

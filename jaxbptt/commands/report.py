@@ -1,17 +1,26 @@
-r"""`python -m jaxbptt report` takes the gradient by every method, on the user's own sequence."""
+r"""`python -m jaxbptt report` takes the gradient by every method, on the user's own sequence, of a trained network too."""
 
 import argparse
 import platform
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxbptt import tasks
 from jaxbptt.cells import CELLS
-from jaxbptt.commands import arguments
+from jaxbptt.commands import arguments, sources, tables
 from jaxbptt.files import write_whole
+from jaxbptt.models.forecasting import ValidationErrors
+from jaxbptt.models.model import Model
+from jaxbptt.tasks.files import standardise
 from jaxbptt.words import counted, install_command
+
+# Of a table with a row for each column of the data, what fits on a screen.
+_MAX_ROWS = 24
+_DEFAULTS = {"cell": "all", "hidden": 64, "seed": 0}
 
 
 def add_parser(commands: Any) -> None:
@@ -19,54 +28,89 @@ def add_parser(commands: Any) -> None:
     report = commands.add_parser(
         "report",
         help="take the gradient by every method, check that they agree, and show how far back it reaches",
-        description="Takes the gradient of an untrained network on your sequence by every method, prints how far the "
-        "results differ and what each costs, and writes one HTML page. Without a file it reads a module of the "
-        "standard library.",
+        description="Takes the gradient of a network on your sequence by every method, prints how far the results differ "
+        "and what each costs, and writes one HTML page. The network is an untrained one, or with --checkpoint one that the "
+        "train command has trained, before training and after. Without a file it reads a module of the standard library, "
+        "or the data that the network was trained on.",
         formatter_class=arguments.HelpFormatter,
     )
     report.set_defaults(run=run)
-    arguments.add_source(report, npz="predict the next row of an array [time] or [time, features]")
-    report.add_argument("--cell", choices=("all", *CELLS), default="all", help="the recurrent cell")
-    report.add_argument("--hidden", type=arguments.size, default=64, help="size of the hidden state")
-    report.add_argument("--steps", type=arguments.size, default=256, help="time steps per sequence")
-    report.add_argument("--batch", type=arguments.size, default=4, help="sequences in the batch")
-    report.add_argument("--seed", type=int, default=0, help="seed of the random weights")
-    report.add_argument("--output", metavar="FILE", default="jaxbptt-report.html", help="the page to write")
-    report.add_argument("--float64", action="store_true", help="compute in double precision")
+    a = report.add_argument
+    a("--checkpoint", metavar="FOLDER", help="open up a trained network, from the folder of its checkpoints")
+    a("--which", choices=("best", "last"), help="the checkpoint: the best on validation (default), or the last")
+    arguments.add_source(
+        report, npz="predict the next row of an array [time] or [time, features], in a .npz or .npy file"
+    )
+    a("--cell", choices=("all", *CELLS), help=f"the recurrent cell (default: {_DEFAULTS['cell']})")
+    a("--hidden", type=arguments.size, help=f"size of the hidden state (default: {_DEFAULTS['hidden']})")
+    a("--steps", type=arguments.size, default=256, help="time steps per sequence")
+    a("--batch", type=arguments.size, default=4, help="sequences in the batch")
+    a("--seed", type=int, help=f"seed of the random weights (default: {_DEFAULTS['seed']})")
+    a("--output", metavar="FILE", default="jaxbptt-report.html", help="the page to write")
+    a("--float64", action="store_true", help="compute in double precision")
+    tables.add_options(report)
 
 
 def run(options: argparse.Namespace) -> int:
     """Take the gradients, print the tables, write the page."""
+    for name, default in _DEFAULTS.items():
+        if options.checkpoint is None:
+            setattr(options, name, default if getattr(options, name) is None else getattr(options, name))
+        elif getattr(options, name) is not None:
+            raise tasks.InputError(f"--{name} is that of the checkpoint: leave it out, or leave out --checkpoint.")
+    if options.which is not None and options.checkpoint is None:
+        raise tasks.InputError(
+            "--which chooses among checkpoints, but there is none: name their folder with --checkpoint."
+        )
+    arguments.check_output("--output", options.output)
     with jax.enable_x64(options.float64):
         _report(options)
     return 0
 
 
+class _Subject(NamedTuple):
+    """What is reported on.
+
+    Attributes:
+        entries: the networks.
+        facts: by name.
+        lines: printed first.
+        sections: `(reports) -> sections`, what the page and the terminal say beside the gradient.
+    """
+
+    entries: tuple[Any, ...]
+    facts: dict[str, str]
+    lines: tuple[str, ...]
+    sections: Callable[[Any], tuple[Any, ...]]
+
+
 def _report(options: argparse.Namespace) -> None:
-    task, facts = _task(options)
+    data = None if options.checkpoint else _data(options)
     try:
         # Imported here, since only this command needs rich and matplotlib.
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+        from jaxbptt.commands.display import table
         from jaxbptt.reports import page, report, wording
     except ModuleNotFoundError as error:
         raise tasks.InputError(f"{error.name} is not installed: {install_command('report')}") from None
 
     console = Console()
-    settings: dict[str, Any] = {"hidden": options.hidden, "seed": options.seed, "dtype": jnp.result_type(float)}
+    subject = _trained(options) if data is None else _untrained(options, data)
+    for line in subject.lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     columns = TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
-        cells = {
-            name: report.stages(name, task, **settings) for name in (CELLS if options.cell == "all" else [options.cell])
-        }
-        bar = progress.add_task("", total=sum(map(len, cells.values())))
+        stages = {entry.name: report.stages(entry) for entry in subject.entries}
+        bar = progress.add_task("", total=sum(map(len, stages.values())))
 
         def show(words: str, done: int) -> None:
             progress.update(bar, description=words, advance=done)
 
-        reports = [report.report_cell(name, stages, show) for name, stages in cells.items()]
-        html = page.render(facts, reports)
+        reports = [report.report_cell(name, of_entry, show) for name, of_entry in stages.items()]
+        sections = subject.sections(reports)
+        html = page.render(subject.facts, reports, sections, trained=options.checkpoint is not None)
     try:
         write_whole(options.output, html)
     except OSError as error:
@@ -74,28 +118,60 @@ def _report(options: argparse.Namespace) -> None:
 
     for cell in reports:
         title = f"{cell.name}: every method, against jax.grad through lax.scan"
-        console.print(_table(title, wording.certificate_table(cell.certificate)))
+        console.print(table(title, *wording.certificate_table(cell.certificate)))
         for words in cell.left_out:
             console.print(f"Left out: {words}.", style="dim")
         title = f"{cell.name}: truncated at K steps, against the exact gradient"
-        console.print(_table(title, wording.bias_table(cell.bias)))
+        console.print(table(title, *wording.bias_table(cell.bias)))
+    for section in sections:
+        head, rows = section.table
+        console.print(table(section.title, head, rows[:_MAX_ROWS]))
+        if len(rows) > _MAX_ROWS:
+            console.print(f"{counted(len(rows) - _MAX_ROWS, 'more row')} on the page.", style="dim")
+        for sentence in (*section.sentences, *section.warnings):
+            console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     for cell in reports:
         for sentence in wording.sentences(cell):
-            console.print(sentence, highlight=False, soft_wrap=True)
-    console.print(f"\nReport: {options.output}", highlight=False, soft_wrap=True)
+            console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"\nReport: {options.output}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _task(options: argparse.Namespace) -> tuple[tasks.NextStep, dict[str, str]]:
-    arguments.check_output("--output", options.output)
-    if options.text is not None:
-        series = tasks.read_text(options.text)
-    elif options.csv is not None:
-        series = tasks.read_csv(options.csv)
-    elif options.npz is not None:
-        series = tasks.read_npz(options.npz)
-    else:
-        series = tasks.read_standard_library()
-    task = tasks.next_step(series, steps=options.steps, batch=options.batch)
+class _Data(NamedTuple):
+    """What an untrained network reads.
+
+    Attributes:
+        series: the whole of it.
+        task: sequences of it.
+        table: of numbers, in their own units.
+        observed: of sequences with masked entries, where a target counts.
+    """
+
+    series: tasks.Series
+    task: tasks.NextStep
+    table: tasks.Table | None = None
+    observed: Any = None
+
+
+def _data(options: argparse.Namespace) -> _Data:
+    reading = tables.given(options)
+    sizes = {"steps": options.steps, "batch": options.batch}
+    if not options.csv and not options.npz:
+        series = tasks.read_standard_library() if options.text is None else tasks.read_text(options.text)
+        return _Data(series, tasks.next_step(series, **sizes))
+    table = sources.read_numbers("csv" if options.csv else "npz", options.csv or options.npz, reading)
+    series = tasks.Series(table.name, standardise(table.values), ())
+    task, observed = tasks.next_step(series, **sizes), None
+    if reading.get("missing") == "mask" and not table.observed.all():
+        observed = tasks.next_step(series._replace(values=table.observed), **sizes).targets
+    return _Data(series, task, table, observed)
+
+
+def _untrained(options: argparse.Namespace, data: _Data) -> _Subject:
+    from jaxbptt.reports import report, wording
+
+    series, table = data.series, data.table
+    names = CELLS if options.cell == "all" else [options.cell]
+    settings: dict[str, Any] = {"hidden": options.hidden, "seed": options.seed, "dtype": jnp.result_type(float)}
     kind = "character" if series.symbols else "column"
     facts = {
         "data": f"{series.name}, {counted(len(series.values), 'step')} of {counted(series.features, kind)}",
@@ -103,18 +179,73 @@ def _task(options: argparse.Namespace) -> tuple[tasks.NextStep, dict[str, str]]:
         "batch": str(options.batch),
         "hidden": str(options.hidden),
         "seed": str(options.seed),
+        **_machine(),
+    }
+    easy = () if table is None else (wording.persistence_section(table.columns, table.values, table.observed),)
+    return _Subject(
+        tuple(report.untrained(name, data.task, observed=data.observed, **settings) for name in names),
+        facts,
+        () if table is None else table.read_as,
+        lambda reports: easy,
+    )
+
+
+def _trained(options: argparse.Namespace) -> _Subject:
+    from jaxbptt.commands import sequences
+    from jaxbptt.reports import trained, wording
+
+    model = arguments.load_model(argparse.Namespace(folder=options.checkpoint, which=options.which or "best"))
+    cut = sequences.of_model(model, options)
+    text = model.vocabulary is not None
+    unit = "nats per byte" if text else "squared standard deviations"
+    facts = {
+        "checkpoint": f"{options.checkpoint}, update {model.step:,}{_standing(model)}",
+        "network": _network(model),
+        **_metrics(model, unit),
+        "trained on": _trained_on(model),
+        "sequences": f"{options.batch} of {counted(options.steps, 'step')} from {cut.words}",
+        **_machine(),
+    }
+    lines = (*cut.read_as, *(f"{name}: {value}" for name, value in facts.items()))
+    easy = trained.easy(model, cut.sequences)
+    errors = model.info.get("errors")
+    forecasts = () if errors is None else (wording.errors_section(ValidationErrors.from_json(errors)),)
+    return _Subject(
+        trained.entries(model, cut.sequences, dtype=jnp.result_type(float)),
+        facts,
+        lines,
+        lambda reports: (wording.losses_section(reports, easy, unit), *forecasts),
+    )
+
+
+def _standing(model: Model) -> str:
+    best = model.info.get("metrics", {}).get("best")
+    return ", the best on validation" if best and best["update"] == model.step else ""
+
+
+def _network(model: Model) -> str:
+    a = model.settings["architecture"]
+    size = f"{a['cell']}, {counted(a['layers'], 'layer')} of {a['hidden']}"
+    embedding = f", embedding of {a['embedding']}" if a["embedding"] else ""
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    return f"{size}{', layer normalisation' if a['layer_norm'] else ''}{embedding}, {parameters:,} parameters"
+
+
+def _metrics(model: Model, unit: str) -> dict[str, str]:
+    found = model.info.get("metrics", {})
+    names = {"loss": "training loss", "validation_loss": "validation loss"}
+    return {words: f"{found[name]:.4g} {unit}" for name, words in names.items() if found.get(name) is not None}
+
+
+def _trained_on(model: Model) -> str:
+    path = model.settings["data"]["path"]
+    name = "the standard library's decimal arithmetic" if path is None else Path(path).name
+    versions = ", ".join(f"{program} {version}" for program, version in model.info.get("versions", {}).items())
+    return f"{name}{f', by {versions}' if versions else ''}"
+
+
+def _machine() -> dict[str, str]:
+    return {
         "numbers": jnp.result_type(float).name,
         "on": f"{jax.devices()[0].device_kind}, jax {jax.__version__}, Python {platform.python_version()}",
     }
-    return task, facts
-
-
-def _table(title: str, table: Any) -> Any:
-    from rich.table import Table
-
-    shown = Table(title=title, title_justify="left")
-    for i, column in enumerate(table.head):
-        shown.add_column(column, justify="right" if i else "left", no_wrap=not i)
-    for row in table.rows:
-        shown.add_row(*row)
-    return shown

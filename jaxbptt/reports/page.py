@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from jaxbptt import plots
 from jaxbptt.reports.report import CellReport
 from jaxbptt.reports.wording import (
+    Section,
     Table,
     bias_table,
     certificate_table,
@@ -20,6 +21,7 @@ from jaxbptt.reports.wording import (
 )
 
 _TITLE = "The gradient through time, by every method"
+_TITLE_TRAINED = "The gradient through time, before and after training"
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #ffffff; --line: #d5d5d5; --quiet: #5c5c5c; }
@@ -27,7 +29,7 @@ _STYLE = """
 body { color: var(--ink); background: var(--paper); font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem;
   max-width: 62rem; }
 h1 { font-size: 1.5rem; margin: 0.5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 0.5rem; } h3 { font-size: 1rem; }
-p, li { max-width: 46rem; } .quiet { color: var(--quiet); font-size: 0.9rem; }
+p, li { max-width: 46rem; } .warning { font-weight: 600; } .quiet { color: var(--quiet); font-size: 0.9rem; }
 figure { margin: 1rem 0; overflow-x: auto; } figure svg { width: 100%; height: auto; min-width: 34rem; }
 svg text { fill: var(--ink); }
 .table { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
@@ -36,17 +38,40 @@ th:first-child, td:first-child { text-align: left; }
 """
 
 
-def render(facts: Mapping[str, str], reports: Sequence[CellReport]) -> str:
-    """The page as a string."""
+def render(
+    facts: Mapping[str, str], reports: Sequence[CellReport], sections: Sequence[Section] = (), *, trained: bool = False
+) -> str:
+    """The page as a string.
+
+    Args:
+        facts: what was reported on, by name.
+        reports: one for each network.
+        sections: what is said first.
+        trained: whether the networks are one, before and after training, and not untrained.
+    """
+    title = _TITLE_TRAINED if trained else _TITLE
+    # What there is to say of a checkpoint takes a line each.
+    separator = "<br>" if trained else " · "
+    where = (
+        "before training and after it, on the same sequences, each from a state of zeros"
+        if trained
+        else "in an untrained network"
+    )
     flows = {report.name: report.flow for report in reports}
     values = {report.name: report.singular_values for report in reports if report.singular_values is not None}
     rates = {report.name: report.bound_rate for report in reports if report.bound_rate is not None}
+    bound = (
+        " For an Elman network none can exceed (γσ)^lag, with γ = 1 for tanh and σ the largest singular value of W_hh."
+        if rates
+        else ""
+    )
     parts = [
-        f"<h1>{_TITLE}</h1>",
-        "<p class='quiet'>" + " · ".join(f"{escape(key)} {escape(value)}" for key, value in facts.items()) + "</p>",
+        f"<h1>{title}</h1>",
+        "<p class='quiet'>" + separator.join(f"{escape(key)} {escape(value)}" for key, value in facts.items()) + "</p>",
+        *map(_section, sections),
         "<h2>How far back the gradient reaches, and why</h2>",
         _list(map(reach_sentence, reports)),
-        "<p>The gradient of the last step's loss with respect to each earlier state, in an untrained network. What is below "
+        f"<p>The gradient of the last step's loss with respect to each earlier state, {where}. What is below "
         "1 % of its largest norm hardly counts in the gradient of the weights, which sums over all steps; what is below "
         "the rounding error does not count at all.</p>",
         _inline(plots.plot_gradient_flow(flows), "Gradient magnitude against time step"),
@@ -84,15 +109,25 @@ def render(facts: Mapping[str, str], reports: Sequence[CellReport]) -> str:
         parts += [
             "<h2>Products of Jacobians</h2>",
             "<p>Each step back multiplies the gradient by the transposed state Jacobian. Where all singular values of the "
-            "product decay, the gradient vanishes whatever the loss is; where one grows, it can explode. For an Elman "
-            "network none can exceed (γσ)^lag, with γ = 1 for tanh and σ the largest singular value of W_hh.</p>",
+            f"product decay, the gradient vanishes whatever the loss is; where one grows, it can explode.{bound}</p>",
             _inline(plots.plot_singular_values(values, bound_rate=rates), "Singular values against lag"),
         ]
     body = "\n".join(parts)
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{_TITLE}</title><style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+        f"<title>{title}</title><style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _section(section: Section) -> str:
+    return "\n".join(
+        [
+            f"<h2>{escape(section.title)}</h2>",
+            *(f"<p>{escape(sentence)}</p>" for sentence in section.sentences),
+            _html(section.table),
+            *(f"<p class='warning'>{escape(warning)}</p>" for warning in section.warnings),
+        ]
     )
 
 

@@ -1,9 +1,10 @@
-r"""What the report contains: for each cell, the certificate, how far back the gradient reaches, and singular values.
+r"""What the report contains: for each network, the certificate, how far back the gradient reaches, and singular values.
 
 Only numbers are computed here; `wording` makes sentences and tables of them, and `page` the HTML.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,9 @@ from jaxbptt.analysis.jacobians import (
 )
 from jaxbptt.cells import CELLS
 from jaxbptt.cells.cell import Cell
+from jaxbptt.cells.elman import ElmanParams
 from jaxbptt.network import NetworkParams, network
+from jaxbptt.scans.exact import scan
 from jaxbptt.tasks import NextStep
 from jaxbptt.textbook import bptt
 from jaxbptt.training import losses
@@ -34,10 +37,10 @@ MAX_DENSE_BYTES = 2**30
 
 
 class CellReport(NamedTuple):
-    """All that the report says of one cell.
+    """All that the report says of one network.
 
     Attributes:
-        name: of the cell.
+        name: of the entry.
         certificate: the gradient of the mean loss over all steps, by every exact method.
         bias: of the truncated methods, for the same loss.
         flow: the gradient of the last step's loss, back through time.
@@ -47,6 +50,7 @@ class CellReport(NamedTuple):
         horizon: the lag from which on less than 1 % of that gradient is still to come, the longest over its leaves.
         singular_values: of ∂h_T/∂hₜ on the first row of the batch, or `None` where the dense Jacobians would not fit.
         bound_rate: γ σ_max(W_hh) for the Elman cell, `None` for the others.
+        loss: the mean over all steps and rows.
     """
 
     name: str
@@ -59,6 +63,66 @@ class CellReport(NamedTuple):
     horizon: int | None = None
     singular_values: LogSingularValues | None = None
     bound_rate: float | None = None
+    loss: float | None = None
+
+
+class Entry(NamedTuple):
+    """A network with its weights and sequences: what a report opens up.
+
+    Attributes:
+        name: what the report calls it.
+        cell: the recurrence.
+        params: of the cell.
+        init: the first carry, leaves `[batch, ...]`.
+        xs: what the cell reads, `[time, batch, features]`.
+        known: what the loss needs beside the cell's outputs, leaves `[time, batch, ...]`.
+        loss: `(hs, known) -> scalar`, the mean over the steps and rows that it is given.
+        gradients: further methods for the certificate, by name, `(params, init, xs) -> gradient of params`.
+    """
+
+    name: str
+    cell: Cell
+    params: Any
+    init: Any
+    xs: Any
+    known: Any
+    loss: Callable[[Any, Any], Any]
+    gradients: Mapping[str, Callable[..., Any]] = {}
+
+
+def untrained(name: str, task: NextStep, *, hidden: int, seed: int, dtype: Any, observed: Any = None) -> Entry:
+    """A cell with a linear read-out, with random weights, on the task.
+
+    Args:
+        name: in `CELLS`.
+        task: the sequences.
+        hidden: size of the state.
+        seed: of the weights.
+        dtype: of all that is computed.
+        observed: booleans like the targets of numbers, False where one does not count.
+    """
+    batch, features = task.xs.shape[1:]
+    cell = CELLS[name](features, hidden, dtype=dtype)
+    params, W_hy, _ = network(cell, features).init(jax.random.key(seed))
+    by_number = task.loss == "cross_entropy"
+    targets = jnp.asarray(task.targets) if by_number else jnp.asarray(task.targets, dtype)
+    mask = None if observed is None else jnp.asarray(observed)
+
+    def loss(hs, known):
+        targets, mask = known
+        return getattr(losses, task.loss)(hs @ W_hy.T, targets, mask=mask)
+
+    by_textbook = {"textbook loop": lambda params, init, xs: _by_textbook(params, W_hy, init, xs, targets)}
+    return Entry(
+        name,
+        cell,
+        params,
+        cell.initial_carry((batch,)),
+        jnp.asarray(task.xs, dtype),
+        (targets, mask),
+        loss,
+        by_textbook if name == "elman" and by_number else {},
+    )
 
 
 class Stage(NamedTuple):
@@ -74,7 +138,7 @@ class Stage(NamedTuple):
 
 
 def report_cell(name: str, stages: list[Stage], progress: Callable[[str, int], None]) -> CellReport:
-    """Run the stages of a cell; `progress(words, stages done)` is told what runs, and when a stage is done."""
+    """Run the stages of a network; `progress(words, stages done)` is told what runs, and when a stage is done."""
     fields: dict[str, Any] = {}
     for title, compute in stages:
         progress(f"{name}: {title}", 0)
@@ -83,34 +147,26 @@ def report_cell(name: str, stages: list[Stage], progress: Callable[[str, int], N
     return CellReport(name, **fields)
 
 
-def stages(name: str, task: NextStep, *, hidden: int, seed: int, dtype: Any) -> list[Stage]:
-    """What is computed for one cell, in an untrained network, on the task."""
-    batch, features = task.xs.shape[1:]
-    cell = CELLS[name](features, hidden, dtype=dtype)
-    params, W_hy, _ = network(cell, features).init(jax.random.key(seed))
-    xs, init = jnp.asarray(task.xs, dtype), cell.initial_carry((batch,))
-    targets = jnp.asarray(task.targets) if task.loss == "cross_entropy" else jnp.asarray(task.targets, dtype)
-    loss = getattr(losses, task.loss)
-    dense_bytes = _dense_bytes(cell, task)
+def stages(entry: Entry) -> list[Stage]:
+    """What is computed for one network."""
+    cell, params, init, xs, known, loss = entry.cell, entry.params, entry.init, entry.xs, entry.known, entry.loss
+    dense_bytes = _dense_bytes(entry)
     dense = dense_bytes <= MAX_DENSE_BYTES
 
     def mean_loss(carry, hs):
-        return loss(hs @ W_hy.T, targets)
+        return loss(hs, known)
 
     def last_loss(carry, hs):
-        return losses.final_step(loss)(hs @ W_hy.T, targets)
+        return loss(hs[-1:], jax.tree.map(lambda leaf: leaf[-1:], known))
 
     def certificate(show):
-        gradients = {}
+        gradients = dict(entry.gradients)
         if dense:
-            gradients["Jacobian products"] = lambda params, init, xs: _by_jacobian_products(
-                cell, params, xs, lambda hs, targets: loss(hs @ W_hy.T, targets), targets
-            )
-        if name == "elman" and task.loss == "cross_entropy":
-            gradients["textbook loop"] = lambda params, init, xs: _by_textbook(params, W_hy, init, xs, targets)
+            gradients = {"Jacobian products": partial(_by_jacobian_products, entry)} | gradients
         result = certify(cell, params, init, xs, mean_loss, gradients=gradients, repeats=3, progress=show)
         left_out = f"Jacobian products, singular values and lags: {dense_bytes / 2**30:.1f} GiB of dense matrices"
-        return {"certificate": result, "left_out": () if dense else (left_out,)}
+        value = jax.jit(lambda params, init, xs: mean_loss(*scan(cell, params, init, xs)))(params, init, xs)
+        return {"certificate": result, "left_out": () if dense else (left_out,), "loss": float(value)}
 
     def truncation(show):
         lengths = [2**i for i in range(len(xs).bit_length())]
@@ -122,9 +178,9 @@ def stages(name: str, task: NextStep, *, hidden: int, seed: int, dtype: Any) -> 
         return {"flow": jax.tree.map(np.asarray, flow)}
 
     def diagnosis(show):
-        first_row = jax.tree.map(lambda leaf: leaf[0], init), xs[:, 0]
-        loss_of_row = lambda carry, hs: loss(hs[-1] @ W_hy.T, targets[-1, 0])  # noqa: E731
-        return {"diagnosis": diagnose_gradient(cell, params, *first_row, loss_of_row)}
+        known_last = jax.tree.map(lambda leaf: leaf[-1:, 0], known)
+        loss_of_row = lambda carry, hs: loss(hs[-1:], known_last)  # noqa: E731
+        return {"diagnosis": diagnose_gradient(cell, params, *_row(entry, 0), loss_of_row)}
 
     def by_lag(show):
         lags = jax.jit(lambda params, init, xs: lag_contributions(cell, params, init, xs, mean_loss))(params, init, xs)
@@ -132,8 +188,9 @@ def stages(name: str, task: NextStep, *, hidden: int, seed: int, dtype: Any) -> 
         return {"lags": jax.tree.map(np.asarray, lags._replace(contributions=None)), "horizon": horizon}
 
     def singular_values(show):
-        rate = float(jnp.linalg.norm(params.W_hh, 2)) if name == "elman" else None
-        return {"singular_values": jax.jit(lambda xs: _singular_values(cell, params, xs))(xs[:, 0]), "bound_rate": rate}
+        rate = float(jnp.linalg.norm(params.W_hh, 2)) if isinstance(params, ElmanParams) else None
+        values = jax.jit(partial(_singular_values, cell))(params, *_row(entry, 0))
+        return {"singular_values": values, "bound_rate": rate}
 
     always = [
         Stage("certificate", certificate),
@@ -145,23 +202,29 @@ def stages(name: str, task: NextStep, *, hidden: int, seed: int, dtype: Any) -> 
     return always + of_dense if dense else always
 
 
-def _dense_bytes(cell: Cell, task: NextStep) -> float:
+def _dense_bytes(entry: Entry) -> float:
     """Memory of one Jacobian and one weight gradient for every time step."""
-    n = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(cell.initial_carry)))
-    p = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(cell.init, jax.random.key(0))))
-    return len(task.xs) * (n * n + p) * jnp.result_type(float).itemsize
+    n, p = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (_row(entry, 0)[0], entry.params))
+    return len(entry.xs) * (n * n + p) * jnp.result_type(float).itemsize
 
 
-def _by_jacobian_products(cell: Cell, params: Any, xs: Any, loss: Callable[..., Any], targets: Any) -> Any:
-    """Mean over the batch of the sum over time of each row's contributions, one row after the other."""
+def _row(entry: Entry, i: int) -> tuple[Any, Any]:
+    """The first carry and the inputs of one row of the batch."""
+    return jax.tree.map(lambda leaf: leaf[i], entry.init), entry.xs[:, i]
+
+
+def _by_jacobian_products(entry: Entry, params: Any, init: Any, xs: Any) -> Any:
+    """Sum over the batch and over time of each row's contributions, one row after the other."""
+    _, hs = scan(entry.cell, params, init, xs)
+    hs_bar = jax.grad(entry.loss)(hs, entry.known)
 
     def row(at_row):
-        xs, targets = at_row
-        terms = temporal_contributions(cell, params, cell.initial_carry(), xs, lambda _, hs: loss(hs, targets))
+        init, xs, hs_bar = at_row
+        terms = temporal_contributions(entry.cell, params, init, xs, lambda _, hs: jnp.sum(hs * hs_bar))
         return jax.tree.map(lambda leaf: leaf.sum(axis=0), terms.contributions)
 
-    rows = jax.lax.map(row, (jnp.moveaxis(xs, 1, 0), jnp.moveaxis(targets, 1, 0)))
-    return jax.tree.map(lambda leaf: leaf.mean(axis=0), rows)
+    rows = jax.lax.map(row, (init, jnp.moveaxis(xs, 1, 0), jnp.moveaxis(hs_bar, 1, 0)))
+    return jax.tree.map(lambda leaf: leaf.sum(axis=0), rows)
 
 
 def _by_textbook(params: Any, W_hy: Any, init: Any, xs: Any, targets: Any) -> Any:
@@ -169,6 +232,6 @@ def _by_textbook(params: Any, W_hy: Any, init: Any, xs: Any, targets: Any) -> An
     return jax.tree.map(lambda leaf: leaf.sum(axis=0) / targets.size, terms.gradients.cell)
 
 
-def _singular_values(cell: Cell, params: Any, xs: Any) -> LogSingularValues:
-    _, J = state_jacobians(cell, params, cell.initial_carry(), xs)
+def _singular_values(cell: Cell, params: Any, init: Any, xs: Any) -> LogSingularValues:
+    _, J = state_jacobians(cell, params, init, xs)
     return product_log_singular_values(jacobian_products(J))

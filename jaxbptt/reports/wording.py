@@ -1,5 +1,6 @@
 r"""The report in words: sentences and tables, the same in the terminal and on the page."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +9,8 @@ from jaxbptt.analysis import certificate as certificates
 from jaxbptt.analysis.certificate import Certificate
 from jaxbptt.analysis.credit import TruncationBias
 from jaxbptt.analysis.flow import GradientFlow
+from jaxbptt.models.forecasting import ValidationErrors
+from jaxbptt.models.wording import errors_sentences, errors_table, measured_sentence
 from jaxbptt.reports.report import CellReport
 from jaxbptt.words import counted
 
@@ -22,6 +25,62 @@ class Table(NamedTuple):
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+
+class Section(NamedTuple):
+    """What a report says beside the gradient.
+
+    Attributes:
+        title: of the section.
+        sentences: above the table.
+        table: of numbers.
+        warnings: below it.
+    """
+
+    title: str
+    sentences: tuple[str, ...]
+    table: Table
+    warnings: tuple[str, ...] = ()
+
+
+def losses_section(reports: Sequence[CellReport], easy: tuple[str, float], unit: str) -> Section:
+    """The loss of networks on the sequences of the report, beside that of what is easy."""
+    rows = [(report.name, report.loss) for report in reports] + [easy]
+    return Section(
+        "What was learnt",
+        (f"The mean loss on the sequences of this report, in {unit}.",),
+        Table(("prediction", "mean loss"), tuple((name, "" if loss is None else f"{loss:.4g}") for name, loss in rows)),
+    )
+
+
+def errors_section(errors: ValidationErrors) -> Section:
+    """The errors of a network's forecasts, beside those of what is easy."""
+    head, rows = errors_table(errors)
+    return Section(
+        "Forecasts of the validation data",
+        (measured_sentence(errors),),
+        Table(head, tuple(rows)),
+        tuple(errors_sentences(errors)),
+    )
+
+
+def persistence_section(columns: Sequence[str], values: np.ndarray, observed: np.ndarray) -> Section:
+    """What each column of a table changes by in one step, which a forecast has to be better than."""
+    seen = observed[1:] & observed[:-1]
+    changes = np.where(seen, np.diff(values, axis=0), 0.0)
+    changes = np.sqrt((changes**2).sum(axis=0) / np.maximum(seen.sum(axis=0), 1))
+    rows = zip(columns, changes, values.std(axis=0), strict=True)
+    return Section(
+        "What is easy",
+        (
+            "Persistence, the forecast that nothing changes, is off by this much one step ahead: the root mean square of a "
+            "column's changes, in its own units, and relative to its standard deviation.",
+        ),
+        Table(
+            ("column", "change in a step", "in deviations"),
+            tuple((name, f"{change:.3g}", f"{change / (std or 1):.3g}") for name, change, std in rows),
+        ),
+    )
 
 
 def certificate_table(certificate: Certificate) -> Table:
