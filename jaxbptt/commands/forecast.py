@@ -71,7 +71,7 @@ def _forecast(options: argparse.Namespace) -> int:
             f"{options.folder} has a model of text, which forecasts no numbers: jaxbptt sample {options.folder}"
         )
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    table = _read(options, model, model.columns)
+    table = _read(options, model)
     for words in table.read_as:
         console.print(words)
     try:
@@ -109,7 +109,7 @@ def _check_outputs(output: Path, figure: Path) -> None:
         raise InputError(f"--output {output} is the name of the figure, too: name a .csv file.")
 
 
-def _read(options: argparse.Namespace, model: Model, columns: Columns) -> tasks.Table:
+def _read(options: argparse.Namespace, model: Model) -> tasks.Table:
     """The columns that the model reads, in its order, read as those it was trained on."""
     data = model.settings["data"]
     path = options.csv or options.npz
@@ -120,31 +120,7 @@ def _read(options: argparse.Namespace, model: Model, columns: Columns) -> tasks.
         raise InputError(
             f"the file that the model was trained on, {data['path']}, is gone: name one by --csv or --npz."
         )
-    options.csv = path if kind == "csv" else None
-    given = tables.given(options)
-    if "columns" in given:
-        raise InputError(f"--columns can't be chosen: the model reads {_shortened(columns.names)}.")
-    reading = {}
-    if kind == "csv":
-        # Columns that the model doesn't read may be of any kind, and those that were dropped may be gone.
-        reading = {key: value for key, value in data["reading"].items() if key != "drop"}
-        reading |= given | {"columns": list(columns.names)}
-    try:
-        table = sources.read_numbers(kind, path, reading)
-    except InputError as error:
-        words = str(error)
-        if words.startswith("--columns "):
-            raise InputError(f"the model reads the column {words.removeprefix('--columns ')}") from None
-        raise
-    if kind != "csv" and len(table.columns) != len(columns.names):
-        raise InputError(
-            f"{path} has {counted(len(table.columns), 'column')}, but the model reads {len(columns.names)}: pass an array "
-            f"[time, {len(columns.names)}]."
-        )
-    if kind != "csv":
-        return table
-    order = [table.columns.index(name) for name in columns.names]
-    return table._replace(columns=columns.names, values=table.values[:, order], observed=table.observed[:, order])
+    return sources.read_for_model(model, options, kind, path)
 
 
 def _continued(times: np.ndarray | None, steps: int) -> tuple[np.ndarray | None, str]:
@@ -172,12 +148,12 @@ def _about(table: tasks.Table, columns: Columns, future: Forecast, about_times: 
     steps = len(future.mean)
     sentences = [
         f"{counted(steps, 'row')} after the last of {counted(len(table.values), 'row')} of {table.name}, for "
-        f"{_shortened(columns.target_names)}.",
+        f"{sources.shortened(columns.target_names)}.",
         about_times,
     ]
     if future.held:
         sentences.append(
-            f"{_shortened(future.held)}: read but not predicted, held at the last value; train without "
+            f"{sources.shortened(future.held)}: read but not predicted, held at the last value; train without "
             "--target to predict it, too."
         )
     if not future.measured:
@@ -191,10 +167,6 @@ def _about(table: tasks.Table, columns: Columns, future: Forecast, about_times: 
     if len(lost):
         sentences.append(f"Warning: from step {lost[0] + 1:,} on the forecast is not finite.")
     return "\n".join(filter(None, sentences))
-
-
-def _shortened(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:_MAX_NAMES]) + (f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else "")
 
 
 def _rows(future: Forecast, times: np.ndarray | None) -> str:

@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,11 +36,15 @@ def of_model(model: Model, options: argparse.Namespace) -> Cut:
     """
     path, trained_on = _path(model, options)
     name = Path(path).name
-    if model.vocabulary is not None:
+    if model.columns is None:
         tables.given(options)
         values, observed, read_as = tasks.map_text(path).values, None, ()
     else:
-        values, observed, read_as = _numbers(model, path, options)
+        kind = "csv" if options.csv else "npz" if options.npz else model.settings["data"]["kind"]
+        table = sources.read_for_model(model, options, kind, path)
+        values, read_as = table.values, table.read_as
+        masked = (options.missing or model.settings["data"]["reading"].get("missing")) == "mask" and kind == "csv"
+        observed = table.observed[:, list(model.columns.targets)] if masked and not table.observed.all() else None
     total, steps = len(values), options.steps
     if total <= steps:
         raise tasks.InputError(
@@ -90,45 +94,9 @@ def _path(model: Model, options: argparse.Namespace) -> tuple[str, bool]:
 
 def _fingerprint(path: str) -> str | None:
     try:
-        return sources._fingerprint(path)
+        return sources.fingerprint(path)
     except OSError:
         return None
-
-
-def _numbers(
-    model: Model, path: str, options: argparse.Namespace
-) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
-    """The model's columns `[time, columns]` in the file's units, where its targets were observed, and how it was read."""
-    assert model.columns is not None
-    data, names = model.settings["data"], model.columns.names
-    kind = "csv" if options.csv else "npz" if options.npz else data["kind"]
-    reading: dict[str, Any] = {}
-    if kind == "csv":
-        given = tables.given(argparse.Namespace(**{**vars(options), "csv": path}))
-        for name in ("columns", "drop"):
-            if name in given:
-                raise tasks.InputError(f"--{name} can't be chosen: the network reads {', '.join(names)}.")
-        # Columns that the model doesn't read may be of any kind, and those that were dropped may be gone.
-        reading = {key: value for key, value in data["reading"].items() if key != "drop"}
-        reading |= given | {"columns": list(names)}
-    else:
-        tables.given(options)
-    try:
-        table = sources.read_numbers(kind, path, reading)
-    except tasks.InputError as error:
-        words = str(error)
-        if not words.startswith("--columns "):
-            raise
-        raise tasks.InputError(f"the network reads the column {words.removeprefix('--columns ')}") from None
-    if len(table.columns) != len(names):
-        raise tasks.InputError(
-            f"{path} has {counted(len(table.columns), 'column')}, but the network reads {len(names)}: pass an array "
-            f"[time, {len(names)}]."
-        )
-    order = [table.columns.index(name) for name in names] if kind == "csv" else list(range(len(names)))
-    masked = reading.get("missing") == "mask" and not table.observed.all()
-    observed = table.observed[:, [order[i] for i in model.columns.targets]] if masked else None
-    return table.values[:, order], observed, table.read_as
 
 
 def _symbol_numbers(name: str, vocabulary: tasks.Vocabulary, raw: np.ndarray) -> np.ndarray:

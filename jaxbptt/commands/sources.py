@@ -3,14 +3,15 @@
 import argparse
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxbptt import tasks
-from jaxbptt.models.model import Columns
+from jaxbptt.commands import tables
+from jaxbptt.models.model import Columns, Model
 from jaxbptt.tasks.files import npz_values, standard_library_file
 from jaxbptt.tasks.mapped import blocks
 from jaxbptt.training import streams
@@ -20,6 +21,8 @@ from jaxbptt.words import counted
 # Validation uses at most this many chunks, however long the file is.
 MAX_VALIDATION_CHUNKS = 50
 _FINGERPRINT_BYTES = 2**20
+# As many names of columns are shown as fit on a screen.
+_SHOWN = 8
 
 
 class Source(NamedTuple):
@@ -87,10 +90,10 @@ def open_source(options: argparse.Namespace, resumed: Mapping[str, Any] | None =
     else:
         text, table = None, read_numbers(kind, path, options.reading)
         values = table.values
-    fingerprint = _fingerprint(path)
-    if resumed is not None and resumed["data"]["fingerprint"] != fingerprint:
+    found = fingerprint(path)
+    if resumed is not None and resumed["data"]["fingerprint"] != found:
         raise tasks.InputError(
-            f"{path} is not the file that the run began with: it has {fingerprint}, that one had "
+            f"{path} is not the file that the run began with: it has {found}, that one had "
             f"{resumed['data']['fingerprint']}. Give the place of that file, or start another run."
         )
     total = len(values)
@@ -99,7 +102,7 @@ def open_source(options: argparse.Namespace, resumed: Mapping[str, Any] | None =
     data = {
         "kind": kind,
         "path": str(Path(named).absolute()) if named else None,
-        "fingerprint": fingerprint,
+        "fingerprint": found,
         "reading": options.reading,
     }
     if text is not None:
@@ -153,6 +156,52 @@ def read_numbers(kind: str, path: str, reading: Mapping[str, Any]) -> tasks.Tabl
     places = tuple(range(1, values.shape[1] + 1))
     observed = np.broadcast_to(True, values.shape)
     return tasks.Table(Path(path).name, tuple(f"column {i}" for i in places), values, observed, None, (), places)
+
+
+def read_for_model(model: Model, options: argparse.Namespace, kind: str, path: str) -> tasks.Table:
+    """The columns that a model of numbers reads, in its order, from a table like the one it was trained on.
+
+    Args:
+        model: its settings say how that table was read.
+        options: of the command, those for tables count more.
+        kind: `"csv"` or `"npz"`.
+        path: of the file.
+
+    Raises:
+        InputError: options that choose columns, a file that can't be read, or that lacks columns.
+    """
+    assert model.columns is not None
+    names = model.columns.names
+    given = tables.given(argparse.Namespace(**{**vars(options), "csv": path if kind == "csv" else None}))
+    for name in ("columns", "drop"):
+        if name in given:
+            raise tasks.InputError(f"--{name} can't be chosen: the model reads {shortened(names)}.")
+    reading: dict[str, Any] = {}
+    if kind == "csv":
+        # Columns that the model doesn't read may be of any kind, and those that were dropped may be gone.
+        reading = {key: value for key, value in model.settings["data"]["reading"].items() if key != "drop"}
+        reading |= given | {"columns": list(names)}
+    try:
+        table = read_numbers(kind, path, reading)
+    except tasks.InputError as error:
+        words = str(error)
+        if not words.startswith("--columns "):
+            raise
+        raise tasks.InputError(f"the model reads the column {words.removeprefix('--columns ')}") from None
+    if len(table.columns) != len(names):
+        raise tasks.InputError(
+            f"{path} has {counted(len(table.columns), 'column')}, but the model reads {len(names)}: pass an array "
+            f"[time, {len(names)}]."
+        )
+    if kind != "csv":
+        return table
+    order = [table.columns.index(name) for name in names]
+    return table._replace(columns=names, values=table.values[:, order], observed=table.observed[:, order])
+
+
+def shortened(names: Sequence[str]) -> str:
+    """Names in a sentence, of many the first."""
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def _number_parts(table: tasks.Table, cut: int, target: list[str] | None, masked: bool) -> dict[str, Any]:
@@ -216,7 +265,8 @@ def _check_length(name: str, purpose: str, steps: int, batch: int) -> None:
         )
 
 
-def _fingerprint(path: str | Path) -> str:
+def fingerprint(path: str | Path) -> str:
+    """What tells a file from others: its size, and a digest of its beginning."""
     with open(path, "rb") as file:
         start = file.read(_FINGERPRINT_BYTES)
     return f"{Path(path).stat().st_size} bytes, sha256 {hashlib.sha256(start).hexdigest()[:16]}"
