@@ -301,7 +301,7 @@ def model_of(kind, path, *, cell="gru", layers=1, fingerprint=None, validation=0
         columns = models.Columns(("a", "b", "c"), np.array([0.1, 0.2, 0.3]), np.array([1.0, 0.5, 2.0]), (2, 0))
         described = models.Architecture(cell, 6, layers, 3, 2, text=False, targets=(2, 0), change=(0.1, 0.2))
     network = models.build(described)
-    data = {"kind": kind, "path": str(path), "fingerprint": fingerprint or sources._fingerprint(path), "reading": {}}
+    data = {"kind": kind, "path": str(path), "fingerprint": fingerprint or sources.fingerprint(path), "reading": {}}
     settings = {"architecture": described._asdict(), "data": data, "training": {"seed": 7, "validation": validation}}
     params = network.init(jax.random.key(1))
     return models.Model(network, params, network.cell.initial_carry(), vocabulary, columns, settings, {}, 3)
@@ -435,13 +435,13 @@ def test_columns_are_found_by_name(files):
         ("text", {"steps": "200"}, "text.txt has 96 time steps, but --steps 200 needs 201, one more to predict"),
         ("text", {"text": "unknown.txt"}, "unknown.txt has 'z', which the model has never seen"),
         ("text", {"delimiter": ";"}, "--delimiter says how a CSV file is read, but there is none"),
-        ("npz", {"npz": "narrow.npy"}, r"narrow\.npy has 1 column, but the network reads 3: pass an array \[time, 3\]"),
+        ("npz", {"npz": "narrow.npy"}, r"narrow\.npy has 1 column, but the model reads 3: pass an array \[time, 3\]"),
         (
             "npz",
             {"csv": "narrow.csv"},
-            r"the network reads the column b: narrow\.csv has no such column, but 1 'a', 2 'c'",
+            r"the model reads the column b: narrow\.csv has no such column, but 1 'a', 2 'c'",
         ),
-        ("npz", {"csv": "wave.csv", "columns": "a"}, "--columns can't be chosen: the network reads a, b, c"),
+        ("npz", {"csv": "wave.csv", "columns": "a"}, "--columns can't be chosen: the model reads a, b, c"),
     ],
 )
 def test_files_that_do_not_fit_the_model(files, monkeypatch, kind, given, message):
