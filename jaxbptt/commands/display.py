@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
@@ -73,9 +74,11 @@ def _clock(seconds: float) -> str:
 
 def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table for a terminal: the first column to the left, numbers to the right."""
-    shown = Table(title=title, title_justify="left")
+    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for i, column in enumerate(head):
-        shown.add_column(column, justify="right" if i else "left", no_wrap=not i)
+        # On a narrow terminal heads are broken between words, never within one.
+        longest = max(map(len, column.split()), default=0)
+        shown.add_column(column, justify="right" if i else "left", no_wrap=not i, min_width=longest)
     for row in rows:
         shown.add_row(*row)
     return shown
