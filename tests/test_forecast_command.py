@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from pathlib import Path
 from unittest.mock import patch
 
@@ -253,8 +254,7 @@ def test_errors_of_many_columns(capsys):
     )
     display.show_errors(Console(), found)
     printed = capsys.readouterr().out
-    assert printed.count("│ c") == 16  # each at 1 and 3 steps ahead
-    assert "│ c7" in printed
-    assert "│ c8" not in printed
+    rows = re.findall(r"^ *(c\d) +\d", printed, flags=re.M)
+    assert rows == [f"c{i}" for i in range(8) for _ in range(2)]  # each at 1 and 3 steps ahead
     assert "and 2 more columns" in printed
     assert printed.count("Warning: ") == 10

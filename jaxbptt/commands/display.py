@@ -74,7 +74,7 @@ def _clock(seconds: float) -> str:
 
 def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table for a terminal: the first column to the left, numbers to the right."""
-    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for i, column in enumerate(head):
         # On a narrow terminal heads are broken between words, never within one.
         longest = max(map(len, column.split()), default=0)
