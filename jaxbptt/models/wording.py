@@ -17,7 +17,7 @@ def errors_table(
 
     The season is in steps, and the last column is the network's error divided by that of the better baseline.
     """
-    head = "column", "steps ahead", "network", "persistence", "seasonal naive", "season", "network / best"
+    head = "column", "steps ahead", "network", "persistence", "seasonal naive", "season", "ratio"
     rows = []
     for i, name in enumerate(errors.columns):
         season = errors.season[i]
@@ -73,7 +73,8 @@ def measured_sentence(errors: ValidationErrors) -> str:
     """What the table shows, and from how many forecasts."""
     return (
         f"Root mean squared errors on validation data, in the columns' own units, of forecasts from "
-        f"{counted(errors.origins, 'row')} and up to {counted(errors.horizons, 'step')} ahead."
+        f"{counted(errors.origins, 'row')} and up to {counted(errors.horizons, 'step')} ahead. Ratio: the network's to the "
+        "better of the other two."
     )
 
 
