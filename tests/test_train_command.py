@@ -834,3 +834,23 @@ def test_nothing_left_to_do(capsys):
     assert train(*TEXT_RUN, "--updates", "6") == 0
     assert train("--resume", "jaxbptt-train") == 0
     assert "Nothing is left to do: the run is to end at update 6." in capsys.readouterr().out
+
+
+def test_what_is_easy_is_said(monkeypatch):
+    """On the validation data, in the units of the losses that follow."""
+    values = np.load("data.npy")
+    _, source = opened(*SMALL, "--npz", "data.npy", "--target", "2")
+    encoded = (values[216:, 1] - values[:216, 1].mean()) / values[:216, 1].std()
+    last, mean = np.mean(np.diff(encoded) ** 2), np.mean(encoded[1:] ** 2)
+    assert source.words[-1] == f"easy to reach: {last:.3f} by the last value (persistence), {mean:.3f} by the mean"
+    observed = np.arange(240) % 3 > 0
+    monkeypatch.setattr(tasks, "read_table", lambda path, **_: masked(values[:, 1:], observed[:, None]))
+    _, source = opened(*SMALL, "--csv", "data.csv", "--missing", "mask")
+    seen = observed[217:]
+    deviation = values[:216, 1][observed[:216]].std()
+    assert f"{np.mean((np.diff(values[216:, 1]) / deviation)[seen] ** 2):.3f} by the last value" in source.words[-1]
+    _, source = opened(*TEXT_RUN)
+    assert (
+        source.words[-1]
+        == f"easy to reach: {source.measure(source.constant_loss):.3f} bits per character by frequencies alone"
+    )

@@ -22,6 +22,8 @@ from jaxbptt.words import counted
 MAX_VALIDATION_CHUNKS = 50
 _FINGERPRINT_BYTES = 2**20
 _STEPS = 64
+# What is easy is measured on this many rows at most.
+_EASY_ROWS = 100_000
 # As many names of columns are shown as fit on a screen.
 _SHOWN = 8
 
@@ -122,7 +124,7 @@ def open_source(options: argparse.Namespace, resumed: Mapping[str, Any] | None =
         values=values,
         cut=cut,
         data=data,
-        words=(*lines, f"{name}: {total:,} {parts.pop('what')}{held_out}"),
+        words=(*lines, f"{name}: {total:,} {parts.pop('what')}{held_out}", parts.pop("easy")),
         **parts,
     )
 
@@ -132,18 +134,21 @@ def _text_parts(text: tasks.MappedText, cut: int, steps: int) -> dict[str, Any]:
     for block in blocks(text.values[:cut]):
         counts += np.bincount(block, minlength=256)
     frequencies = counts[counts > 0] / counts.sum()
+    entropy = float(-np.sum(frequencies * np.log(frequencies)))
     return {
         "vocabulary": tasks.Vocabulary(text.symbols),
         "columns": None,
         "change": (),
         "observed": None,
-        "constant_loss": float(-np.sum(frequencies * np.log(frequencies))),
+        "constant_loss": entropy,
         "bytes_per_character": text.bytes_per_character,
         "prompt": text.encode(text.values[max(cut - steps, 0) : cut]),
         "encode": text.encode,
         "series": text.values,
         "read_as": (),
         "what": f"bytes ({text.features} different, {counted(text.characters, 'character')})",
+        "easy": f"easy to reach: {entropy / math.log(2) * text.bytes_per_character:.3f} bits per character by frequencies "
+        "alone",
     }
 
 
@@ -238,7 +243,18 @@ def _number_parts(table: tasks.Table, cut: int, options: argparse.Namespace) -> 
         "series": series,
         "read_as": (*table.read_as, *about),
         "what": f"rows of {counted(len(table.columns), 'number')}{predicted}, standardised by the training data",
+        "easy": _easy(table.values, observed, cut, columns),
     }
+
+
+def _easy(values: np.ndarray, observed: np.ndarray | None, cut: int, columns: Columns) -> str:
+    """The losses of the last value and of the mean, over the validation data where there is some."""
+    start = cut if cut < len(values) else 0
+    rows, targets = slice(start, start + _EASY_ROWS), list(columns.targets)
+    found = columns.encode(values[rows])[:, targets].astype(float)
+    seen = np.ones(found.shape, bool) if observed is None else observed[rows][:, targets]
+    last, mean = (np.mean(errors[seen[1:]] ** 2) for errors in (np.diff(found, axis=0), found[1:]))
+    return f"easy to reach: {last:.3f} by the last value (persistence), {mean:.3f} by the mean"
 
 
 def _check_observed(table: tasks.Table, cut: int, targets: tuple[int, ...]) -> None:
