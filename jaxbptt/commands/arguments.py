@@ -9,6 +9,9 @@ from jaxbptt.files import write_whole
 from jaxbptt.models.model import Model, load
 from jaxbptt.tasks import InputError
 
+# What `train` writes beside the checkpoints.
+_OF_TRAINING = ("metrics.csv", "learning-curve.png")
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Adds to an option's help what its default is, where it has one."""
@@ -147,9 +150,8 @@ def check_apart(options: argparse.Namespace, *reads: str | Path | None) -> None:
             if output.exists() and path.exists() and output.samefile(path):
                 raise InputError(f"--{name} {output} is a file that is read: name another one.")
         for folder in folders:
-            inside = output.resolve().parts[len(folder.resolve().parts) :]
-            in_folder = output.resolve().is_relative_to(folder.resolve())
-            if in_folder and (len(inside) > 1 or inside[0] in ("metrics.csv", "learning-curve.png")):
+            where, folder = output.resolve(), folder.resolve()
+            if folder in where.parents and (where.parent != folder or where.name in _OF_TRAINING):
                 raise InputError(f"--{name} {output} is where `train` writes: name another place.")
 
 
