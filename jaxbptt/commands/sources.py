@@ -107,35 +107,53 @@ def open_source(options: argparse.Namespace, resumed: Mapping[str, Any] | None =
         "reading": options.reading,
     }
     if text is not None:
-        parts: dict[str, Any] = _text_parts(text, cut, options.steps)
+        read = _read_text(text, cut, options.steps)
     else:
         assert table is not None
-        parts = _number_parts(table, cut, options)
-    encode, series = parts.pop("encode"), parts.pop("series")
-    sizes = {"batch": options.batch, "chunk_length": options.steps, "encode": encode}
-    lines = parts.pop("read_as")
-    if not parts["constant_loss"]:
+        read = _read_table(table, cut, options)
+    if not read.fields["constant_loss"]:
         raise tasks.InputError(f"{name} is the same at every step of the training data: there is nothing to learn.")
+    sizes = {"batch": options.batch, "chunk_length": options.steps, "encode": read.encode}
     held_out = f"; the last {total - cut:,} are for validation" if cut < total else ""
     return Source(
         name=name,
-        training=streams.rows(series[:cut], **sizes),
-        validation=streams.rows(series[cut:], **sizes) if cut < total else None,
+        training=streams.rows(read.series[:cut], **sizes),
+        validation=streams.rows(read.series[cut:], **sizes) if cut < total else None,
         values=values,
         cut=cut,
         data=data,
-        words=(*lines, f"{name}: {total:,} {parts.pop('what')}{held_out}", parts.pop("easy")),
-        **parts,
+        words=(*read.as_words, f"{name}: {total:,} {read.what}{held_out}", f"easy to reach: {read.easy}"),
+        **read.fields,
     )
 
 
-def _text_parts(text: tasks.MappedText, cut: int, steps: int) -> dict[str, Any]:
+class _Read(NamedTuple):
+    """A series as a run needs it.
+
+    Attributes:
+        series: what chunks are cut from.
+        encode: of a chunk of the series.
+        fields: the fields of a `Source` that follow from it.
+        as_words: lines that say how it was read.
+        what: it consists of.
+        easy: which loss is easy to reach.
+    """
+
+    series: np.ndarray
+    encode: Callable[[np.ndarray], np.ndarray]
+    fields: dict[str, Any]
+    as_words: tuple[str, ...]
+    what: str
+    easy: str
+
+
+def _read_text(text: tasks.MappedText, cut: int, steps: int) -> _Read:
     counts = np.zeros(256, np.int64)
     for block in blocks(text.values[:cut]):
         counts += np.bincount(block, minlength=256)
     frequencies = counts[counts > 0] / counts.sum()
     entropy = float(-np.sum(frequencies * np.log(frequencies)))
-    return {
+    fields = {
         "vocabulary": tasks.Vocabulary(text.symbols),
         "columns": None,
         "change": (),
@@ -143,13 +161,10 @@ def _text_parts(text: tasks.MappedText, cut: int, steps: int) -> dict[str, Any]:
         "constant_loss": entropy,
         "bytes_per_character": text.bytes_per_character,
         "prompt": text.encode(text.values[max(cut - steps, 0) : cut]),
-        "encode": text.encode,
-        "series": text.values,
-        "read_as": (),
-        "what": f"bytes ({text.features} different, {counted(text.characters, 'character')})",
-        "easy": f"easy to reach: {entropy / math.log(2) * text.bytes_per_character:.3f} bits per character by frequencies "
-        "alone",
     }
+    bits = entropy / math.log(2) * text.bytes_per_character
+    what = f"bytes ({text.features} different, {counted(text.characters, 'character')})"
+    return _Read(text.values, text.encode, fields, (), what, f"{bits:.3f} bits per character by frequencies alone")
 
 
 def read_numbers(kind: str, path: str, reading: Mapping[str, Any]) -> tasks.Table:
@@ -209,7 +224,7 @@ def shortened(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-def _number_parts(table: tasks.Table, cut: int, options: argparse.Namespace) -> dict[str, Any]:
+def _read_table(table: tasks.Table, cut: int, options: argparse.Namespace) -> _Read:
     observed = table.observed if options.reading.get("missing") == "mask" and not table.observed.all() else None
     targets = table.positions(options.target, option="--target") if options.target else range(len(table.columns))
     targets = tuple(targets)
@@ -229,8 +244,7 @@ def _number_parts(table: tasks.Table, cut: int, options: argparse.Namespace) -> 
     lowest, highest = (extreme(table.values[:cut], axis=0) for extreme in (np.min, np.max))
     still = [name for name, low, high in zip(table.columns, lowest, highest, strict=True) if low == high]
     about = (f"the same in every row of the training data: {shortened(still)}",) if still else ()
-    predicted = f", of which {', '.join(columns.target_names)} predicted" if options.target else ""
-    return {
+    fields = {
         "vocabulary": None,
         "columns": columns,
         "change": _changes(table.values[:cut], None if observed is None else observed[:cut], columns),
@@ -239,12 +253,11 @@ def _number_parts(table: tasks.Table, cut: int, options: argparse.Namespace) -> 
         "constant_loss": float(np.mean([table.columns[i] not in still for i in targets])),
         "bytes_per_character": 1.0,
         "prompt": np.zeros((0, len(table.columns)), np.float32),
-        "encode": encode,
-        "series": series,
-        "read_as": (*table.read_as, *about),
-        "what": f"rows of {counted(len(table.columns), 'number')}{predicted}, standardised by the training data",
-        "easy": _easy(table.values, observed, cut, columns),
     }
+    predicted = f", of which {', '.join(columns.target_names)} predicted" if options.target else ""
+    what = f"rows of {counted(len(table.columns), 'number')}{predicted}, standardised by the training data"
+    easy = _easy(table.values, observed, cut, columns)
+    return _Read(series, encode, fields, (*table.read_as, *about), what, easy)
 
 
 def _easy(values: np.ndarray, observed: np.ndarray | None, cut: int, columns: Columns) -> str:
@@ -254,7 +267,7 @@ def _easy(values: np.ndarray, observed: np.ndarray | None, cut: int, columns: Co
     found = columns.encode(values[rows])[:, targets].astype(float)
     seen = np.ones(found.shape, bool) if observed is None else observed[rows][:, targets]
     last, mean = (np.mean(errors[seen[1:]] ** 2) for errors in (np.diff(found, axis=0), found[1:]))
-    return f"easy to reach: {last:.3f} by the last value (persistence), {mean:.3f} by the mean"
+    return f"{last:.3f} by the last value (persistence), {mean:.3f} by the mean"
 
 
 def _check_observed(table: tasks.Table, cut: int, targets: tuple[int, ...]) -> None:
