@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxbptt import tasks
-from jaxbptt.commands import arguments, sources, tables
+from jaxbptt.commands import arguments, numbers, tables
 from jaxbptt.files import write_whole
 from jaxbptt.models.forecasting import LEVELS, Forecast, ValidationErrors, forecast
 from jaxbptt.models.model import Columns, Model
@@ -120,7 +120,7 @@ def _read(options: argparse.Namespace, model: Model) -> tasks.Table:
         raise InputError(
             f"the file that the model was trained on, {data['path']}, is gone: name one by --csv or --npz."
         )
-    return sources.read_for_model(model, options, kind, path)
+    return numbers.read_for_model(model, options, kind, path)
 
 
 def _continued(times: np.ndarray | None, steps: int) -> tuple[np.ndarray | None, str]:
@@ -148,12 +148,12 @@ def _about(table: tasks.Table, columns: Columns, future: Forecast, about_times: 
     steps = len(future.mean)
     sentences = [
         f"{counted(steps, 'row')} after the last of {counted(len(table.values), 'row')} of {table.name}, for "
-        f"{sources.shortened(columns.target_names)}.",
+        f"{numbers.shortened(columns.target_names)}.",
         about_times,
     ]
     if future.held:
         sentences.append(
-            f"{sources.shortened(future.held)}: read but not predicted, held at the last value; train without "
+            f"{numbers.shortened(future.held)}: read but not predicted, held at the last value; train without "
             "--target to predict it, too."
         )
     if not future.measured:

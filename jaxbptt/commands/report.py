@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxbptt import tasks
 from jaxbptt.cells import CELLS
-from jaxbptt.commands import arguments, sources, tables
+from jaxbptt.commands import arguments, numbers, tables
 from jaxbptt.models.forecasting import ValidationErrors
 from jaxbptt.models.model import Model
 from jaxbptt.tasks.files import standardise
@@ -154,7 +154,7 @@ def _data(options: argparse.Namespace) -> _Data:
     if not options.csv and not options.npz:
         series = tasks.read_standard_library() if options.text is None else tasks.read_text(options.text)
         return _Data(series, tasks.next_step(series, **sizes))
-    table = sources.read_numbers("csv" if options.csv else "npz", options.csv or options.npz, reading)
+    table = numbers.read_numbers("csv" if options.csv else "npz", options.csv or options.npz, reading)
     series = tasks.Series(table.name, standardise(table.values), ())
     task, observed = tasks.next_step(series, **sizes), None
     if reading.get("missing") == "mask" and not table.observed.all():

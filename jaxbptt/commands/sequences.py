@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxbptt import tasks
-from jaxbptt.commands import sources, tables
+from jaxbptt.commands import numbers, sources, tables
 from jaxbptt.models.model import Model
 from jaxbptt.reports.trained import Sequences
 from jaxbptt.tasks.files import standard_library_file
@@ -41,7 +41,7 @@ def of_model(model: Model, options: argparse.Namespace) -> Cut:
         values, observed, read_as = tasks.map_text(path).values, None, ()
     else:
         kind = "csv" if options.csv else "npz" if options.npz else model.settings["data"]["kind"]
-        table = sources.read_for_model(model, options, kind, path)
+        table = numbers.read_for_model(model, options, kind, path)
         values, read_as = table.values, table.read_as
         masked = (options.missing or model.settings["data"]["reading"].get("missing")) == "mask" and kind == "csv"
         observed = table.observed[:, list(model.columns.targets)] if masked and not table.observed.all() else None
