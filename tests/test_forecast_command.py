@@ -143,9 +143,8 @@ def test_dates_go_on(freq, dates):
     ("change", "words"),
     [
         (lambda times: None, ""),
-        (lambda times: times[:2], "The dates are not evenly spaced, so the forecast has steps only."),
-        (lambda times: np.delete(times, 5), "not evenly spaced"),
-        (lambda times: times[::-1], "The newest row is not the last, so the forecast has steps only: --sort"),
+        (lambda times: times[:2], "Fewer than 3 rows don't show how dates are spaced, so the forecast has steps only."),
+        (lambda times: np.delete(times, 5), "The dates are not evenly spaced, so the forecast has steps only."),
     ],
 )
 def test_dates_that_do_not_go_on(change, words):
@@ -153,6 +152,28 @@ def test_dates_that_do_not_go_on(change, words):
     found, said = command._continued(change(times), 2)
     assert found is None
     assert words in said
+
+
+@pytest.mark.parametrize(
+    ("order", "words"),
+    [
+        (np.arange(ROWS)[::-1], "the newest row is first, but a forecast continues the last row"),
+        (
+            np.r_[0:8, 9, 8, 10:ROWS],
+            "the row of 2024-02-28 06:00:00 is before that of 2024-02-28 05:00:00, but a forecast continues the last",
+        ),
+    ],
+)
+def test_rows_out_of_order_are_refused(order, words, capsys):
+    assert run("--csv", "new.csv") == 0
+    expected = Path("out.csv").read_text()
+    Path("out.csv").unlink()
+    pandas.read_csv("new.csv", dtype=str).iloc[order].to_csv("new.csv", index=False)
+    assert run("--csv", "new.csv") == 2
+    assert re.search(f"new.csv: {words}.*--sort", capsys.readouterr().err)
+    assert not Path("out.csv").exists()
+    assert run("--csv", "new.csv", "--sort") == 0
+    assert Path("out.csv").read_text() == expected
 
 
 def test_without_a_file_the_training_data_goes_on(capsys):

@@ -364,11 +364,11 @@ def test_dates(tmp_path, case):
 def test_order_in_time(tmp_path):
     newest = tasks.read_table(FILES / "newest_first.csv")
     assert newest.values.tolist() == [[3], [2], [1]]
-    assert newest.read_as[-1] == "the newest row is first: --sort puts the oldest first"
+    assert newest.read_as[-1] == "Warning: the newest row is first: --sort puts the oldest first"
     text = "d,v\n2024-01-02,1\n2024-01-03,\n2024-01-01,5\n"
     mixed = read(tmp_path, text, missing="hold")
     assert mixed.values.tolist() == [[1], [1], [5]]
-    assert "the rows are not in the order of time, first in line 4: --sort puts them in order" in mixed.read_as
+    assert "Warning: the rows are not in the order of time, first in line 4: --sort puts them in order" in mixed.read_as
     assert read(tmp_path, text, missing="hold", sort=True).values.tolist() == [[5], [1], [1]]
     with pytest.raises(tasks.InputError, match=r"line 3, column 2 \(v\): the cell is missing"):
         read(tmp_path, text, sort=True)

@@ -74,6 +74,7 @@ def _forecast(options: argparse.Namespace) -> int:
     table = _read(options, model)
     for words in table.read_as:
         console.print(words)
+    _check_order(table)
     try:
         future = forecast(model, table.values, steps=options.steps, level=options.level)
     except ValueError as error:
@@ -123,6 +124,20 @@ def _read(options: argparse.Namespace, model: Model) -> tasks.Table:
     return sources.read_for_model(model, options, kind, path)
 
 
+def _check_order(table: tasks.Table) -> None:
+    """Refuse rows that are not in the order of time: what follows the last one would not be the future."""
+    times = table.times
+    if times is None or not (back := times[1:] < times[:-1]).any():
+        return
+    row = int(back.argmax())
+    later, earlier = _written(times[row : row + 2])
+    order = "the newest row is first" if back.all() else f"the row of {later} is before that of {earlier}"
+    raise InputError(
+        f"{table.name}: {order}, but a forecast continues the last row: put the rows in order with --sort. A model that was "
+        "trained on rows in this order has to be trained with --sort, too."
+    )
+
+
 def _continued(times: np.ndarray | None, steps: int) -> tuple[np.ndarray | None, str]:
     """Dates of the rows read and of those to come, and what there is to say of them."""
     if times is None:
@@ -135,11 +150,11 @@ def _continued(times: np.ndarray | None, steps: int) -> tuple[np.ndarray | None,
         # Newer versions say that they will return the spacing as an object, which is as good here.
         warnings.simplefilter("ignore")
         spacing = pandas.infer_freq(known) if len(known) > 2 else None
+    if len(known) < 3:
+        return None, "Fewer than 3 rows don't show how dates are spaced, so the forecast has steps only."
     if spacing is None:
         return None, "The dates are not evenly spaced, so the forecast has steps only."
     later = pandas.date_range(known[-1], periods=steps + 1, freq=spacing)[1:]
-    if not (later[:1] > known[-1:]).all():
-        return None, "The newest row is not the last, so the forecast has steps only: --sort puts the rows in order."
     return np.concatenate([times, later.to_numpy().astype(times.dtype)]), ""
 
 

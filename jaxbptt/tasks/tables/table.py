@@ -185,10 +185,12 @@ def _table(
             values, rows, times = values[rank], rows[rank], times[rank]
             about.append("the rows are sorted by time")
         elif back.all():
-            about.append("the newest row is first: --sort puts the oldest first")
+            about.append("Warning: the newest row is first: --sort puts the oldest first")
         else:
             line = line_of(lines, reading.delimiter, int(rows[back.argmax() + 1]))
-            about.append(f"the rows are not in the order of time, first in line {line}: --sort puts them in order")
+            about.append(
+                f"Warning: the rows are not in the order of time, first in line {line}: --sort puts them in order"
+            )
     observed = ~np.isnan(values)
     if not observed.all():
         _check_missing(lines, body, observed, rows, kept, missing)
