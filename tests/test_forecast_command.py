@@ -176,6 +176,20 @@ def test_rows_out_of_order_are_refused(order, words, capsys):
     assert Path("out.csv").read_text() == expected
 
 
+@pytest.mark.parametrize(
+    ("zone", "head", "date"),
+    [("+01:00", "date", "2024-02-29 03:00:00"), ("Europe/Berlin", "date (UTC)", "2024-04-01 02:00:00")],
+)
+def test_dates_with_a_zone(zone, head, date):
+    frame = pandas.read_csv("new.csv")
+    start = "2024-03-30 21:00" if "B" in zone else "2024-02-27 21:00"
+    hours = pandas.date_range(start, periods=ROWS, freq="h", tz=zone)
+    frame["date"] = [hour.isoformat() for hour in hours]
+    frame.to_csv("new.csv", index=False)
+    assert run("--csv", "new.csv") == 0
+    assert written()[0][head] == date
+
+
 def test_without_a_file_the_training_data_goes_on(capsys):
     table("old.csv")
     save("other", data=str(Path("old.csv").absolute()))

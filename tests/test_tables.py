@@ -335,6 +335,9 @@ DATES = {
     "ISO": ("2024-01-31", "2024-02-01", "2024-01-31 2024-02-01"),
     "with a time": ("2024-01-31T23:00", "2024-02-01 00:30:15", "2024-01-31T23:00 2024-02-01T00:30:15"),
     "with a zone": ("2024-01-31T23:00Z", "2024-02-01T00:30+02:00", "2024-01-31T23:00 2024-01-31T22:30"),
+    "with one zone": ("2024-01-31 23:00+01:00", "2024-02-01 00:30+01:00", "2024-01-31T23:00 2024-02-01T00:30"),
+    "in UTC": ("2024-01-31 23:00 UTC", "2024-02-01 00:30 UTC", "2024-01-31T23:00 2024-02-01T00:30"),
+    "with and without a zone": ("2024-01-31T23:00Z", "2024-02-01T00:30", None),
     "day first": ("01.02.2024", "13.02.2024", "2024-02-01 2024-02-13"),
     "month first": ("1/2/2024 1:00 AM", "1/13/2024 12:00 PM", "2024-01-02T01 2024-01-13T12"),
     "either": ("01.02.2024", "02.02.2024", ""),
@@ -351,9 +354,16 @@ DATES = {
 @pytest.mark.parametrize("case", DATES)
 def test_dates(tmp_path, case):
     first, last, times = DATES[case]
+    if times is None:
+        with pytest.raises(tasks.InputError, match="is not a"):
+            read(tmp_path, f"when,v\n{first},1\n{last},2\n")
+        return
     table = read(tmp_path, f"when,v\n{first},1\n{last},2\n")
     assert table.values.tolist() == [[1], [2]]
     assert table.columns == ("v",)
+    assert table.zone == ("UTC" if case == "with a zone" else "")
+    if "zone" in case:
+        assert ("in UTC" if table.zone else "in the zone +01:00") in table.read_as[1]
     if times:
         np.testing.assert_array_equal(table.times, np.array(times.split(), "datetime64[us]"))
     else:
@@ -422,6 +432,14 @@ def test_rows_are_read_in_pieces_as_in_one(tmp_path, monkeypatch):
         long = [*rows[:wrong], f"{days[wrong]},1,2,\n", *rows[wrong:199]]
         with pytest.raises(tasks.InputError, match=rf"line {wrong + 2}: 4 cells, but 3 columns"):
             read(tmp_path, "day,a,b\n" + "".join(long))
+
+
+def test_a_zone_that_changes_after_many_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxbptt.tasks.tables.lines._CELLS", 1)  # pieces of 100 rows
+    hours = pandas.date_range("2024-10-24", periods=250, freq="h", tz="Europe/Berlin")
+    table = read(tmp_path, "when,v\n" + "".join(f"{hour.isoformat()},1\n" for hour in hours))
+    assert table.zone == "UTC"
+    np.testing.assert_array_equal(table.times, hours.tz_convert(None).to_numpy())
 
 
 def test_rows_left_out_are_counted(tmp_path):

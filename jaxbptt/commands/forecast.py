@@ -85,7 +85,7 @@ def _forecast(options: argparse.Namespace) -> int:
     past = table.values[:, list(model.columns.targets)]
     plot_forecast(future, past, times=times).savefig(picture, format=figure.suffix[1:], dpi=150)
     for option, path, content in (
-        ("--output", output, _rows(future, times)),
+        ("--output", output, _rows(future, times, f"date ({table.zone})" if table.zone else "date")),
         ("--figure", figure, picture.getvalue()),
     ):
         try:
@@ -184,7 +184,7 @@ def _about(table: tasks.Table, columns: Columns, future: Forecast, about_times: 
     return "\n".join(filter(None, sentences))
 
 
-def _rows(future: Forecast, times: np.ndarray | None) -> str:
+def _rows(future: Forecast, times: np.ndarray | None, head: str) -> str:
     """The forecast as a CSV file."""
     steps = len(future.mean)
     text = io.StringIO()
@@ -192,7 +192,7 @@ def _rows(future: Forecast, times: np.ndarray | None) -> str:
     dates = [] if times is None else _written(times)[-steps:]
     ends = (("", future.mean), (" low", future.low), (" high", future.high))
     names = (f"{name}{end}" for name in future.columns for end, _ in ends)
-    writer.writerow(["step", *(["date"] if dates else []), *names])
+    writer.writerow(["step", *([head] if dates else []), *names])
     cells = np.stack([numbers for _, numbers in ends], axis=2).reshape(steps, -1)
     for i, row in enumerate(cells):
         writer.writerow([i + 1, *dates[i : i + 1], *(f"{x:.9g}" if np.isfinite(x) else "" for x in row)])

@@ -28,6 +28,7 @@ class Table(NamedTuple):
         times: of the rows, `[time]`, or `None` where the file has none or they can't be known.
         read_as: lines for the user that say how the file was read.
         places: of the columns in the file, from 1; empty if there are no others.
+        zone: `"UTC"` where the cells have several time zones and `times` are in UTC; empty where they are as written.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Table(NamedTuple):
     times: np.ndarray | None
     read_as: tuple[str, ...]
     places: tuple[int, ...] = ()
+    zone: str = ""
 
     def positions(self, names: Sequence[str | int], *, option: str = "") -> tuple[int, ...]:
         """The indices in `columns` of columns given by name, or by position in the file from 1.
@@ -176,7 +178,7 @@ def _table(
     if not kept or not len(body.rows):
         raise InputError(f"{lines.path} has no rows of numbers.")
     values, rows = np.stack([body.values.pop(i) for i in kept], axis=1), body.rows
-    times, about = date_columns.times_of_rows(body.dates, names, order, lines.path)
+    times, about, zone = date_columns.times_of_rows(body.dates, names, order, lines.path)
     if sort and times is None:
         raise InputError(f"--sort needs dates that give the rows an order: {'; '.join(about) or 'there are none'}.")
     if times is not None and (back := times[1:] < times[:-1]).any():
@@ -207,7 +209,7 @@ def _table(
     file = Path(lines.path).name
     first = f"{file}: {where}, {cut}decimal {reading.decimal!r}, {size}"
     labels, places = tuple(names[i] for i in kept), tuple(i + 1 for i in kept)
-    return Table(file, labels, values, observed, times, (first, *lines.read_as, *notes, *about), places)
+    return Table(file, labels, values, observed, times, (first, *lines.read_as, *notes, *about), places, zone)
 
 
 def _kept_columns(lines: Lines, body: Body, names: tuple[str, ...], some: bool) -> tuple[list[int], list[str]]:
