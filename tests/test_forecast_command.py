@@ -292,4 +292,5 @@ def test_errors_of_many_columns(capsys):
     rows = re.findall(r"^ *(c\d) +\d", printed, flags=re.M)
     assert rows == [f"c{i}" for i in range(8) for _ in range(2)]  # each at 1 and 3 steps ahead
     assert "and 2 more columns" in printed
-    assert printed.count("Warning: ") == 10
+    assert printed.count("Warning: ") == 8
+    assert "and 2 more warnings" in printed

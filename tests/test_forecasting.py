@@ -300,6 +300,34 @@ def test_columns_of_a_data_frame_are_found_by_name():
 
 
 @pytest.mark.parametrize(
+    ("network", "persistence", "seasonal", "sentences"),
+    [
+        ([1, 2], [4, 4], [0, 0], ["the seasonal naive forecast is exact 1 and 2 steps ahead, but the network is not."]),
+        ([1, 2], [4, 4], [1e-15, 3e-15], ["the seasonal naive forecast is exact 1 and 2 steps ahead, but"]),
+        ([1, 2], [4, 0], [4, 4], ["persistence is exact 2 steps ahead, but the network is not."]),
+        ([1e-9], [0], [np.nan], ["persistence is exact 1 step ahead, but the network is not."]),
+        ([0], [0], [np.nan], []),
+        (
+            [1.004, 1.02],
+            [1, 1],
+            [2, 2],
+            ["the network is worse than persistence 2 steps ahead, with 1.02 times its error."],
+        ),
+        ([1.009, 3.0], [1, np.nan], [1, np.nan], []),
+        ([np.nan], [0], [0], ["the network's forecasts are not finite 1 step ahead and beyond."]),
+    ],
+)
+def test_baselines_that_are_exact(network, persistence, seasonal, sentences):
+    errors = made_up(network, persistence, seasonal)
+    found = wording.errors_sentences(errors, (1, 2))
+    assert len(found) == len(sentences)
+    for sentence, expected in zip(found, sentences, strict=True):
+        assert sentence.startswith(f"Warning: load: {expected}")
+    for row in wording.errors_table(errors, (1, 2))[1]:
+        assert len(row[-1]) < 5, "no ratio to what is only rounding"
+
+
+@pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda m: forecast(m._replace(columns=None), series(5), steps=1), "one of text, and a forecast is of numbers"),
