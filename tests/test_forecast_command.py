@@ -213,6 +213,31 @@ def test_a_table_is_read_as_the_training_data_was():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("missing", ["hold", "mask", "interpolate"])
+def test_a_table_that_ends_with_gaps(missing, capsys):
+    warning = "Warning: the table ends with missing cells"
+    values = VALUES.copy()
+    values[5] = np.nan
+    table(values=values)
+    assert run("--csv", "new.csv", "--missing", missing) == 0
+    assert warning not in capsys.readouterr().out
+    values[-2:, 0] = np.nan
+    table(values=values)
+    save("other", reading={"missing": missing})
+    for arguments in (["run", "--missing", missing], ["other"]):
+        assert main(["forecast", *arguments, "--csv", "new.csv", "--steps", "2", "--output", "out.csv"]) == 0
+        printed = capsys.readouterr().out
+        assert (
+            f"{warning}, whose values are made up and from which the forecast starts: load, MW (2 rows).\n" in printed
+        )
+        assert "loss" not in printed
+        assert ("repeat the last value" in printed) == (missing != "interpolate")
+    values[-2:, 0] = VALUES[-3, 0]
+    expected = models.forecast(bptt.load("run"), pandas.DataFrame(values).ffill().to_numpy(), steps=2)
+    if missing != "interpolate":
+        np.testing.assert_allclose(numbers("load, MW"), expected.mean[:, 0], rtol=1e-8)
+
+
 def test_arrays(capsys):
     columns = models.Columns(("column 1", "column 2"), *COLUMNS[1:3], (0, 1))
     save("other", columns)

@@ -121,6 +121,9 @@ def _read(options: argparse.Namespace, model: Model) -> tasks.Table:
         raise InputError(
             f"the file that the model was trained on, {data['path']}, is gone: name one by --csv or --npz."
         )
+    if kind == "csv" and (options.missing or data["reading"].get("missing")) == "mask":
+        # The same values, but there is no loss in which they could count.
+        options = argparse.Namespace(**{**vars(options), "missing": "hold"})
     return sources.read_for_model(model, options, kind, path)
 
 
@@ -158,6 +161,18 @@ def _continued(times: np.ndarray | None, steps: int) -> tuple[np.ndarray | None,
     return np.concatenate([times, later.to_numpy().astype(times.dtype)]), ""
 
 
+def _made_up(table: tasks.Table) -> str:
+    """Which columns have no value in the last rows, from which the network runs on."""
+    lengths = np.where(table.observed.any(axis=0), np.argmax(table.observed[::-1], axis=0), len(table.observed))
+    columns = [f"{name} ({counted(int(n), 'row')})" for name, n in zip(table.columns, lengths, strict=True) if n]
+    if not columns:
+        return ""
+    return (
+        "Warning: the table ends with missing cells, whose values are made up and from which the forecast starts: "
+        f"{sources.shortened(columns)}."
+    )
+
+
 def _about(table: tasks.Table, columns: Columns, future: Forecast, about_times: str) -> str:
     """What is forecast and from what."""
     steps = len(future.mean)
@@ -165,6 +180,7 @@ def _about(table: tasks.Table, columns: Columns, future: Forecast, about_times: 
         f"{counted(steps, 'row')} after the last of {counted(len(table.values), 'row')} of {table.name}, for "
         f"{sources.shortened(columns.target_names)}.",
         about_times,
+        _made_up(table),
     ]
     if future.held:
         sentences.append(

@@ -81,9 +81,9 @@ def map_text(path: str | Path) -> MappedText:
 
     bits per character = bits per byte · bytes / characters
 
-    One pass over the file, or two where it is not ASCII, in blocks of 4 MiB, finds the bytes that occur and counts the characters:
-    all bytes but the second and further ones of a UTF-8 character, which are 10xxxxxx in binary. Where the text is not UTF-8,
-    each byte counts as a character, as in latin-1.
+    One pass over the file in blocks of 4 MiB, or two where it is not ASCII, finds the bytes that occur and counts the
+    characters: all bytes but the second and further ones of a UTF-8 character, which are 10xxxxxx in binary. Where the text is
+    not UTF-8, each byte counts as a character, as in latin-1.
 
     Args:
         path: of the file.
