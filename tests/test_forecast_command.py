@@ -263,8 +263,8 @@ def test_without_validation(capsys):
     save("other", errors=False)
     assert main(["forecast", "other", "--csv", "new.csv", "--steps", "3", "--output", "out.csv"]) == 0
     printed = capsys.readouterr().out
-    assert "There are no intervals" in printed
-    assert "trained without validation data, so nothing is known of its errors" in printed
+    assert printed.count("intervals") == printed.count("validation") == 1
+    assert "There are no intervals: the model was trained without validation data, so nothing is known of" in printed
     assert np.isnan(numbers("load, MW low")).all()
 
 

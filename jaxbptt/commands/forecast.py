@@ -80,7 +80,8 @@ def _forecast(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise InputError(str(error)) from None
     times, about_times = _continued(table.times, options.steps)
-    console.print(_about(table, model.columns, future, about_times))
+    errors = model.info.get("errors")
+    console.print(_about(table, model.columns, future, about_times, measured=errors is not None))
     picture = io.BytesIO()
     past = table.values[:, list(model.columns.targets)]
     plot_forecast(future, past, times=times).savefig(picture, format=figure.suffix[1:], dpi=150)
@@ -92,10 +93,7 @@ def _forecast(options: argparse.Namespace) -> int:
             write_whole(path, content)
         except OSError as error:
             raise InputError(f"{option} {path} can't be written: {error.strerror or error}.") from None
-    errors = model.info.get("errors")
-    if errors is None:
-        console.print("\nThe model was trained without validation data, so nothing is known of its errors.")
-    else:
+    if errors is not None:
         show_errors(console, ValidationErrors.from_json(errors))
     console.print(f"\nForecast: {output}\nFigure: {figure}")
     return 0
@@ -173,7 +171,7 @@ def _made_up(table: tasks.Table) -> str:
     )
 
 
-def _about(table: tasks.Table, columns: Columns, future: Forecast, about_times: str) -> str:
+def _about(table: tasks.Table, columns: Columns, future: Forecast, about_times: str, *, measured: bool) -> str:
     """What is forecast and from what."""
     steps = len(future.mean)
     sentences = [
@@ -187,7 +185,11 @@ def _about(table: tasks.Table, columns: Columns, future: Forecast, about_times: 
             f"{sources.shortened(future.held)}: read but not predicted, held at the last value; train without "
             "--target to predict it, too."
         )
-    if not future.measured:
+    if not measured:
+        sentences.append(
+            "There are no intervals: the model was trained without validation data, so nothing is known of its errors."
+        )
+    elif not future.measured:
         sentences.append("There are no intervals: validation has not measured enough errors for this level.")
     elif future.measured < steps:
         sentences.append(
