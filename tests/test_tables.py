@@ -250,6 +250,21 @@ BAD = {
     "a letter for a digit": ("1O\n12\n13\n", r"line 1: '1O' may be names or data\. .*--header yes or --header no"),
     "names of years": ("station,2020,2021\nOslo,1,2\n", r"line 1, column 1: 'station' is not .*names: --header yes"),
     "years": ("2019,2020\n1.5,2.5\n", r"line 1: '2019, 2020' may be names or data"),
+    "years over some decimals": ("2019,2020\n0.5,0\n1.5,3\n", r"line 1: '2019, 2020' may be names or data"),
+    "whole numbers over decimals": ("10,50\n0.5,0\n1,2.5\n", r"line 1: '10, 50' may be names or data"),
+    "a total": (
+        "d,v\n" + "".join(f"2024-01-0{i},{i}\n" for i in range(1, 8)) + "Total,28\n",
+        r"line 9, column 1 \(d\): 'Total' is not a date as those above it are\. If this is no row of the table, remove it; "
+        r"or leave the column out with --drop 1",
+    ),
+    "notes below": (
+        "a,b\n" + "1,2\n" * 9 + "all,18\nmean,2\n",
+        r"line 11, column 1 \(a\): 'all' is .* remove it and those below; or leave the column out",
+    ),
+    "a word further up": (
+        "a,b\n1,2\nx,18\n" + "3,2\n" * 9,
+        r"line 3, column 1 .*'x' is not a finite number\. Leave the",
+    ),
     "numbers of columns": ("0,1,2\n3,4,5\n", r"line 1: '0, 1, 2' may be names or data\. .*--header yes or --header no"),
     "index and numbers": ("time,0,1\n0.1,2,3\n", r"line 1: 'time, 0, 1' may be names or data"),
     "a number or two": (
@@ -314,6 +329,7 @@ GOOD = {
     "another delimiter": ("1:2\n3:4\n", {"delimiter": ":"}, [[1, 2], [3, 4]]),
     "a first row of nothing": ("?\n-\n1\n", {"missing": "hold"}, [[1], [1], [1]]),
     "counts from zero": ("0\n3\n5\n", {}, [[0], [3], [5]]),
+    "whole numbers and some decimals": ("10,50\n0.5,0\n1,2\n", {}, [[10, 50], [0.5, 0], [1, 2]]),
     "zeros above": ("0,0\n0.5,0.25\n", {}, [[0, 0], [0.5, 0.25]]),
     "hold": ("a,b\n,2\n3,\n,\n9,8\n", {"missing": "hold"}, [[3, 2], [3, 2], [3, 2], [9, 8]]),
     "mask": ("a,b\n,2\n3,\n,\n9,8\n", {"missing": "mask"}, [[3, 2], [3, 2], [3, 2], [9, 8]]),
@@ -412,8 +428,11 @@ def test_columns_by_name_and_position(tmp_path):
         read(tmp_path, "Oslo,NA\nOslo,2\n", drop=[1])
     with pytest.raises(tasks.InputError, match=r"--target id: a\.csv has no such column, but 2 'temp', 3 '2'\."):
         table.positions(["id"], option="--target")
-    with pytest.raises(tasks.InputError, match=r"no rows of numbers"):
+    with pytest.raises(tasks.InputError, match=r"^--drop a: no column of a\.csv is left\."):
         read(tmp_path, "a\n1\n", drop=["a"])
+    with pytest.raises(tasks.InputError, match=r"^--columns b 1 --drop a b: no column of a\.csv is left\."):
+        read(tmp_path, "a,b\n1,2\n", columns=["b", 1], drop=["a", "b"])
+    assert read(tmp_path, "a,b\n1,2\n", columns=["a", "b"], drop=["b"]).columns == ("a",)
 
 
 def test_rows_are_read_in_pieces_as_in_one(tmp_path, monkeypatch):
@@ -440,6 +459,39 @@ def test_a_zone_that_changes_after_many_rows(tmp_path, monkeypatch):
     table = read(tmp_path, "when,v\n" + "".join(f"{hour.isoformat()},1\n" for hour in hours))
     assert table.zone == "UTC"
     np.testing.assert_array_equal(table.times, hours.tz_convert(None).to_numpy())
+
+
+def test_dates_that_are_repeated(tmp_path):
+    text = "d,v\n" + "".join(f"2024-01-0{1 + i // 2},{i % 3}\n" for i in range(5))
+    assert read(tmp_path, text).read_as[-1] == "Warning: 2 rows have the date of another row: is this one series?"
+    assert len(read(tmp_path, "d,v\n2024-01-01,1\n2024-01-02,1\n").read_as) == 2
+
+
+@pytest.mark.parametrize(
+    ("column", "amount"),
+    [
+        (range(7, 12), "1"),
+        ([0, 0.1, 0.2, 0.3, 0.4], "0.1"),
+        ([1700000000 + 3600 * i for i in range(5)], "3600"),
+        ([7, 8, 9, 10, 12], None),
+        ([0, 0.1, 0.2, 0.3, 0.4001], None),
+        ([5, 4, 3, 2, 1], None),
+        ([3] * 5, None),
+        (range(4), None),
+        ([1, "", 3, 4, 5], None),
+        (["-1e308", "1e308", "1e308", "-1e308", "1e308"], None),
+    ],
+)
+def test_columns_that_count(tmp_path, column, amount):
+    text = "my id,v\n" + "".join(f"{each},{i % 3}\n" for i, each in enumerate(column))
+    words = f"my id counts up by {amount} in every row: leave it out with --drop 'my id' if it is an index"
+    assert [line for line in read(tmp_path, text, missing="hold").read_as if "counts" in line] == [words] * (
+        amount is not None
+    )
+    chosen = read(tmp_path, text, missing="hold", columns=["my id", "v"])
+    assert "counts" not in " ".join(chosen.read_as)
+    alone = read(tmp_path, text, missing="hold", drop=["v"])
+    assert "counts" not in " ".join(alone.read_as)
 
 
 def test_rows_left_out_are_counted(tmp_path):

@@ -11,6 +11,9 @@ from jaxbptt.tasks.tables.dialect import Reading, option
 from jaxbptt.tasks.tables.lines import NO_DELIMITER, Lines, frames, is_blank, line_of, ragged, rows
 from jaxbptt.words import counted
 
+# Totals and notes stand in the last rows.
+_LAST = 3
+
 
 class Body(NamedTuple):
     """The rows of a table.
@@ -167,6 +170,9 @@ def _refuse_cell(lines: Lines, body: Body) -> None:
     if " " in drop:
         out = f"Columns {drop.replace(' ', ', ')} have such cells: leave them out with"
     names = " If this line has names: --header yes." if row == 0 and reading.header is False else ""
+    below = sum(1 for _ in rows(lines, reading.delimiter)) - 1 - row
+    if row > start and below < _LAST:
+        out = f"If this is no row of the table, remove it{' and those below' if below else ''}; or {out[0].lower()}{out[1:]}"
     raise InputError(
         f"{where}: {cell[:40]!r} {wrong}.{names} {out} --drop {drop}, or name those to keep with --columns."
     )

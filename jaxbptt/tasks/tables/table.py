@@ -1,5 +1,6 @@
 r"""Tables of numbers over time as people have them, in text files: read right, or refused with the option that helps."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,6 +16,9 @@ from jaxbptt.tasks.tables.lines import NO_DELIMITER, Lines, line_of, load, witho
 from jaxbptt.tasks.tables.missing import Missing, fill
 from jaxbptt.tasks.tables.missing import words as fill_words
 from jaxbptt.words import counted, install_command
+
+# Fewer rows may rise evenly by chance.
+_LEAST = 5
 
 
 class Table(NamedTuple):
@@ -193,7 +197,11 @@ def _table(
             about.append(
                 f"Warning: the rows are not in the order of time, first in line {line}: --sort puts them in order"
             )
+    if times is not None and (again := len(times) - len(np.unique(times))):
+        about.append(f"Warning: {counted(again, 'row has', 'rows have')} the date of another row: is this one series?")
     observed = ~np.isnan(values)
+    if not some and len(kept) > 1:
+        about += _counting(values, names, kept)
     if not observed.all():
         _check_missing(lines, body, observed, rows, kept, missing)
         about.append(fill_words(observed, fill(values, observed, missing), missing))
@@ -236,6 +244,25 @@ def _kept_columns(lines: Lines, body: Body, names: tuple[str, ...], some: bool) 
         notes.append("column 1 counts the rows, as pandas and R write them, and is left out")
         del kept[0]
     return kept, notes
+
+
+def _counting(values: np.ndarray, names: tuple[str, ...], kept: list[int]) -> list[str]:
+    """A line for each column that rises by the same amount in every row, as an index or the time does."""
+    lines = []
+    if len(values) < _LEAST:
+        return lines
+    for i, column in zip(kept, values.T, strict=True):
+        with np.errstate(over="ignore", invalid="ignore"):
+            rise = (column[-1] - column[0]) / (len(column) - 1)
+            # Decimals such as 0.1 are rounded.
+            rounding = 8 * np.finfo(float).eps * np.abs(column).max()
+            evenly = np.abs(np.diff(column) - rise).max() <= rounding
+        if rise > 0 and evenly:
+            lines.append(
+                f"{names[i]} counts up by {rise:.6g} in every row: leave it out with --drop {shlex.quote(names[i])} if it is "
+                "an index"
+            )
+    return lines
 
 
 def _check_missing(
