@@ -238,7 +238,16 @@ BAD = {
     "inf": ("a\n1\ninf\n", r"line 3, column 1 \(a\): 'inf' is not a finite number\."),
     "too large": ("a\n1\n1e999\n", r"line 3, column 1 \(a\): '1e999' is not a finite"),
     "hexadecimal": ("a\n0x10\n1\n", r"line 2, column 1 \(a\): '0x10' is not"),
-    "per cent": ("a\n5 %\n1\n", r"line 2, column 1 \(a\): '5 %' is not"),
+    "per cent": (
+        "a\n5 %\n1\n",
+        r"line 2, column 1 \(a\): '5 %' is a percentage, but not all cells of this column are\. Leave the",
+    ),
+    "per cent at first": (
+        "a,b\n" + "5%,2\n" * 150 + "5,2\n" * 150,
+        r"line \d+, column 1 \(a\): '5%?' is (not )?a perc",
+    ),
+    "per cent of nothing": ("a,b\n%,1\n%,2\n", r"line 2, column 1 \(a\): '%' is not a finite number"),
+    "per cent twice": ("a\n5%%\n6%%\n", r"has no column of numbers: line 2, column 1 is '5%%'"),
     "groups of two": ("a;b\n12,34,567.0;1\n", r"has no column of numbers|column 1 \(a\): '12,34,567.0' is not"),
     "two currencies": ("a,b\n€5€,1\n", r"line 2, column 1 \(a\): '€5€' is not"),
     "both decimals": (
@@ -330,6 +339,13 @@ GOOD = {
     "a first row of nothing": ("?\n-\n1\n", {"missing": "hold"}, [[1], [1], [1]]),
     "counts from zero": ("0\n3\n5\n", {}, [[0], [3], [5]]),
     "whole numbers and some decimals": ("10,50\n0.5,0\n1,2\n", {}, [[10, 50], [0.5, 0], [1, 2]]),
+    "per cent": (
+        "a,b\n5%,1\n12.5 %,2\nNA,2\n-7%,3\n",
+        {"missing": "hold"},
+        [[0.05, 1], [0.125, 2], [0.125, 2], [-0.07, 3]],
+    ),
+    "per cent and decimal commas": ('a;b\n5,5%;1\n"1.234,0 %";2\n', {}, [[0.055, 1], [12.34, 2]]),
+    "per cent alone": ("5%\n6%\n7%\n", {}, [[0.05], [0.06], [0.07]]),
     "zeros above": ("0,0\n0.5,0.25\n", {}, [[0, 0], [0.5, 0.25]]),
     "hold": ("a,b\n,2\n3,\n,\n9,8\n", {"missing": "hold"}, [[3, 2], [3, 2], [3, 2], [9, 8]]),
     "mask": ("a,b\n,2\n3,\n,\n9,8\n", {"missing": "mask"}, [[3, 2], [3, 2], [3, 2], [9, 8]]),
@@ -459,6 +475,17 @@ def test_a_zone_that_changes_after_many_rows(tmp_path, monkeypatch):
     table = read(tmp_path, "when,v\n" + "".join(f"{hour.isoformat()},1\n" for hour in hours))
     assert table.zone == "UTC"
     np.testing.assert_array_equal(table.times, hours.tz_convert(None).to_numpy())
+
+
+def test_percentages_that_begin_or_end_late(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxbptt.tasks.tables.lines._CELLS", 1)  # pieces of 100 rows
+    assert read(tmp_path, "a\n5%\n6%\n").read_as[1:] == ("a: percentages, of which 5% is read as 0.05",)
+    cells = ["5%,1\n"] * 99 + [",1\n"] * 100 + ["5%,1\n"] * 100
+    assert (read(tmp_path, "a,b\n" + "".join(cells), missing="hold").values == [0.05, 1]).all()
+    for first, other, words in (("5%", "5", "not a percentage, but other"), ("5", "5%", "a percentage, but not all")):
+        text = "a,b\n" + f"{first},1\n" * 1099 + f"{other},1\n" * 100
+        with pytest.raises(tasks.InputError, match=rf"line 1101, column 1 \(a\): '{other}' is {words} cells"):
+            read(tmp_path, text)
 
 
 def test_dates_that_are_repeated(tmp_path):

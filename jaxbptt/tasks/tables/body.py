@@ -53,6 +53,7 @@ def read_body(lines: Lines, reading: Reading, columns: tuple[int, ...], *, stop:
     parts: dict[int, list[np.ndarray]] = {i: [] for i in columns if reading.kinds[i] != "date"}
     marks: dict[int, frozenset[str]] = {i: frozenset() for i in parts}
     found: dict[int, dates.Dates] = {}
+    percent: dict[int, bool] = {}
     bad: dict[int, tuple[int, int, str]] = {}
     nothing = set(parts)
     total, open_end = 0, False
@@ -72,6 +73,9 @@ def read_body(lines: Lines, reading: Reading, columns: tuple[int, ...], *, stop:
                 if i in nothing and (not read.missing.all() or any(cell.strip(BLANKS) for cell in cells)):
                     nothing.remove(i)
                 place = read.bad
+                is_percent = "%" in read.marks
+                if place is None and not read.missing.all() and percent.setdefault(i, is_percent) != is_percent:
+                    place = int(read.missing.argmin())
                 if place is not None and (known := dates.start(cells)) is not None:
                     step = dates.read(known, cells)
                     place = step if isinstance(step, int) else place
@@ -163,6 +167,9 @@ def _refuse_cell(lines: Lines, body: Body) -> None:
     other = "," if reading.decimal == "." else "."
     if row > start and dates.formats(first):
         wrong = "is not a date as those above it are"
+    elif numbers(np.array([cell], object), reading.decimal).bad is None:
+        wrong = "is a percentage, but not all" if "%" in cell else "is not a percentage, but other"
+        wrong += " cells of this column are"
     elif numbers(np.array([cell], object), other).bad is None:
         wrong += f" where {reading.decimal!r} is the decimal mark, as in other cells"
     drop = " ".join(str(i + 1) for i in sorted({i for _, i, _ in body.bad}))

@@ -80,7 +80,7 @@ def read_table(
     give different numbers, it is refused with the options that settle it. pandas cuts the file into cells.
 
     A number is written strictly: digits with a decimal mark and an exponent, or with thousands separators in groups of
-    three; a currency sign at one end is left out. A cell is missing if it is empty or one of `nan NA N/A n.a. null None
+    three; a currency sign at one end is left out, and where all cells of a column end in `%`, 5% is 0.05. A cell is missing if it is empty or one of `nan NA N/A n.a. null None
     NaT ? - -- . ..`, whatever the case; all other cells are refused.
 
     A file compressed by gzip is read as it is, `#` lines above the table are left out, blank lines are no rows. Of columns
@@ -206,7 +206,9 @@ def _table(
         _check_missing(lines, body, observed, rows, kept, missing)
         about.append(fill_words(observed, fill(values, observed, missing), missing))
     for i in kept:
-        signs = sorted(body.marks[i] - {reading.decimal, "\u2212"})
+        if "%" in body.marks[i]:
+            about.append(f"{names[i]}: percentages, of which 5% is read as 0.05")
+        signs = sorted(body.marks[i] - {reading.decimal, "\u2212", "%"})
         if signs:
             about.append(f"{names[i]}: {' and '.join(map(repr, signs))} in its numbers left out")
     where = "no header"
