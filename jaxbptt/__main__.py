@@ -9,6 +9,7 @@ from typing import NoReturn
 import jax
 
 from jaxbptt import __version__, tasks
+from jaxbptt.commands import arguments as checks
 from jaxbptt.commands import export, forecast, report, sample, train
 from jaxbptt.training.checkpoints import CheckpointError
 
@@ -26,10 +27,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     options.arguments = tuple(arguments)
     try:
+        checks.check_apart(options)
         return options.run(options)
     except (tasks.InputError, CheckpointError) as error:
         print(f"jaxbptt {options.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"\njaxbptt {options.command}: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

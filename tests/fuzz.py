@@ -1,6 +1,6 @@
 """Random recurrences, each through `lax.scan` and through other strategies: values and gradients are to be the same.
 
-A case is drawn from a source of randomness, hypothesis's in the suite and a seed's from the command line:
+A case is drawn from a seed; the suite runs the first 72, and the command line any:
 `python tests/fuzz.py 1000` runs seeds 0 … 999, `python tests/fuzz.py 1000 2000` those from 1000 on; `--only 7` one, in full.
 """
 

@@ -92,7 +92,7 @@ ALLOWED = {
     "models": ("cells", "network", "scans", "tasks", "training"),
     "interop": ("bidirectional", "cells", "models", "network"),
     "textbook": ("cells", "network"),
-    "reports": ("analysis", "cells", "models", "network", "plots", "tasks", "textbook", "training"),
+    "reports": ("analysis", "cells", "models", "network", "plots", "scans", "tasks", "textbook", "training"),
 }
 STRATEGIES = ("exact", "adjoint", "truncated", "windowed", "checkpointed", "cudnn")
 

@@ -16,8 +16,8 @@ import pytest
 import jaxbptt as bptt
 from jaxbptt import losses, models, tasks, words
 from jaxbptt.__main__ import main
+from jaxbptt.commands import arguments, sequences, sources
 from jaxbptt.commands import report as command
-from jaxbptt.commands import sequences, sources
 from jaxbptt.reports import page, report, trained, wording
 
 Named = namedtuple("Named", "name")
@@ -187,9 +187,8 @@ def test_a_failed_write_is_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(report, "stages", lambda *_: [])
     monkeypatch.setattr(report, "report_cell", lambda *_: None)
     monkeypatch.setattr(page, "render", lambda *_, **__: "")
-    monkeypatch.setattr(command, "write_whole", fail)
-    arguments = ["report", *SMALL, "--cell", "gru", "--output", str(tmp_path / "r.html")]
-    assert main(arguments) == 2
+    monkeypatch.setattr(arguments, "write_whole", fail)
+    assert main(["report", *SMALL, "--cell", "gru", "--output", str(tmp_path / "r.html")]) == 2
     assert "can't be written: Permission denied." in capsys.readouterr().err
 
 

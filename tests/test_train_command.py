@@ -389,6 +389,10 @@ def test_processes_that_cannot_meet(monkeypatch, capsys):
             r"--steps 144 is longer than a row: data\.txt has 286 time steps for "
             r"training, which make --batch 2 rows of 143\. Use at most --steps 143, or a smaller --batch\.",
         ),
+        (["--npz", "data.npy", "--target", "2", "column 2"], r"--target names column 2 twice\."),
+        (["--npz", "data.npy", "--season", "217"], r"--season 217 is longer than the 216 rows before validation\."),
+        (["--seed", "4294967296"], r"argument --seed: 4294967296 is too large: less than 2\*\*32 is needed"),
+        (["--export", "nowhere/w.npz"], r"--export nowhere/w\.npz can't be written: there is no folder nowhere"),
         (["--on-update", "nothing"], r"'nothing' does not name a hook"),
         (["--export", "w.txt"], r"--export w\.txt ends in '\.txt': use \.safetensors or \.npz\."),
         (["--hidden", "0"], r"argument --hidden: 0 is too small: at least 1 is needed"),
@@ -704,3 +708,129 @@ def test_hooks_and_weights_at_the_end(monkeypatch, capsys):
     weights = np.load("weights.npz")
     np.testing.assert_array_equal(weights["W_hy"], bptt.load("jaxbptt-train").params.W_hy)
     assert "Weights: weights.npz" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--npz", "data.npy", "--export", "./data.npy"], "train: --export data.npy is a file that is read"),
+        (["report", "--csv", "data.csv", "--output", "data.csv"], "report: --output data.csv is a file that is read"),
+        (
+            ["forecast", "run", "--csv", "data.csv", "--steps", "3", "--output", "data.csv"],
+            "forecast: --output data.csv is",
+        ),
+        (
+            ["forecast", "run", "--steps", "3", "--output", "run/metrics.csv"],
+            "--output run/metrics.csv is where `train`",
+        ),
+        (["export", "run", "--output", "run/best/x.npz"], "export: --output run/best/x.npz is where `train` writes"),
+    ],
+)
+def test_no_output_replaces_what_is_read(capsys, arguments, message):
+    before = Path("data.csv").read_bytes(), Path("data.npy").read_bytes()
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert (Path("data.csv").read_bytes(), Path("data.npy").read_bytes()) == before
+
+
+def test_ctrl_c_while_compiling_waits_for_its_end(monkeypatch, capsys):
+    """A signal in the middle of XLA's work has crashed the process."""
+    build = compiled.compile_run
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return build(*arguments)
+
+    monkeypatch.setattr(compiled, "compile_run", interrupted)
+    assert train(*TEXT_RUN) == 130
+    assert "interrupted, nothing saved" in capsys.readouterr().err
+    assert not Path("jaxbptt-train").exists()
+
+
+def test_sizes_that_fit_a_short_series():
+    """32 rows of 64 steps where there is room, fewer where there is not; what is given stays."""
+    for steps, given, expected in (
+        (10_000, [], (32, 64)),
+        (1_000, [], (4, 64)),
+        (600, [], (4, 64)),
+        (100, [], (1, 64)),
+        (40, [], (1, 35)),
+        (1_000, ["--steps", "10"], (32, 10)),
+        (1_000, ["--batch", "32"], (32, 29)),
+    ):
+        np.save("series.npy", np.arange(float(steps)))
+        options, source = opened("--npz", "series.npy", *given)
+        assert (options.batch, options.steps) == expected, (steps, given)
+        assert source.training.at(0).xs.shape == (expected[1], expected[0], 1)
+
+
+def test_columns_that_do_not_change(capsys):
+    values = np.load("data.npy")
+    np.save("same.npy", np.stack([values[:, 0], np.full(240, 3.0)], axis=1))
+    _, source = opened(*SMALL, "--npz", "same.npy")
+    assert "the same in every row of the training data: column 2" in source.words
+    assert source.constant_loss == 0.5
+    Path("same.txt").write_text("a" * 100)
+    for data in (["--text", "same.txt"], ["--npz", "same.npy", "--target", "2"]):
+        assert train(*SMALL, *data) == 2
+        assert "is the same at every step of the training data: there is nothing to learn" in capsys.readouterr().err
+
+
+def masked(values, observed):
+    return tasks.Table("t.csv", tuple("ab"[: values.shape[1]]), values, observed, None, (), ())
+
+
+def test_what_is_missing_does_not_standardise(monkeypatch):
+    values = np.load("data.npy")
+    observed = np.random.default_rng(0).random(values.shape) < 0.7
+    monkeypatch.setattr(tasks, "read_table", lambda path, **_: masked(values, observed))
+    _, source = opened(*SMALL, "--csv", "data.csv", "--missing", "mask")
+    seen = np.where(observed, values, np.nan)[:216]
+    np.testing.assert_allclose(source.columns.mean, np.nanmean(seen, axis=0))
+    np.testing.assert_allclose(source.columns.deviation, np.nanstd(seen, axis=0))
+    changes = np.diff(seen / np.nanstd(seen, axis=0), axis=0)
+    np.testing.assert_allclose(source.change, np.sqrt(np.nanmean(changes**2, axis=0)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("part", "where"), [("training", slice(1, 216)), ("validation", slice(217, None))])
+def test_a_target_without_numbers_is_refused(monkeypatch, capsys, part, where):
+    values = np.load("data.npy")
+    observed = np.ones(values.shape, bool)
+    observed[where, 1] = False
+    monkeypatch.setattr(tasks, "read_table", lambda path, **_: masked(values, observed))
+    assert train(*SMALL, "--csv", "data.csv", "--missing", "mask") == 2
+    assert f"t.csv: b has no number in the {part} data" in capsys.readouterr().err
+
+
+def test_a_chunk_without_an_entry_that_counts_has_no_loss(monkeypatch):
+    values = np.load("data.npy")[:, :1]
+    observed = np.ones(values.shape, bool)
+    observed[1:11] = observed[109:119] = False
+    monkeypatch.setattr(tasks, "read_table", lambda path, **_: masked(values, observed))
+    assert train(*SMALL, "--csv", "data.csv", "--missing", "mask", "--updates", "3") == 0
+    rows = metrics.read(Path("jaxbptt-train/metrics.csv"))
+    assert ["loss" in row for row in rows] == [False, True, True]
+
+
+def test_errors_are_known_of_the_last_too(monkeypatch):
+    losses = iter([1.0, 2.0, 3.0])
+    build = compiled.compile_run
+    monkeypatch.setattr(compiled, "compile_run", lambda *a: build(*a)._replace(validate=lambda params: next(losses)))
+    assert train(*SMALL, "--npz", "data.npy", "--updates", "18") == 0
+    best, last = (bptt.load("jaxbptt-train", which=which) for which in ("best", "last"))
+    assert (best.step, last.step) == (6, 18)
+    assert best.info["errors"]["network"] != last.info["errors"]["network"]
+
+
+def test_a_damaged_best_says_that_there_is_a_last(tmp_path):
+    assert train(*TEXT_RUN, "--updates", "6") == 0
+    next(Path("jaxbptt-train/best").rglob("record.json")).write_text("{")
+    with pytest.raises(checkpoints.CheckpointError, match="The last checkpoint is one folder above: which='last'"):
+        bptt.load("jaxbptt-train")
+    assert bptt.load("jaxbptt-train", which="last").step == 6
+
+
+def test_nothing_left_to_do(capsys):
+    assert train(*TEXT_RUN, "--updates", "6") == 0
+    assert train("--resume", "jaxbptt-train") == 0
+    assert "Nothing is left to do: the run is to end at update 6." in capsys.readouterr().out

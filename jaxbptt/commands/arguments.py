@@ -5,6 +5,7 @@ import math
 import os
 from pathlib import Path
 
+from jaxbptt.files import write_whole
 from jaxbptt.models.model import Model, load
 from jaxbptt.tasks import InputError
 
@@ -66,6 +67,14 @@ def _at_least(least: int, text: str) -> int:
     return number
 
 
+def seed(text: str) -> int:
+    """A whole number that fits in 32 bits."""
+    number = count(text)
+    if number >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is too large: less than 2**32 is needed")
+    return number
+
+
 def positive(text: str) -> float:
     """A finite number above 0."""
     number = real(text)
@@ -115,3 +124,42 @@ def check_output(option: str, path: str | Path) -> None:
         raise InputError(f"{option} {path} can't be written: there is no folder {folder}.")
     if not os.access(folder, os.W_OK):
         raise InputError(f"{option} {path} can't be written: the folder {folder} is read-only.")
+
+
+def check_apart(options: argparse.Namespace, *reads: str | Path | None) -> None:
+    """Check that no output would replace a file that is read, or one of a folder of checkpoints.
+
+    Args:
+        options: of any command.
+        *reads: what is read beside the files that the options name.
+
+    Raises:
+        InputError: the output, and what it would replace.
+    """
+
+    def named(*names):
+        return [(name, Path(value)) for name in names if (value := getattr(options, name, None)) is not None]
+
+    files = [path for _, path in named("text", "csv", "npz")] + [Path(path) for path in reads if path is not None]
+    folders = [path for _, path in named("folder", "checkpoint")]
+    for name, output in named("output", "figure", "export", "metrics"):
+        for path in files:
+            if output.exists() and path.exists() and output.samefile(path):
+                raise InputError(f"--{name} {output} is a file that is read: name another one.")
+        for folder in folders:
+            inside = output.resolve().parts[len(folder.resolve().parts) :]
+            in_folder = output.resolve().is_relative_to(folder.resolve())
+            if in_folder and (len(inside) > 1 or inside[0] in ("metrics.csv", "learning-curve.png")):
+                raise InputError(f"--{name} {output} is where `train` writes: name another place.")
+
+
+def write(option: str, path: str | Path, content: str | bytes) -> None:
+    """Write an output whole.
+
+    Raises:
+        InputError: it can't be written, and why.
+    """
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        raise InputError(f"{option} {path} can't be written: {error.strerror or error}.") from None

@@ -47,7 +47,7 @@ class Display:
         self._bar.stop()
 
     def show(self, progress: Progress) -> None:
-        """Move the bar, and print a line for each validation."""
+        """Move the bar, and print a line at each checkpoint."""
         left = "" if math.isinf(progress.left) else f", {_clock(progress.left)} left"
         self._bar.update(
             self._task,
@@ -55,10 +55,11 @@ class Display:
             update=f"{progress.update:,}",
             words=f"{_loss(progress.training)} {self._measured_in}, {progress.rate:.1f} updates/s{left}",
         )
-        if progress.validation is not None:
+        if progress.at_checkpoint:
+            validation = "" if progress.validation is None else f", validation {_loss(progress.validation)}"
             self._console.print(
-                f"update {progress.update:,}: {_loss(progress.training)}, validation {_loss(progress.validation)} "
-                f"{self._measured_in}, {progress.rate:.1f} updates/s{left}"
+                f"update {progress.update:,}: {_loss(progress.training)}{validation} {self._measured_in}, "
+                f"{progress.rate:.1f} updates/s{left}"
             )
 
 

@@ -9,6 +9,7 @@ import jax
 from jaxbptt import __version__
 from jaxbptt.commands import arguments
 from jaxbptt.models import export
+from jaxbptt.models.model import Model
 from jaxbptt.tasks import InputError
 from jaxbptt.words import counted
 
@@ -34,27 +35,45 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Load the model, write the weights, print their names."""
-    try:
-        export.check_ending(options.output)
-    except ValueError as error:
-        raise InputError(f"--output {error}") from None
-    arguments.check_output("--output", options.output)
+    check("--output", options.output)
     with jax.enable_x64(False):
         model = arguments.load_model(options)
-    described = {key: model.settings[key] for key in ("architecture", "vocabulary", "columns")}
-    metadata = {key: value for key, value in described.items() if value is not None} | {
-        "updates": model.step,
-        "written_by": f"jaxbptt {__version__}, jax {jax.__version__}, Python {platform.python_version()}",
-    }
-    try:
-        export.save_weights(options.output, model.params, metadata)
-    except ImportError as error:
-        raise InputError(str(error)) from None
-    except OSError as error:
-        raise InputError(f"--output {options.output} can't be written: {error.strerror or error}.") from None
+    write("--output", options.output, model)
     weights = export.named_weights(model.params)
     for name, array in weights.items():
         print(f"{name} {list(array.shape)}")
     numbers = sum(array.size for array in weights.values())
     print(f"{options.output}: {counted(numbers, 'number')}, after {counted(model.step, 'update')}")
     return 0
+
+
+def check(option: str, path: str) -> None:
+    """Check before the work that weights can be written to a file.
+
+    Raises:
+        InputError: they can't, and why.
+    """
+    try:
+        export.check(path)
+    except ValueError as error:
+        raise InputError(f"{option} {error}") from None
+    except ImportError as error:
+        raise InputError(str(error)) from None
+    arguments.check_output(option, path)
+
+
+def write(option: str, path: str, model: Model) -> None:
+    """The weights of a model, and what it reads, to a file.
+
+    Raises:
+        InputError: it can't be written, and why.
+    """
+    described = {key: model.settings[key] for key in ("architecture", "vocabulary", "columns")}
+    metadata = {key: value for key, value in described.items() if value is not None} | {
+        "updates": model.step,
+        "written_by": f"jaxbptt {__version__}, jax {jax.__version__}, Python {platform.python_version()}",
+    }
+    try:
+        export.save_weights(path, model.params, metadata)
+    except OSError as error:
+        raise InputError(f"{option} {path} can't be written: {error.strerror or error}.") from None

@@ -81,13 +81,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     a("--embedding", type=arguments.size, metavar="N", help="learn a vector of this size for each symbol of a text")
 
     a = parser.add_argument_group("training").add_argument
-    a("--steps", type=arguments.size, default=64, metavar="N", help="truncation length: time steps per update")
+    a(
+        "--steps",
+        type=arguments.size,
+        metavar="N",
+        help="truncation length: time steps per update; 64, or less for a short series",
+    )
     a(
         "--batch",
         type=arguments.size,
-        default=32,
         metavar="N",
-        help="number of rows that the file is cut into, trained side by side",
+        help="number of rows that the file is cut into, trained side by side; 32, or fewer for a short series",
     )
     a("--optimizer", choices=tuple(optimizers.OPTIMIZERS), default="adam", help="how gradients become updates")
     a("--learning-rate", type=arguments.positive, default=4e-3, metavar="RATE", help="learning rate")
@@ -132,7 +136,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="stop early, after this many validations without a new least loss",
     )
-    a("--seed", type=int, default=0, help="seed of the random weights and of the sample")
+    a("--seed", type=arguments.seed, default=0, help="seed of the random weights and of the sample")
     a("--devices", type=arguments.size, default=1, metavar="N", help="devices that share the batch, in each process")
 
     a = parser.add_argument_group("what is saved and written").add_argument

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jaxbptt import tasks
 from jaxbptt.cells import CELLS
 from jaxbptt.commands import arguments, sources, tables
-from jaxbptt.files import write_whole
 from jaxbptt.models.forecasting import ValidationErrors
 from jaxbptt.models.model import Model
 from jaxbptt.tasks.files import standardise
@@ -45,7 +44,7 @@ def add_parser(commands: Any) -> None:
     a("--hidden", type=arguments.size, help=f"size of the hidden state (default: {_DEFAULTS['hidden']})")
     a("--steps", type=arguments.size, default=256, help="time steps per sequence")
     a("--batch", type=arguments.size, default=4, help="sequences in the batch")
-    a("--seed", type=int, help=f"seed of the random weights (default: {_DEFAULTS['seed']})")
+    a("--seed", type=arguments.seed, help=f"seed of the random weights (default: {_DEFAULTS['seed']})")
     a("--output", metavar="FILE", default="jaxbptt-report.html", help="the page to write")
     a("--float64", action="store_true", help="compute in double precision")
     tables.add_options(report)
@@ -111,10 +110,7 @@ def _report(options: argparse.Namespace) -> None:
         reports = [report.report_cell(name, of_entry, show) for name, of_entry in stages.items()]
         sections = subject.sections(reports)
         html = page.render(subject.facts, reports, sections, trained=options.checkpoint is not None)
-    try:
-        write_whole(options.output, html)
-    except OSError as error:
-        raise tasks.InputError(f"--output {options.output} can't be written: {error.strerror or error}.") from None
+    arguments.write("--output", options.output, html)
 
     for cell in reports:
         title = f"{cell.name}: every method, against jax.grad through lax.scan"

@@ -69,6 +69,7 @@ class Progress(NamedTuple):
         rate: updates per second.
         share: of the run that is done.
         left: seconds.
+        at_checkpoint: whether the run is at a checkpoint.
     """
 
     update: int
@@ -77,6 +78,7 @@ class Progress(NamedTuple):
     rate: float
     share: float
     left: float
+    at_checkpoint: bool
 
 
 class Outcome(NamedTuple):
@@ -103,7 +105,8 @@ def train(
     source: Source,
     limits: Limits,
     show: Callable[[Progress], None],
-    so_far: Mapping[str, Any] | None = None,
+    so_far: Mapping[str, Any] | None,
+    caught: list[int],
 ) -> Outcome:
     """Update until a limit is reached or a signal comes; the last state is saved, and the best on validation beside it.
 
@@ -113,7 +116,8 @@ def train(
         source: the data.
         limits: when it stops, and what it writes.
         show: told of progress.
-        so_far: the metrics of the run that is resumed, `Outcome.progress`.
+        so_far: the metrics of the run that is resumed, `Outcome.progress`, or `None`.
+        caught: signals to stop, from `signals`.
 
     Raises:
         InputError: a loss or gradient that is not finite, or a loss that stays above a constant prediction's and grows;
@@ -126,33 +130,32 @@ def train(
     began = time.monotonic()
     clock, losses = _Clock(began, first), _Losses(source)
     progress = dict(so_far or {"since_best": 0})
-    with _signals() as caught:
-        while True:
-            ended, stop = _asked_to_end(step, first, began, limits, caught)
-            boundary = step > max(saved, first) and step % limits.save_every == 0
-            if len(pending) == READ_EVERY or boundary or ended or stop:
-                validation = None
-                if (boundary or ended) and step > saved and compiled.validate is not None:
-                    validation = compiled.validate(state.params)
-                rows = _read(pending, step, validation, source, limits)
-                losses.add(rows)
-                if rows:
-                    show(_progress(rows, clock, began, source, limits))
-                pending = []
-                if boundary:
-                    losses.check(step)
-                impatient = False
-                if (boundary or ended or stop) and step > saved:
-                    progress |= {"update": step, "loss": losses.mean}
-                    is_best = _note(progress, step, validation)
-                    impatient = boundary and limits.patience is not None and progress["since_best"] >= limits.patience
-                    _save(step, state, limits, progress, is_best)
-                    saved = step
-                if ended or stop or impatient:
-                    return Outcome(state, stop or None, progress, impatient, losses.above_to_the_end)
-            state, measured = compiled.update(state, next(chunks))
-            pending.append(measured)
-            step += 1
+    while True:
+        ended, stop = _asked_to_end(step, first, began, limits, caught)
+        boundary = step > max(saved, first) and step % limits.save_every == 0
+        if len(pending) == READ_EVERY or boundary or ended or stop:
+            validation = None
+            if (boundary or ended) and step > saved and compiled.validate is not None:
+                validation = compiled.validate(state.params)
+            rows = _read(pending, step, validation, source, limits)
+            losses.add(rows)
+            if rows:
+                show(_progress(rows, clock, began, source, limits, boundary or ended))
+            pending = []
+            if boundary:
+                losses.check(step)
+            impatient = False
+            if (boundary or ended or stop) and step > saved:
+                progress |= {"update": step, "loss": losses.mean}
+                is_best = _note(progress, step, validation)
+                impatient = boundary and limits.patience is not None and progress["since_best"] >= limits.patience
+                _save(step, state, limits, progress, is_best=is_best, at_end=ended or impatient)
+                saved = step
+            if ended or stop or impatient:
+                return Outcome(state, stop or None, progress, impatient, losses.above_to_the_end)
+        state, measured = compiled.update(state, next(chunks))
+        pending.append(measured)
+        step += 1
 
 
 def _note(progress: dict[str, Any], step: int, validation: float | None) -> bool:
@@ -167,13 +170,16 @@ def _note(progress: dict[str, Any], step: int, validation: float | None) -> bool
     return is_best
 
 
-def _save(step: int, state: TrainState, limits: Limits, progress: dict[str, Any], is_best: bool) -> None:
+def _save(
+    step: int, state: TrainState, limits: Limits, progress: dict[str, Any], *, is_best: bool, at_end: bool
+) -> None:
     info = limits.info | {"metrics": progress}
+    # Errors take a while: they are measured of the best and of the last.
+    measured = info | {"errors": limits.errors(state.params)} if is_best or at_end else info
     # The best first: a process killed in between comes to this update again, and finds it saved.
     if is_best and (checkpoints.latest(limits.folder / BEST) or -1) < step:
-        best = info | {"errors": limits.errors(state.params)}
-        checkpoints.save(limits.folder / BEST, step, state, limits.settings, info=best, keep=1)
-    checkpoints.save(limits.folder, step, state, limits.settings, info=info)
+        checkpoints.save(limits.folder / BEST, step, state, limits.settings, info=measured, keep=1)
+    checkpoints.save(limits.folder, step, state, limits.settings, info=measured)
 
 
 def versions() -> dict[str, str]:
@@ -189,7 +195,7 @@ class _Losses:
         self._unchecked, self._least, self._above = 0, math.inf, 0
 
     def add(self, rows: list[dict[str, Any]]) -> None:
-        self._recent.extend(row["loss"] for row in rows)
+        self._recent.extend(row["loss"] for row in rows if "loss" in row)
         self._unchecked += len(rows)
 
     @property
@@ -213,7 +219,7 @@ class _Losses:
     @property
     def above_to_the_end(self) -> bool:
         """Whether the loss of so many updates is that of a constant prediction, or worse."""
-        return len(self._recent) == DIVERGED_UPDATES and self.mean >= self._source.constant_loss
+        return len(self._recent) == DIVERGED_UPDATES and self.mean > self._source.constant_loss
 
 
 def _read(
@@ -227,23 +233,24 @@ def _read(
                 f"at update {number} the loss is {m.loss:g} and the gradient's norm {m.gradient_norm:g}: try a smaller "
                 "--learning-rate. The checkpoints are from before this update."
             )
-        row: dict[str, Any] = {"update": number, "loss": float(m.loss)}
+        # A chunk without an entry that counts has no loss.
+        row: dict[str, Any] = {"update": number, **({"loss": float(m.loss)} if m.aux else {})}
         row |= {key: float(getattr(m, key)) for key in ("gradient_norm", "fraction_clipped", "carry_norm")}
-        if source.vocabulary:
+        if source.vocabulary and m.aux:
             row["bits_per_character"] = source.measure(row["loss"])
         rows.append(row)
     if rows and validation is not None:
         rows[-1]["validation_loss"] = validation
         if source.vocabulary:
             rows[-1]["validation_bits_per_character"] = source.measure(validation)
-    for row in rows:
-        for hook in limits.hooks:
-            hook(dict(row))
     if rows and limits.metrics is not None:
         try:
             metrics.append(limits.metrics, rows, text=source.vocabulary is not None)
         except OSError as error:
             raise InputError(f"--metrics {limits.metrics} can't be written: {error.strerror or error}.") from None
+    for row in rows:
+        for hook in limits.hooks:
+            hook(dict(row))
     return rows
 
 
@@ -261,7 +268,9 @@ class _Clock:
         return rate
 
 
-def _progress(rows: list[dict[str, Any]], clock: _Clock, began: float, source: Source, limits: Limits) -> Progress:
+def _progress(
+    rows: list[dict[str, Any]], clock: _Clock, began: float, source: Source, limits: Limits, at_checkpoint: bool
+) -> Progress:
     update = rows[-1]["update"]
     rate, seconds = clock.rate(update), time.monotonic() - began
     share, left = 0.0, math.inf
@@ -269,15 +278,16 @@ def _progress(rows: list[dict[str, Any]], clock: _Clock, began: float, source: S
         share, left = update / limits.updates, (limits.updates - update) / rate
     if limits.seconds is not None:
         share, left = max(share, seconds / limits.seconds), min(left, max(limits.seconds - seconds, 0))
-    training = source.measure(sum(row["loss"] for row in rows) / len(rows))
+    losses = [row["loss"] for row in rows if "loss" in row]
+    training = source.measure(sum(losses) / len(losses)) if losses else math.nan
     validation = rows[-1].get("validation_loss")
     measured = None if validation is None else source.measure(validation)
-    return Progress(update, training, measured, rate, min(share, 1.0), left)
+    return Progress(update, training, measured, rate, min(share, 1.0), left, at_checkpoint)
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects the first signal to stop; a second one has its usual effect."""
+def signals() -> Iterator[list[int]]:
+    """Collects the first signal to stop, so that it ends no compilation halfway; a second one has its usual effect."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught

@@ -93,10 +93,7 @@ def _path(model: Model, options: argparse.Namespace) -> tuple[str, bool]:
 
 
 def _fingerprint(path: str) -> str | None:
-    try:
-        return sources.fingerprint(path)
-    except OSError:
-        return None
+    return sources.fingerprint(path) if Path(path).is_file() else None
 
 
 def _symbol_numbers(name: str, vocabulary: tasks.Vocabulary, raw: np.ndarray) -> np.ndarray:

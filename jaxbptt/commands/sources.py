@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxbptt import tasks
-from jaxbptt.commands import tables
+from jaxbptt.commands import arguments, tables
 from jaxbptt.models.model import Columns, Model
 from jaxbptt.tasks.files import npz_values, standard_library_file
 from jaxbptt.tasks.mapped import blocks
@@ -21,6 +21,7 @@ from jaxbptt.words import counted
 # Validation uses at most this many chunks, however long the file is.
 MAX_VALIDATION_CHUNKS = 50
 _FINGERPRINT_BYTES = 2**20
+_STEPS = 64
 # As many names of columns are shown as fit on a screen.
 _SHOWN = 8
 
@@ -84,36 +85,35 @@ def open_source(options: argparse.Namespace, resumed: Mapping[str, Any] | None =
     named = options.csv or options.npz or options.text
     path = named or standard_library_file()
     name = Path(path).name
-    if kind == "text":
-        text, table = tasks.map_text(path), None
-        values = text.values
-    else:
-        text, table = None, read_numbers(kind, path, options.reading)
-        values = table.values
-    found = fingerprint(path)
-    if resumed is not None and resumed["data"]["fingerprint"] != found:
+    arguments.check_apart(options, path)
+    if resumed is not None and (found := fingerprint(path)) != resumed["data"]["fingerprint"]:
         raise tasks.InputError(
             f"{path} is not the file that the run began with: it has {found}, that one had "
             f"{resumed['data']['fingerprint']}. Give the place of that file, or start another run."
         )
+    text = tasks.map_text(path) if kind == "text" else None
+    table = read_numbers(kind, path, options.reading) if text is None else None
+    values = (text or table).values  # pyright: ignore[reportOptionalMemberAccess] (one of them is there)
     total = len(values)
     cut = total - round(total * options.validation)
+    _choose_sizes(options, cut, total)
     _check_lengths(name, options, cut, total)
     data = {
         "kind": kind,
         "path": str(Path(named).absolute()) if named else None,
-        "fingerprint": found,
+        "fingerprint": fingerprint(path),
         "reading": options.reading,
     }
     if text is not None:
         parts: dict[str, Any] = _text_parts(text, cut, options.steps)
     else:
         assert table is not None
-        masked = options.reading.get("missing") == "mask" and not table.observed.all()
-        parts = _number_parts(table, cut, options.target, masked)
+        parts = _number_parts(table, cut, options)
     encode, series = parts.pop("encode"), parts.pop("series")
     sizes = {"batch": options.batch, "chunk_length": options.steps, "encode": encode}
     lines = parts.pop("read_as")
+    if not parts["constant_loss"]:
+        raise tasks.InputError(f"{name} is the same at every step of the training data: there is nothing to learn.")
     held_out = f"; the last {total - cut:,} are for validation" if cut < total else ""
     return Source(
         name=name,
@@ -204,29 +204,62 @@ def shortened(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-def _number_parts(table: tasks.Table, cut: int, target: list[str] | None, masked: bool) -> dict[str, Any]:
-    mean, deviation = tasks.mean_and_deviation(table.values, steps=cut, name=table.name)
-    targets = table.positions(target) if target else tuple(range(len(table.columns)))
+def _number_parts(table: tasks.Table, cut: int, options: argparse.Namespace) -> dict[str, Any]:
+    observed = table.observed if options.reading.get("missing") == "mask" and not table.observed.all() else None
+    targets = table.positions(options.target, option="--target") if options.target else range(len(table.columns))
+    targets = tuple(targets)
+    for i in targets:
+        if targets.count(i) > 1:
+            raise tasks.InputError(f"--target names {table.columns[i]} twice.")
+    if observed is None:
+        mean, deviation = tasks.mean_and_deviation(table.values, steps=cut, name=table.name)
+    else:
+        _check_observed(table, cut, targets)
+        mean, deviation = _of_observed(table.values[:cut], observed[:cut])
     columns = Columns(table.columns, mean, deviation, targets)
     series, encode = table.values, columns.encode
-    if masked:
+    if observed is not None:
         # Whether an entry was observed goes beside it, so that the loss of a chunk knows.
-        series, encode = np.concatenate([table.values, table.observed], axis=1), _with_observed(columns)
-    predicted = f", of which {', '.join(columns.target_names)} predicted" if target else ""
+        series, encode = np.concatenate([table.values, observed], axis=1), _with_observed(columns)
+    lowest, highest = (extreme(table.values[:cut], axis=0) for extreme in (np.min, np.max))
+    still = [name for name, low, high in zip(table.columns, lowest, highest, strict=True) if low == high]
+    about = (f"the same in every row of the training data: {shortened(still)}",) if still else ()
+    predicted = f", of which {', '.join(columns.target_names)} predicted" if options.target else ""
     return {
         "vocabulary": None,
         "columns": columns,
-        "change": _changes(table.values[:cut], columns),
-        "observed": table.observed if masked else None,
+        "change": _changes(table.values[:cut], None if observed is None else observed[:cut], columns),
+        "observed": observed,
         # Of a column that never changes in training, the mean is right.
-        "constant_loss": float(np.mean([table.values[:cut, i].min() < table.values[:cut, i].max() for i in targets])),
+        "constant_loss": float(np.mean([table.columns[i] not in still for i in targets])),
         "bytes_per_character": 1.0,
         "prompt": np.zeros((0, len(table.columns)), np.float32),
         "encode": encode,
         "series": series,
-        "read_as": table.read_as,
+        "read_as": (*table.read_as, *about),
         "what": f"rows of {counted(len(table.columns), 'number')}{predicted}, standardised by the training data",
     }
+
+
+def _check_observed(table: tasks.Table, cut: int, targets: tuple[int, ...]) -> None:
+    for part, observed in (("training", table.observed[1:cut]), ("validation", table.observed[cut + 1 :])):
+        for i in targets:
+            if len(observed) and not observed[:, i].any():
+                raise tasks.InputError(
+                    f"{table.name}: {table.columns[i]} has no number in the {part} data, so nothing can be learnt or measured "
+                    "of it: choose others with --target, or another --validation."
+                )
+
+
+def _of_observed(values: np.ndarray, observed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each column over the entries that were observed; 0 and 1 where there are none."""
+    means, deviations = [], []
+    for column, seen in zip(values.T, observed.T, strict=True):
+        found = column[seen]
+        mean, deviation = tasks.mean_and_deviation(found) if len(found) else (0.0, 1.0)
+        means.append(mean)
+        deviations.append(deviation)
+    return np.array(means, float), np.array(deviations, float)
 
 
 def _with_observed(columns: Columns) -> Callable[[np.ndarray], np.ndarray]:
@@ -234,15 +267,31 @@ def _with_observed(columns: Columns) -> Callable[[np.ndarray], np.ndarray]:
     return lambda raw: np.concatenate([columns.encode(raw[:, :width]), raw[:, width:].astype(np.float32)], axis=1)
 
 
-def _changes(values: np.ndarray, columns: Columns) -> tuple[float, ...]:
-    """Root mean square of one step's change of each target, standardised; 1 where nothing changes."""
-    squares, last = np.zeros(len(columns.names)), values[:1]
+def _changes(values: np.ndarray, observed: np.ndarray | None, columns: Columns) -> tuple[float, ...]:
+    """Root mean square of one step's change of each target, standardised, between observed entries; 1 where there is none."""
+    squares, counts = np.zeros((2, len(columns.names)))
+    start = 0
     for block in blocks(values):
-        encoded = columns.encode(np.concatenate([last, block])).astype(float)
-        squares += (np.diff(encoded, axis=0) ** 2).sum(axis=0)
-        last = block[-1:]
-    changes = np.sqrt(squares / max(len(values) - 1, 1))[list(columns.targets)]
+        low, start = max(start - 1, 0), start + len(block)
+        changes = np.diff(columns.encode(values[low:start]).astype(float), axis=0)
+        counted_ones = np.ones(changes.shape, bool)
+        if observed is not None:
+            counted_ones = observed[low : start - 1] & observed[low + 1 : start]
+        squares += np.sum(changes**2, axis=0, where=counted_ones)
+        counts += counted_ones.sum(axis=0)
+    changes = np.sqrt(squares / np.maximum(counts, 1))[list(columns.targets)]
     return tuple(np.where(changes > 0, changes, 1.0).tolist())
+
+
+def _choose_sizes(options: argparse.Namespace, cut: int, total: int) -> None:
+    """Fill in --batch and --steps where they were not given: the usual ones, or as many as a short series has room for."""
+    if options.batch is None:
+        least = min(cut, total - cut) if cut < total else cut
+        wanted = 2 * (options.steps or _STEPS)
+        fits = (batch for batch in (32, 16, 8, 4, 2) if cut - 1 >= batch * wanted and least > batch)
+        options.batch = next(fits, 1)
+    if options.steps is None:
+        options.steps = max(min(_STEPS, -(-(cut - 1) // options.batch)), 1)
 
 
 def _check_lengths(name: str, options: argparse.Namespace, cut: int, total: int) -> None:
@@ -266,7 +315,13 @@ def _check_length(name: str, purpose: str, steps: int, batch: int) -> None:
 
 
 def fingerprint(path: str | Path) -> str:
-    """What tells a file from others: its size, and a digest of its beginning."""
-    with open(path, "rb") as file:
-        start = file.read(_FINGERPRINT_BYTES)
-    return f"{Path(path).stat().st_size} bytes, sha256 {hashlib.sha256(start).hexdigest()[:16]}"
+    """What tells a file from others: its size, and a digest of its beginning and its end."""
+    try:
+        size = Path(path).stat().st_size
+        with open(path, "rb") as file:
+            digest = hashlib.sha256(file.read(_FINGERPRINT_BYTES))
+            file.seek(max(size - _FINGERPRINT_BYTES, 0))
+            digest.update(file.read(_FINGERPRINT_BYTES))
+    except OSError as error:
+        raise tasks.InputError(f"{path} can't be read: {error.strerror or error}.") from None
+    return f"{size} bytes, sha256 {digest.hexdigest()[:16]}"

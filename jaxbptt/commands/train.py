@@ -5,6 +5,7 @@ import io
 import os
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxbptt.commands import arguments, cluster, compiled, metrics, run, sources
+from jaxbptt.commands import arguments, cluster, compiled, export, metrics, run, sources
 from jaxbptt.commands import options as train_options
-from jaxbptt.files import write_whole
-from jaxbptt.models import baselines, export, forecasting, sampling
+from jaxbptt.models import baselines, forecasting, sampling
 from jaxbptt.models.model import Model, load, saved_architecture, settings_of
 from jaxbptt.tasks import InputError
 from jaxbptt.training import checkpoints, hooks
@@ -42,15 +42,15 @@ def add_parser(commands: Any) -> None:
 
 def start(options: argparse.Namespace) -> int:
     """Train as the options say; returns the exit code."""
-    try:
-        with jax.enable_x64(False):
-            return _train(options)
-    except KeyboardInterrupt:
-        print("\njaxbptt train: interrupted, nothing saved since the last checkpoint", file=sys.stderr)
-        return 130
+    with run.signals() as caught, jax.enable_x64(False):
+        try:
+            return _train(options, caught)
+        except KeyboardInterrupt:
+            print("\njaxbptt train: interrupted, nothing saved since the last checkpoint", file=sys.stderr)
+            return 128 + max(caught, default=signal.SIGINT)
 
 
-def _train(options: argparse.Namespace) -> int:
+def _train(options: argparse.Namespace, caught: list[int]) -> int:
     try:
         # Imported here, since the rest of the package does not need them.
         import orbax.checkpoint  # noqa: F401
@@ -79,23 +79,17 @@ def _train(options: argparse.Namespace) -> int:
     functions = compiled.compile_run(
         architecture, training, options.updates, source, place.mesh, sources.MAX_VALIDATION_CHUNKS
     )
-    state = functions.state
-    if record is not None:
-        state = checkpoints.restore(folder, state, record.settings)
+    state = functions.state if record is None else checkpoints.restore(folder, functions.state, record.settings)
+    errors = _errors(functions.network, source, options.season)
+    if caught:
+        raise KeyboardInterrupt
     console = Console(quiet=not place.first, highlight=False, markup=False, soft_wrap=True)
-    for words in source.words:
+    for words in (*source.words, *_about(options, state, place)):
         console.print(words)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    done = int(state.step)
-    console.print(
-        f"{options.cell}, hidden size {options.hidden}, {counted(options.layers, 'layer')}, {parameters:,} parameters, "
-        f"{counted(options.devices * place.processes, 'device')} ({jax.devices()[0].device_kind})"
-        + (f", resumed at update {done:,}" if done else "")
-    )
     if place.first:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            metrics.begin(metrics_file, done, text=source.vocabulary is not None)
+            metrics.begin(metrics_file, int(state.step), text=source.vocabulary is not None)
         except OSError as error:
             raise InputError(f"{error.filename} can't be written: {error.strerror or error}.") from None
     limits = run.Limits(
@@ -108,12 +102,12 @@ def _train(options: argparse.Namespace) -> int:
         {"versions": run.versions(), "run": train_options.settings_of(options, train_options.RUN)},
         options.patience,
         on_update if place.first else (),
-        _errors(functions.network, source, options.season),
+        errors,
     )
     so_far = record and record.info["metrics"]
     try:
         with Display(console, source.measured_in, options.updates) as display:
-            outcome = run.train(functions, state, source, limits, display.show, so_far)
+            outcome = run.train(functions, state, source, limits, display.show, so_far, caught)
     finally:
         for hook in limits.hooks:
             hooks.close(hook)
@@ -140,6 +134,20 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _about(options: argparse.Namespace, state: Any, place: cluster.Place) -> list[str]:
+    """The run in a line, and another where there is nothing to do."""
+    done, parameters = int(state.step), sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    lines = [
+        f"{options.cell}, hidden size {options.hidden}, {counted(options.layers, 'layer')}, {parameters:,} parameters, "
+        f"{counted(options.batch, 'row')} side by side, {counted(options.steps, 'step')} an update, "
+        f"{counted(options.devices * place.processes, 'device')} ({jax.devices()[0].device_kind})"
+        + (f", resumed at update {done:,}" if done else "")
+    ]
+    if options.updates is not None and done >= options.updates:
+        lines.append(f"Nothing is left to do: the run is to end at update {options.updates:,}.")
+    return lines
+
+
 def _check_outputs(options: argparse.Namespace, folder: Path, metrics_file: Path, figure_file: Path) -> None:
     """Check now what would otherwise fail only after training."""
     if folder.exists() and not folder.is_dir():
@@ -160,10 +168,8 @@ def _check_outputs(options: argparse.Namespace, folder: Path, metrics_file: Path
     metrics.check(metrics_file)
     if not options.resume and metrics_file.parent != folder and metrics_file.exists() and metrics.read(metrics_file):
         raise InputError(f"--metrics {metrics_file} already holds the metrics of another run: name another file.")
-    if options.export and Path(options.export).suffix not in export.ENDINGS:
-        raise InputError(
-            f"--export {options.export} ends in {Path(options.export).suffix!r}: use {' or '.join(export.ENDINGS)}."
-        )
+    if options.export:
+        export.check("--export", options.export)
     if figure_file.suffix not in (".png", ".svg", ".pdf"):
         raise InputError(f"--figure {figure_file} ends in {figure_file.suffix!r}: use .png, .svg or .pdf.")
 
@@ -183,6 +189,8 @@ def _errors(network: Any, source: sources.Source, season: int | None) -> Callabl
     start, end = max(source.cut - baselines.LOOKED_AT, 0), source.cut + forecasting.MAX_ROWS
     rows = np.asarray(source.values[start:end], float)
     observed = None if source.observed is None else source.observed[start:end]
+    if season is not None and season > source.cut - start:
+        raise InputError(f"--season {season:,} is longer than the {source.cut - start:,} rows before validation.")
     options = {"start": source.cut - start, "season": season}
 
     def errors(params: Any) -> dict[str, Any]:
@@ -204,7 +212,7 @@ def _use(model: Model, options: argparse.Namespace, console: Any) -> None:
     if errors := model.info.get("errors"):
         show_errors(console, forecasting.ValidationErrors.from_json(errors))
     if options.export:
-        export.save_weights(options.export, model.params)
+        export.write("--export", options.export, model)
         console.print(f"Weights: {options.export}")
 
 
@@ -224,10 +232,7 @@ def _draw(plot: Any, metrics_file: Path, figure_file: Path, source: sources.Sour
     figure = plot(training, validation, measure=source.measured_in)
     picture = io.BytesIO()
     figure.savefig(picture, format=figure_file.suffix[1:], dpi=150)
-    try:
-        write_whole(figure_file, picture.getvalue())
-    except OSError as error:
-        raise InputError(f"--figure {figure_file} can't be written: {error.strerror or error}.") from None
+    arguments.write("--figure", figure_file, picture.getvalue())
 
 
 def _command(folder: Path) -> str:

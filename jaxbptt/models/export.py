@@ -89,7 +89,7 @@ def save_weights(path: str | Path, params: Any, metadata: Mapping[str, Any] | No
         ...         print(file["W_hh"].shape, file["__metadata__"])
         (8, 8) {"cell": "elman"}
     """
-    check_ending(path)
+    check(path)
     weights = named_weights(params)
     if Path(path).suffix == ".npz":
         arrays = {name: _for_numpy(array) for name, array in weights.items()}
@@ -107,10 +107,12 @@ def save_weights(path: str | Path, params: Any, metadata: Mapping[str, Any] | No
     write_whole(path, content)
 
 
-def check_ending(path: str | Path) -> None:
-    """Raise a ValueError unless the file's name ends as one that `save_weights` writes."""
+def check(path: str | Path) -> None:
+    """Raise a ValueError unless the file's name ends as one that `save_weights` writes, an ImportError if it can't."""
     if Path(path).suffix not in ENDINGS:
         raise ValueError(f"{path} ends in {Path(path).suffix!r}: use {' or '.join(ENDINGS)}.")
+    if Path(path).suffix == ".safetensors":
+        _safetensors()
 
 
 def _safetensors() -> Any:

@@ -92,7 +92,14 @@ def load(folder: str | Path, *, which: Literal["best", "last"] = "best") -> Mode
     folder = Path(folder)
     if which == "best" and checkpoints.latest(folder / BEST) is not None:
         folder = folder / BEST
-    record = checkpoints.record(folder)
+    try:
+        record = checkpoints.record(folder)
+    except checkpoints.CheckpointError as error:
+        raise checkpoints.CheckpointError(
+            f"{error} The last checkpoint is one folder above: which='last', or --which last."
+            if folder.name == BEST
+            else str(error)
+        ) from None
     if "architecture" not in record.settings:
         raise checkpoints.CheckpointError(
             f"{folder} has checkpoints, but not of a model that `jaxbptt train` of this version has trained: read them with "
