@@ -143,9 +143,8 @@ def test_dates_go_on(freq, dates):
     ("change", "words"),
     [
         (lambda times: None, ""),
-        (lambda times: times[:2], "The dates are not evenly spaced, so the forecast has steps only."),
-        (lambda times: np.delete(times, 5), "not evenly spaced"),
-        (lambda times: times[::-1], "The newest row is not the last, so the forecast has steps only: --sort"),
+        (lambda times: times[:2], "Fewer than 3 rows don't show how dates are spaced, so the forecast has steps only."),
+        (lambda times: np.delete(times, 5), "The dates are not evenly spaced, so the forecast has steps only."),
     ],
 )
 def test_dates_that_do_not_go_on(change, words):
@@ -153,6 +152,42 @@ def test_dates_that_do_not_go_on(change, words):
     found, said = command._continued(change(times), 2)
     assert found is None
     assert words in said
+
+
+@pytest.mark.parametrize(
+    ("order", "words"),
+    [
+        (np.arange(ROWS)[::-1], "the newest row is first, but a forecast continues the last row"),
+        (
+            np.r_[0:8, 9, 8, 10:ROWS],
+            "the row of 2024-02-28 06:00:00 is before that of 2024-02-28 05:00:00, but a forecast continues the last",
+        ),
+    ],
+)
+def test_rows_out_of_order_are_refused(order, words, capsys):
+    assert run("--csv", "new.csv") == 0
+    expected = Path("out.csv").read_text()
+    Path("out.csv").unlink()
+    pandas.read_csv("new.csv", dtype=str).iloc[order].to_csv("new.csv", index=False)
+    assert run("--csv", "new.csv") == 2
+    assert re.search(f"new.csv: {words}.*--sort", capsys.readouterr().err)
+    assert not Path("out.csv").exists()
+    assert run("--csv", "new.csv", "--sort") == 0
+    assert Path("out.csv").read_text() == expected
+
+
+@pytest.mark.parametrize(
+    ("zone", "head", "date"),
+    [("+01:00", "date", "2024-02-29 03:00:00"), ("Europe/Berlin", "date (UTC)", "2024-04-01 02:00:00")],
+)
+def test_dates_with_a_zone(zone, head, date):
+    frame = pandas.read_csv("new.csv")
+    start = "2024-03-30 21:00" if "B" in zone else "2024-02-27 21:00"
+    hours = pandas.date_range(start, periods=ROWS, freq="h", tz=zone)
+    frame["date"] = [hour.isoformat() for hour in hours]
+    frame.to_csv("new.csv", index=False)
+    assert run("--csv", "new.csv") == 0
+    assert written()[0][head] == date
 
 
 def test_without_a_file_the_training_data_goes_on(capsys):
@@ -176,6 +211,31 @@ def test_a_table_is_read_as_the_training_data_was():
     assert read.call_args.kwargs == {
         "delimiter": ";", "decimal": ",", "missing": "hold", "columns": ["load, MW", "temp"]
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("missing", ["hold", "mask", "interpolate"])
+def test_a_table_that_ends_with_gaps(missing, capsys):
+    warning = "Warning: the table ends with missing cells"
+    values = VALUES.copy()
+    values[5] = np.nan
+    table(values=values)
+    assert run("--csv", "new.csv", "--missing", missing) == 0
+    assert warning not in capsys.readouterr().out
+    values[-2:, 0] = np.nan
+    table(values=values)
+    save("other", reading={"missing": missing})
+    for arguments in (["run", "--missing", missing], ["other"]):
+        assert main(["forecast", *arguments, "--csv", "new.csv", "--steps", "2", "--output", "out.csv"]) == 0
+        printed = capsys.readouterr().out
+        assert (
+            f"{warning}, whose values are made up and from which the forecast starts: load, MW (2 rows).\n" in printed
+        )
+        assert "loss" not in printed
+        assert ("repeat the last value" in printed) == (missing != "interpolate")
+    values[-2:, 0] = VALUES[-3, 0]
+    expected = models.forecast(bptt.load("run"), pandas.DataFrame(values).ffill().to_numpy(), steps=2)
+    if missing != "interpolate":
+        np.testing.assert_allclose(numbers("load, MW"), expected.mean[:, 0], rtol=1e-8)
 
 
 def test_arrays(capsys):
@@ -203,8 +263,8 @@ def test_without_validation(capsys):
     save("other", errors=False)
     assert main(["forecast", "other", "--csv", "new.csv", "--steps", "3", "--output", "out.csv"]) == 0
     printed = capsys.readouterr().out
-    assert "There are no intervals" in printed
-    assert "trained without validation data, so nothing is known of its errors" in printed
+    assert printed.count("intervals") == printed.count("validation") == 1
+    assert "There are no intervals: the model was trained without validation data, so nothing is known of" in printed
     assert np.isnan(numbers("load, MW low")).all()
 
 
@@ -257,4 +317,5 @@ def test_errors_of_many_columns(capsys):
     rows = re.findall(r"^ *(c\d) +\d", printed, flags=re.M)
     assert rows == [f"c{i}" for i in range(8) for _ in range(2)]  # each at 1 and 3 steps ahead
     assert "and 2 more columns" in printed
-    assert printed.count("Warning: ") == 10
+    assert printed.count("Warning: ") == 8
+    assert "and 2 more warnings" in printed

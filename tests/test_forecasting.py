@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas
 import pytest
 
 from jaxbptt import models, tasks
@@ -288,6 +289,44 @@ def test_words_without_a_season_and_for_short_horizons():
     assert wording.errors_sentences(errors, (2,)) == []
 
 
+def test_columns_of_a_data_frame_are_found_by_name():
+    model, rows = as_model(*untrained(), COLUMNS), series(12)
+    frame = pandas.DataFrame({"c": rows[:, 2], "day": "Monday", "a": rows[:, 0], "b": rows[:, 1]})
+    expected = forecast(model, rows, steps=2)
+    np.testing.assert_array_equal(forecast(model, frame, steps=2).mean, expected.mean)
+    numbered = COLUMNS._replace(names=("0", "1", "2"))
+    found = forecast(as_model(*untrained(), numbered), pandas.DataFrame(rows)[[2, 1, 0]], steps=2)
+    np.testing.assert_array_equal(found.mean, expected.mean)
+
+
+@pytest.mark.parametrize(
+    ("network", "persistence", "seasonal", "sentences"),
+    [
+        ([1, 2], [4, 4], [0, 0], ["the seasonal naive forecast is exact 1 and 2 steps ahead, but the network is not."]),
+        ([1, 2], [4, 4], [1e-15, 3e-15], ["the seasonal naive forecast is exact 1 and 2 steps ahead, but"]),
+        ([1, 2], [4, 0], [4, 4], ["persistence is exact 2 steps ahead, but the network is not."]),
+        ([1e-9], [0], [np.nan], ["persistence is exact 1 step ahead, but the network is not."]),
+        ([0], [0], [np.nan], []),
+        (
+            [1.004, 1.02],
+            [1, 1],
+            [2, 2],
+            ["the network is worse than persistence 2 steps ahead, with 1.02 times its error."],
+        ),
+        ([1.009, 3.0], [1, np.nan], [1, np.nan], []),
+        ([np.nan], [0], [0], ["the network's forecasts are not finite 1 step ahead and beyond."]),
+    ],
+)
+def test_baselines_that_are_exact(network, persistence, seasonal, sentences):
+    errors = made_up(network, persistence, seasonal)
+    found = wording.errors_sentences(errors, (1, 2))
+    assert len(found) == len(sentences)
+    for sentence, expected in zip(found, sentences, strict=True):
+        assert sentence.startswith(f"Warning: load: {expected}")
+    for row in wording.errors_table(errors, (1, 2))[1]:
+        assert len(row[-1]) < 5, "no ratio to what is only rounding"
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -295,6 +334,21 @@ def test_words_without_a_season_and_for_short_horizons():
         (lambda m: forecast(m, series(5), steps=0), "steps is 0, but it counts the rows to forecast"),
         (lambda m: forecast(m, series(5), steps=1, level=0.91), r"level is 0.91, but .* pass one of \(0.5, "),
         (lambda m: forecast(m, series(5, 2), steps=1), r"shape \(5, 2\), but the model reads 3 columns \(a, b, c\)"),
+        (
+            lambda m: forecast(m, pandas.DataFrame(series(5), columns=["a", "x", "y"]), steps=1),
+            r"values has no column 'b', 'c', but 'a', 'x', 'y': name its columns as",
+        ),
+        (lambda m: forecast(m, pandas.DataFrame(series(5)), steps=1), r"no column 'a', 'b', 'c', but '0', '1', '2'"),
+        (
+            lambda m: forecast(m, pandas.DataFrame({"a": [1.0], "b": ["low"], "c": [2]}), steps=1),
+            r"values has 'low', which is not a number: pass columns of numbers only",
+        ),
+        (
+            lambda m: forecast(m, pandas.DataFrame({"a": [1], "b": [pandas.NA], "c": [2]}, dtype="Int64"), steps=1),
+            r"values\[0, 1\] \(b\) is nan: fill gaps in|values has <NA>, which is not a number: .*gaps filled in",
+        ),
+        (lambda m: forecast(m, [[1.0, 2.0, None]], steps=1), r"values\[0, 2\] \(c\) is nan: fill gaps in"),
+        (lambda m: forecast(m, [[1.0, 2.0], [3.0]], steps=1), r"values (is not an array of numbers|has \[1.0, 2.0\])"),
         (lambda m: forecast(m, series(0), steps=1), "with at least one row"),
         (lambda m: forecast(m, series(5) / [1, 1, 0], steps=1), r"values\[0, 2\] \(c\) is -?inf: fill gaps in"),
     ],

@@ -447,6 +447,13 @@ def test_forecast_on_dates():
     assert texts(plots.plot_forecast(future(3, measured=0), np.zeros((9, 1)))) == ["past", "forecast"]
 
 
+def test_forecast_on_months():
+    months = np.datetime64("2020-01") + np.arange(56)
+    figure = plots.plot_forecast(future(6, 1), np.zeros((50, 1)), times=months.astype("datetime64[us]"))
+    assert save(figure)  # matplotlib has no warning
+    assert 3 <= len(figure.axes[0].get_xticks()) <= 8
+
+
 @pytest.mark.parametrize(
     ("past", "options", "message"),
     [

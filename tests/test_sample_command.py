@@ -113,6 +113,10 @@ def test_a_text_that_is_not_utf8():
     text = draw(make(raw, raw[1:]), length=50)
     assert "\ufffd" in text
     assert len(text) == 50
+    with pytest.raises(tasks.InputError, match=r"never seen 'é'.*read as UTF-8, .* so use ASCII characters only\."):
+        draw(make(raw, raw[1:]), "é")
+    with pytest.raises(tasks.InputError, match=r"never seen 'ü': use only characters of its training text\.$"):
+        draw(make("aé"), "ü")
 
 
 def test_a_prompt_that_ends_within_a_character():
@@ -133,6 +137,12 @@ def test_temperature(temperature, shares):
     found = np.array([text.count(letter) for letter in "abc"]) / 4000
     np.testing.assert_allclose(found, np.array(shares) / sum(shares), atol=4 * np.sqrt(0.25 / 4000))
     assert (draw(model, length=200, temperature=temperature, seed=1) == text[:200]) == (temperature == 0)
+
+
+def test_temperatures_beyond_float32():
+    text = draw(make("abc"), length=300, temperature=1e300)
+    assert all(text.count(letter) > 60 for letter in "abc")
+    assert draw(make("abc"), length=60, temperature=1e-300) == draw(make("abc"), length=60, temperature=0.0)
 
 
 @pytest.mark.parametrize("embedding", [None, 3])

@@ -238,7 +238,16 @@ BAD = {
     "inf": ("a\n1\ninf\n", r"line 3, column 1 \(a\): 'inf' is not a finite number\."),
     "too large": ("a\n1\n1e999\n", r"line 3, column 1 \(a\): '1e999' is not a finite"),
     "hexadecimal": ("a\n0x10\n1\n", r"line 2, column 1 \(a\): '0x10' is not"),
-    "per cent": ("a\n5 %\n1\n", r"line 2, column 1 \(a\): '5 %' is not"),
+    "per cent": (
+        "a\n5 %\n1\n",
+        r"line 2, column 1 \(a\): '5 %' is a percentage, but not all cells of this column are\. Leave the",
+    ),
+    "per cent at first": (
+        "a,b\n" + "5%,2\n" * 150 + "5,2\n" * 150,
+        r"line \d+, column 1 \(a\): '5%?' is (not )?a perc",
+    ),
+    "per cent of nothing": ("a,b\n%,1\n%,2\n", r"line 2, column 1 \(a\): '%' is not a finite number"),
+    "per cent twice": ("a\n5%%\n6%%\n", r"has no column of numbers: line 2, column 1 is '5%%'"),
     "groups of two": ("a;b\n12,34,567.0;1\n", r"has no column of numbers|column 1 \(a\): '12,34,567.0' is not"),
     "two currencies": ("a,b\n€5€,1\n", r"line 2, column 1 \(a\): '€5€' is not"),
     "both decimals": (
@@ -250,6 +259,21 @@ BAD = {
     "a letter for a digit": ("1O\n12\n13\n", r"line 1: '1O' may be names or data\. .*--header yes or --header no"),
     "names of years": ("station,2020,2021\nOslo,1,2\n", r"line 1, column 1: 'station' is not .*names: --header yes"),
     "years": ("2019,2020\n1.5,2.5\n", r"line 1: '2019, 2020' may be names or data"),
+    "years over some decimals": ("2019,2020\n0.5,0\n1.5,3\n", r"line 1: '2019, 2020' may be names or data"),
+    "whole numbers over decimals": ("10,50\n0.5,0\n1,2.5\n", r"line 1: '10, 50' may be names or data"),
+    "a total": (
+        "d,v\n" + "".join(f"2024-01-0{i},{i}\n" for i in range(1, 8)) + "Total,28\n",
+        r"line 9, column 1 \(d\): 'Total' is not a date as those above it are\. If this is no row of the table, remove it; "
+        r"or leave the column out with --drop 1",
+    ),
+    "notes below": (
+        "a,b\n" + "1,2\n" * 9 + "all,18\nmean,2\n",
+        r"line 11, column 1 \(a\): 'all' is .* remove it and those below; or leave the column out",
+    ),
+    "a word further up": (
+        "a,b\n1,2\nx,18\n" + "3,2\n" * 9,
+        r"line 3, column 1 .*'x' is not a finite number\. Leave the",
+    ),
     "numbers of columns": ("0,1,2\n3,4,5\n", r"line 1: '0, 1, 2' may be names or data\. .*--header yes or --header no"),
     "index and numbers": ("time,0,1\n0.1,2,3\n", r"line 1: 'time, 0, 1' may be names or data"),
     "a number or two": (
@@ -314,6 +338,14 @@ GOOD = {
     "another delimiter": ("1:2\n3:4\n", {"delimiter": ":"}, [[1, 2], [3, 4]]),
     "a first row of nothing": ("?\n-\n1\n", {"missing": "hold"}, [[1], [1], [1]]),
     "counts from zero": ("0\n3\n5\n", {}, [[0], [3], [5]]),
+    "whole numbers and some decimals": ("10,50\n0.5,0\n1,2\n", {}, [[10, 50], [0.5, 0], [1, 2]]),
+    "per cent": (
+        "a,b\n5%,1\n12.5 %,2\nNA,2\n-7%,3\n",
+        {"missing": "hold"},
+        [[0.05, 1], [0.125, 2], [0.125, 2], [-0.07, 3]],
+    ),
+    "per cent and decimal commas": ('a;b\n5,5%;1\n"1.234,0 %";2\n', {}, [[0.055, 1], [12.34, 2]]),
+    "per cent alone": ("5%\n6%\n7%\n", {}, [[0.05], [0.06], [0.07]]),
     "zeros above": ("0,0\n0.5,0.25\n", {}, [[0, 0], [0.5, 0.25]]),
     "hold": ("a,b\n,2\n3,\n,\n9,8\n", {"missing": "hold"}, [[3, 2], [3, 2], [3, 2], [9, 8]]),
     "mask": ("a,b\n,2\n3,\n,\n9,8\n", {"missing": "mask"}, [[3, 2], [3, 2], [3, 2], [9, 8]]),
@@ -335,6 +367,9 @@ DATES = {
     "ISO": ("2024-01-31", "2024-02-01", "2024-01-31 2024-02-01"),
     "with a time": ("2024-01-31T23:00", "2024-02-01 00:30:15", "2024-01-31T23:00 2024-02-01T00:30:15"),
     "with a zone": ("2024-01-31T23:00Z", "2024-02-01T00:30+02:00", "2024-01-31T23:00 2024-01-31T22:30"),
+    "with one zone": ("2024-01-31 23:00+01:00", "2024-02-01 00:30+01:00", "2024-01-31T23:00 2024-02-01T00:30"),
+    "in UTC": ("2024-01-31 23:00 UTC", "2024-02-01 00:30 UTC", "2024-01-31T23:00 2024-02-01T00:30"),
+    "with and without a zone": ("2024-01-31T23:00Z", "2024-02-01T00:30", None),
     "day first": ("01.02.2024", "13.02.2024", "2024-02-01 2024-02-13"),
     "month first": ("1/2/2024 1:00 AM", "1/13/2024 12:00 PM", "2024-01-02T01 2024-01-13T12"),
     "either": ("01.02.2024", "02.02.2024", ""),
@@ -351,9 +386,16 @@ DATES = {
 @pytest.mark.parametrize("case", DATES)
 def test_dates(tmp_path, case):
     first, last, times = DATES[case]
+    if times is None:
+        with pytest.raises(tasks.InputError, match="is not a"):
+            read(tmp_path, f"when,v\n{first},1\n{last},2\n")
+        return
     table = read(tmp_path, f"when,v\n{first},1\n{last},2\n")
     assert table.values.tolist() == [[1], [2]]
     assert table.columns == ("v",)
+    assert table.zone == ("UTC" if case == "with a zone" else "")
+    if "zone" in case:
+        assert ("in UTC" if table.zone else "in the zone +01:00") in table.read_as[1]
     if times:
         np.testing.assert_array_equal(table.times, np.array(times.split(), "datetime64[us]"))
     else:
@@ -364,11 +406,11 @@ def test_dates(tmp_path, case):
 def test_order_in_time(tmp_path):
     newest = tasks.read_table(FILES / "newest_first.csv")
     assert newest.values.tolist() == [[3], [2], [1]]
-    assert newest.read_as[-1] == "the newest row is first: --sort puts the oldest first"
+    assert newest.read_as[-1] == "Warning: the newest row is first: --sort puts the oldest first"
     text = "d,v\n2024-01-02,1\n2024-01-03,\n2024-01-01,5\n"
     mixed = read(tmp_path, text, missing="hold")
     assert mixed.values.tolist() == [[1], [1], [5]]
-    assert "the rows are not in the order of time, first in line 4: --sort puts them in order" in mixed.read_as
+    assert "Warning: the rows are not in the order of time, first in line 4: --sort puts them in order" in mixed.read_as
     assert read(tmp_path, text, missing="hold", sort=True).values.tolist() == [[5], [1], [1]]
     with pytest.raises(tasks.InputError, match=r"line 3, column 2 \(v\): the cell is missing"):
         read(tmp_path, text, sort=True)
@@ -402,8 +444,11 @@ def test_columns_by_name_and_position(tmp_path):
         read(tmp_path, "Oslo,NA\nOslo,2\n", drop=[1])
     with pytest.raises(tasks.InputError, match=r"--target id: a\.csv has no such column, but 2 'temp', 3 '2'\."):
         table.positions(["id"], option="--target")
-    with pytest.raises(tasks.InputError, match=r"no rows of numbers"):
+    with pytest.raises(tasks.InputError, match=r"^--drop a: no column of a\.csv is left\."):
         read(tmp_path, "a\n1\n", drop=["a"])
+    with pytest.raises(tasks.InputError, match=r"^--columns b 1 --drop a b: no column of a\.csv is left\."):
+        read(tmp_path, "a,b\n1,2\n", columns=["b", 1], drop=["a", "b"])
+    assert read(tmp_path, "a,b\n1,2\n", columns=["a", "b"], drop=["b"]).columns == ("a",)
 
 
 def test_rows_are_read_in_pieces_as_in_one(tmp_path, monkeypatch):
@@ -422,6 +467,58 @@ def test_rows_are_read_in_pieces_as_in_one(tmp_path, monkeypatch):
         long = [*rows[:wrong], f"{days[wrong]},1,2,\n", *rows[wrong:199]]
         with pytest.raises(tasks.InputError, match=rf"line {wrong + 2}: 4 cells, but 3 columns"):
             read(tmp_path, "day,a,b\n" + "".join(long))
+
+
+def test_a_zone_that_changes_after_many_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxbptt.tasks.tables.lines._CELLS", 1)  # pieces of 100 rows
+    hours = pandas.date_range("2024-10-24", periods=250, freq="h", tz="Europe/Berlin")
+    table = read(tmp_path, "when,v\n" + "".join(f"{hour.isoformat()},1\n" for hour in hours))
+    assert table.zone == "UTC"
+    np.testing.assert_array_equal(table.times, hours.tz_convert(None).to_numpy())
+
+
+def test_percentages_that_begin_or_end_late(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxbptt.tasks.tables.lines._CELLS", 1)  # pieces of 100 rows
+    assert read(tmp_path, "a\n5%\n6%\n").read_as[1:] == ("a: percentages, of which 5% is read as 0.05",)
+    cells = ["5%,1\n"] * 99 + [",1\n"] * 100 + ["5%,1\n"] * 100
+    assert (read(tmp_path, "a,b\n" + "".join(cells), missing="hold").values == [0.05, 1]).all()
+    for first, other, words in (("5%", "5", "not a percentage, but other"), ("5", "5%", "a percentage, but not all")):
+        text = "a,b\n" + f"{first},1\n" * 1099 + f"{other},1\n" * 100
+        with pytest.raises(tasks.InputError, match=rf"line 1101, column 1 \(a\): '{other}' is {words} cells"):
+            read(tmp_path, text)
+
+
+def test_dates_that_are_repeated(tmp_path):
+    text = "d,v\n" + "".join(f"2024-01-0{1 + i // 2},{i % 3}\n" for i in range(5))
+    assert read(tmp_path, text).read_as[-1] == "Warning: 2 rows have the date of another row: is this one series?"
+    assert len(read(tmp_path, "d,v\n2024-01-01,1\n2024-01-02,1\n").read_as) == 2
+
+
+@pytest.mark.parametrize(
+    ("column", "amount"),
+    [
+        (range(7, 12), "1"),
+        ([0, 0.1, 0.2, 0.3, 0.4], "0.1"),
+        ([1700000000 + 3600 * i for i in range(5)], "3600"),
+        ([7, 8, 9, 10, 12], None),
+        ([0, 0.1, 0.2, 0.3, 0.4001], None),
+        ([5, 4, 3, 2, 1], None),
+        ([3] * 5, None),
+        (range(4), None),
+        ([1, "", 3, 4, 5], None),
+        (["-1e308", "1e308", "1e308", "-1e308", "1e308"], None),
+    ],
+)
+def test_columns_that_count(tmp_path, column, amount):
+    text = "my id,v\n" + "".join(f"{each},{i % 3}\n" for i, each in enumerate(column))
+    words = f"my id counts up by {amount} in every row: leave it out with --drop 'my id' if it is an index"
+    assert [line for line in read(tmp_path, text, missing="hold").read_as if "counts" in line] == [words] * (
+        amount is not None
+    )
+    chosen = read(tmp_path, text, missing="hold", columns=["my id", "v"])
+    assert "counts" not in " ".join(chosen.read_as)
+    alone = read(tmp_path, text, missing="hold", drop=["v"])
+    assert "counts" not in " ".join(alone.read_as)
 
 
 def test_rows_left_out_are_counted(tmp_path):

@@ -48,6 +48,29 @@ def test_half_characters_at_the_ends_are_left_out(tmp_path):
     assert read(whole[:2] + whole[4:]) == "\ufffdné€"
 
 
+@pytest.mark.parametrize(
+    ("raw", "characters"),
+    [
+        (b"abc", 3),
+        ("aé€𝄞".encode(), 4),
+        ("aé€𝄞".encode()[:-1], 4),
+        ("𝄞aé€".encode()[1:], 3),
+        ("aé€".encode() + b"\x80", None),
+        ("a \x93b\x94 é".encode("latin-1"), None),
+        (bytes(range(256)), None),
+        (b"\x80\x80\x80\x80", None),
+        (b"\xed\xa0\x80", None),
+    ],
+)
+def test_characters_of_a_text_that_is_not_utf8_are_its_bytes(tmp_path, monkeypatch, raw, characters):
+    (tmp_path / "a.txt").write_bytes(raw)
+    for block in (2**22, 2):  # blocks may end within a character
+        monkeypatch.setattr("jaxbptt.tasks.mapped.BLOCK_BYTES", block)
+        text = tasks.map_text(tmp_path / "a.txt")
+        assert text.utf8 == (characters is not None)
+        assert text.characters == (characters or len(raw))
+
+
 def test_rare_symbols_become_one(tmp_path):
     path = tmp_path / "many.txt"
     text = "".join(chr(0x4E00 + i) for i in range(400)) + "aaaa"

@@ -86,12 +86,15 @@ def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Tab
 
 
 def show_errors(console: Console, errors: ValidationErrors) -> None:
-    """The errors of forecasts beside those of the baselines, of as many columns as fit on a screen, and all warnings."""
+    """The errors of forecasts beside those of the baselines, as many as fit on a screen, and the first warnings."""
     head, rows = wording.errors_table(errors)
     shown = rows[: MAX_COLUMNS * len(rows) // len(errors.columns)]
     console.print()
     console.print(table(wording.measured_sentence(errors), head, shown))
     if len(errors.columns) > MAX_COLUMNS:
         console.print(f"and {counted(len(errors.columns) - MAX_COLUMNS, 'more column')}")
-    for sentence in wording.errors_sentences(errors):
+    sentences = wording.errors_sentences(errors)
+    for sentence in sentences[:MAX_COLUMNS]:
         console.print(sentence)
+    if len(sentences) > MAX_COLUMNS:
+        console.print(f"and {counted(len(sentences) - MAX_COLUMNS, 'more warning')}")

@@ -74,27 +74,26 @@ def _forecast(options: argparse.Namespace) -> int:
     table = _read(options, model)
     for words in table.read_as:
         console.print(words)
+    _check_order(table)
     try:
         future = forecast(model, table.values, steps=options.steps, level=options.level)
     except ValueError as error:
         raise InputError(str(error)) from None
     times, about_times = _continued(table.times, options.steps)
-    console.print(_about(table, model.columns, future, about_times))
+    errors = model.info.get("errors")
+    console.print(_about(table, model.columns, future, about_times, measured=errors is not None))
     picture = io.BytesIO()
     past = table.values[:, list(model.columns.targets)]
     plot_forecast(future, past, times=times).savefig(picture, format=figure.suffix[1:], dpi=150)
     for option, path, content in (
-        ("--output", output, _rows(future, times)),
+        ("--output", output, _rows(future, times, f"date ({table.zone})" if table.zone else "date")),
         ("--figure", figure, picture.getvalue()),
     ):
         try:
             write_whole(path, content)
         except OSError as error:
             raise InputError(f"{option} {path} can't be written: {error.strerror or error}.") from None
-    errors = model.info.get("errors")
-    if errors is None:
-        console.print("\nThe model was trained without validation data, so nothing is known of its errors.")
-    else:
+    if errors is not None:
         show_errors(console, ValidationErrors.from_json(errors))
     console.print(f"\nForecast: {output}\nFigure: {figure}")
     return 0
@@ -120,7 +119,24 @@ def _read(options: argparse.Namespace, model: Model) -> tasks.Table:
         raise InputError(
             f"the file that the model was trained on, {data['path']}, is gone: name one by --csv or --npz."
         )
+    if kind == "csv" and (options.missing or data["reading"].get("missing")) == "mask":
+        # The same values, but there is no loss in which they could count.
+        options = argparse.Namespace(**{**vars(options), "missing": "hold"})
     return numbers.read_for_model(model, options, kind, path)
+
+
+def _check_order(table: tasks.Table) -> None:
+    """Refuse rows that are not in the order of time: what follows the last one would not be the future."""
+    times = table.times
+    if times is None or not (back := times[1:] < times[:-1]).any():
+        return
+    row = int(back.argmax())
+    later, earlier = _written(times[row : row + 2])
+    order = "the newest row is first" if back.all() else f"the row of {later} is before that of {earlier}"
+    raise InputError(
+        f"{table.name}: {order}, but a forecast continues the last row: put the rows in order with --sort. A model that was "
+        "trained on rows in this order has to be trained with --sort, too."
+    )
 
 
 def _continued(times: np.ndarray | None, steps: int) -> tuple[np.ndarray | None, str]:
@@ -135,28 +151,45 @@ def _continued(times: np.ndarray | None, steps: int) -> tuple[np.ndarray | None,
         # Newer versions say that they will return the spacing as an object, which is as good here.
         warnings.simplefilter("ignore")
         spacing = pandas.infer_freq(known) if len(known) > 2 else None
+    if len(known) < 3:
+        return None, "Fewer than 3 rows don't show how dates are spaced, so the forecast has steps only."
     if spacing is None:
         return None, "The dates are not evenly spaced, so the forecast has steps only."
     later = pandas.date_range(known[-1], periods=steps + 1, freq=spacing)[1:]
-    if not (later[:1] > known[-1:]).all():
-        return None, "The newest row is not the last, so the forecast has steps only: --sort puts the rows in order."
     return np.concatenate([times, later.to_numpy().astype(times.dtype)]), ""
 
 
-def _about(table: tasks.Table, columns: Columns, future: Forecast, about_times: str) -> str:
+def _made_up(table: tasks.Table) -> str:
+    """Which columns have no value in the last rows, from which the network runs on."""
+    lengths = np.where(table.observed.any(axis=0), np.argmax(table.observed[::-1], axis=0), len(table.observed))
+    columns = [f"{name} ({counted(int(n), 'row')})" for name, n in zip(table.columns, lengths, strict=True) if n]
+    if not columns:
+        return ""
+    return (
+        "Warning: the table ends with missing cells, whose values are made up and from which the forecast starts: "
+        f"{numbers.shortened(columns)}."
+    )
+
+
+def _about(table: tasks.Table, columns: Columns, future: Forecast, about_times: str, *, measured: bool) -> str:
     """What is forecast and from what."""
     steps = len(future.mean)
     sentences = [
         f"{counted(steps, 'row')} after the last of {counted(len(table.values), 'row')} of {table.name}, for "
         f"{numbers.shortened(columns.target_names)}.",
         about_times,
+        _made_up(table),
     ]
     if future.held:
         sentences.append(
             f"{numbers.shortened(future.held)}: read but not predicted, held at the last value; train without "
             "--target to predict it, too."
         )
-    if not future.measured:
+    if not measured:
+        sentences.append(
+            "There are no intervals: the model was trained without validation data, so nothing is known of its errors."
+        )
+    elif not future.measured:
         sentences.append("There are no intervals: validation has not measured enough errors for this level.")
     elif future.measured < steps:
         sentences.append(
@@ -169,7 +202,7 @@ def _about(table: tasks.Table, columns: Columns, future: Forecast, about_times: 
     return "\n".join(filter(None, sentences))
 
 
-def _rows(future: Forecast, times: np.ndarray | None) -> str:
+def _rows(future: Forecast, times: np.ndarray | None, head: str) -> str:
     """The forecast as a CSV file."""
     steps = len(future.mean)
     text = io.StringIO()
@@ -177,7 +210,7 @@ def _rows(future: Forecast, times: np.ndarray | None) -> str:
     dates = [] if times is None else _written(times)[-steps:]
     ends = (("", future.mean), (" low", future.low), (" high", future.high))
     names = (f"{name}{end}" for name in future.columns for end, _ in ends)
-    writer.writerow(["step", *(["date"] if dates else []), *names])
+    writer.writerow(["step", *([head] if dates else []), *names])
     cells = np.stack([numbers for _, numbers in ends], axis=2).reshape(steps, -1)
     for i, row in enumerate(cells):
         writer.writerow([i + 1, *dates[i : i + 1], *(f"{x:.9g}" if np.isfinite(x) else "" for x in row)])

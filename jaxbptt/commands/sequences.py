@@ -63,8 +63,8 @@ def of_model(model: Model, options: argparse.Namespace) -> Cut:
     starts = starts[np.linspace(0, len(starts) - 1, options.batch).astype(int)]
     rows = starts + np.arange(steps + 1)[:, None]
     if model.vocabulary is not None:
-        numbers = _symbol_numbers(name, model.vocabulary, np.asarray(values[rows]))
-        sequences = Sequences(numbers[:-1], numbers[1:])
+        symbols = _symbol_numbers(name, model.vocabulary, np.asarray(values[rows]))
+        sequences = Sequences(symbols[:-1], symbols[1:])
     else:
         assert model.columns is not None
         encoded = model.columns.encode(values[rows])

@@ -140,7 +140,8 @@ def _read_text(text: tasks.MappedText, cut: int, steps: int) -> Read:
         "prompt": text.encode(text.values[max(cut - steps, 0) : cut]),
     }
     bits = entropy / math.log(2) * text.bytes_per_character
-    what = f"bytes ({text.features} different, {counted(text.characters, 'character')})"
+    characters = counted(text.characters, "character") if text.utf8 else "not UTF-8: each counts as a character"
+    what = f"bytes ({text.features} different, {characters})"
     return Read(text.values, text.encode, fields, (), what, f"{bits:.3f} bits per character by frequencies alone")
 
 

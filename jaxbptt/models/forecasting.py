@@ -4,7 +4,7 @@ After the last row that is known each prediction is read as the next row. Column
 last value: nothing is known of what they become.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -116,7 +116,7 @@ def forecast(model: Model, values: Any, *, steps: int, level: float = 0.9) -> Fo
     Args:
         model: what `load` returns, of numbers.
         values: `[time, columns]`, all the columns that the model reads, in their own units, the newest row last, gaps
-            filled in; `[time]` for one column. The more rows, the better the carry: as many as a row of its training chunks.
+            filled in; `[time]` for one column. Of a data frame, of pandas or polars, those columns are found by name. The more rows, the better the carry: as many as a row of its training chunks.
         steps: how many rows to forecast.
         level: of the intervals, one of `LEVELS`.
 
@@ -124,7 +124,8 @@ def forecast(model: Model, values: Any, *, steps: int, level: float = 0.9) -> Fo
         A `Forecast`.
 
     Raises:
-        ValueError: a model of text; values of another shape, not finite, or none; steps below 1; another level.
+        ValueError: a model of text; values of another shape, not finite, not numbers, or none; a data frame without some of
+            the columns; steps below 1; another level.
 
     Example:
         >>> import jax, numpy as np
@@ -146,7 +147,7 @@ def forecast(model: Model, values: Any, *, steps: int, level: float = 0.9) -> Fo
         raise ValueError("The model is one of text, and a forecast is of numbers: use sample.")
     check_count("steps", steps, "it counts the rows to forecast")
     at = _level(level)
-    values = _checked("values", values, columns)
+    values = _checked("values", _selected(values, columns), columns)
     xs = columns.encode(values)
     start = max(len(xs) - 1 - WARM_UP, 0)
     runs = _run(
@@ -336,13 +337,50 @@ def _level(level: float) -> int:
     raise ValueError(f"level is {level!r}, but intervals are kept for some levels only: pass one of {LEVELS}.")
 
 
+def _selected(values: Any, columns: Columns) -> Any:
+    """The columns of a data frame that the model reads; what has no names is left as it is."""
+    if not hasattr(values, "columns"):
+        return values
+    there = {str(name): name for name in values.columns}
+    missing = [repr(name) for name in columns.names if name not in there]
+    if missing:
+        raise ValueError(
+            f"values has no column {_shortened(missing)}, but {_shortened([repr(name) for name in there])}: name its columns "
+            "as the training data's, or pass an array with the model's columns in their order."
+        )
+    return values[[there[name] for name in columns.names]]
+
+
+def _shortened(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
+
+
+def _as_floats(name: str, values: Any) -> np.ndarray:
+    try:
+        return np.asarray(values, float)
+    except (TypeError, ValueError):
+        pass
+    try:
+        entries = np.asarray(values, object).ravel()
+    except ValueError:
+        entries = np.array([], object)
+    for entry in entries:
+        try:
+            float(entry)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{name} has {entry!r}, which is not a number: pass columns of numbers only, gaps filled in."
+            ) from None
+    raise ValueError(f"{name} is not an array of numbers: pass [time, columns].") from None
+
+
 def _checked(name: str, values: Any, columns: Columns) -> np.ndarray:
-    values = np.asarray(values, float)
+    values = _as_floats(name, values)
     values = values[:, None] if values.ndim == 1 else values
-    names = ", ".join(columns.names[:6]) + (", …" if len(columns.names) > 6 else "")
     if values.ndim != 2 or values.shape[1] != len(columns.names) or not len(values):
         raise ValueError(
-            f"{name} has shape {values.shape}, but the model reads {counted(len(columns.names), 'column')} ({names}): pass "
+            f"{name} has shape {values.shape}, but the model reads {counted(len(columns.names), 'column')} "
+            f"({_shortened(columns.names)}): pass "
             f"[time, {len(columns.names)}] with at least one row."
         )
     if not np.isfinite(values).all():

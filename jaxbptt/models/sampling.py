@@ -69,32 +69,39 @@ def sample(model: Model, prompt: str | None, *, length: int, temperature: float,
         raise ValueError(f"temperature is {temperature!r}, but it divides the logits: pass a number of at least 0.")
     check_key(key)
     end_of_training = np.asarray(model.settings["prompt"], np.int32)
-    given = end_of_training if prompt is None else _encoded(model.vocabulary, prompt)
     following = np.asarray(_following(model.vocabulary.symbols, end_of_training))
+    given = end_of_training if prompt is None else _encoded(model.vocabulary, prompt, utf8=bool((following != 0).any()))
     state = model.carry, jnp.zeros_like(model.params.b_y), jnp.int32(0)
+    # In float32 more would be infinite.
+    heat = np.float32(min(float(temperature), float(np.finfo(np.float32).max)))
     drawn = np.zeros(0, np.int32)
     start = 0
     while True:
         block = np.full(BLOCK, -1, np.int32)
         part = given[start : start + BLOCK]
         block[: len(part)] = part
-        state, symbols = _read_or_draw(
-            model.network, model.params, state, block, np.int32(start), following, np.float32(temperature), key
-        )
+        state, symbols = _read_or_draw(model.network, model.params, state, block, np.int32(start), following, heat, key)
         drawn = np.append(drawn, np.asarray(symbols)[len(part) :])
         start += BLOCK
         if len(drawn) >= length and len(text := model.vocabulary.decode(drawn)) >= length:
             return text[:length]
 
 
-def _encoded(vocabulary: Vocabulary, prompt: str) -> np.ndarray:
+def _encoded(vocabulary: Vocabulary, prompt: str, *, utf8: bool) -> np.ndarray:
     if not prompt:
         raise InputError("The prompt is empty: give at least one character, or none to continue the training data.")
     try:
         prompt.encode()
     except UnicodeEncodeError:
         raise InputError("The prompt is not UTF-8.") from None
-    return vocabulary.encode(prompt)
+    try:
+        return vocabulary.encode(prompt)
+    except InputError as error:
+        if utf8 or prompt.isascii():
+            raise
+        raise InputError(
+            f"{error} The prompt is read as UTF-8, and that text was in another encoding, so use ASCII characters only."
+        ) from None
 
 
 @partial(jax.jit, static_argnums=0)

@@ -8,6 +8,10 @@ from jaxbptt.models.forecasting import ValidationErrors
 from jaxbptt.words import counted
 
 HORIZONS = (1, 10, 50)
+# Networks that are worse by less are as good.
+_WORSE = 1.01
+# Of the largest error of persistence: what is below is rounding.
+_ROUNDING = 1e-9
 
 
 def errors_table(
@@ -26,7 +30,7 @@ def errors_table(
                 float(found[h - 1, i]) for found in (errors.network, errors.persistence, errors.seasonal)
             )
             baseline = np.fmin(persistence, seasonal)
-            ratio = network / baseline if baseline > 0 else np.nan
+            ratio = np.nan if _is_exact(errors, baseline, i) else network / baseline
             length = "none" if season is None else f"{season:,}"
             rows.append(
                 (
@@ -43,21 +47,25 @@ def errors_table(
 
 
 def errors_sentences(errors: ValidationErrors, horizons: Sequence[int] = HORIZONS) -> list[str]:
-    """A warning for each column whose network is worse than a baseline, or is not finite."""
+    """Warnings of each column whose network is worse than a baseline by 1 % or more, or is not finite."""
     sentences = []
     for i, name in enumerate(errors.columns):
         baselines = {"persistence": errors.persistence, "the seasonal naive forecast": errors.seasonal}
         for baseline, found in baselines.items():
-            worse = {
-                h: errors.network[h - 1, i] / found[h - 1, i]
-                for h in _measured(errors, horizons)
-                if errors.network[h - 1, i] > found[h - 1, i]
-            }
+            exact, worse = [], {}
+            for h in _measured(errors, horizons):
+                network, easy = errors.network[h - 1, i], found[h - 1, i]
+                if _is_exact(errors, easy, i):
+                    exact += [h] * (not _is_exact(errors, network, i) and not np.isnan(network))
+                elif network > _WORSE * easy:
+                    worse[h] = network / easy
+            if exact:
+                sentences.append(f"Warning: {name}: {baseline} is exact {_steps_ahead(exact)}, but the network is not.")
             if worse:
                 times = _listed([f"{ratio:.3g}" for ratio in worse.values()])
                 sentences.append(
-                    f"Warning: {name}: the network is worse than {baseline} {_listed([f'{h:,}' for h in worse])} "
-                    f"{'step' if list(worse) == [1] else 'steps'} ahead, with {times} times its error."
+                    f"Warning: {name}: the network is worse than {baseline} {_steps_ahead(list(worse))}, with {times} times "
+                    "its error."
                 )
         lost = [
             h for h in _measured(errors, horizons) if errors.observed[h - 1, i] and np.isnan(errors.network[h - 1, i])
@@ -76,6 +84,15 @@ def measured_sentence(errors: ValidationErrors) -> str:
         f"{counted(errors.origins, 'row')} and up to {counted(errors.horizons, 'step')} ahead. Ratio: the network's to the "
         "better of the other two."
     )
+
+
+def _is_exact(errors: ValidationErrors, error: float, column: int) -> bool:
+    """Whether an error of a column is 0, up to rounding."""
+    return bool(error <= _ROUNDING * np.fmax.reduce(errors.persistence[:, column], initial=0.0))
+
+
+def _steps_ahead(horizons: list[int]) -> str:
+    return f"{_listed([f'{h:,}' for h in horizons])} {'step' if horizons == [1] else 'steps'} ahead"
 
 
 def _measured(errors: ValidationErrors, horizons: Sequence[int]) -> list[int]:

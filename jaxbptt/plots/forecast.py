@@ -77,7 +77,8 @@ def plot_forecast(forecast: Forecast, past: Any, *, times: Any = None) -> Figure
         step_ticks(axes[-1].xaxis)
         axes[-1].xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
     else:
-        locator = AutoDateLocator(maxticks=8)
+        # With at least 5 ticks and at most 8, matplotlib has none for 4 years of months, and warns.
+        locator = AutoDateLocator(minticks=3, maxticks=8)
         axes[-1].xaxis.set_major_locator(locator)
         axes[-1].xaxis.set_major_formatter(ConciseDateFormatter(locator))
     legend_below(figure, axes[0])

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxbptt.tasks.files import InputError, check_numbers
-from jaxbptt.tasks.vocabulary import Vocabulary
+from jaxbptt.tasks.vocabulary import LATER_BYTES, Vocabulary
 
 # Large enough that numpy's overhead doesn't count, small enough for any machine.
 BLOCK_BYTES = 2**22
@@ -25,13 +25,15 @@ class MappedText(NamedTuple):
         name: of the file.
         values: its bytes without a byte order mark, a memory map `[time]` of uint8.
         symbols: the bytes that occur, in order; a symbol's number is its place here.
-        characters: how many UTF-8 characters there are, at most one for each byte.
+        characters: how many UTF-8 characters there are; of a text that is not UTF-8, its bytes.
+        utf8: whether it is UTF-8, but for a character that is cut off at either end.
     """
 
     name: str
     values: np.ndarray
     symbols: tuple[int, ...]
     characters: int
+    utf8: bool = True
 
     @property
     def features(self) -> int:
@@ -79,8 +81,9 @@ def map_text(path: str | Path) -> MappedText:
 
     bits per character = bits per byte · bytes / characters
 
-    One pass over the file, in blocks of 4 MiB, finds the bytes that occur and counts the characters: all bytes but the
-    second and further ones of a UTF-8 character, which are 10xxxxxx in binary.
+    One pass over the file in blocks of 4 MiB, or two where it is not ASCII, finds the bytes that occur and counts the
+    characters: all bytes but the second and further ones of a UTF-8 character, which are 10xxxxxx in binary. Where the text is
+    not UTF-8, each byte counts as a character, as in latin-1.
 
     Args:
         path: of the file.
@@ -117,8 +120,21 @@ def map_text(path: str | Path) -> MappedText:
     counts = np.zeros(256, np.int64)
     for block in blocks(values):
         counts += np.bincount(block, minlength=256)
-    characters = max(len(values) - int(counts[0x80:0xC0].sum()), 1)
-    return MappedText(path.name, values, tuple(np.flatnonzero(counts).tolist()), characters)
+    utf8 = _is_utf8(values) if counts[0x80:].any() else True
+    characters = max(len(values) - int(counts[0x80:0xC0].sum()), 1) if utf8 else len(values)
+    return MappedText(path.name, values, tuple(np.flatnonzero(counts).tolist()), characters, utf8)
+
+
+def _is_utf8(values: np.ndarray) -> bool:
+    """Whether bytes are UTF-8, but for characters that are cut off at either end."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    cut_off = len(bytes(values[:3])) - len(bytes(values[:3]).lstrip(LATER_BYTES))
+    try:
+        for block in blocks(values[cut_off:]):
+            decoder.decode(bytes(block))
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def map_array(path: str | Path) -> MappedArray:

@@ -11,6 +11,9 @@ from jaxbptt.tasks.tables.dialect import Reading, option
 from jaxbptt.tasks.tables.lines import NO_DELIMITER, Lines, frames, is_blank, line_of, ragged, rows
 from jaxbptt.words import counted
 
+# Totals and notes stand in the last rows.
+_LAST = 3
+
 
 class Body(NamedTuple):
     """The rows of a table.
@@ -50,6 +53,7 @@ def read_body(lines: Lines, reading: Reading, columns: tuple[int, ...], *, stop:
     parts: dict[int, list[np.ndarray]] = {i: [] for i in columns if reading.kinds[i] != "date"}
     marks: dict[int, frozenset[str]] = {i: frozenset() for i in parts}
     found: dict[int, dates.Dates] = {}
+    percent: dict[int, bool] = {}
     bad: dict[int, tuple[int, int, str]] = {}
     nothing = set(parts)
     total, open_end = 0, False
@@ -69,6 +73,9 @@ def read_body(lines: Lines, reading: Reading, columns: tuple[int, ...], *, stop:
                 if i in nothing and (not read.missing.all() or any(cell.strip(BLANKS) for cell in cells)):
                     nothing.remove(i)
                 place = read.bad
+                is_percent = "%" in read.marks
+                if place is None and not read.missing.all() and percent.setdefault(i, is_percent) != is_percent:
+                    place = int(read.missing.argmin())
                 if place is not None and (known := dates.start(cells)) is not None:
                     step = dates.read(known, cells)
                     place = step if isinstance(step, int) else place
@@ -160,6 +167,9 @@ def _refuse_cell(lines: Lines, body: Body) -> None:
     other = "," if reading.decimal == "." else "."
     if row > start and dates.formats(first):
         wrong = "is not a date as those above it are"
+    elif numbers(np.array([cell], object), reading.decimal).bad is None:
+        wrong = "is a percentage, but not all" if "%" in cell else "is not a percentage, but other"
+        wrong += " cells of this column are"
     elif numbers(np.array([cell], object), other).bad is None:
         wrong += f" where {reading.decimal!r} is the decimal mark, as in other cells"
     drop = " ".join(str(i + 1) for i in sorted({i for _, i, _ in body.bad}))
@@ -167,6 +177,9 @@ def _refuse_cell(lines: Lines, body: Body) -> None:
     if " " in drop:
         out = f"Columns {drop.replace(' ', ', ')} have such cells: leave them out with"
     names = " If this line has names: --header yes." if row == 0 and reading.header is False else ""
+    below = sum(1 for _ in rows(lines, reading.delimiter)) - 1 - row
+    if row > start and below < _LAST:
+        out = f"If this is no row of the table, remove it{' and those below' if below else ''}; or {out[0].lower()}{out[1:]}"
     raise InputError(
         f"{where}: {cell[:40]!r} {wrong}.{names} {out} --drop {drop}, or name those to keep with --columns."
     )

@@ -28,7 +28,7 @@ class Numbers(NamedTuple):
         values: nan where a cell is missing or bad.
         missing: where a cell is missing.
         bad: place of the first cell that is no finite number, after which nothing is read; or `None`.
-        marks: the characters in the cells beyond digits, signs and `e`.
+        marks: the characters in the cells beyond digits, signs and `e`; with `%`, all are percentages.
     """
 
     values: np.ndarray
@@ -41,7 +41,8 @@ def numbers(cells: np.ndarray, decimal: str) -> Numbers:
     r"""Texts as numbers.
 
     A number is digits with at most one decimal mark and an exponent, or digits with thousands separators in groups of
-    strictly three, with a sign and at most one currency sign at one end. All else is bad, `1_0` and `inf` too.
+    strictly three, with a sign and at most one currency sign at one end. All else is bad, `1_0` and `inf` too. Where all are
+    percentages, `5%` is 0.05.
 
     Args:
         cells: texts, an array of objects.
@@ -53,6 +54,11 @@ def numbers(cells: np.ndarray, decimal: str) -> Numbers:
     texts = np.array([cell.strip(BLANKS) for cell in cells], object)
     missing = np.array([text.casefold() in MISSING for text in texts], bool)
     there, bad = np.flatnonzero(~missing), None
+    if len(there) and all(text.endswith("%") and text.count("%") == 1 for text in texts[there]):
+        bare = np.array([text.removesuffix("%").rstrip(BLANKS) for text in texts], object)
+        read = numbers(bare, decimal)
+        if np.array_equal(read.missing, missing):
+            return Numbers(read.values / 100, missing, read.bad, read.marks | {"%"})
     converted = _convert(texts[there], decimal)
     if converted is None:
         good, size = 0, len(there)

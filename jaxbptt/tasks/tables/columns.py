@@ -24,8 +24,16 @@ def chosen(reading: Reading, columns: Sequence[str | int], drop: Sequence[str | 
     """Positions of the columns to read: those chosen, and columns of dates."""
     names, places, file = names_of(reading), range(1, len(reading.kinds) + 1), Path(lines.path).name
     wanted = {find(name, names, places, file, "--columns") for name in columns} or set(range(len(names)))
+    dropped = {find(name, names, places, file, "--drop") for name in drop}
+    if wanted and wanted <= dropped:
+        words = " ".join(
+            f"--{option} {' '.join(map(str, given))}"
+            for option, given in (("columns", columns), ("drop", drop))
+            if given
+        )
+        raise InputError(f"{words}: no column of {file} is left.")
     wanted |= {i for i, kind in enumerate(reading.kinds) if kind == "date"}
-    return tuple(sorted(wanted - {find(name, names, places, file, "--drop") for name in drop}))
+    return tuple(sorted(wanted - dropped))
 
 
 def find(name: str | int, names: Sequence[str], places: Sequence[int], file: str, option: str = "") -> int:

@@ -39,6 +39,8 @@ _ISO = re.compile(r"\d{4}-\d{2}-\d{2}(?:[T ]\d{2}:\d{2}(?::\d{2}(?:[.,]\d+)?)?)?
 Order = Literal["day-first", "month-first", "year-first"]
 _ORDERS = {"%d": "day-first", "%m": "month-first", "%y": "year-first"}
 ISO, ISO_WITH_ZONE = "ISO8601", "ISO8601 with a zone"
+# With the zone behind it: fits cells that all have that one.
+_ISO_IN = "ISO8601 in "
 # What the cells of a column are under each format that fits them all.
 Dates = dict[str, list[np.ndarray]]
 
@@ -69,7 +71,7 @@ def formats(cell: str) -> tuple[str, ...]:
     """The formats of a date, a time, or both, that a cell has the shape of."""
     iso = _ISO.fullmatch(cell)
     if iso:
-        return (ISO_WITH_ZONE if iso[1] else ISO,)
+        return (_ISO_IN + iso[1], ISO_WITH_ZONE) if iso[1] else (ISO,)
     days = _day_formats(cell)
     for clock, clock_format in _CLOCKS.items():
         if re.fullmatch(clock, cell):
@@ -82,8 +84,10 @@ def formats(cell: str) -> tuple[str, ...]:
 
 def times_of_rows(
     columns: dict[int, dict[str, np.ndarray]], names: Sequence[str], order: Order | None, path: str | Path
-) -> tuple[np.ndarray | None, list[str]]:
+) -> tuple[np.ndarray | None, list[str], str]:
     """The times that the first column of dates gives, if they can be known, and a line about each column.
+
+    With one zone in all cells they are as written, with several they are in UTC, which the last item returned says.
 
     Args:
         columns: of dates and times of day: what they are under each format that fits.
@@ -98,6 +102,8 @@ def times_of_rows(
     dated = first = None
     for i, found in columns.items():
         found = _in_order(found, order, names[i], path)
+        if len(found) > 1:
+            found = {name: values for name, values in found.items() if name != ISO_WITH_ZONE}
         values = next(iter(found.values()))
         if all(name.startswith(("%H", "%I")) for name in found):
             clocks[i] = values
@@ -129,9 +135,11 @@ def times_of_rows(
         unit = "D" if (times == times.astype("datetime64[D]")).all() else "s"
         span = " to ".join(np.datetime_as_string([times.min(), times.max()], unit=unit))
         zone = " in UTC" if first == ISO_WITH_ZONE else ""
+        if first.startswith(_ISO_IN):
+            zone = f" in the zone {first.removeprefix(_ISO_IN).strip()}"
         century = "; years of two digits lie between 1969 and 2068" if "%y" in first else ""
         notes.insert(0, f"{names[dated]}: the times of the rows, {span}{zone}, not an input{century}")
-    return times, notes
+    return times, notes, "UTC" if times is not None and first == ISO_WITH_ZONE else ""
 
 
 def _in_order(found: dict[str, np.ndarray], order: Order | None, name: str, path: str | Path) -> dict[str, np.ndarray]:
@@ -163,7 +171,13 @@ def _parse(texts: list[str], name: str) -> np.ndarray:
 
     # pandas takes two words for the time at which it reads them.
     series: Any = pandas.Series(["" if text.casefold() in ("now", "today") else text for text in texts], dtype=object)
-    if name == ISO_WITH_ZONE:
+    if name.startswith(_ISO_IN):
+        zone = name.removeprefix(_ISO_IN)
+        local = [text.removesuffix(zone) if text.endswith(zone) else "" for text in series]
+        times = pandas.to_datetime(pandas.Series(local, dtype=object), format=ISO, errors="coerce")
+    elif name == ISO_WITH_ZONE:
+        # pandas would take a cell without a zone to be in UTC.
+        series = series.where([(match := _ISO.fullmatch(text)) is not None and bool(match[1]) for text in texts], "")
         times = pandas.to_datetime(series, format="ISO8601", errors="coerce", utc=True).dt.tz_localize(None)
     else:
         times = pandas.to_datetime(series, format=name, errors="coerce")

@@ -67,7 +67,7 @@ def is_header(cells: np.ndarray, below: tuple[Kind, ...], decimal: str) -> bool 
         return True  # columns and rows numbered by pandas
     if _counts(labels) and (len(labels) > 1 or _written_unlike(rest)):
         return None
-    return None if len(labels) > 1 and _consecutive(labels) and _written_unlike(rest) else False
+    return None if len(labels) > 1 and _whole_above_decimals(labels, rest, decimal) else False
 
 
 def _counts(labels: list[str]) -> bool:
@@ -75,11 +75,13 @@ def _counts(labels: list[str]) -> bool:
     return bool(labels) and labels == [str(i) for i in range(len(labels))]
 
 
-def _consecutive(labels: list[str]) -> bool:
-    """Whether these are whole numbers, each one more than the last, such as years."""
-    if not all(re.fullmatch("[0-9]{1,9}", label) for label in labels):
+def _whole_above_decimals(labels: list[str], rest: np.ndarray, decimal: str) -> bool:
+    """Whether these are different whole numbers over columns with decimals, or, such as years, each one more than the last."""
+    if not all(re.fullmatch("[0-9]{1,9}", label) for label in labels) or len(set(labels)) < len(labels):
         return False
-    return [int(label) for label in labels] == [int(labels[0]) + i for i in range(len(labels))]
+    years = [int(label) for label in labels] == [int(labels[0]) + i for i in range(len(labels))]
+    decimals = [any(decimal in cell for cell in column) for column in rest.T]
+    return all(decimals) or (years and (any(decimals) or _written_unlike(rest)))
 
 
 def _written_unlike(rest: np.ndarray) -> bool:

@@ -1,5 +1,6 @@
 r"""Tables of numbers over time as people have them, in text files: read right, or refused with the option that helps."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,6 +17,9 @@ from jaxbptt.tasks.tables.missing import Missing, fill
 from jaxbptt.tasks.tables.missing import words as fill_words
 from jaxbptt.words import counted, install_command
 
+# Fewer rows may rise evenly by chance.
+_LEAST = 5
+
 
 class Table(NamedTuple):
     """Numbers over time, in their own units.
@@ -28,6 +32,7 @@ class Table(NamedTuple):
         times: of the rows, `[time]`, or `None` where the file has none or they can't be known.
         read_as: lines for the user that say how the file was read.
         places: of the columns in the file, from 1; empty if there are no others.
+        zone: `"UTC"` where the cells have several time zones and `times` are in UTC; empty where they are as written.
     """
 
     name: str
@@ -37,6 +42,7 @@ class Table(NamedTuple):
     times: np.ndarray | None
     read_as: tuple[str, ...]
     places: tuple[int, ...] = ()
+    zone: str = ""
 
     def positions(self, names: Sequence[str | int], *, option: str = "") -> tuple[int, ...]:
         """The indices in `columns` of columns given by name, or by position in the file from 1.
@@ -74,7 +80,7 @@ def read_table(
     give different numbers, it is refused with the options that settle it. pandas cuts the file into cells.
 
     A number is written strictly: digits with a decimal mark and an exponent, or with thousands separators in groups of
-    three; a currency sign at one end is left out. A cell is missing if it is empty or one of `nan NA N/A n.a. null None
+    three; a currency sign at one end is left out, and where all cells of a column end in `%`, 5% is 0.05. A cell is missing if it is empty or one of `nan NA N/A n.a. null None
     NaT ? - -- . ..`, whatever the case; all other cells are refused.
 
     A file compressed by gzip is read as it is, `#` lines above the table are left out, blank lines are no rows. Of columns
@@ -176,7 +182,7 @@ def _table(
     if not kept or not len(body.rows):
         raise InputError(f"{lines.path} has no rows of numbers.")
     values, rows = np.stack([body.values.pop(i) for i in kept], axis=1), body.rows
-    times, about = date_columns.times_of_rows(body.dates, names, order, lines.path)
+    times, about, zone = date_columns.times_of_rows(body.dates, names, order, lines.path)
     if sort and times is None:
         raise InputError(f"--sort needs dates that give the rows an order: {'; '.join(about) or 'there are none'}.")
     if times is not None and (back := times[1:] < times[:-1]).any():
@@ -185,16 +191,24 @@ def _table(
             values, rows, times = values[rank], rows[rank], times[rank]
             about.append("the rows are sorted by time")
         elif back.all():
-            about.append("the newest row is first: --sort puts the oldest first")
+            about.append("Warning: the newest row is first: --sort puts the oldest first")
         else:
             line = line_of(lines, reading.delimiter, int(rows[back.argmax() + 1]))
-            about.append(f"the rows are not in the order of time, first in line {line}: --sort puts them in order")
+            about.append(
+                f"Warning: the rows are not in the order of time, first in line {line}: --sort puts them in order"
+            )
+    if times is not None and (again := len(times) - len(np.unique(times))):
+        about.append(f"Warning: {counted(again, 'row has', 'rows have')} the date of another row: is this one series?")
     observed = ~np.isnan(values)
+    if not some and len(kept) > 1:
+        about += _counting(values, names, kept)
     if not observed.all():
         _check_missing(lines, body, observed, rows, kept, missing)
         about.append(fill_words(observed, fill(values, observed, missing), missing))
     for i in kept:
-        signs = sorted(body.marks[i] - {reading.decimal, "\u2212"})
+        if "%" in body.marks[i]:
+            about.append(f"{names[i]}: percentages, of which 5% is read as 0.05")
+        signs = sorted(body.marks[i] - {reading.decimal, "\u2212", "%"})
         if signs:
             about.append(f"{names[i]}: {' and '.join(map(repr, signs))} in its numbers left out")
     where = "no header"
@@ -205,7 +219,7 @@ def _table(
     file = Path(lines.path).name
     first = f"{file}: {where}, {cut}decimal {reading.decimal!r}, {size}"
     labels, places = tuple(names[i] for i in kept), tuple(i + 1 for i in kept)
-    return Table(file, labels, values, observed, times, (first, *lines.read_as, *notes, *about), places)
+    return Table(file, labels, values, observed, times, (first, *lines.read_as, *notes, *about), places, zone)
 
 
 def _kept_columns(lines: Lines, body: Body, names: tuple[str, ...], some: bool) -> tuple[list[int], list[str]]:
@@ -232,6 +246,25 @@ def _kept_columns(lines: Lines, body: Body, names: tuple[str, ...], some: bool) 
         notes.append("column 1 counts the rows, as pandas and R write them, and is left out")
         del kept[0]
     return kept, notes
+
+
+def _counting(values: np.ndarray, names: tuple[str, ...], kept: list[int]) -> list[str]:
+    """A line for each column that rises by the same amount in every row, as an index or the time does."""
+    lines = []
+    if len(values) < _LEAST:
+        return lines
+    for i, column in zip(kept, values.T, strict=True):
+        with np.errstate(over="ignore", invalid="ignore"):
+            rise = (column[-1] - column[0]) / (len(column) - 1)
+            # Decimals such as 0.1 are rounded.
+            rounding = 8 * np.finfo(float).eps * np.abs(column).max()
+            evenly = np.abs(np.diff(column) - rise).max() <= rounding
+        if rise > 0 and evenly:
+            lines.append(
+                f"{names[i]} counts up by {rise:.6g} in every row: leave it out with --drop {shlex.quote(names[i])} if it is "
+                "an index"
+            )
+    return lines
 
 
 def _check_missing(
