@@ -107,7 +107,7 @@ def test_columns_are_found_by_name(capsys):
     table(names=("date", "load, MW"))
     assert run("--csv", "new.csv") == 2
     assert capsys.readouterr().err == (
-        "jaxbptt forecast: the model reads the column temp: new.csv has no such column, but 1 'date', 2 'load, MW'.\n"
+        "jaxbptt forecast: the model reads temp: new.csv has no such column, but 1 'date', 2 'load, MW'.\n"
     )
 
 

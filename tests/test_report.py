@@ -438,7 +438,7 @@ def test_columns_are_found_by_name(files):
         (
             "npz",
             {"csv": "narrow.csv"},
-            r"the model reads the column b: narrow\.csv has no such column, but 1 'a', 2 'c'",
+            r"the model reads b: narrow\.csv has no such column, but 1 'a', 2 'c'",
         ),
         ("npz", {"csv": "wave.csv", "columns": "a"}, "--columns can't be chosen: the model reads a, b, c"),
     ],
