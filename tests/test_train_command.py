@@ -191,7 +191,7 @@ def test_resumed_with_a_schedule_and_layers(monkeypatch, capsys):
         assert train(*arguments, "--checkpoints", "twice") == 130
     with Path("m.jsonl").open("a") as lines:
         lines.write('{"update": 10, "loss": 1')
-    assert train("--resume", "twice") == 0
+    assert train("--resume", "twice", "--minutes", "10") == 0
     assert_same(state_of("twice"), state_of("once"))
     assert_same(state_of("twice/best"), state_of("once/best"))
     assert Path("m.jsonl").read_bytes() == whole

@@ -233,7 +233,9 @@ def _resumed(options: argparse.Namespace) -> checkpoints.Record:
     if "updates" in given and settings["training"]["schedule"] != "constant":
         raise InputError(f"--updates can't be changed: the rate's schedule ends at {run['updates']:,}. Leave it out.")
     if given & {"updates", "minutes"}:
-        run |= {"updates": None, "minutes": None}
+        run["minutes"] = None
+        # Unless the schedule of the rate ends there.
+        run["updates"] = run["updates"] if settings["training"]["schedule"] != "constant" else None
     for name, value in {**settings["training"], **run}.items():
         if name not in given:
             setattr(options, name, value)

@@ -116,7 +116,8 @@ def forecast(model: Model, values: Any, *, steps: int, level: float = 0.9) -> Fo
     Args:
         model: what `load` returns, of numbers.
         values: `[time, columns]`, all the columns that the model reads, in their own units, the newest row last, gaps
-            filled in; `[time]` for one column. Of a data frame, of pandas or polars, those columns are found by name. The more rows, the better the carry: as many as a row of its training chunks.
+            filled in; `[time]` for one column. Of a data frame those columns are found by name. The more rows, the better
+            the carry: as many as a row of its training chunks.
         steps: how many rows to forecast.
         level: of the intervals, one of `LEVELS`.
 

@@ -1,8 +1,8 @@
 r"""A training run's state on disk, by orbax: written whole or not at all, and read back only if every byte is as it was.
 
 Beside the arrays is a record: the settings of the run, what else is to be known of it, the name, shape and dtype of every
-leaf, a SHA-256 of all that and of the numbers, and one of each file. It is needed because orbax's array store reads missing data as zeros.
-orbax is imported only where it is used (extra `train`).
+leaf, a SHA-256 of all that and of the numbers, and one of each file. It is needed because orbax's array store reads missing
+data as zeros. orbax is imported only where it is used (extra `train`).
 """
 
 import contextlib

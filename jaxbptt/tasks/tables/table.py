@@ -80,8 +80,8 @@ def read_table(
     give different numbers, it is refused with the options that settle it. pandas cuts the file into cells.
 
     A number is written strictly: digits with a decimal mark and an exponent, or with thousands separators in groups of
-    three; a currency sign at one end is left out, and where all cells of a column end in `%`, 5% is 0.05. A cell is missing if it is empty or one of `nan NA N/A n.a. null None
-    NaT ? - -- . ..`, whatever the case; all other cells are refused.
+    three; a currency sign at one end is left out, and where all cells of a column end in `%`, 5% is 0.05. A cell is missing
+    if it is empty or one of `nan NA N/A n.a. null None NaT ? - -- . ..`, whatever the case; all other cells are refused.
 
     A file compressed by gzip is read as it is, `#` lines above the table are left out, blank lines are no rows. Of columns
     of dates and times of day, the first date becomes `times`, with the times of day added if it has none. Names that occur
