@@ -130,7 +130,7 @@ def mean_squared_error(
         raise ValueError(
             f"targets have shape {targets.shape}, but outputs have {outputs.shape}: they must be the same."
         )
-    of_features = mask is not None and jnp.ndim(mask) == outputs.ndim
+    of_features = getattr(mask, "ndim", None) == outputs.ndim
     mask = _check_mask(mask, outputs.shape if of_features else outputs.shape[:-1])
     wide = at_least_float32(outputs.dtype)
     counts = mask if of_features else mask[..., None]
