@@ -86,6 +86,18 @@ def load(folder: str | Path, *, which: Literal["best", "last"] = "best") -> Mode
         CheckpointError: no checkpoint, one that is damaged, or one that holds no model.
         ValueError: another `which`.
         ImportError: without orbax.
+
+    Example:
+        >>> import contextlib, io, tempfile
+        >>> import jaxbptt as bptt
+        >>> from jaxbptt.__main__ import main
+        >>> options = ["--updates", "2", "--hidden", "4", "--validation", "0", "--sample", "0"]
+        >>> with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        ...     _ = main(["train", *options, "--checkpoints", f"{folder}/run"])
+        ...     model = bptt.load(f"{folder}/run")
+        >>> carry, logits = model.network.apply(model.params, model.carry, model.vocabulary.encode("def "))
+        >>> model.step, len(logits)
+        (2, 4)
     """
     if which not in ("best", "last"):
         raise ValueError(f"which is {which!r}, but there are two: pass 'best' or 'last'.")
