@@ -209,6 +209,16 @@ def validation_errors(
     Raises:
         ValueError: rows of another shape or not finite; a start that leaves no row on one side; a season that is longer than
             the rows before `start`; horizons below 1.
+
+    Example:
+        >>> import jax, numpy as np
+        >>> from jaxbptt import models
+        >>> net = models.build(models.Architecture("gru", 8, 1, 1, 1, text=False, targets=(0,), change=(0.1,)))
+        >>> columns = models.Columns(("load",), np.array([50.0]), np.array([10.0]), (0,))
+        >>> rows = 50 + 10 * np.sin(2 * np.pi * np.arange(400) / 20)[:, None]
+        >>> errors = models.validation_errors(net, net.init(jax.random.key(0)), columns, rows, start=300, horizons=10)
+        >>> errors.network.shape, errors.season, bool(errors.seasonal.max() < 1e-9 < errors.persistence.min())
+        ((10, 1), (20,), True)
     """
     targets = list(columns.targets)
     check_count("horizons", horizons, "it counts steps ahead")
