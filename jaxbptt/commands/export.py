@@ -19,8 +19,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "export",
         help="write the weights of a model that `train` has trained, for other programs",
-        description="Writes every weight by its name, the read-out's too, with the sizes of the network and the bytes or the "
-        "columns that it reads. For torch, see jaxbptt.interop.to_torch.",
+        description="Writes every weight by its name, the read-out's too, with the sizes of the network and the bytes or "
+        "the columns that it reads. For torch, see jaxbptt.interop.to_torch.",
         formatter_class=arguments.HelpFormatter,
     )
     parser.set_defaults(run=run)

@@ -28,8 +28,8 @@ def add_parser(commands: Any) -> None:
         "forecast",
         help="forecast the next rows of a table with a model that `train` has trained on one like it",
         description="Reads the table, whose columns are found by their names, and lets the network run on from its last "
-        "row: each prediction is read as the next row, and columns that are not predicted keep their last value. Writes step, "
-        "date where the table has evenly spaced ones, and for each column the forecast and an interval, which held "
+        "row: each prediction is read as the next row, and columns that are not predicted keep their last value. Writes "
+        "step, date where the table has evenly spaced ones, and for each column the forecast and an interval, which held "
         "the given share of the model's validation data as many steps ahead. Without a file it continues the table that the "
         "model was trained on.",
         formatter_class=arguments.HelpFormatter,

@@ -153,8 +153,8 @@ def _check_observed(table: tasks.Table, cut: int, targets: tuple[int, ...]) -> N
         for i in targets:
             if len(observed) and not observed[:, i].any():
                 raise tasks.InputError(
-                    f"{table.name}: {table.columns[i]} has no number in the {part} data, so nothing can be learnt or measured "
-                    "of it: choose others with --target, or another --validation."
+                    f"{table.name}: {table.columns[i]} has no number in the {part} data, so nothing can be learnt or "
+                    "measured of it: choose others with --target, or another --validation."
                 )
 
 
@@ -175,7 +175,7 @@ def _with_observed(columns: Columns) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _changes(values: np.ndarray, observed: np.ndarray | None, columns: Columns) -> tuple[float, ...]:
-    """Root mean square of one step's change of each target, standardised, between observed entries; 1 where there is none."""
+    """Root mean square of one step's change of each target, standardised, where it was observed; 1 where there is none."""
     squares, counts = np.zeros((2, len(columns.names)))
     start = 0
     for block in blocks(values):

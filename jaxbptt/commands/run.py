@@ -26,8 +26,8 @@ from jaxbptt.training.tbptt import TrainState
 
 # Reading a number waits for the device, so the metrics of this many updates are read at once.
 READ_EVERY = 20
-# A run has diverged when at so many checkpoints in a row, at least so many updates apart, the mean loss of so many updates is
-# above that of a constant prediction, and above what it was at an earlier checkpoint.
+# A run has diverged when at so many checkpoints in a row, at least so many updates apart, the mean loss of so many updates
+# is above that of a constant prediction, and above what it was at an earlier checkpoint.
 DIVERGED_INTERVALS, DIVERGED_UPDATES = 3, 100
 
 

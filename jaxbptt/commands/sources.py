@@ -163,8 +163,8 @@ def _check_lengths(name: str, options: argparse.Namespace, cut: int, total: int)
     row = -(-(cut - 1) // options.batch)
     if options.steps > row:
         raise tasks.InputError(
-            f"--steps {options.steps:,} is longer than a row: {name} has {counted(cut, 'time step')} for training, which make "
-            f"--batch {options.batch} rows of {row:,}. Use at most --steps {row}, or a smaller --batch."
+            f"--steps {options.steps:,} is longer than a row: {name} has {counted(cut, 'time step')} for training, which "
+            f"make --batch {options.batch} rows of {row:,}. Use at most --steps {row}, or a smaller --batch."
         )
 
 

@@ -158,8 +158,8 @@ def _check_outputs(options: argparse.Namespace, folder: Path, metrics_file: Path
     newest = checkpoints.latest(folder)
     if newest is not None and not options.resume:
         raise InputError(
-            f"--checkpoints {folder} already has a checkpoint of update {newest}: continue from it with --resume {folder}, or "
-            "name another folder."
+            f"--checkpoints {folder} already has a checkpoint of update {newest}: continue from it with --resume {folder}, "
+            "or name another folder."
         )
     for option, path in (("--metrics", metrics_file), ("--figure", figure_file)):
         # The folder of the checkpoints is made later.

@@ -39,12 +39,12 @@ def from_torch(state_dict: Any) -> Any:
 
     Returns:
         A tuple of params from the lowest layer up, as `stack` takes them, in the dtype of the tensors; for a single layer,
-        `(params,) = ...`. With a read-out, `NetworkParams`, whose `cell` are a single layer's params or such a tuple; with an
-        embedding, `ModelParams`.
+        `(params,) = ...`. With a read-out, `NetworkParams`, whose `cell` are a single layer's params or such a tuple; with
+        an embedding, `ModelParams`.
 
     Raises:
-        ValueError: missing or unknown names, projections, a shape that fits no cell, sizes that do not fit together, a module
-            with relu.
+        ValueError: missing or unknown names, projections, a shape that fits no cell, sizes that do not fit together, a
+            module with relu.
         TypeError: neither a module nor a mapping, tensors that are not floating-point.
 
     Example:

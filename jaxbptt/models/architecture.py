@@ -46,7 +46,7 @@ class Architecture(NamedTuple):
 
 
 class ModelParams(NamedTuple):
-    """Weights of a model: its cell's, the read-out `W_hy [output, hidden]` and `b_y [output]`, and of a text that is embedded
+    """Weights of a model: its cell's, the read-out `W_hy [output, hidden]` and `b_y [output]`, and of an embedded text
     the vector of each symbol, `embedding [symbols, size]`."""  # noqa: D205, D209
 
     cell: Any
@@ -76,7 +76,7 @@ class ModelNetwork(NamedTuple):
 def build(architecture: Architecture) -> ModelNetwork:
     r"""The network that an `Architecture` describes.
 
-    Of a text: logitsₜ = W_hy hₜ + b_y, where the cell reads symbols as one-hot or embedded vectors. Of numbers, standardised,
+    Of a text: logitsₜ = W_hy hₜ + b_y, where the cell reads symbols as one-hot or embedded vectors. Of standardised numbers
     it predicts the change of each target column: yₜ = xₜ + s (W_hy hₜ + b_y), with s the `change`.
 
     Dropout draws one mask for all steps of a call, for the inputs of each layer above the first and of the read-out.

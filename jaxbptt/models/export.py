@@ -25,8 +25,8 @@ def named_weights(params: Any) -> dict[str, np.ndarray]:
         params: any pytree of arrays, such as a model's or a network's params.
 
     Returns:
-        Names, such as `cell.W_hh` of one layer, `cell.0.W_hh` of several, `W_hy`, `b_y`, to arrays, in their order in the tree
-        and in their own dtype, bfloat16 too.
+        Names, such as `cell.W_hh` of one layer, `cell.0.W_hh` of several, `W_hy`, `b_y`, to arrays, in the tree's order and
+        in their own dtype, bfloat16 too.
 
     Raises:
         TypeError: a leaf that is no array of numbers.

@@ -29,8 +29,8 @@ def sample(model: Model, prompt: str | None, *, length: int, temperature: float,
     Only bytes are drawn with which the text is UTF-8, where the training text was: so no character is left in halves,
     however little the model was trained. Otherwise bytes that are not UTF-8 become `"\ufffd"`.
 
-    Costs one step of the network for each byte of the prompt and the text, in blocks of 64 by one compiled function, which is
-    compiled once for a model.
+    Costs one step of the network for each byte of the prompt and the text, in blocks of 64 by a function that is compiled
+    once for a model.
 
     Args:
         model: what `load` returned, of a model of text.
@@ -160,8 +160,8 @@ _UTF8: tuple[tuple[tuple[int, int, int], ...], ...] = (
 def _following(symbols: Sequence[int], example: np.ndarray) -> np.ndarray:
     """The place in a character after each symbol, `[place, symbol]` int32, −1 where it must not be drawn.
 
-    Of a text that is not UTF-8 everything may be drawn. Whether it is, the example says, and the symbols themselves, where one
-    can be in no character.
+    Of a text that is not UTF-8 everything may be drawn. Whether it is, the example says, and the symbols themselves, where
+    one can be in no character.
     """
     after = np.full((len(_UTF8), 256), -1, np.int32)
     for place, ranges in enumerate(_UTF8):
