@@ -1,14 +1,11 @@
 r"""The command line: `python -m jaxbptt`, or `jaxbptt` where the package is installed, and the name of a command."""
 
 import argparse
-import platform
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-import jax
-
-from jaxbptt import __version__, tasks
+from jaxbptt import tasks
 from jaxbptt.commands import arguments as checks
 from jaxbptt.commands import export, forecast, report, sample, train
 from jaxbptt.training.checkpoints import CheckpointError
@@ -39,8 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="jaxbptt", description="The gradient of a recurrent network through time, by every method.")
-    version = f"jaxbptt {__version__}, jax {jax.__version__}, Python {platform.python_version()}"
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--version", action="version", version=checks.versions())
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     report.add_parser(commands)
     train.add_parser(commands)

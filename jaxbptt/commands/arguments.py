@@ -3,8 +3,12 @@
 import argparse
 import math
 import os
+import platform
 from pathlib import Path
 
+import jax
+
+from jaxbptt import __version__
 from jaxbptt.files import write_whole
 from jaxbptt.models.model import Model, load
 from jaxbptt.tasks import InputError
@@ -48,6 +52,11 @@ def load_model(options: argparse.Namespace) -> Model:
         return load(options.folder, which=options.which)
     except ImportError as error:
         raise InputError(str(error)) from None
+
+
+def versions() -> str:
+    """The package, jax and Python, as `--version` names them."""
+    return f"jaxbptt {__version__}, jax {jax.__version__}, Python {platform.python_version()}"
 
 
 def size(text: str) -> int:
@@ -127,6 +136,16 @@ def check_output(option: str, path: str | Path) -> None:
         raise InputError(f"{option} {path} can't be written: there is no folder {folder}.")
     if not os.access(folder, os.W_OK):
         raise InputError(f"{option} {path} can't be written: the folder {folder} is read-only.")
+
+
+def check_figure(path: Path) -> None:
+    """Check that a figure can be drawn in the format that its file's name ends in.
+
+    Raises:
+        InputError: another ending.
+    """
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--figure {path} ends in {path.suffix!r}: use .png, .svg or .pdf.")
 
 
 def check_apart(options: argparse.Namespace, *reads: str | Path | None) -> None:

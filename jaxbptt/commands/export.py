@@ -1,12 +1,10 @@
 r"""`python -m jaxbptt export` writes the weights of a trained model to a file that other programs read."""
 
 import argparse
-import platform
 from typing import Any
 
 import jax
 
-from jaxbptt import __version__
 from jaxbptt.commands import arguments
 from jaxbptt.models import export
 from jaxbptt.models.model import Model
@@ -71,7 +69,7 @@ def write(option: str, path: str, model: Model) -> None:
     described = {key: model.settings[key] for key in ("architecture", "vocabulary", "columns")}
     metadata = {key: value for key, value in described.items() if value is not None} | {
         "updates": model.step,
-        "written_by": f"jaxbptt {__version__}, jax {jax.__version__}, Python {platform.python_version()}",
+        "written_by": arguments.versions(),
     }
     try:
         export.save_weights(path, model.params, metadata)

@@ -12,7 +12,6 @@ import numpy as np
 
 from jaxbptt import tasks
 from jaxbptt.commands import arguments, numbers, tables
-from jaxbptt.files import write_whole
 from jaxbptt.models.forecasting import LEVELS, Forecast, ValidationErrors, forecast
 from jaxbptt.models.model import Columns, Model
 from jaxbptt.tasks import InputError
@@ -89,10 +88,7 @@ def _forecast(options: argparse.Namespace) -> int:
         ("--output", output, _rows(future, times, f"date ({table.zone})" if table.zone else "date")),
         ("--figure", figure, picture.getvalue()),
     ):
-        try:
-            write_whole(path, content)
-        except OSError as error:
-            raise InputError(f"{option} {path} can't be written: {error.strerror or error}.") from None
+        arguments.write(option, path, content)
     if errors is not None:
         show_errors(console, ValidationErrors.from_json(errors))
     console.print(f"\nForecast: {output}\nFigure: {figure}")
@@ -102,8 +98,7 @@ def _forecast(options: argparse.Namespace) -> int:
 def _check_outputs(output: Path, figure: Path) -> None:
     arguments.check_output("--output", output)
     arguments.check_output("--figure", figure)
-    if figure.suffix not in (".png", ".svg", ".pdf"):
-        raise InputError(f"--figure {figure} ends in {figure.suffix!r}: use .png, .svg or .pdf.")
+    arguments.check_figure(figure)
     if figure == output:
         raise InputError(f"--output {output} is the name of the figure, too: name a .csv file.")
 

@@ -85,7 +85,8 @@ def open_source(options: argparse.Namespace, resumed: Mapping[str, Any] | None =
     path = named or standard_library_file()
     name = Path(path).name
     arguments.check_apart(options, path)
-    if resumed is not None and (found := fingerprint(path)) != resumed["data"]["fingerprint"]:
+    found = fingerprint(path)
+    if resumed is not None and found != resumed["data"]["fingerprint"]:
         raise tasks.InputError(
             f"{path} is not the file that the run began with: it has {found}, that one had "
             f"{resumed['data']['fingerprint']}. Give the place of that file, or start another run."
@@ -100,7 +101,7 @@ def open_source(options: argparse.Namespace, resumed: Mapping[str, Any] | None =
     data = {
         "kind": kind,
         "path": str(Path(named).absolute()) if named else None,
-        "fingerprint": fingerprint(path),
+        "fingerprint": found,
         "reading": options.reading,
     }
     if text is not None:

@@ -170,8 +170,7 @@ def _check_outputs(options: argparse.Namespace, folder: Path, metrics_file: Path
         raise InputError(f"--metrics {metrics_file} already holds the metrics of another run: name another file.")
     if options.export:
         export.check("--export", options.export)
-    if figure_file.suffix not in (".png", ".svg", ".pdf"):
-        raise InputError(f"--figure {figure_file} ends in {figure_file.suffix!r}: use .png, .svg or .pdf.")
+    arguments.check_figure(figure_file)
 
 
 def _hooks(options: argparse.Namespace) -> tuple[hooks.Hook, ...]:
@@ -185,17 +184,16 @@ def _errors(network: Any, source: sources.Source, season: int | None) -> Callabl
     columns = source.columns
     if columns is None or source.validation is None:
         return lambda params: None
-    # A file larger than memory is not read as a whole.
-    start, end = max(source.cut - baselines.LOOKED_AT, 0), source.cut + forecasting.MAX_ROWS
-    rows = np.asarray(source.values[start:end], float)
-    observed = None if source.observed is None else source.observed[start:end]
-    if season is not None and season > source.cut - start:
-        raise InputError(f"--season {season:,} is longer than the {source.cut - start:,} rows before validation.")
-    options = {"start": source.cut - start, "season": season}
+    before = min(source.cut, baselines.LOOKED_AT)
+    if season is not None and season > before:
+        raise InputError(f"--season {season:,} is longer than the {before:,} rows before validation.")
 
     def errors(params: Any) -> dict[str, Any]:
-        local = _on_this_device(params)
-        return forecasting.validation_errors(network, local, columns, rows, observed, **options).to_json()
+        local, rows = _on_this_device(params), source.values
+        found = forecasting.validation_errors(
+            network, local, columns, rows, source.observed, start=source.cut, season=season
+        )
+        return found.to_json()
 
     return errors
 

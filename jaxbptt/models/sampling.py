@@ -1,6 +1,5 @@
 r"""Text that a model writes: drawn byte by byte, of which any number make a character, and cut where a character ends."""
 
-import codecs
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -13,7 +12,8 @@ from jaxbptt.arrays import check_count, check_key, is_number
 from jaxbptt.models.architecture import ModelNetwork
 from jaxbptt.models.model import Model
 from jaxbptt.tasks import InputError
-from jaxbptt.tasks.vocabulary import LATER_BYTES, Vocabulary
+from jaxbptt.tasks.mapped import is_utf8
+from jaxbptt.tasks.vocabulary import Vocabulary
 
 # Bytes that are read or drawn by one call of a compiled function, however long prompt and text are.
 BLOCK = 64
@@ -174,15 +174,6 @@ def _following(symbols: Sequence[int], example: np.ndarray) -> np.ndarray:
     reached = {0}
     while more := set(np.unique(after[list(reached)]).tolist()) - reached - {-1}:
         reached |= more
-    if (after[list(reached)] < 0).all(axis=0).any() or not _is_utf8(bytes(np.array(symbols, np.uint8)[example])):
+    if (after[list(reached)] < 0).all(axis=0).any() or not is_utf8(np.array(symbols, np.uint8)[example]):
         return np.zeros_like(after)
     return after
-
-
-def _is_utf8(raw: bytes) -> bool:
-    """Whether bytes are UTF-8, but for characters that are cut off at either end."""
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(raw[:3].lstrip(LATER_BYTES) + raw[3:])
-    except UnicodeDecodeError:
-        return False
-    return True

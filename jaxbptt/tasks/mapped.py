@@ -120,12 +120,12 @@ def map_text(path: str | Path) -> MappedText:
     counts = np.zeros(256, np.int64)
     for block in blocks(values):
         counts += np.bincount(block, minlength=256)
-    utf8 = _is_utf8(values) if counts[0x80:].any() else True
+    utf8 = is_utf8(values) if counts[0x80:].any() else True
     characters = max(len(values) - int(counts[0x80:0xC0].sum()), 1) if utf8 else len(values)
     return MappedText(path.name, values, tuple(np.flatnonzero(counts).tolist()), characters, utf8)
 
 
-def _is_utf8(values: np.ndarray) -> bool:
+def is_utf8(values: np.ndarray) -> bool:
     """Whether bytes are UTF-8, but for characters that are cut off at either end."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     cut_off = len(bytes(values[:3])) - len(bytes(values[:3]).lstrip(LATER_BYTES))
