@@ -3,8 +3,9 @@ r"""Colours, panels, labels, legends and axes that all figures share.
 Figures are made without pyplot, which holds on to every figure it makes and has global settings.
 """
 
+import io
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,6 +19,29 @@ DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "d", "v", "P")
 # With more points than this on a curve, markers run into each other.
 FEW = 12
+
+
+class Drawing(NamedTuple):
+    """What a function of `plots` drew. A notebook shows it as a picture.
+
+    Attributes:
+        figure: a new one, or that of the axes that were given.
+        axes: the panels, in order.
+        artists: lines, bars, images and the like, by name.
+    """
+
+    figure: Figure
+    axes: tuple[Axes, ...]
+    artists: Mapping[str, Any]
+
+    def savefig(self, *args: Any, **options: Any) -> None:
+        """That of the figure."""
+        self.figure.savefig(*args, **options)
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.figure.savefig(buffer, format="png", dpi=100)
+        return buffer.getvalue()
 
 
 def new_figure(

@@ -12,7 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbptt.analysis.certificate import Certificate, certify
-from jaxbptt.analysis.credit import LagContributions, TruncationBias, lag_contributions, truncation_bias
+from jaxbptt.analysis.credit import (
+    LagContributions,
+    TruncationBias,
+    input_saliency,
+    lag_contributions,
+    truncation_bias,
+)
 from jaxbptt.analysis.diagnosis import GradientDiagnosis, diagnose_gradient
 from jaxbptt.analysis.flow import GradientFlow, gradient_flow
 from jaxbptt.analysis.horizon import effective_horizon
@@ -34,6 +40,36 @@ from jaxbptt.training import losses
 
 # Dense Jacobians and a weight gradient for each time step: where they take more than this, they are left out.
 MAX_DENSE_BYTES = 2**30
+# So many steps' losses have their saliency on the page: more would make it heavy.
+_MAX_LOSSES = 128
+
+
+class Row(NamedTuple):
+    """What the networks read in the first row of the batch, as people see it.
+
+    Attributes:
+        name: of the data.
+        characters: of a text, one for each time step; `None` for numbers.
+        columns: names of the columns of numbers; empty for a text.
+        values: of the columns, in their own units, `[time, columns]`; `None` for a text.
+    """
+
+    name: str
+    characters: tuple[str, ...] | None = None
+    columns: tuple[str, ...] = ()
+    values: np.ndarray | None = None
+
+
+class Saliency(NamedTuple):
+    """How much the losses of some steps depend on each input, on the first row of the batch.
+
+    Attributes:
+        steps: whose losses, from 0, in order, the last step among them, `[chosen]`.
+        values: ‖∂Lₜ/∂xₛ‖, 0 where s comes after t, `[chosen, time]`.
+    """
+
+    steps: np.ndarray
+    values: np.ndarray
 
 
 class CellReport(NamedTuple):
@@ -51,6 +87,7 @@ class CellReport(NamedTuple):
         singular_values: of ∂h_T/∂hₜ on the first row of the batch, or `None` where the dense Jacobians would not fit.
         bound_rate: γ σ_max(W_hh) for the Elman cell, `None` for the others.
         loss: the mean over all steps and rows.
+        saliency: of the inputs for the losses of single steps.
     """
 
     name: str
@@ -64,6 +101,7 @@ class CellReport(NamedTuple):
     singular_values: LogSingularValues | None = None
     bound_rate: float | None = None
     loss: float | None = None
+    saliency: Saliency | None = None
 
 
 class Entry(NamedTuple):
@@ -182,6 +220,17 @@ def stages(entry: Entry) -> list[Stage]:
         loss_of_row = lambda carry, hs: loss(hs[-1:], known_last)  # noqa: E731
         return {"diagnosis": diagnose_gradient(cell, params, *_row(entry, 0), loss_of_row)}
 
+    def saliency(show):
+        known_of_row = jax.tree.map(lambda leaf: leaf[:, 0], known)
+
+        def by_step(carry, hs):
+            one = lambda h, known: loss(h[None], jax.tree.map(lambda leaf: leaf[None], known))  # noqa: E731
+            return jax.vmap(one)(hs, known_of_row)
+
+        steps = np.unique(np.linspace(0, len(xs) - 1, min(len(xs), _MAX_LOSSES)).round().astype(int))
+        of_row = jax.jit(lambda params, init, xs: input_saliency(cell, params, init, xs, by_step, steps=steps))
+        return {"saliency": Saliency(steps, np.asarray(of_row(params, *_row(entry, 0))))}
+
     def by_lag(show):
         lags = jax.jit(lambda params, init, xs: lag_contributions(cell, params, init, xs, mean_loss))(params, init, xs)
         horizon = max(jax.tree.leaves(jax.tree.map(int, effective_horizon(lags, 0.01))))
@@ -197,6 +246,7 @@ def stages(entry: Entry) -> list[Stage]:
         Stage("truncation", truncation),
         Stage("gradient flow", flow),
         Stage("diagnosis", diagnosis),
+        Stage("saliency", saliency),
     ]
     of_dense = [Stage("lags", by_lag), Stage("singular values", singular_values)]
     return always + of_dense if dense else always
