@@ -174,7 +174,8 @@ def plot_lyapunov_spectrum(
             (artists[artist_name(name, "not resolved")],) = axes.plot(
                 x, np.where(resolved, np.nan, exponents), **hollow
             )
-            handles = [Line2D([], [], label="not resolved", **hollow | {"color": "0.3"})]
+            hollow |= {"color": "0.3", "label": "not resolved"}
+            handles = [Line2D([], [], **hollow)]
     if theory is not None:
         values = np.atleast_1d(finite(theory)) / rate.dt
         first, last = (1 / max(counts), 1) if relative else (1, max(counts))
