@@ -7,6 +7,8 @@ from jaxbptt.analysis.certificate import certify as certify
 from jaxbptt.analysis.compare import GradientComparison as GradientComparison
 from jaxbptt.analysis.compare import LeafComparison as LeafComparison
 from jaxbptt.analysis.compare import compare_gradients as compare_gradients
+from jaxbptt.analysis.covariant import CovariantVectors as CovariantVectors
+from jaxbptt.analysis.covariant import covariant_lyapunov_vectors as covariant_lyapunov_vectors
 from jaxbptt.analysis.credit import BiasCurve as BiasCurve
 from jaxbptt.analysis.credit import LagContributions as LagContributions
 from jaxbptt.analysis.credit import TruncationBias as TruncationBias
@@ -17,6 +19,9 @@ from jaxbptt.analysis.diagnosis import GradientDiagnosis as GradientDiagnosis
 from jaxbptt.analysis.diagnosis import GradientRates as GradientRates
 from jaxbptt.analysis.diagnosis import diagnose_gradient as diagnose_gradient
 from jaxbptt.analysis.finite import BadEntry as BadEntry
+from jaxbptt.analysis.fixed_points import FixedPoints as FixedPoints
+from jaxbptt.analysis.fixed_points import fixed_points as fixed_points
+from jaxbptt.analysis.fixed_points import sample_states as sample_states
 from jaxbptt.analysis.flow import GradientFlow as GradientFlow
 from jaxbptt.analysis.flow import gradient_flow as gradient_flow
 from jaxbptt.analysis.horizon import AdaptiveTruncation as AdaptiveTruncation
