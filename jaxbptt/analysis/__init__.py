@@ -7,6 +7,9 @@ from jaxbptt.analysis.certificate import certify as certify
 from jaxbptt.analysis.compare import GradientComparison as GradientComparison
 from jaxbptt.analysis.compare import LeafComparison as LeafComparison
 from jaxbptt.analysis.compare import compare_gradients as compare_gradients
+from jaxbptt.analysis.components import PrincipalComponents as PrincipalComponents
+from jaxbptt.analysis.components import participation_ratio as participation_ratio
+from jaxbptt.analysis.components import principal_components as principal_components
 from jaxbptt.analysis.covariant import CovariantVectors as CovariantVectors
 from jaxbptt.analysis.covariant import covariant_lyapunov_vectors as covariant_lyapunov_vectors
 from jaxbptt.analysis.credit import BiasCurve as BiasCurve
@@ -36,6 +39,8 @@ from jaxbptt.analysis.jacobians import state_jacobians as state_jacobians
 from jaxbptt.analysis.jacobians import temporal_contributions as temporal_contributions
 from jaxbptt.analysis.lyapunov import LyapunovSpectrum as LyapunovSpectrum
 from jaxbptt.analysis.lyapunov import lyapunov_exponents as lyapunov_exponents
+from jaxbptt.analysis.normality import NormalityDeparture as NormalityDeparture
+from jaxbptt.analysis.normality import departure_from_normality as departure_from_normality
 from jaxbptt.analysis.operators import JacobianOperators as JacobianOperators
 from jaxbptt.analysis.operators import jacobian_operators as jacobian_operators
 from jaxbptt.analysis.paths import surviving_paths as surviving_paths
