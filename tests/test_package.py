@@ -89,7 +89,7 @@ ALLOWED = {
     "analysis": ("cells", "programs", "scans"),
     "training": ("cells", "programs", "scans", "analysis", "tasks"),
     "tasks": (),
-    "plots": ("analysis", "models", "training"),
+    "plots": ("analysis", "models", "scans", "training"),
     "network": ("cells", "scans"),
     "bidirectional": ("cells", "scans"),
     "models": ("cells", "network", "scans", "tasks", "training"),
