@@ -4,7 +4,6 @@ import ast
 import inspect
 import re
 import textwrap
-from pathlib import Path
 
 from docutils import nodes
 from sphinx.addnodes import pending_xref
@@ -26,6 +25,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_theme_options = {"show_navbar_depth": 1, "home_page_in_toc": True, "use_download_button": False}
 html_copy_source = False
+html_context = {"default_mode": "auto"}
 # After the HTML build, whose doctrees it reads: in parallel everything would be read, and the gallery executed, twice.
 llms_txt_build_parallel = False
 llms_txt_suffix_mode = "replace"
@@ -82,7 +82,8 @@ def plain_text(app, what, name, obj, options, lines):
             paragraph = ".. code-block:: text\n   :class: equation\n\n" + textwrap.indent(paragraph, "   ")
         elif not paragraph.lstrip().startswith(">>>"):
             paragraph = "`".join(
-                part if i % 2 else re.sub(r"(?<!\\)[|*]|_(?!\w)", r"\\\g<0>", part) for i, part in enumerate(paragraph.split("`"))
+                part if i % 2 else re.sub(r"(?<!\\)[|*]|_(?!\w)", r"\\\g<0>", part)
+                for i, part in enumerate(paragraph.split("`"))
             )
         done.append(paragraph)
     lines[:] = "\n\n".join(done).split("\n")
@@ -124,7 +125,9 @@ def full_name(text, objects):
 def inside(node, name):
     """Whether a node stands in the entry of this name."""
     while node is not None:
-        if any(name in part.get("ids", ()) for part in getattr(node, "children", ()) if isinstance(part, nodes.Element)):
+        if any(
+            name in part.get("ids", ()) for part in getattr(node, "children", ()) if isinstance(part, nodes.Element)
+        ):
             return True
         node = node.parent
     return False
