@@ -36,7 +36,9 @@ class PrincipalComponents(NamedTuple):
                 f"The states have {counted(X.shape[1], 'number')}, but the components are of {len(self.mean)}: pass states "
                 "of the same recurrence."
             )
-        return ((X.astype(self.mean.dtype) - self.mean[None]) @ self.components.T).reshape(*leading, -1)
+        return ((X.astype(self.mean.dtype) - self.mean[None]) @ self.components.T).reshape(
+            *leading, len(self.components)
+        )
 
 
 def principal_components(states: Any, *, num_components: int | None = None, valid: Any = None) -> PrincipalComponents:
