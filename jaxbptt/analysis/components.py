@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxbptt.arrays import as_array, at_least_float32, check_count
+from jaxbptt.html_table import columns_table, in_words
 from jaxbptt.trees import is_differentiable, name
 from jaxbptt.words import counted
 
@@ -27,6 +28,11 @@ class PrincipalComponents(NamedTuple):
     explained_variance_ratio: Float[Array, " k"]
     mean: Float[Array, " n"]
     projections: Float[Array, "*states k"]
+
+    def _repr_html_(self) -> str:
+        columns = {"variance": self.explained_variance, "share of all": self.explained_variance_ratio}
+        notes = (f"Projections of the states: {in_words(self.projections)}.",)
+        return columns_table(self, {"i": range(1, self.explained_variance.shape[-1] + 1)} | columns, notes=notes)
 
     def project(self, states: Any) -> Float[Array, "*others k"]:
         """Other states in the same coordinates, such as the points that `fixed_points` found: `[*others, n]`."""

@@ -107,11 +107,10 @@ def plot_fixed_point_eigenvalues(points: FixedPoints, *, ax: Ax = None) -> Drawi
     for kind, chosen in _kinds(points).items():
         style: dict[str, Any] = _STYLES[kind] | {"markersize": 5}
         (artists[kind],) = axes.plot(real[chosen].ravel(), imaginary[chosen].ravel(), linestyle="", label=kind, **style)
-    low, high = extremes([real, imaginary]) or (0.0, 0.0)
-    reach = 1.1 * max(1.0, -low, high)
     axes.set_aspect("equal")
-    axes.set_xlim(-reach, reach)
-    axes.set_ylim(-reach, reach)
+    for limit, part in ((axes.set_xlim, real), (axes.set_ylim, imaginary)):
+        low, high = extremes([part, [-1, 1]]) or (-1.0, 1.0)
+        limit(low - 0.05 * (high - low), high + 0.05 * (high - low))
     axes.locator_params(nbins=5)
     label_axes(axes, "", "real part", "imaginary part")
     add_legend([axes], ax)
