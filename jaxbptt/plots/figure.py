@@ -128,13 +128,19 @@ def add_legend(panels: Sequence[Axes], ax: Ax, *, columns: int = 4, handles: Any
         return
     if ax is None:
         figure = panels[0].figure
-        # About as wide as they are drawn, in inches: a legend that is wider than its figure is cut.
-        width = 0.75 + 0.08 * max(map(len, named))
-        ncols = min(len(named), columns, max(1, int(figure.bbox.width / figure.dpi / width)))
+        ncols = min(len(named), columns)
+        # A legend that is wider than its figure is cut.
+        while ncols > 1 and _legend_width([*named], ncols) > figure.bbox.width / figure.dpi:
+            ncols -= 1
         below: dict[str, Any] = {"loc": "outside lower center", "ncols": ncols, "frameon": False}
         figure.legend(named.values(), named.keys(), **below)
     else:
         panels[0].legend(named.values(), named.keys(), loc=loc, fontsize="small", framealpha=0.8)
+
+
+def _legend_width(labels: list[str], columns: int) -> float:
+    """About as wide as it is drawn, in inches, its columns filled one after the other."""
+    return sum(0.75 + 0.075 * max(map(len, column)) for column in np.array_split(labels, columns))
 
 
 def colour(i: int) -> str:
