@@ -152,11 +152,19 @@ CALLS = {
     "BiasCurve": (lambda: bias().windowed, lambda r: [*r.relative_errors, *r.cosines]),
     "Certificate": (certificate, lambda r: ["<plain>", "NO", "float32", f"{r.rows[1].largest_error:.1e}"]),
     "CertificateRow": (lambda: certificate().rows[1], lambda r: ["<plain>", r.temporary_bytes, r.seconds]),
+    "CovariantVectors": (
+        lambda: bptt.covariant_lyapunov_vectors(*ARGS[:3], jnp.tile(ARGS[3], (5, 1))),
+        lambda r: [*r.exponents],
+    ),
     "Digits": (
         lambda: tasks.Digits(tasks.adding_problem(steps=4), sequences()),
         lambda r: [r.train.baseline, "bool[4, 2], 2 true"],
     ),
     "Evaluation": (lambda: evaluated()[1], lambda r: [r.loss, r.carry_norm]),
+    "FixedPoints": (
+        lambda: bptt.fixed_points(lambda w, h, x: (jnp.tanh(w * h), None), 1.5, None, jnp.array([-1.0, 0.1, 1.0])),
+        lambda r: ["fixed", *(f"{abs(mu):.4g}" for mu in r.eigenvalues[:, 0])],
+    ),
     "Forecast": (
         lambda: models.Forecast(("<load>",), *np.arange(12.0).reshape(3, 4, 1), 0.9, ("<held>",), 4),
         lambda r: ["<load>, low", 7, 11, "90 %", "<held>"],
@@ -193,7 +201,15 @@ CALLS = {
         lambda: tasks.next_step(series(), steps=2, batch=1),
         lambda r: ["cross_entropy", "[2, 1, 2]"],
     ),
+    "NormalityDeparture": (
+        lambda: bptt.departure_from_normality(jnp.array([[[0.0, 2.0], [0.0, 0.0]]])),
+        lambda r: [*r.absolute, *r.relative],
+    ),
     "Plan": (lambda: bptt.plan(*ARGS, memory_bytes=1e6), lambda r: [r.reason, r.predicted_bytes, f"function {r.name}"]),
+    "PrincipalComponents": (
+        lambda: bptt.principal_components(jnp.array([[1.0, 0.0], [3.0, 1.0], [2.0, 0.5], [7.0, 1.0]])),
+        lambda r: [*r.explained_variance],
+    ),
     "Record": (
         lambda: checkpoints.Record(1234, {"<seed>": 0}, {"loss": 0.5}),
         lambda r: ["1,234", "<seed> 0", "loss 0.5"],
