@@ -4,10 +4,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-from jaxbptt.reports import wording
+from jaxbptt.reports import charts, wording
 from jaxbptt.reports.report import CellReport, Row
 from jaxbptt.reports.summary import advice
-from jaxbptt.reports.wording import Section, Table
+from jaxbptt.reports.wording import CAPTIONS, Section, Table
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #ffffff; --line: #d0d0d0; --quiet: #555555; --link: #0b57a4; }
@@ -62,7 +62,8 @@ def render(
         trained: whether the networks are one, before and after training, and not untrained.
     """
     title = "How far back the gradient reaches" + (", before and after training" if trained else "")
-    figures: dict[str, str] = {}
+    drawn = charts.charts(row, reports)
+    figures = {name: charts.figure(chart, CAPTIONS[name]) for name, chart in drawn.items()}
     of_text = row.characters is not None
     parts = [
         f"<header><h1>{title}</h1>\n<p class='quiet'>{escape(row.name)}</p></header>",
@@ -80,23 +81,24 @@ def render(
         _truncation(reports, figures),
         _agreement(reports, figures),
         "</main>",
+        charts.scripts(drawn.values()),
     ]
     body = "\n".join(parts)
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{title}: {escape(row.name)}</title><style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+        f"<title>{title}: {escape(row.name)}</title><style>{_STYLE}{charts.STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
 
 
 def _contents(of_text: bool, trained: bool) -> str:
     links = {
         "sequence": "Over the text" if of_text else "Over the series",
-        "flow": "Back through time",
-        "causes": "Why",
-        "lags": "By distance",
-        "truncation": "Cut at K",
-        "agreement": "Do the methods agree?",
+        "back-in-time": "Back through time",
+        "why": "Why",
+        "distance": "By distance",
+        "cut": "Cut at K",
+        "methods": "Do the methods agree?",
     }
     items = "".join(f"<li><a href='#{id}'>{words}</a></li>" for id, words in links.items())
     return f"<nav aria-label='On this page'><ul>{items}</ul></nav>"
@@ -117,7 +119,7 @@ def _saliency(reports: Sequence[CellReport], of_text: bool, figures: Mapping[str
 def _flow(reports: Sequence[CellReport], trained: bool, figures: Mapping[str, str]) -> str:
     networks = "the network before training and after it" if trained else "untrained networks"
     return _part(
-        "flow",
+        "back-in-time",
         "The gradient on its way back",
         "<p>Backpropagation through time starts at the loss of the last step and takes its gradient from each state to the "
         f"one before it. Here is its size at each state, ‖∂L/∂h‖, in {networks}. Steps where it is below 1 % of its largest "
@@ -148,7 +150,7 @@ def _causes(reports: Sequence[CellReport], trained: bool, figures: Mapping[str, 
         f"say by how much a gradient can shrink or grow at that lag, in the best and the worst direction.{bound}</p>"
     )
     return _part(
-        "causes",
+        "why",
         "Why it shrinks or grows",
         "<p>Each step back multiplies the gradient by some factor. Its logarithm is the sum of three parts, so they can be "
         "compared. The unit is the <dfn>nat</dfn>: −0.1 nats a step is a factor of exp(−0.1), about 0.9, in each step.</p>",
@@ -174,7 +176,7 @@ def _lags(reports: Sequence[CellReport], figures: Mapping[str, str]) -> str:
     sentences = [sentence for sentence in map(wording.horizon_sentence, reports) if sentence]
     left_out = [f"{report.name}: left out: {words}." for report in reports for words in report.left_out]
     return _part(
-        "lags",
+        "distance",
         "From what distance the gradient comes",
         "<p>The gradient of the mean loss over all steps and sequences is a sum over lags: a lag is the number of steps from "
         "a loss back to the step where a weight was used.</p>" * bool(sentences),
@@ -193,7 +195,7 @@ def _truncation(reports: Sequence[CellReport], figures: Mapping[str, str]) -> st
         for method in ("windowed", "truncated")
     )
     return _part(
-        "truncation",
+        "cut",
         "What is lost when the gradient is cut at K",
         "<p>Long sequences are often cut, to save memory. <code>truncated_scan</code> cuts them into pieces of K steps that "
         "no gradient crosses. With <code>windowed_scan</code> each loss reaches back exactly K steps. The error is the norm "
@@ -209,7 +211,7 @@ def _agreement(reports: Sequence[CellReport], figures: Mapping[str, str]) -> str
         _table(table, f"{name}, in {table.head[0]}.") for name, table in wording.cost_tables(reports).items()
     )
     return _part(
-        "agreement",
+        "methods",
         "Do the methods agree?",
         f"<p>{escape(wording.agreement_sentence(reports))}</p>",
         _table(
@@ -240,7 +242,7 @@ def _section(section: Section, *, folded: bool) -> str:
 
 
 def _part(id: str, title: str, *parts: str) -> str:
-    return "\n".join([f"<section id='{id}'>", f"<h2>{title}</h2>", *filter(None, parts), "</section>"])
+    return "\n".join([f"<section id='{id}'>", f"<h2>{escape(title)}</h2>", *filter(None, parts), "</section>"])
 
 
 def _details(id: str, title: str, body: str) -> str:

@@ -215,7 +215,7 @@ def report_cells(entries: Sequence[Entry], progress: Callable[[str, int], None])
     """
     todo = [(entry.name, stage) for entry in entries for stage in stages(entry)]
     found: dict[str, dict[str, Any]] = {entry.name: {} for entry in entries}
-    x64 = jax.config.jax_enable_x64
+    x64 = bool(jax.config.read("jax_enable_x64"))
 
     def run(name: str, stage: Stage) -> None:
         with jax.enable_x64(x64):  # a thread starts with the global settings
