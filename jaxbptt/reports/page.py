@@ -179,7 +179,8 @@ def _lags(reports: Sequence[CellReport], figures: Mapping[str, str]) -> str:
         "distance",
         "From what distance the gradient comes",
         "<p>The gradient of the mean loss over all steps and sequences is a sum over lags: a lag is the number of steps from "
-        "a loss back to the step where a weight was used.</p>" * bool(sentences),
+        "a loss back to the step where a weight was used. The part of lag l is G<sup>(l)</sup>, and its norm is its size.</p>"
+        * bool(sentences),
         figures.get("lags", ""),
         _list(sentences),
         _list(left_out),
@@ -198,8 +199,8 @@ def _truncation(reports: Sequence[CellReport], figures: Mapping[str, str]) -> st
         "cut",
         "What is lost when the gradient is cut at K",
         "<p>Long sequences are often cut, to save memory. <code>truncated_scan</code> cuts them into pieces of K steps that "
-        "no gradient crosses. With <code>windowed_scan</code> each loss reaches back exactly K steps. The error is the norm "
-        "of the difference from the exact gradient, relative to the norm of the exact one.</p>",
+        "no gradient crosses. With <code>windowed_scan</code> each loss reaches back exactly K steps. With the exact gradient "
+        "g and the cut one g<sub>K</sub>, the error is ‖g<sub>K</sub> − g‖ / ‖g‖.</p>",
         figures.get("truncation", ""),
         _table(wording.lengths_table(reports), note),
         _details("errors", "The errors at each K", folded),

@@ -111,21 +111,23 @@ def _reaches(reports: Sequence[CellReport], found: CellReport | None) -> str:
     if found is None:
         return odd
     steps, last = len(found.flow.norms), learns_from(found)
-    what = "gradient of the mean loss" if found.lags is not None else "gradient of the last step's loss"
+    which = "each loss" if found.lags is not None else "the last loss"
     whole = steps > 1 and last == steps
     comes = (
-        f"reaches back over all {counted(steps, 'step')}" if whole else f"comes from the last {last} of {steps:,} steps"
+        f"reaches back over all {counted(steps, 'step')}"
+        if whole
+        else f"comes from within {counted(last, 'step')} of {which}"
     )
     part = "" if whole else "all but 1 % of "
     others = [r for r in reports if r is not found and learns_from(r) is not None]
     if steps == 1:
         text = "There is a single step, so there is nothing before it that could be learned from."
     elif len(reports) == 1:
-        text = f"On this sequence {part}the {what} of the {found.name} network {comes}."
+        text = f"On this sequence {part}the gradient of the {found.name} network {comes}."
     else:
         as_far = [r.name for r in others if learns_from(r) == last]
         names = listed([found.name, *as_far])
-        text = f"On this sequence the gradient reaches furthest back in {names}: {part}the {what} {comes}"
+        text = f"On this sequence the gradient reaches furthest back in {names}: {part}it {comes}"
         nearer = [f"{learns_from(r)} in {r.name}" for r in others if r.name not in as_far]
         text += f", against {listed(nearer)}." if nearer else "."
     return f"{text} {odd}".strip()
@@ -155,8 +157,8 @@ def _learnt(before: CellReport, after: CellReport, easy: tuple[str, float] | Non
     then, now = learns_from(before), learns_from(after)
     if then is not None and now is not None:
         parts.append(
-            f"all but 1 % of the gradient came from the last {counted(then, 'step')} before training, and comes from the last "
-            f"{now} after it"
+            f"all but 1 % of the gradient came from within {counted(then, 'step')} of each loss before training, and comes "
+            f"from within {now} after it"
         )
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}. {_odd([before, after])}".strip()
@@ -170,14 +172,13 @@ def _to_do(report: CellReport, *, trained: bool = False) -> str:
         return f"{change[0].upper()}{change[1:]}."
     bias = report.bias
     lengths = {"windowed_scan": shortest(bias, bias.windowed), "truncated_scan": shortest(bias, bias.truncated)}
-    kept = [f"K = {K} with `{name}`" for name, K in lengths.items() if K is not None and steps > K]
+    kept = [f"{K:,} steps with `{name}`" for name, K in lengths.items() if K is not None and steps > K]
     cut = (
-        f"For {report.name}, cut the gradient at no less than {' or '.join(kept)}, which keeps its error within {CLOSE:.0%}"
+        f"To save memory, the gradient of {report.name} may be cut, but at no less than {' or '.join(kept)}: it is then off by "
+        "at most 10 %"
         if kept
-        else f"For {report.name}, do not cut the gradient at less than all {steps:,} steps: it would be off by more than "
-        f"{CLOSE:.0%}"
+        else f"Do not cut the gradient of {report.name} at less than all {steps:,} steps: it would be off by more than 10 %"
     )
-    cut = cut.replace("10%", "10 %")
     if cause in ("explosion", "cut"):
         return f"{change[0].upper()}{change[1:]}. {cut}."
     again = "train again and " if trained and cause != "steady" else ""

@@ -14,18 +14,22 @@ from jaxbptt.reports.summary import learns_from, listed, reach, shortest
 from jaxbptt.words import counted
 
 CAPTIONS = {
-    "saliency": "The stronger the colour, the more the loss at the chosen step depends on what was read there. What has lost "
-    "its colour has no influence: from it the network learns nothing.",
-    "flow": "Read it from right to left, as the gradient goes. The steeper a curve falls, the faster the network forgets: one "
-    "mark of the axis is a factor. A level curve loses nothing on its way.",
-    "causes": "Bars to the left shrink the gradient at each step, bars to the right make it grow; together they are the "
-    "change that was observed.",
-    "singular-values": "The higher the largest value at a lag, the more of a gradient can come that far. Where even it is "
-    "small, no loss whatever can teach the network anything from so long ago.",
-    "lags": "How much of the gradient comes from so many steps back. Where a curve has fallen to a hundredth of its start, "
-    "longer memory hardly changes what is learned.",
-    "truncation": "The error falls as K grows. What is cut matters little where it is below 0.1, that is 10 %.",
-    "agreement": "Each mark is one method's largest error. All should be far to the left of 1, at the size of rounding errors.",
+    "saliency": "The higher the bar at a place, the more the loss at the chosen step depends on what was read there. Heights "
+    "are logarithmic: where there is no bar, it is less than a thousandth of the largest, and from there the network learns "
+    "next to nothing.",
+    "flow": "Read it from right to left, as the gradient goes. The axis is logarithmic: on a straight line the gradient "
+    "changes by the same factor in every step. The steeper the line, the sooner the network forgets; a level one keeps the "
+    "gradient.",
+    "causes": "Bars to the left shrink the gradient in each step back, bars to the right make it grow. The black bar is their "
+    "sum, which is the change that was observed.",
+    "singular-values": "The higher the largest value at a lag, the more of a gradient can come that far. Where even the "
+    "largest is tiny, no loss can teach the network anything from so long ago.",
+    "lags": "How much of the gradient comes from so many steps before a loss. Where a curve has fallen to a thousandth of its "
+    "start, a longer memory would hardly change what is learned.",
+    "truncation": "Above: the further right, the smaller the error. Below 0.1, that is 10 %, little is lost. Below: each "
+    "point is a state and a loss, and the coloured ones are those between which the gradient still passes at the K chosen.",
+    "agreement": "From top to bottom: error, memory and time of every method; further left is better. Errors to the left of "
+    "the dashed line are no more than rounding.",
 }
 
 _CAUSES = {
@@ -183,7 +187,9 @@ def start_sentence(report: CellReport) -> str | None:
         at = math.log(report.kept / (1 - report.kept)) if 0 < report.kept < 1 else math.inf
         return (
             f"{report.name}: the bias of its {gate} gate starts at {at:.2g} (`{bias}`), so that a unit keeps about "
-            f"{report.kept:.0%} of its state in each step, and the gradient as much.".replace("%", " %")
+            f"{report.kept:.0%} of its state in each step, and as much of the gradient on that way back.".replace(
+                "%", " %"
+            )
         )
     if report.kind == "elman" and report.bound_rate is not None and not report.trained:
         return (
@@ -220,7 +226,7 @@ def horizon_sentence(report: CellReport) -> str | None:
     steps, last = len(report.lags.norms), learns_from(report)
     if last is None:
         return f"{report.name}: no horizon: the gradient of the mean loss is 0 or not finite."
-    return f"{report.name}: all but 1 % of the gradient of the mean loss comes from the last {last} of {counted(steps, 'step')}."
+    return f"{report.name}: all but 1 % of the gradient comes from within {counted(last, 'step')} of each loss, of {steps:,}."
 
 
 def lengths_table(reports: Sequence[CellReport]) -> Table:
@@ -252,8 +258,8 @@ def agreement_sentence(reports: Sequence[CellReport]) -> str:
     methods = len({row.name for c in certificates for row in c.rows})
     where = "" if len(reports) == 1 else f" in {'both' if len(reports) == 2 else 'all'} networks"
     return (
-        f"All {methods} methods agree{where}: the largest error is {largest:.1e} of a leaf's largest entry, and up to "
-        f"{max(c.tolerance for c in certificates):.0e} is rounding in {certificates[0].dtype}."
+        f"All {methods} methods agree{where}: the largest error is {largest:.1e}, and up to "
+        f"{max(c.tolerance for c in certificates):.0e} counts as rounding in {certificates[0].dtype}."
     )
 
 
@@ -288,7 +294,7 @@ def overview_table(reports: Sequence[CellReport]) -> Table:
                 agrees(report.certificate),
             )
         )
-    head = "network", "learns from the last", "gradient", "K windowed", "K truncated", "methods agree"
+    head = "network", "reaches back, steps", "gradient", "K windowed", "K truncated", "methods agree"
     return Table(head, tuple(rows))
 
 
