@@ -1,6 +1,6 @@
 r"""Where and why two gradients differ: leaf by leaf, with the likely cause in words."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +9,13 @@ import numpy as np
 
 from jaxbptt.analysis.credit import LagContributions
 from jaxbptt.analysis.jacobians import TemporalContributions
-from jaxbptt.arrays import check_concrete
+from jaxbptt.analysis.mistakes.intermediates import first_difference
+from jaxbptt.analysis.mistakes.search import Given, Prepared, Search, prepared, search
+from jaxbptt.arrays import check_callable, check_concrete
+from jaxbptt.cells import dense
+from jaxbptt.cells.cell import Cell
+from jaxbptt.network import NetworkParams
+from jaxbptt.scans.flags import Flags
 from jaxbptt.trees import differentiable, name
 from jaxbptt.words import counted
 
@@ -43,11 +49,15 @@ class GradientComparison(NamedTuple):
         leaves: a `LeafComparison` for each.
         agrees: whether all leaves do.
         cause: the likely causes for the leaves that do not.
+        mistakes: the known mistakes that give just this gradient, where the problem was given and one of them does.
+        first_difference: the first intermediate result that differs, in words, where they were given; "" if none does.
     """
 
     leaves: tuple[LeafComparison, ...]
     agrees: bool
     cause: str
+    mistakes: tuple[str, ...] = ()
+    first_difference: str = ""
 
     def __str__(self) -> str:
         width = max((len(leaf.leaf) for leaf in self.leaves), default=0)
@@ -61,18 +71,56 @@ def compare_gradients(
     mine: Any,
     reference: Any,
     *,
+    step: Callable[..., Any] | Cell | None = None,
+    params: Any = None,
+    init: Any = None,
+    xs: Any = None,
+    loss: Callable[..., Any] | None = None,
+    length: int | None = None,
+    is_first: Any = None,
+    valid: Any = None,
+    reset_carry: Any = None,
+    intermediates: Any = None,
     temporal: TemporalContributions | None = None,
     lags: LagContributions | None = None,
 ) -> GradientComparison:
-    r"""Compare a gradient with a reference, leaf by leaf, and name the likely cause where they differ.
+    r"""Compare a gradient with a reference, leaf by leaf, and name the mistake where they differ.
 
-    Causes that the two gradients alone show: nan, all zero, the wrong sign, a constant factor, a transpose, the term of
-    one time step missing (a difference of low rank). With `temporal`, which time step is missing or counted twice, and
-    whether the factor is T; with `lags`, after how many lags the paths are cut, one lag short of all included.
+    **The two gradients alone** show nan, all zero, the wrong sign, a constant factor, a transpose, a clipped gradient, a sum
+    over rows or time that is missing. With `temporal` also which time step is missing or counted twice, with `lags` after
+    how many lags the paths are cut.
+
+    **With the problem**, `step`, `params`, `init`, `xs` and `loss`, the backward loop is run with each mistake that people
+    make in it, and the one that gives `mine` is named. Tried are, for any step: nothing carried back, or added up; a loop
+    forward in time; a cut every K steps; dh clipped at each step; each time step left out, or twice, in the loop, in the
+    sums, or in the loss; targets, losses, inputs, states or deltas of another step; the softmax or the target missing in
+    dy; `=` for `+=`; a mean for a sum over time or rows, and the sign; one row of the batch; a square matrix of params not
+    transposed. For an Elman network, with a read-out or without, in params of any structure: tanh' missing, at the wrong
+    place or of the wrong step, dh carried back before it, W_hh missing or not transposed, W_hy too, and more. Where no one
+    mistake fits, one mistake for each leaf, two at once, and a window of K lags are tried.
+
+    A mistake is named if it gives **all numbers** of all leaves, with relative errors of rounding (twice the tolerance below), and if one
+    of the candidates would come as close by chance less than once in a million times, by the share of the difference that
+    is left. Mistakes that give the same gradient here are named together, "either … or …". Otherwise the cause says that
+    none was found.
+
+    It compiles one program and takes seconds: 2 to 6 for T = 10 to 100 and 16 units on two cores, most of it to compile.
 
     Args:
         mine: the gradient in question, a pytree of arrays.
         reference: the gradient to compare it with, of the same structure.
+        step: the step that the gradient goes through, or a `Cell`. With params of a `network`, its cell is enough: the
+            read-out is added.
+        params: what both are the gradients of; or they are those of the pair (params, init).
+        init: c₀, batch axes as in the loop.
+        xs: inputs, leaves `[time, ...]`, or `None` with `length`.
+        loss: `loss(carry, ys) -> scalar`, of the last carry and all outputs; a target belongs to the output of its step.
+        length: T, needed where `xs` is `None`.
+        is_first: as for `scan`.
+        valid: as for `scan`.
+        reset_carry: as for `scan`.
+        intermediates: what the loop computed on its way, time first: a mapping with some of hs, ys, dy, dh and dh_raw, or
+            what `bptt` returned. The first that differs is named, in the order of the computation.
         temporal: from `temporal_contributions`, of the reference.
         lags: from `lag_contributions`, of the reference.
 
@@ -81,15 +129,21 @@ def compare_gradients(
         float64.
 
     Raises:
-        ValueError: trees of different structure.
-        TypeError: traced arguments, contributions of the wrong type.
+        ValueError: trees of different structure; a reference that is not the gradient of the problem; intermediates of the
+            wrong shape.
+        TypeError: traced arguments, contributions of the wrong type, only a part of the problem.
 
     Example:
-        >>> import jax.numpy as jnp
+        >>> import jax, jax.numpy as jnp
         >>> import jaxbptt as bptt
-        >>> reference = {"W": jnp.array([[1.0, 2.0], [3.0, 4.0]])}
-        >>> print(bptt.compare_gradients({"W": reference["W"].T}, reference))
-        gradient['W']  relative error 2.5e-01  cosine +0.9667  it is the transpose
+        >>> cell = bptt.elman(2, 3)
+        >>> params, xs = cell.init(jax.random.key(0)), jnp.sin(jnp.arange(8.0)).reshape(4, 2)
+        >>> problem = {"step": cell, "params": params, "init": cell.initial_carry(), "xs": xs}
+        >>> loss = lambda h, hs: jnp.sum(hs**2)
+        >>> reference = jax.grad(lambda p: loss(*bptt.scan(cell, p, cell.initial_carry(), xs)))(params)
+        >>> mine = jax.tree.map(lambda leaf: -leaf, reference)
+        >>> bptt.compare_gradients(mine, reference, loss=loss, **problem).cause
+        'the sign is wrong'
     """
     check_concrete("compare_gradients", mine=mine, reference=reference, temporal=temporal, lags=lags)
     if temporal is not None and not isinstance(temporal, TemporalContributions):
@@ -102,9 +156,79 @@ def compare_gradients(
             f"The gradients differ in structure: {jax.tree.structure(mine)} against {jax.tree.structure(reference)}. "
             "Put yours into the containers of the reference."
         )
+    problem = None
+    if not (step is None and loss is None):
+        given = Given(step, params, init, xs, loss, length, Flags(is_first, valid, reset_carry))
+        problem = prepared(_checked(given), reference)
+    elif any(arg is not None for arg in (params, init, xs, length, is_first, valid, reset_carry, intermediates)):
+        raise TypeError("A part of the problem is given, but not its step and loss: pass step, params, init, xs and loss.")
     by_step = None if temporal is None else temporal.contributions
     by_lag = None if lags is None else lags.contributions
-    return _summary(_compared("gradient", mine, reference, by_step, by_lag))
+    found = _summary(_compared("gradient", mine, reference, by_step, by_lag))
+    return found if problem is None else _explained(found, problem, mine, reference, intermediates)
+
+
+def _checked(given: Given) -> Given:
+    """The problem, with the read-out of a network in its step."""
+    if given.step is None or given.loss is None:
+        missing = "step" if given.step is None else "loss"
+        raise TypeError(f"A part of the problem is given, but no {missing}: pass step, params, init, xs and loss.")
+    check_callable("loss", given.loss, "loss(carry, ys) -> scalar")
+    arrays = {"params": given.params, "init": given.init, "xs": given.xs}
+    check_concrete("compare_gradients", **arrays)
+    cell = given.step
+    if not isinstance(cell, Cell) or not isinstance(given.params, NetworkParams):
+        return given
+
+    def step(params, carry, x):
+        carry, h = cell.step(params.cell, carry, x)
+        y = h @ params.W_hy.T
+        return carry, y if params.b_y is None else dense.add_bias(y, params.b_y)
+
+    return given._replace(step=step)
+
+
+def _explained(
+    found: GradientComparison, problem: Prepared, mine: Any, reference: Any, intermediates: Any
+) -> GradientComparison:
+    """The comparison with the known mistake that gives this gradient, and the first difference on the way."""
+    first = "" if intermediates is None else first_difference(problem, intermediates)
+    found = found._replace(first_difference=first)
+    leaves = [jax.tree.leaves(tree) for tree in (mine, reference)]
+    if found.agrees or any(np.shape(a) != np.shape(b) for a, b in zip(*leaves, strict=True)):
+        return found._replace(cause="; ".join(filter(None, (found.cause, first))))
+    bounds = [tolerance(a, b) for a, b in zip(*leaves, strict=True)]
+    result = search(problem, *([_wide(leaf) for leaf in side] for side in leaves), bounds)
+    return _with_names(found, result)
+
+
+def _with_names(found: GradientComparison, result: Search) -> GradientComparison:
+    wrong = iter(result.by_leaf)
+    leaves, parts = [], {}
+    for leaf in found.leaves:
+        names = () if leaf.agrees else result.names or next(wrong, ())
+        if names:
+            leaf = leaf._replace(cause=_either(names))
+            parts[leaf.cause if result.names else f"{leaf.leaf}: {leaf.cause}"] = names
+        leaves.append(leaf)
+    if parts:
+        cause = "; ".join(parts)
+    else:
+        cause = f"{_UNKNOWN}: none of the {result.tried:,} known mistakes that were run gives this gradient"
+        described = dict.fromkeys(leaf.cause for leaf in leaves if not leaf.agrees)
+        if not any(cause.startswith(_UNKNOWN) for cause in described):
+            cause = "; ".join(described)
+    mistakes = tuple(dict.fromkeys(name for names in parts.values() for name in names))
+    cause = "; ".join(filter(None, (cause, found.first_difference)))
+    return found._replace(leaves=tuple(leaves), cause=cause, mistakes=mistakes)
+
+
+def _either(names: Sequence[str]) -> str:
+    """All that would explain it; of many, three."""
+    if len(names) == 1:
+        return names[0]
+    more = f", or {len(names) - 3} more" if len(names) > 3 else ""
+    return "either " + ", or ".join(names[:3]) + more
 
 
 def comparison(mine: Any, reference: Any, *, low_rank: bool) -> GradientComparison:
@@ -191,8 +315,11 @@ def _cause(
                 return f"time step {t} (counted from 0) is missing"
             if same(reference + term):
                 return f"time step {t} (counted from 0) is counted twice"
-    found = _low_rank(mine - reference, bound * float(np.linalg.norm(reference))) if low_rank else None
-    return found or f"{_UNKNOWN}: it is nearest to {ratio:.3g} times the reference"
+    bound_of_clip = np.abs(mine).max()
+    if np.sum(np.abs(mine) >= bound_of_clip * (1 - bound)) > 1 and same(np.clip(reference, -bound_of_clip, bound_of_clip)):
+        return f"its entries are clipped at ±{bound_of_clip:.6g}"
+    found = _low_rank(mine - reference, bound * float(np.linalg.norm(reference))) if low_rank else ""
+    return f"{_UNKNOWN}: it is nearest to {ratio:.3g} times the reference{found}"
 
 
 def _factor(ratio: float, steps: int | None) -> str:
@@ -208,18 +335,12 @@ def _factor(ratio: float, steps: int | None) -> str:
     return f"it is {ratio:.6g} times the reference"
 
 
-def _low_rank(difference: np.ndarray, noise: float) -> str | None:
-    """A step adds one outer product δ hᵀ for each row of the batch: a few missing steps leave a difference of low rank."""
+def _low_rank(difference: np.ndarray, noise: float) -> str:
+    """That a difference is the sum of a few outer products. Many mistakes leave one, so it is a description, and no cause."""
     if difference.ndim != 2:
-        return None
+        return ""
     rank = int(np.sum(np.linalg.svd(difference, compute_uv=False) > noise))
-    if rank == 0 or rank > min(difference.shape) // 2:
-        return None
-    terms = "one outer product" if rank == 1 else f"{rank} outer products"
-    rows = counted(rank, "row")
-    return (
-        f"perhaps a missing step: the difference is {terms}, which one time step, or the longest lag, adds for {rows}"
-    )
+    return f", and the difference has rank {rank}" if 0 < rank <= min(difference.shape) // 2 else ""
 
 
 def _leaves_or_none(contributions: Any, reference: Any) -> Sequence[Any]:

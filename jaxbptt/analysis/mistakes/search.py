@@ -1,0 +1,324 @@
+r"""Which known mistake gives a gradient: all of them are run, and only one that gives every number of it is named.
+
+Rounding apart, and by a stated chance: a match must be so close, in so many numbers, that of all the candidates tried one
+would come as close by luck less than once in a million times.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbptt.analysis.mistakes import elman
+from jaxbptt.analysis.mistakes.known import Mistake, of_any_loop
+from jaxbptt.analysis.mistakes.loop import (
+    Loop,
+    Problem,
+    blocks_transposed,
+    gradient,
+    init_gradient,
+    of_any_step,
+    right_loop,
+)
+from jaxbptt.cells.cell import Cell, step_of
+from jaxbptt.scans.flags import Flags
+from jaxbptt.scans.recurrence import prepare
+from jaxbptt.trees import combine, differentiable, is_array, name, partition
+
+_BLOCK = 64  # candidates in one call of the program
+_CHANCE = -6  # log10
+# Multiplications above which no two mistakes are tried together.
+_MOST_WORK = 3e10
+
+_RIGHT = Mistake("")
+
+
+class Given(NamedTuple):
+    """The problem that a gradient is of.
+
+    Attributes:
+        step: a function or a `Cell`.
+        params: θ.
+        init: c₀.
+        xs: the inputs.
+        loss: `loss(carry, ys) -> scalar`.
+        length: T, or `None`.
+        flags: `is_first`, `valid`, `reset_carry`.
+    """
+
+    step: Any
+    params: Any
+    init: Any
+    xs: Any
+    loss: Callable[..., Any]
+    length: int | None
+    flags: Flags
+
+
+class Search(NamedTuple):
+    """What was found.
+
+    Attributes:
+        names: the mistakes that give this gradient, each alone.
+        by_leaf: for each leaf that differs, the mistakes in it, where no one explains all.
+        tried: how many were run.
+        counts: numbers of time steps and rows, and what they count.
+    """
+
+    names: tuple[str, ...]
+    by_leaf: tuple[tuple[str, ...], ...]
+    tried: int
+    counts: dict[int, str]
+
+
+class Prepared(NamedTuple):
+    """A problem with its time steps, rows and roles."""
+
+    given: Given
+    steps: int
+    rows: int
+    roles: elman.Roles | None
+    with_init: bool
+
+
+def prepared(given: Given, reference: Any) -> Prepared:
+    """Check that a gradient is one of this problem's params, or of (params, init)."""
+    r = prepare(given.step, given.params, given.init, given.xs, given.length, *given.flags[:2])
+    if r.length == 0:
+        raise ValueError("A sequence without time steps has no backward loop: pass at least one step.")
+    given = given._replace(init=r.init, xs=r.xs)
+    of_params, of_both = (jax.tree.structure(differentiable(tree)) for tree in (given.params, (given.params, r.init)))
+    structure = jax.tree.structure(reference)
+    if structure not in (of_params, of_both):
+        raise ValueError(
+            f"The gradients have structure {structure}, but params have {of_params}: pass gradients of params, or of the "
+            "pair (params, init)."
+        )
+    flagged = given.flags.given
+    roles = None if flagged else elman.find(step_of(given.step), given.params, r.init, r.xs)
+    return Prepared(given, r.length, _rows(given), roles, structure == of_both and structure != of_params)
+
+
+def problem_of(p: Prepared, params: Any, init: Any, xs: Any, flags: Flags) -> Problem:
+    """The problem of arrays that may be traced."""
+    general = of_any_step(p.given.step, params, init, xs, p.given.loss, p.given.length, flags)
+    return general if p.roles is None else elman.problem(p.roles, general, params)
+
+
+def search(p: Prepared, mine: Sequence[Any], reference: Sequence[Any], bounds: Sequence[float]) -> Search:
+    """Run the known mistakes, and find those that give `mine`; `bounds` are the relative errors of rounding, by leaf."""
+    known = [_RIGHT, *of_any_loop(p.steps, p.rows), *_of_weights(p)]
+    factors, counts = _factors(p.steps, p.rows)
+    run = _program(p, mine, reference, [factor for factor, _ in factors])
+    errors, sizes = run(known)
+    _check_reference(p, errors[0, -1], sizes[0], bounds)
+    match = _Match(mine, reference, bounds, [factor for factor, _ in factors], tried=len(known) * len(factors))
+    alone = match.close(errors[:, 0], sizes)
+    read_out = _leaves_of(p)
+
+    def may_be_right(mistake):
+        if mistake.by_leaf:
+            return np.ones(len(mine), bool)
+        only_losses = mistake.loop and not mistake.equations and set(mistake.loop) <= {"loss_from", "loss_weight"}
+        return read_out if only_losses else np.zeros(len(mine), bool)
+
+    right = np.array([may_be_right(mistake) for mistake in known])
+    def named(candidates, f):
+        fits = match.close(errors[:, f], sizes, f) | (right & match.agrees if f == 0 else False)
+        for i in candidates:
+            if fits[i].all() and not match.likely(errors[i, f], sizes[i], ~match.agrees):
+                yield "; and ".join(filter(None, (known[i].name, factors[f][1])))
+
+    one, two = range(1), range(1, len(known))
+    names = [*named(two, 0), *(found for f in range(1, len(factors)) for found in named(one, f))]
+    names = names or [found for f in range(1, len(factors)) for found in named(two, f)]
+    if names:
+        return Search(_distinct(names), (), len(known), counts)
+    by_leaf = [
+        _distinct(
+            known[i].name
+            for i in np.flatnonzero(alone[:, leaf] & right[:, leaf])
+            if not match.likely(errors[i, 0], sizes[i], np.arange(len(mine)) == leaf)
+        )
+        for leaf in np.flatnonzero(~match.agrees)
+    ]
+    if by_leaf and all(by_leaf):
+        return Search((), tuple(by_leaf), len(known), counts)
+    pairs = list(_pairs(known, right_loop(p.steps, p.rows)))
+    work = len(pairs) * p.steps * p.rows * sum(leaf.size for leaf in mine)
+    if not pairs or work > _MOST_WORK:
+        return Search((), (), len(known), counts)
+    errors, sizes = run([pair for _, _, pair in pairs])
+    first, second = (np.array([pair[k] for pair in pairs]) for k in (0, 1))
+    fits = match.close(errors[:, 0], sizes)
+    fits |= (alone[first] & right[second]) | (alone[second] & right[first]) | (right[first] & right[second] & match.agrees)
+    match = match._replace(tried=match.tried + len(pairs))
+    names = [
+        pairs[i][2].name
+        for i in np.flatnonzero(fits.all(1))
+        if not match.likely(errors[i, 0], sizes[i], ~match.agrees)
+    ]
+    return Search(_distinct(names), (), len(known) + len(pairs), counts)
+
+
+class _Match(NamedTuple):
+    """Two gradients as lists of arrays, and when a candidate counts as the first."""
+
+    mine: Sequence[Any]
+    reference: Sequence[Any]
+    bounds: Sequence[float]
+    factors: Sequence[float]
+    tried: int
+
+    @property
+    def differences(self) -> np.ndarray:
+        """max|mine − reference| of each leaf."""
+        pairs = zip(self.mine, self.reference, strict=True)
+        return np.array([np.max(np.abs(a - b), initial=0.0) for a, b in pairs])
+
+    @property
+    def agrees(self) -> np.ndarray:
+        """Whether each leaf is right."""
+        sizes = np.array([np.max(np.abs(leaf), initial=0.0) for leaf in self.reference])
+        return self.differences <= np.array(self.bounds) * sizes
+
+    def close(self, errors: np.ndarray, sizes: np.ndarray, factor: int = 0) -> np.ndarray:
+        """Whether candidates are equal to mine, but for rounding: `[candidates, leaves]`."""
+        return errors <= 2 * np.array(self.bounds) * sizes * abs(self.factors[factor])
+
+    def likely(self, errors: np.ndarray, sizes: np.ndarray, leaves: np.ndarray) -> bool:
+        """Whether one of the candidates would come as close by chance, in these leaves.
+
+        Each number of a candidate is within a share of the difference from the reference, and so by chance as often as the
+        share says. Numbers that a term of a single time step has: an outer product of m and n has m + n − 1 of its own.
+        """
+        chance = np.log10(self.tried)
+        differences = self.differences
+        for i in np.flatnonzero(leaves):
+            leaf = self.mine[i]
+            own = sum(leaf.shape) - 1 if leaf.ndim == 2 and leaf.size else leaf.size
+            least = float(jnp.finfo(leaf.dtype).eps) * sizes[i]
+            share = max(errors[i], least) / differences[i] if differences[i] > 0 else 1.0
+            chance += own * np.log10(max(min(share, 1.0), 1e-300))
+        return bool(chance > _CHANCE)
+
+
+def _program(p: Prepared, mine: Any, reference: Any, factors: Sequence[float]) -> Callable[..., Any]:
+    """A function of mistakes: the errors of mine against each factor times what they give, and their sizes, by leaf.
+
+    The last error is that of the reference. Compiled once, for a block of candidates.
+    """
+    arrays, static = partition((p.given.params, p.given.init, p.given.xs, p.given.flags), by=is_array)
+
+    @jax.jit
+    def block(arrays, mine, reference, loops, equations):
+        problem = problem_of(p, *combine(arrays, static))
+
+        def measured(candidate):
+            params_bar, init_bar = gradient(problem, *candidate)
+            bars = [params_bar, init_gradient(init_bar, problem.init)] if p.with_init else params_bar
+            leaves = jax.tree.leaves(bars)
+
+            def error(leaf, other, factor):
+                return jnp.max(jnp.abs(other.astype(leaf.dtype) - jnp.asarray(factor, leaf.dtype) * leaf), initial=0)
+
+            def of_all(others, factor):
+                return jnp.stack([error(*pair, factor).astype(float) for pair in zip(leaves, others, strict=True)])
+
+            sizes = jnp.stack([jnp.max(jnp.abs(leaf), initial=0).astype(float) for leaf in leaves])
+            errors = [of_all(mine, factor) for factor in factors] + [of_all(reference, 1.0)]
+            return jnp.stack(errors), sizes
+
+        return jax.lax.map(measured, (loops, equations), batch_size=problem.side_by_side)
+
+    right, mine, reference = right_loop(p.steps, p.rows), list(mine), list(reference)
+
+    def run(mistakes):
+        found = []
+        for start in range(0, len(mistakes), _BLOCK):
+            some = list(mistakes[start : start + _BLOCK])
+            some += [_RIGHT] * (_BLOCK - len(some))
+            loops = _stacked(right._replace(**mistake.loop) for mistake in some)
+            equations = _stacked(elman.Equations(**mistake.equations) for mistake in some)
+            found.append(block(arrays, mine, reference, loops, equations))
+        errors, sizes = (np.concatenate(list(map(np.asarray, part)))[: len(mistakes)] for part in zip(*found, strict=True))
+        # What is nan matches nothing.
+        return np.where(np.isfinite(errors), errors, np.inf), np.where(np.isfinite(sizes), sizes, 0)
+
+    return run
+
+
+def _stacked(trees: Iterable[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *trees)
+
+
+def _of_weights(p: Prepared) -> Iterable[Mistake]:
+    """The mistakes in what the step itself computes: by name for an Elman network, of any other its square matrices."""
+    if p.roles is not None:
+        yield from elman.mistakes(p.roles)
+        return
+    for number, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(p.given.params)):
+        if is_array(leaf) and blocks_transposed(leaf) is not None:
+            words = f"{name('params', path)} is not transposed where the gradient is carried back"
+            yield Mistake(words, {"transposed": np.array(number)})
+
+
+def _pairs(known: Sequence[Mistake], right: Loop) -> Iterable[tuple[int, int, Mistake]]:
+    """Two mistakes at once, which change different things."""
+    for (i, a), (j, b) in itertools.combinations(enumerate(known), 2):
+        if not (a.common and b.common and a.name and b.name and a.name != b.name):
+            continue
+        if a.loop.keys() & b.loop.keys() or a.equations.keys() & b.equations.keys():
+            continue
+        both = Mistake(f"{a.name}; and {b.name}", {**a.loop, **b.loop}, {**a.equations, **b.equations})
+        yield i, j, both
+
+
+def _factors(steps: int, rows: int) -> tuple[list[tuple[float, str]], dict[int, str]]:
+    """What a whole gradient may be multiplied by, and the words for it; 1 first."""
+    counts = {(steps, f"the {steps} time steps"), (rows, f"the {rows} rows")}
+    counts |= {(steps * rows, f"the {steps} time steps and {rows} rows")} if min(steps, rows) > 1 else set()
+    found = [(1.0, ""), (-1.0, "the sign is wrong")]
+    for count, words in sorted(counts):
+        if count > 1:
+            found.append((1 / count, f"it is the mean over {words}, where the reference is the sum"))
+            found.append((float(count), f"it is the sum over {words}, where the reference is the mean"))
+    return found, {count: words for count, words in sorted(counts) if count > 1}
+
+
+def _rows(given: Given) -> int:
+    """Rows of the batch, as far as can be seen: a cell says so, and of another step the shapes."""
+    leaves = jax.tree.leaves(given.init)
+    if isinstance(given.step, Cell):
+        one = jax.tree.leaves(jax.eval_shape(given.step.initial_carry))
+        added = {leaf.shape[: leaf.ndim - row.ndim] for leaf, row in zip(leaves, one, strict=False)}
+        return int(np.prod(added.pop())) if len(added) == 1 else 1
+    sizes = {leaf.shape[0] if leaf.ndim > 1 else 1 for leaf in leaves}
+    sizes |= {leaf.shape[1] if leaf.ndim > 2 else 1 for leaf in jax.tree.leaves(given.xs)}
+    return sizes.pop() if len(sizes) == 1 else 1
+
+
+def _leaves_of(p: Prepared) -> np.ndarray:
+    """Whether each leaf of the gradient is one of the read-out's."""
+    count = len(jax.tree.leaves(differentiable((p.given.params, p.given.init) if p.with_init else p.given.params)))
+    found = set() if p.roles is None else p.roles.read_out
+    return np.array([i in found for i in range(count)])
+
+
+def _check_reference(p: Prepared, errors: np.ndarray, sizes: np.ndarray, bounds: Sequence[float]) -> None:
+    for (path, _), error, size, bound in zip(
+        jax.tree_util.tree_leaves_with_path(differentiable(p.given.params)), errors, sizes, bounds, strict=False
+    ):
+        if not error <= 2 * bound * max(size, float(np.max(sizes)) * 1e-6):
+            raise ValueError(
+                f"The reference is not the gradient of this problem: {name('params', path)} differs by "
+                f"{error / size if size else float('inf'):.1e} of its size. Pass the step, params, init, xs and loss that "
+                "the reference was taken with; of a Cell with an adjoint of your own, check that first with certify."
+            )
+
+
+def _distinct(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))
