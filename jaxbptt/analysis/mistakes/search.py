@@ -206,12 +206,12 @@ class _Match(NamedTuple):
         return bool(chance > _CHANCE)
 
 
-def _program(p: Prepared, mine: Any, reference: Any, factors: Sequence[float]) -> Callable[..., Any]:
-    """A function of mistakes: the errors of mine against each factor times what they give, and their sizes, by leaf.
+def compiled(p: Prepared, factors: tuple[float, ...]) -> Callable[..., Any]:
+    """A program for a block of candidates: the errors of mine against each factor times what they give, and their sizes.
 
-    The last error is that of the reference. Compiled once, for a block of candidates.
+    By leaf; the last error is that of the reference.
     """
-    arrays, static = partition((p.given.params, p.given.init, p.given.xs, p.given.flags), by=is_array)
+    static = _split(p.given)[1]
 
     @jax.jit
     def block(arrays, mine, reference, loops, equations):
@@ -234,7 +234,13 @@ def _program(p: Prepared, mine: Any, reference: Any, factors: Sequence[float]) -
 
         return jax.lax.map(measured, (loops, equations), batch_size=problem.side_by_side)
 
-    right, mine, reference = right_loop(p.steps, p.rows), list(mine), list(reference)
+    return block
+
+
+def _program(p: Prepared, mine: Any, reference: Any, factors: Sequence[float]) -> Callable[..., Any]:
+    """A function of mistakes: what `compiled` gives for all of them."""
+    block, right = compiled(p, tuple(factors)), right_loop(p.steps, p.rows)
+    fixed = _split(p.given)[0], list(mine), list(reference)
 
     def run(mistakes):
         found = []
@@ -243,12 +249,17 @@ def _program(p: Prepared, mine: Any, reference: Any, factors: Sequence[float]) -
             some += [_RIGHT] * (_BLOCK - len(some))
             loops = _stacked(right._replace(**mistake.loop) for mistake in some)
             equations = _stacked(elman.Equations(**mistake.equations) for mistake in some)
-            found.append(block(arrays, mine, reference, loops, equations))
+            found.append(block(*fixed, loops, equations))
         errors, sizes = (np.concatenate(list(map(np.asarray, part)))[: len(mistakes)] for part in zip(*found, strict=True))
         # What is nan matches nothing.
         return np.where(np.isfinite(errors), errors, np.inf), np.where(np.isfinite(sizes), sizes, 0)
 
     return run
+
+
+def _split(given: Given) -> tuple[Any, Any]:
+    """The arrays of a problem, and what else is among its leaves."""
+    return partition((given.params, given.init, given.xs, given.flags), by=is_array)
 
 
 def _stacked(trees: Iterable[Any]) -> Any:

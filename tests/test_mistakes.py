@@ -1,0 +1,235 @@
+"""Mistakes planted in a loop of plain numpy that shares no code with the library, and named from its gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxbptt as bptt
+from jaxbptt.analysis.mistakes import search
+
+# Time steps, inputs, hidden units, outputs; the second has square matrices throughout.
+SIZES = (6, 2, 4, 3), (7, 4, 4, 4), (10, 3, 6, 5)
+BATCHES = (), (3,)
+
+# What is planted, and what the name must have in it.
+PLANTED = {
+    "W_hh untransposed": "W_hh is not transposed",
+    "no W_hh": "W_hh is missing",
+    "no tanh'": "tanh' is missing: dh_raw = dh",
+    "tanh' of h_prev": "tanh' is that of hₜ₋₁",
+    "tanh' without square": "tanh' has no square",
+    "tanh' of h": "tanh' is taken at hₜ",
+    "tanh' of a": "tanh' is 1 − aₜ²",
+    "sigmoid'": "tanh' is that of the logistic function",
+    "h for h_prev": "hₜ stands for hₜ₋₁ in the weight gradient",
+    "hs[-1] at 0": "the last state stands for h₀",
+    "dh carried": "dh is carried back before tanh'",
+    "dh in dW": "dh stands for dh_raw in the weight gradient",
+    "tanh' not for dh_next": "tanh' is missing for dh_next",
+    "tanh' not for dy": "tanh' is missing for dy",
+    "no carry": "nothing is carried back",
+    "dh_next added": "dh_next is added to from step to step",
+    "first left out": "time step 0 (the first), counted from 0, is missing in the sum over time",
+    "last left out": "(the last), counted from 0, is left out of the backward loop",
+    "third left out": "time step 2, counted from 0, is left out of the backward loop",
+    "third twice in dW_hh": "time step 2, counted from 0, is counted twice in the sum",
+    "last loss twice": "(the last), counted from 0, is counted twice",
+    "last loss started": "dh_next starts from it, and the loop adds it",
+    "last loss missing": "(the last), counted from 0, is left out",
+    "only last loss": "only the last time step's loss counts",
+    "target before": "the target is that of the time step before",
+    "target before, border kept": "the target is that of the time step before",
+    "target before, border skipped": "the target is that of the time step before",
+    "target after": "the target is that of the next time step",
+    "target after, border skipped": "the target is that of the next time step",
+    "no softmax": "the softmax is missing",
+    "no target": "the target is not subtracted",
+    "overwritten": "is overwritten (=)",
+    "overwritten db": "is overwritten (=)",
+    "mean over time": "it is the mean over the {T} time steps",
+    "sign": "the sign is wrong",
+    "next x": "xₜ₊₁ stands for xₜ",
+    "previous x": "xₜ₋₁ stands for xₜ",
+    "xs reversed": "the inputs are in reverse order of time",
+    "deltas reversed": "the deltas are in the order of the backward loop",
+    "forward in time": "the backward loop runs forward in time",
+    "cut every 3": "the recursion is cut every 3 steps, counted from the first step",
+    "clipped": "dh_next is clipped at ±0.25 at every step",
+    "clipped to a norm": "dh_next is clipped to a norm of 0.5 at every step",
+    "h_prev in dW_hy": "hₜ₋₁ stands for hₜ in dW_hy",
+    "dW_hh swapped": "it is the transpose",
+}
+ONLY_SQUARE = {"W_hy untransposed": "W_hy is not transposed"}
+ONLY_ROWS = {"mean over rows": "it is the mean over the 3 rows", "only last row": "only the last row of the batch counts"}
+QUICK = "W_hh untransposed", "target before, border skipped", "overwritten db"
+
+
+def make(size, batch, dtype=np.float64, seed=0):
+    T, inputs, hidden, outputs = size
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape, scale=1.0):
+        return (scale * rng.standard_normal(shape)).astype(dtype)
+
+    W_xh, W_hh, b = normal(hidden, inputs, scale=0.7), normal(hidden, hidden, scale=0.6), normal(hidden, scale=0.3)
+    params = bptt.NetworkParams(bptt.ElmanParams(W_xh, W_hh, b), normal(outputs, hidden))
+    return params, normal(*batch, hidden), normal(T, *batch, inputs), rng.integers(0, outputs, (T, *batch))
+
+
+def softmax(y):
+    e = np.exp(y - y.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def outer(a, b):
+    return a.reshape(-1, a.shape[-1]).T @ b.reshape(-1, b.shape[-1])
+
+
+def by_hand(params, h_0, xs, targets, planted=()):
+    """Backpropagation through time with what is planted in it."""
+    has = lambda *names: any(name in planted for name in names)
+    (W_xh, W_hh, b), W_hy, _ = params
+    T, classes = len(xs), np.eye(len(W_hy), dtype=xs.dtype)
+    hs, pre = [h_0], []
+    for x in xs:
+        pre.append(hs[-1] @ W_hh.T + x @ W_xh.T + b)
+        hs.append(np.tanh(pre[-1]))
+    back = W_hh.T if has("W_hh untransposed") else np.eye(len(W_hh)) if has("no W_hh") else W_hh
+    out = W_hy.T if has("W_hy untransposed") else W_hy
+    dW_xh, dW_hh, db, dW_hy = (np.zeros_like(w) for w in (W_xh, W_hh, b, W_hy))
+    dh_next, passed, raws = np.zeros_like(h_0), [], []
+    if has("last loss started"):
+        dh_next = (softmax(hs[-1] @ W_hy.T) - classes[targets[-1]]) @ out
+    steps = list(range(T)) if has("forward in time") else list(reversed(range(T)))
+    for t in steps:
+        if (has("first left out") and t == 0) or (has("last left out") and t == T - 1):
+            continue
+        if has("third left out") and t == 2:
+            continue
+        h, h_prev, a = hs[t + 1], hs[t], pre[t]
+        s = t
+        if has("target before", "target before, border kept", "target before, border skipped"):
+            s = t - 1 if t or has("target before") else t
+        if has("target after", "target after, border skipped"):
+            s = (t + 1) % T
+        dy = softmax(h @ W_hy.T) - classes[targets[s]]
+        if has("no softmax"):
+            dy = h @ W_hy.T - classes[targets[s]]
+        if has("no target"):
+            dy = softmax(h @ W_hy.T)
+        if (has("target before, border skipped") and t == 0) or (has("target after, border skipped") and t == T - 1):
+            dy = 0 * dy
+        if t == T - 1:
+            dy = 2 * dy if has("last loss twice") else 0 * dy if has("last loss missing") else dy
+        elif has("only last loss"):
+            dy = 0 * dy
+        if has("only last row"):
+            dy = np.concatenate([0 * dy[:-1], dy[-1:]])
+        dh = dy @ out + dh_next
+        slope = 1 - h**2
+        for name, value in {
+            "no tanh'": 1,
+            "tanh' of h_prev": 1 - h_prev**2,
+            "tanh' without square": 1 - h,
+            "tanh' of h": 1 - np.tanh(h) ** 2,
+            "tanh' of a": 1 - a**2,
+            "sigmoid'": h * (1 - h),
+        }.items():
+            slope = value if has(name) else slope
+        dh_raw = dh * slope
+        if has("tanh' not for dh_next"):
+            dh_raw = dy @ out * slope + dh_next
+        if has("tanh' not for dy"):
+            dh_raw = dy @ out + dh_next * slope
+        delta = dh if has("dh in dW") else dh_raw
+        before = h if has("h for h_prev") else hs[-1] if has("hs[-1] at 0") and t == 0 else h_prev
+        x = xs[t]
+        if has("next x"):
+            x = xs[min(t + 1, T - 1)]
+        if has("previous x"):
+            x = xs[t - 1] if t else 0 * x
+        if has("xs reversed"):
+            x = xs[T - 1 - t]
+        often = 2 if has("third twice in dW_hh") and t == 2 else 1
+        if has("overwritten"):
+            dW_xh, dW_hh, db, dW_hy = outer(delta, x), outer(delta, before), outer(delta, delta * 0 + 1)[:, 0], outer(dy, h)
+        else:
+            dW_xh += outer(delta, x)
+            dW_hh += often * outer(delta, before)
+            total = delta.reshape(-1, delta.shape[-1]).sum(0)
+            db = total if has("overwritten db") else db + total
+            dW_hy += outer(dy, h_prev if has("h_prev in dW_hy") else h)
+        raws.append(dh_raw)
+        sent = (dh if has("dh carried") else dh_raw) @ back
+        if has("no carry") or (has("cut every 3") and t % 3 == 0):
+            sent = 0 * sent
+        if has("clipped"):
+            sent = np.clip(sent, -0.25, 0.25)
+        if has("clipped to a norm"):
+            sent = sent * min(1, 0.5 / max(np.linalg.norm(sent), 1e-300))
+        dh_next = dh_next + sent if has("dh_next added") else sent
+    if has("deltas reversed"):
+        dW_xh = sum(outer(raw, x) for raw, x in zip(raws, xs, strict=True))
+        dW_hh = sum(outer(raw, h) for raw, h in zip(raws, hs[:-1], strict=True))
+    if has("dW_hh swapped"):
+        dW_hh = dW_hh.T
+    factor = -1 if has("sign") else 1 / T if has("mean over time") else 1 / 3 if has("mean over rows") else 1
+    cell = bptt.ElmanParams(factor * dW_xh, factor * dW_hh, factor * db)
+    return bptt.NetworkParams(cell, factor * dW_hy)
+
+
+def problem_of(params, h_0, xs, targets):
+    def step(params, h, x):
+        h = jnp.tanh(h @ params.cell.W_hh.T + x @ params.cell.W_xh.T + params.cell.b)
+        return h, h @ params.W_hy.T
+
+    def loss(h, ys):
+        return bptt.losses.cross_entropy(ys, targets, reduction="sum")
+
+    arrays = jax.tree.map(jnp.asarray, {"params": params, "init": h_0, "xs": xs})
+    reference = jax.grad(lambda p: loss(*bptt.scan(step, p, arrays["init"], arrays["xs"])))(arrays["params"])
+    return {"step": step, "loss": loss, **arrays}, reference
+
+
+@pytest.fixture
+def compiled_once(monkeypatch):
+    """The program of the candidates is the same for every gradient of one problem."""
+    programs, compiled = {}, search.compiled
+
+    def kept(p, factors):
+        key = p.given.step, p.given.loss, p.given.flags.given, factors
+        return programs.setdefault(key, None) or programs.update({key: compiled(p, factors)}) or programs[key]
+
+    monkeypatch.setattr(search, "compiled", kept)
+
+
+def planted_here(size, batch):
+    square = size[1] == size[2] == size[3]
+    return PLANTED | (ONLY_SQUARE if square else {}) | (ONLY_ROWS if batch else {})
+
+
+def test_quick(compiled_once):
+    given = make(SIZES[0], ())
+    problem, reference = problem_of(*given)
+    assert bptt.compare_gradients(by_hand(*given), reference, **problem).agrees
+    for planted in QUICK:
+        report = bptt.compare_gradients(by_hand(*given, {planted}), reference, **problem)
+        assert PLANTED[planted] in report.cause, planted
+        assert not report.agrees
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("size", SIZES)
+def test_planted(size, batch, compiled_once):
+    given = make(size, batch)
+    problem, reference = problem_of(*given)
+    missed = {}
+    for planted, name in planted_here(size, batch).items():
+        report = bptt.compare_gradients(by_hand(*given, {planted}), reference, **problem)
+        if name.format(T=size[0]) not in report.cause:
+            missed[planted] = report.cause
+    assert missed == {}
