@@ -203,23 +203,25 @@ def _explained(
 
 
 def _with_names(found: GradientComparison, result: Search) -> GradientComparison:
-    wrong = iter(result.by_leaf)
-    leaves, parts = [], {}
-    for leaf in found.leaves:
-        names = () if leaf.agrees else result.names or next(wrong, ())
+    wrong = [leaf for leaf in found.leaves if not leaf.agrees]
+    by_leaf = dict(zip((leaf.leaf for leaf in wrong), result.by_leaf or [result.names] * len(wrong), strict=True))
+    leaves_of: dict[str, list[str]] = {}
+    for leaf, names in by_leaf.items():
         if names:
-            leaf = leaf._replace(cause=_either(names))
-            parts[leaf.cause if result.names else f"{leaf.leaf}: {leaf.cause}"] = names
-        leaves.append(leaf)
-    if parts:
-        cause = "; ".join(parts)
+            leaves_of.setdefault(_either(names), []).append(leaf)
+    if result.names:
+        causes = list(leaves_of)
     else:
-        cause = f"{_UNKNOWN}: none of the {result.tried:,} known mistakes that were run gives this gradient"
-        described = dict.fromkeys(leaf.cause for leaf in leaves if not leaf.agrees)
-        if not any(cause.startswith(_UNKNOWN) for cause in described):
-            cause = "; ".join(described)
-    mistakes = tuple(dict.fromkeys(name for names in parts.values() for name in names))
-    cause = "; ".join(filter(None, (cause, found.first_difference)))
+        causes = [f"in {', '.join(leaves)}: {cause}" for cause, leaves in leaves_of.items()]
+    if not causes:
+        causes = list(dict.fromkeys(leaf.cause for leaf in wrong))
+        if any(cause.startswith(_UNKNOWN) for cause in causes):
+            causes = [f"{_UNKNOWN}: none of the {result.tried:,} candidates that were run gives this gradient"]
+    leaves = [
+        leaf._replace(cause=_either(by_leaf[leaf.leaf])) if by_leaf.get(leaf.leaf) else leaf for leaf in found.leaves
+    ]
+    mistakes = tuple(dict.fromkeys(name for names in by_leaf.values() for name in names))
+    cause = "; ".join(filter(None, (*causes, found.first_difference)))
     return found._replace(leaves=tuple(leaves), cause=cause, mistakes=mistakes)
 
 

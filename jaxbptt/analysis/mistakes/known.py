@@ -121,8 +121,8 @@ def _of_sums(t: np.ndarray) -> Iterator[Mistake]:
 
 def _of_one_step(s: int, t: np.ndarray) -> Iterator[Mistake]:
     steps = len(t)
-    place = {0: " (the first)", steps - 1: " (the last)"}.get(s, "")
-    step, here = f"time step {s}{place}, counted from 0,", t == s
+    place = {0: ", the first", steps - 1: ", the last"}.get(s, "")
+    step, here = f"time step {s} (counted from 0{place})", t == s
     outer = dict(common=s in (0, steps - 1))
     yield Mistake(f"{step} is missing in the sum over time", {"counted": 1.0 * ~here}, by_leaf=True, **outer)
     yield Mistake(f"{step} is counted twice in the sum over time", {"counted": 1.0 + here}, by_leaf=True, **outer)

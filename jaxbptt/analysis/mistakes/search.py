@@ -63,7 +63,7 @@ class Search(NamedTuple):
 
     Attributes:
         names: the mistakes that give this gradient, each alone.
-        by_leaf: for each leaf that differs, the mistakes in it, where no one explains all.
+        by_leaf: for each leaf that differs, the mistakes in it, where they are made in these leaves and not in others.
         tried: how many were run.
         counts: numbers of time steps and rows, and what they count.
     """
@@ -118,35 +118,38 @@ def search(p: Prepared, mine: Sequence[Any], reference: Sequence[Any], bounds: S
     match = _Match(mine, reference, bounds, [factor for factor, _ in factors], tried=len(known) * len(factors))
     alone = match.close(errors[:, 0], sizes)
     read_out = _leaves_of(p)
+    by_leaf = np.array([mistake.by_leaf for mistake in known])
+    only_losses = np.array([_of_losses(mistake) for mistake in known])
 
-    def may_be_right(mistake):
-        if mistake.by_leaf:
-            return np.ones(len(mine), bool)
-        only_losses = mistake.loop and not mistake.equations and set(mistake.loop) <= {"loss_from", "loss_weight"}
-        return read_out if only_losses else np.zeros(len(mine), bool)
-
-    right = np.array([may_be_right(mistake) for mistake in known])
-    def named(candidates, f):
-        fits = match.close(errors[:, f], sizes, f) | (right & match.agrees if f == 0 else False)
-        for i in candidates:
-            if fits[i].all() and not match.likely(errors[i, f], sizes[i], ~match.agrees):
+    def named(fits, f=0):
+        for i in np.flatnonzero(fits.all(1)):
+            if not match.likely(errors[i, f], sizes[i], ~match.agrees):
                 yield "; and ".join(filter(None, (known[i].name, factors[f][1])))
 
-    one, two = range(1), range(1, len(known))
-    names = [*named(two, 0), *(found for f in range(1, len(factors)) for found in named(one, f))]
-    names = names or [found for f in range(1, len(factors)) for found in named(two, f)]
+    others = range(1, len(factors))
+    fits = {f: match.close(errors[:, f], sizes, f) for f in others}
+    is_right = np.arange(len(known))[:, None] == 0
+    names = _distinct([*named(alone & ~is_right), *(found for f in others for found in named(fits[f] & is_right, f))])
+    names = names or _distinct(named((alone | (read_out & match.agrees)) & only_losses[:, None]))
     if names:
-        return Search(_distinct(names), (), len(known), counts)
-    by_leaf = [
+        return Search(names, (), len(known), counts)
+    differing = np.flatnonzero(~match.agrees)
+    names = _distinct(named((alone | match.agrees) & by_leaf[:, None]))
+    if names:
+        return Search((), (names,) * len(differing), len(known), counts)
+    each = [
         _distinct(
             known[i].name
-            for i in np.flatnonzero(alone[:, leaf] & right[:, leaf])
+            for i in np.flatnonzero(alone[:, leaf] & by_leaf)
             if not match.likely(errors[i, 0], sizes[i], np.arange(len(mine)) == leaf)
         )
-        for leaf in np.flatnonzero(~match.agrees)
+        for leaf in differing
     ]
-    if by_leaf and all(by_leaf):
-        return Search((), tuple(by_leaf), len(known), counts)
+    if all(each):
+        return Search((), tuple(each), len(known), counts)
+    names = _distinct(found for f in others for found in named(fits[f], f))
+    if names:
+        return Search(names, (), len(known), counts)
     pairs = list(_pairs(known, right_loop(p.steps, p.rows)))
     work = len(pairs) * p.steps * p.rows * sum(leaf.size for leaf in mine)
     if not pairs or work > _MOST_WORK:
@@ -154,7 +157,8 @@ def search(p: Prepared, mine: Sequence[Any], reference: Sequence[Any], bounds: S
     errors, sizes = run([pair for _, _, pair in pairs])
     first, second = (np.array([pair[k] for pair in pairs]) for k in (0, 1))
     fits = match.close(errors[:, 0], sizes)
-    fits |= (alone[first] & right[second]) | (alone[second] & right[first]) | (right[first] & right[second] & match.agrees)
+    # Where one is made in the sums, other leaves show the other alone.
+    fits |= (alone[first] & by_leaf[second, None]) | (alone[second] & by_leaf[first, None])
     match = match._replace(tried=match.tried + len(pairs))
     names = [
         pairs[i][2].name
@@ -235,6 +239,11 @@ def compiled(p: Prepared, factors: tuple[float, ...]) -> Callable[..., Any]:
         return jax.lax.map(measured, (loops, equations), batch_size=problem.side_by_side)
 
     return block
+
+
+def _of_losses(mistake: Mistake) -> bool:
+    """Whether it can be made where a loss enters the recursion, and not in the gradient of the read-out."""
+    return bool(mistake.loop) and not mistake.equations and set(mistake.loop) <= {"loss_from", "loss_weight"}
 
 
 def _program(p: Prepared, mine: Any, reference: Any, factors: Sequence[float]) -> Callable[..., Any]:
