@@ -63,7 +63,10 @@ PLANTED = {
     "dW_hh swapped": "it is the transpose",
 }
 ONLY_SQUARE = {"W_hy untransposed": "W_hy is not transposed"}
-ONLY_ROWS = {"mean over rows": "it is the mean over the 3 rows", "only last row": "only the last row of the batch counts"}
+ONLY_ROWS = {
+    "mean over rows": "it is the mean over the 3 rows",
+    "only last row": "only the last row of the batch counts",
+}
 QUICK = "W_hh untransposed", "target before, border skipped", "overwritten db"
 
 
@@ -100,7 +103,7 @@ def by_hand(params, h_0, xs, targets, planted=()):
     back = W_hh.T if has("W_hh untransposed") else np.eye(len(W_hh)) if has("no W_hh") else W_hh
     out = W_hy.T if has("W_hy untransposed") else W_hy
     dW_xh, dW_hh, db, dW_hy = (np.zeros_like(w) for w in (W_xh, W_hh, b, W_hy))
-    dh_next, passed, raws = np.zeros_like(h_0), [], []
+    dh_next, raws = np.zeros_like(h_0), []
     if has("last loss started"):
         dh_next = (softmax(hs[-1] @ W_hy.T) - classes[targets[-1]]) @ out
     steps = list(range(T)) if has("forward in time") else list(reversed(range(T)))
@@ -155,7 +158,12 @@ def by_hand(params, h_0, xs, targets, planted=()):
             x = xs[T - 1 - t]
         often = 2 if has("third twice in dW_hh") and t == 2 else 1
         if has("overwritten"):
-            dW_xh, dW_hh, db, dW_hy = outer(delta, x), outer(delta, before), outer(delta, delta * 0 + 1)[:, 0], outer(dy, h)
+            dW_xh, dW_hh, db, dW_hy = (
+                outer(delta, x),
+                outer(delta, before),
+                outer(delta, delta * 0 + 1)[:, 0],
+                outer(dy, h),
+            )
         else:
             dW_xh += outer(delta, x)
             dW_hh += often * outer(delta, before)
@@ -273,7 +281,15 @@ def perturbed(kind, given, reference, rng):
     return treedef.unflatten(leaves)
 
 
-KINDS = "noise in all", "noise in one leaf", "one entry", "a leaf scaled", "each leaf scaled", "an outer product", "a row"
+KINDS = (
+    "noise in all",
+    "noise in one leaf",
+    "one entry",
+    "a leaf scaled",
+    "each leaf scaled",
+    "an outer product",
+    "a row",
+)
 KINDS += "two entries exchanged", "near a known one", "other weights", "other targets", "a mistake that nobody knows"
 # What says what the difference looks like, and names no mistake.
 DESCRIBED = "no single cause found", "it is "
@@ -294,3 +310,193 @@ def test_no_wrong_name(dtype, compiled_once):
             if report.mistakes or not (report.agrees or report.cause.startswith(DESCRIBED)):
                 named.append((kind, report.cause))
     assert named == []
+
+
+def leaky_by_hand(params, h_0, xs, planted):
+    """hₜ = hₜ₋₁/2 + tanh(hₜ₋₁ W + xₜ U)/2 in rows, with L = Σₜ |hₜ − 1|²."""
+    W, U = params["W"], params["U"]
+    T, hs, zs = len(xs), [h_0], []
+    for x in xs:
+        zs.append(np.tanh(hs[-1] @ W + x @ U))
+        hs.append(hs[-1] / 2 + zs[-1] / 2)
+    dW, dU, dh_next = np.zeros_like(W), np.zeros_like(U), np.zeros_like(h_0)
+    for t in reversed(range(T)):
+        if planted == "first left out" and t == 0:
+            continue
+        loss_at = (
+            1 if planted == "loss of the step before" and t == 0 else t if planted.startswith("loss of") else t + 1
+        )
+        dh = 2 * (hs[loss_at] - 1) + (0 if planted == "no carry" else dh_next)
+        delta = dh / 2 * (1 - zs[t] ** 2)
+        dW_t = outer(hs[t + 1] if planted == "h for h_prev" else hs[t], delta)
+        dW, dU = dW_t if planted == "overwritten" else dW + dW_t, dU + outer(xs[t - (planted == "previous x")], delta)
+        dh_next = delta @ (W if planted == "W untransposed" else W.T) + dh / 2
+    return {"U": dU / (T if planted == "mean over time" else 1), "W": dW / (T if planted == "mean over time" else 1)}
+
+
+LEAKY = {
+    "": "agrees",
+    "no carry": "nothing is carried back",
+    "h for h_prev": "hₜ stands for hₜ₋₁",
+    "overwritten": "in gradient['W']: the sum over time is overwritten",
+    "first left out": "time step 0 (counted from 0, the first) is missing",
+    "loss of the step before": "dy is that of the time step before",
+    "previous x": "xₜ₋₁ stands for xₜ",
+    "W untransposed": "params['W'] is not transposed",
+    "mean over time": "it is the mean over the 6 time steps",
+}
+
+
+@pytest.mark.slow
+def test_any_step(compiled_once):
+    """A step that is no Elman network, in rows, with a batch axis: what is general is named there too."""
+    rng = np.random.default_rng(5)
+    params = {"U": rng.standard_normal((3, 4)), "W": rng.standard_normal((4, 4))}
+    h_0, xs = rng.standard_normal((2, 4)), rng.standard_normal((6, 2, 3))
+
+    def step(params, h, x):
+        h = h / 2 + jnp.tanh(h @ params["W"] + x @ params["U"]) / 2
+        return h, h
+
+    def loss(h, hs):
+        return jnp.sum((hs - 1) ** 2)
+
+    given = {"step": step, "loss": loss, **jax.tree.map(jnp.asarray, {"params": params, "init": h_0, "xs": xs})}
+    reference = jax.grad(lambda p: loss(*bptt.scan(step, p, given["init"], given["xs"])))(given["params"])
+    found = {
+        planted: bptt.compare_gradients(leaky_by_hand(params, h_0, xs, planted), reference, **given).cause
+        for planted in LEAKY
+    }
+    assert {planted: cause for planted, cause in found.items() if LEAKY[planted] not in cause} == {}
+
+
+@pytest.mark.costly
+@pytest.mark.parametrize(("name", "t"), [("dh_raw", 4), ("hs", 2), ("ys", 3), ("dy", 4), ("dh", 1)])
+def test_first_difference(name, t):
+    """Each intermediate result, wrong at one time step."""
+    params, h_0, xs, targets = make(SIZES[0], ())
+    problem, reference = problem_of(params, h_0, xs, targets)
+    right = bptt.bptt(params, xs, h_0, targets)
+    wrong = np.array(getattr(right, name))
+    wrong[t] += 0.1
+    compare = functools.partial(bptt.compare_gradients, right.gradients, reference, **problem)
+    report = compare(intermediates=right._replace(**{name: wrong}))
+    assert report.first_difference.startswith(f"{name} at time step {t} (counted from 0) is the first that differs")
+    assert report.cause == f"agrees; {report.first_difference}"
+    if name == "dh_raw":
+        assert report.first_difference.endswith("after 1 step that agree; dy and dh agree there")
+        assert compare(intermediates=right).first_difference == ""
+
+
+def test_read_out_of_a_network_and_of_a_cell_alone():
+    """A cell with a network's params has the read-out in its step; and nothing is named where the params are others."""
+    given = make(SIZES[0], ())
+    problem, reference = problem_of(*given)
+    mine = by_hand(*given, {"dh carried"})
+    cell = bptt.elman(2, 4, dtype=jnp.float64)
+    report = bptt.compare_gradients(mine, reference, **problem | {"step": cell})
+    assert report.mistakes == ("dh is carried back before tanh': dhₜ₋₁ = W_hhᵀ dhₜ",)
+    with pytest.raises(ValueError, match=r"reference is not the gradient of this problem: params.cell.W_xh differs by"):
+        bptt.compare_gradients(reference, mine, **problem)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "planted",
+    [
+        ("no tanh'", "h for h_prev"),
+        ("W_hh untransposed", "last left out"),
+        ("tanh' of h_prev", "mean over time"),
+        ("dh carried", "last loss twice"),
+        ("h for h_prev", "overwritten db"),
+        ("target before", "W_hh untransposed"),
+    ],
+)
+def test_two_mistakes(planted, compiled_once):
+    given = make(SIZES[2], (3,))
+    problem, reference = problem_of(*given)
+    report = bptt.compare_gradients(by_hand(*given, set(planted)), reference, **problem)
+    for one in planted:
+        assert PLANTED[one].format(T=10) in report.cause
+
+
+@pytest.mark.slow
+def test_gradient_of_the_first_state():
+    """Gradients of (params, init), where the loop returns ∂L/∂h₁ for ∂L/∂h₀."""
+    params, h_0, xs, targets = make(SIZES[0], ())
+    problem, _ = problem_of(params, h_0, xs, targets)
+
+    def loss(both):
+        return problem["loss"](*bptt.scan(problem["step"], *both, problem["xs"]))
+
+    reference = jax.grad(loss)((problem["params"], problem["init"]))
+    right = bptt.bptt(params, xs, h_0, targets)
+    assert bptt.compare_gradients((right.gradients, right.dh_0), reference, **problem).agrees
+    report = bptt.compare_gradients((right.gradients, right.dh[0]), reference, **problem)
+    assert report.mistakes == ("the gradient of the first state is that of the state after the first step",)
+
+
+@pytest.mark.slow
+def test_loss_of_the_last_step_and_of_the_last_state():
+    """Where only the last step has a loss, through its output or through the carry."""
+    params, h_0, xs, _ = make(SIZES[2], (3,))
+    cell, xs, h_0 = bptt.elman(3, 6, dtype=jnp.float64), jnp.asarray(xs), jnp.asarray(h_0)
+    for loss in (lambda h, hs: jnp.sum(h**2), lambda h, hs: jnp.sum(hs[-1] ** 2)):
+        given = {"step": cell, "params": params.cell, "init": h_0, "xs": xs, "loss": loss}
+        reference = jax.grad(lambda p, loss=loss: loss(*bptt.scan(cell, p, h_0, xs)))(params.cell)
+        (W_xh, W_hh, b), hs = params.cell, [h_0]
+        for x in xs:
+            hs.append(np.tanh(hs[-1] @ W_hh.T + x @ W_xh.T + b))
+        dh, mine = 2 * hs[-1], [0 * w for w in params.cell]
+        for t in reversed(range(len(xs))):
+            dh_raw = dh * (1 - hs[t + 1] ** 2)
+            mine = [
+                g + d for g, d in zip(mine, (outer(dh_raw, xs[t]), outer(dh_raw, hs[t]), dh_raw.sum(0)), strict=True)
+            ]
+            dh = dh_raw @ W_hh.T
+        report = bptt.compare_gradients(bptt.ElmanParams(*mine), reference, **given)
+        assert report.mistakes == ("W_hh is not transposed in dhₜ₋₁ = W_hhᵀ dh_rawₜ",)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_cells_with_gates_and_flags(name):
+    """Rows that are cut off from the past, in a cell that is no Elman network: the same loop without a carry is told."""
+    cell = getattr(bptt, name)(2, 3, dtype=jnp.float64)
+    params, init = cell.init(jax.random.key(0)), cell.initial_carry((2,))
+    xs, valid = jax.random.normal(jax.random.key(1), (5, 2, 2)), jnp.arange(5)[:, None] < jnp.array([5, 3])
+    loss = lambda carry, ys: jnp.sum(ys**2)
+    given = {"step": cell, "params": params, "init": init, "xs": xs, "valid": valid}
+    scans = {"": bptt.scan, "no carry": functools.partial(bptt.truncated_scan, truncation_length=1)}
+    right, cut = (
+        jax.grad(lambda p, scan=scan: loss(*scan(cell, p, init, xs, valid=valid)))(params) for scan in scans.values()
+    )
+    assert bptt.compare_gradients(right, right, loss=loss, **given).agrees
+    assert "nothing is carried back" in bptt.compare_gradients(cut, right, loss=loss, **given).cause
+
+
+def test_a_number_alone_is_no_evidence_in_single_precision():
+    """One number in float32 has 7 digits: by chance one of hundreds of candidates may be as close."""
+    power = lambda w, h, x: (w * h, None)
+    loss = lambda h, ys: h
+    given = {"step": power, "params": jnp.float32(0.2), "init": jnp.float32(0.9), "length": 3, "loss": loss}
+    reference = jnp.float32(3 * 0.2**2 * 0.9)
+    report = bptt.compare_gradients(reference / 3, reference, **given)
+    assert report.mistakes == ()
+    assert report.cause.startswith("no single cause found: none of the")
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "words"),
+    [
+        ({"loss": None}, TypeError, "A part of the problem is given, but no loss"),
+        ({"step": None, "loss": None}, TypeError, "but not its step and loss"),
+        ({"params": {"W": 1.0}}, ValueError, "pass gradients of params, or of the pair"),
+        ({"intermediates": {"h": 1}}, ValueError, "intermediates have 'h', but what is compared is hs, ys, dy"),
+        ({"intermediates": {"dh": np.ones(3)}}, ValueError, r"dh has shape \(3,\), but \(6, 4\) is expected"),
+    ],
+)
+def test_errors(changed, error, words):
+    problem, reference = problem_of(*make(SIZES[0], ()))
+    with pytest.raises(error, match=words):
+        bptt.compare_gradients(reference, reference, **problem | changed)

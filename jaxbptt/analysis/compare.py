@@ -4,22 +4,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jaxbptt.analysis.causes import UNKNOWN, cause_of, relative_error, tolerance, wide
 from jaxbptt.analysis.credit import LagContributions
 from jaxbptt.analysis.jacobians import TemporalContributions
+from jaxbptt.analysis.mistakes.given import Given, Prepared, counts_of, prepared
 from jaxbptt.analysis.mistakes.intermediates import first_difference
-from jaxbptt.analysis.mistakes.search import Given, Prepared, Search, prepared, search
+from jaxbptt.analysis.mistakes.search import Search, search
 from jaxbptt.arrays import check_callable, check_concrete
 from jaxbptt.cells import dense
 from jaxbptt.cells.cell import Cell
-from jaxbptt.network import NetworkParams
 from jaxbptt.scans.flags import Flags
 from jaxbptt.trees import differentiable, name
-from jaxbptt.words import counted
-
-_UNKNOWN = "no single cause found"
 
 
 class LeafComparison(NamedTuple):
@@ -97,7 +94,7 @@ def compare_gradients(
     dy; `=` for `+=`; a mean for a sum over time or rows, and the sign; one row of the batch; a square matrix of params not
     transposed. For an Elman network, with a read-out or without, in params of any structure: tanh' missing, at the wrong
     place or of the wrong step, dh carried back before it, W_hh missing or not transposed, W_hy too, and more. Where no one
-    mistake fits, one mistake for each leaf, two at once, and a window of K lags are tried.
+    mistake fits, one for each leaf and two at once are tried, of single time steps the first and the last.
 
     A mistake is named if it gives **all numbers** of all leaves, with relative errors of rounding (twice the tolerance below), and if one
     of the candidates would come as close by chance less than once in a million times, by the share of the difference that
@@ -158,26 +155,32 @@ def compare_gradients(
         )
     problem = None
     if not (step is None and loss is None):
+        if step is None or loss is None:
+            missing = "step" if step is None else "loss"
+            raise TypeError(f"A part of the problem is given, but no {missing}: pass step, params, init, xs and loss.")
         given = Given(step, params, init, xs, loss, length, Flags(is_first, valid, reset_carry))
         problem = prepared(_checked(given), reference)
     elif any(arg is not None for arg in (params, init, xs, length, is_first, valid, reset_carry, intermediates)):
-        raise TypeError("A part of the problem is given, but not its step and loss: pass step, params, init, xs and loss.")
+        raise TypeError(
+            "A part of the problem is given, but not its step and loss: pass step, params, init, xs and loss."
+        )
     by_step = None if temporal is None else temporal.contributions
     by_lag = None if lags is None else lags.contributions
-    found = _summary(_compared("gradient", mine, reference, by_step, by_lag))
-    return found if problem is None else _explained(found, problem, mine, reference, intermediates)
+    counts = None if problem is None else counts_of(problem)
+    found = _summary(_compared("gradient", mine, reference, by_step, by_lag, counts=counts))
+    if problem is not None:
+        return _explained(found, problem, mine, reference, intermediates)
+    hint = ": pass step, params, init, xs and loss to have the known mistakes tried"
+    return found._replace(cause=UNKNOWN + hint) if found.cause == UNKNOWN else found
 
 
 def _checked(given: Given) -> Given:
     """The problem, with the read-out of a network in its step."""
-    if given.step is None or given.loss is None:
-        missing = "step" if given.step is None else "loss"
-        raise TypeError(f"A part of the problem is given, but no {missing}: pass step, params, init, xs and loss.")
     check_callable("loss", given.loss, "loss(carry, ys) -> scalar")
     arrays = {"params": given.params, "init": given.init, "xs": given.xs}
     check_concrete("compare_gradients", **arrays)
     cell = given.step
-    if not isinstance(cell, Cell) or not isinstance(given.params, NetworkParams):
+    if not isinstance(cell, Cell) or getattr(given.params, "_fields", ()) != ("cell", "W_hy", "b_y"):
         return given
 
     def step(params, carry, x):
@@ -198,7 +201,8 @@ def _explained(
     if found.agrees or any(np.shape(a) != np.shape(b) for a, b in zip(*leaves, strict=True)):
         return found._replace(cause="; ".join(filter(None, (found.cause, first))))
     bounds = [tolerance(a, b) for a, b in zip(*leaves, strict=True)]
-    result = search(problem, *([_wide(leaf) for leaf in side] for side in leaves), bounds)
+    mine, reference = ([wide(leaf) for leaf in side] for side in leaves)
+    result = search(problem, mine, reference, bounds)
     return _with_names(found, result)
 
 
@@ -215,8 +219,8 @@ def _with_names(found: GradientComparison, result: Search) -> GradientComparison
         causes = [f"in {', '.join(leaves)}: {cause}" for cause, leaves in leaves_of.items()]
     if not causes:
         causes = list(dict.fromkeys(leaf.cause for leaf in wrong))
-        if any(cause.startswith(_UNKNOWN) for cause in causes):
-            causes = [f"{_UNKNOWN}: none of the {result.tried:,} candidates that were run gives this gradient"]
+        if any(cause.startswith(UNKNOWN) for cause in causes):
+            causes = [f"{UNKNOWN}: none of the {result.tried:,} candidates that were run gives this gradient"]
     leaves = [
         leaf._replace(cause=_either(by_leaf[leaf.leaf])) if by_leaf.get(leaf.leaf) else leaf for leaf in found.leaves
     ]
@@ -240,118 +244,59 @@ def comparison(mine: Any, reference: Any, *, low_rank: bool) -> GradientComparis
 
 
 def _compared(
-    root: str, mine: Any, reference: Any, by_step: Any = None, by_lag: Any = None, *, low_rank: bool = True
+    root: str,
+    mine: Any,
+    reference: Any,
+    by_step: Any = None,
+    by_lag: Any = None,
+    *,
+    counts: dict[int, str] | None = None,
+    low_rank: bool = True,
 ) -> tuple[LeafComparison, ...]:
     """Each leaf of two trees of one structure; contributions like them, if there are any."""
     by_step, by_lag = _leaves_or_none(by_step, reference), _leaves_or_none(by_lag, reference)
     paths = jax.tree_util.tree_leaves_with_path(reference)
     return tuple(
-        _compare_leaf(name(root, path), _wide(a), _wide(b), tolerance(a, b), steps, lag, low_rank)
+        _compare_leaf(name(root, path), wide(a), wide(b), tolerance(a, b), steps, lag, counts, low_rank)
         for (path, b), a, steps, lag in zip(paths, jax.tree.leaves(mine), by_step, by_lag, strict=True)
     )
 
 
 def _summary(leaves: tuple[LeafComparison, ...]) -> GradientComparison:
     causes = dict.fromkeys(leaf.cause for leaf in leaves if not leaf.agrees)
-    named = [cause for cause in causes if not cause.startswith(_UNKNOWN)]
-    return GradientComparison(leaves, not causes, "; ".join(named) or (_UNKNOWN if causes else "agrees"))
-
-
-def relative_error(mine: Any, reference: Any) -> float:
-    """max|mine − reference| / max|reference|; 0 where both are 0."""
-    mine, reference = _wide(mine), _wide(reference)
-    error, scale = (np.max(np.abs(a), initial=0.0) for a in (mine - reference, reference))
-    return 0.0 if error == 0 else float(error / scale) if scale > 0 else float("inf")
-
-
-def tolerance(*trees: Any) -> float:
-    """Relative error up to which gradients of these dtypes agree: eps^0.6, of the coarsest."""
-    return max((float(jnp.finfo(leaf.dtype).eps) ** 0.6 for leaf in jax.tree.leaves(trees)), default=0.0)
+    named = [cause for cause in causes if not cause.startswith(UNKNOWN)]
+    return GradientComparison(leaves, not causes, "; ".join(named) or (UNKNOWN if causes else "agrees"))
 
 
 def _compare_leaf(
-    leaf: str, mine: np.ndarray, reference: np.ndarray, bound: float, by_step: Any, by_lag: Any, low_rank: bool
+    leaf: str,
+    mine: np.ndarray,
+    reference: np.ndarray,
+    bound: float,
+    by_step: Any,
+    by_lag: Any,
+    counts: dict[int, str] | None,
+    low_rank: bool,
 ) -> LeafComparison:
     if mine.shape != reference.shape:
         cause = f"it has shape {mine.shape}, not {reference.shape}"
         if mine.T.shape == reference.shape and relative_error(mine.T, reference) <= bound:
             cause = "it is the transpose"
+        added = tuple(range(mine.ndim - reference.ndim))
+        rows_of_it = added and mine.shape[len(added) :] == reference.shape
+        if rows_of_it and relative_error(mine.sum(added), reference) <= bound:
+            cause += f": it is not summed over its first {'axis' if len(added) == 1 else f'{len(added)} axes'}"
         return LeafComparison(leaf, False, np.nan, np.nan, np.nan, cause)
     error = relative_error(mine, reference)
     with np.errstate(invalid="ignore", divide="ignore"):
         product, mine_norm, norm = np.vdot(reference, mine), np.linalg.norm(mine), np.linalg.norm(reference)
         cosine, ratio = float(product / norm / mine_norm), float(product / norm**2)
     agrees = error <= bound
-    cause = "agrees" if agrees else _cause(mine, reference, ratio, bound, by_step, by_lag, low_rank)
+    cause = "agrees" if agrees else cause_of(mine, reference, ratio, bound, by_step, by_lag, counts, low_rank)
     return LeafComparison(leaf, agrees, error, cosine, ratio, cause)
-
-
-def _cause(
-    mine: np.ndarray, reference: np.ndarray, ratio: float, bound: float, by_step: Any, by_lag: Any, low_rank: bool
-) -> str:
-    def same(candidate: np.ndarray) -> bool:
-        return relative_error(mine, candidate) <= 2 * bound
-
-    if not np.isfinite(reference).all():
-        return "the reference itself has nan or inf"
-    if not np.isfinite(mine).all():
-        return (
-            f"it has nan or inf in {np.count_nonzero(~np.isfinite(mine)):,} of {counted(mine.size, 'entry', 'entries')}"
-        )
-    if not mine.any():
-        return "it is 0 everywhere: the path is cut, by a stop_gradient or an update whose result is dropped"
-    if same(-reference):
-        return "it has the wrong sign"
-    if mine.size > 1 and same(ratio * reference):
-        return _factor(ratio, None if by_step is None else len(by_step))
-    if mine.ndim == 2 and mine.shape[0] == mine.shape[1] and same(reference.T):
-        return "it is the transpose"
-    if by_lag is not None:
-        for cut, total in enumerate(np.cumsum(by_lag, axis=0)[:-1], start=1):
-            if same(total):
-                short = "one lag short: " if cut == len(by_lag) - 1 else ""
-                return f"{short}it has the first {cut} of {counted(len(by_lag), 'lag')}, longer paths are cut"
-    if by_step is not None:
-        for t, term in enumerate(by_step):
-            if same(reference - term):
-                return f"time step {t} (counted from 0) is missing"
-            if same(reference + term):
-                return f"time step {t} (counted from 0) is counted twice"
-    bound_of_clip = np.abs(mine).max()
-    if np.sum(np.abs(mine) >= bound_of_clip * (1 - bound)) > 1 and same(np.clip(reference, -bound_of_clip, bound_of_clip)):
-        return f"its entries are clipped at ±{bound_of_clip:.6g}"
-    found = _low_rank(mine - reference, bound * float(np.linalg.norm(reference))) if low_rank else ""
-    return f"{_UNKNOWN}: it is nearest to {ratio:.3g} times the reference{found}"
-
-
-def _factor(ratio: float, steps: int | None) -> str:
-    for factor, words in ((ratio, "times"), (1 / ratio, "of")):
-        whole = round(factor)
-        if whole > 1 and abs(factor / whole - 1) < 1e-3:
-            amount = f"{whole} times" if words == "times" else f"1/{whole} of"
-            if steps == whole:
-                return f"it is {amount} the reference, a factor T: one is a sum over time steps, the other a mean"
-            return (
-                f"it is {amount} the reference: perhaps one is a sum over {whole} time steps or rows, the other a mean"
-            )
-    return f"it is {ratio:.6g} times the reference"
-
-
-def _low_rank(difference: np.ndarray, noise: float) -> str:
-    """That a difference is the sum of a few outer products. Many mistakes leave one, so it is a description, and no cause."""
-    if difference.ndim != 2:
-        return ""
-    rank = int(np.sum(np.linalg.svd(difference, compute_uv=False) > noise))
-    return f", and the difference has rank {rank}" if 0 < rank <= min(difference.shape) // 2 else ""
 
 
 def _leaves_or_none(contributions: Any, reference: Any) -> Sequence[Any]:
     if contributions is None:
         return [None] * len(jax.tree.leaves(reference))
-    return [_wide(leaf) for leaf in jax.tree.leaves(contributions)]
-
-
-def _wide(array: Any) -> np.ndarray:
-    """In double precision, so that the comparison itself adds no rounding errors."""
-    array = np.asarray(array)
-    return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
+    return [wide(leaf) for leaf in jax.tree.leaves(contributions)]

@@ -214,7 +214,7 @@ def problem(roles: Roles, general: Problem, params: Any) -> Problem:
         delta = jnp.where(eq.summed == 1, deltas[1], deltas[0])
         found = {roles.W_hh: _outer(delta, before), roles.W_xh: _outer(delta, jax.tree.leaves(xs)[0])}
         found |= {(i, False): _rows(delta).sum(0) for i in roles.b}
-        if roles.W_hy is not None:
+        if roles.W_hy is not None and W_hy is not None:
             (dy,) = jax.tree.leaves(ys_bar) or [jnp.zeros((*h.shape[:-1], len(W_hy)), h.dtype)]
             found |= {roles.W_hy: _outer(dy, jnp.where(eq.state == 1, before, h))}
             found |= {(i, False): _rows(dy).sum(0) for i in roles.b_y}

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbptt.analysis.mistakes.elman import Equations
-from jaxbptt.analysis.mistakes.search import Prepared, problem_of
+from jaxbptt.analysis.mistakes.given import Prepared, arrays_of, problem_of
 from jaxbptt.cells.cell import step_of
-from jaxbptt.trees import combine, is_array, partition
+from jaxbptt.trees import combine
 from jaxbptt.words import counted
 
 FORWARD = "hs", "ys"
@@ -59,7 +59,7 @@ def first_difference(p: Prepared, mine: Any) -> str:
 
 def _right(p: Prepared) -> dict[str, np.ndarray]:
     """Each quantity as it should be, as far as the step has it."""
-    arrays, static = partition((p.given.params, p.given.init, p.given.xs, p.given.flags), by=is_array)
+    arrays, static = arrays_of(p.given)
 
     @jax.jit
     def compute(arrays):
@@ -76,9 +76,7 @@ def _right(p: Prepared) -> dict[str, np.ndarray]:
             def body(carry_bar, t):
                 residuals, x, y_bar = jax.tree.map(lambda leaf: leaf[t], (problem.residuals, problem.xs, dy))
                 equations = Equations(*map(jnp.asarray, Equations()))
-                carry_bar, (dh_raw, dh) = problem.backward(
-                    equations, problem.params, residuals, x, carry_bar, y_bar
-                )
+                carry_bar, (dh_raw, dh) = problem.backward(equations, problem.params, residuals, x, carry_bar, y_bar)
                 return carry_bar, (dh, dh_raw)
 
             _, (dh, dh_raw) = jax.lax.scan(body, problem.last_bar, jnp.arange(p.steps)[::-1])

@@ -33,7 +33,7 @@ class Mistake(NamedTuple):
 def of_any_loop(steps: int, rows: int) -> Iterator[Mistake]:
     """The mistakes that a backward loop over `steps` can have, whatever the step computes."""
     t, one, zero = np.arange(steps), np.ones(steps), np.zeros(steps)
-    first, last = t == 0, t == steps - 1
+    last = t == steps - 1
     yield Mistake("nothing is carried back: dh_next is never added, or always 0", {"passed": zero})
     yield Mistake("dh_next is added to from step to step (+=), where it is replaced (=)", {"kept": one})
     yield Mistake("the backward loop runs forward in time, from the first step to the last", {"order": t})
@@ -44,7 +44,9 @@ def of_any_loop(steps: int, rows: int) -> Iterator[Mistake]:
         bound = np.array(bound)
         yield Mistake(f"dh_next is clipped at ±{bound:g} at every step", {"clip": bound}, common=False)
         yield Mistake(f"dh_next is clipped to a norm of {bound:g} at every step", {"clip_norm": bound}, common=False)
-    yield Mistake("the gradient of the first state is that of the state after the first step", {"init_from": np.array(1)})
+    yield Mistake(
+        "the gradient of the first state is that of the state after the first step", {"init_from": np.array(1)}
+    )
     yield from _of_targets(t)
     yield from _of_sums(t)
     if rows > 1:
@@ -107,7 +109,10 @@ def _of_sums(t: np.ndarray) -> Iterator[Mistake]:
         "the last state stands for h₀ in the weight gradient: hs[t − 1] at t = 0 is hs[−1]",
         states_from=np.where(t == 0, steps, t),
     )
-    for name, by in (("xₜ₊₁ stands for xₜ in the weight gradient", 1), ("xₜ₋₁ stands for xₜ in the weight gradient", -1)):
+    for name, by in (
+        ("xₜ₊₁ stands for xₜ in the weight gradient", 1),
+        ("xₜ₋₁ stands for xₜ in the weight gradient", -1),
+    ):
         outside = (t + by < 0) | (t + by >= steps)
         for border in ((t + by) % steps, np.clip(t + by, 0, steps - 1), steps):
             yield mistake(name, xs_from=np.where(outside, border, t + by))
@@ -123,12 +128,12 @@ def _of_one_step(s: int, t: np.ndarray) -> Iterator[Mistake]:
     steps = len(t)
     place = {0: ", the first", steps - 1: ", the last"}.get(s, "")
     step, here = f"time step {s} (counted from 0{place})", t == s
-    outer = dict(common=s in (0, steps - 1))
-    yield Mistake(f"{step} is missing in the sum over time", {"counted": 1.0 * ~here}, by_leaf=True, **outer)
-    yield Mistake(f"{step} is counted twice in the sum over time", {"counted": 1.0 + here}, by_leaf=True, **outer)
+    outer = s in (0, steps - 1)
+    yield Mistake(f"{step} is missing in the sum over time", {"counted": 1.0 * ~here}, by_leaf=True, common=outer)
+    yield Mistake(f"{step} is counted twice in the sum over time", {"counted": 1.0 + here}, by_leaf=True, common=outer)
     skipped = {"counted": 1.0 * ~here, "passed": 1.0 * ~here, "kept": 1.0 * here}
-    yield Mistake(f"{step} is left out of the backward loop", skipped, **outer)
-    yield Mistake(f"the loss of {step} is left out", {"loss_weight": 1.0 * ~here}, **outer)
-    yield Mistake(f"the loss of {step} is counted twice", {"loss_weight": 1.0 + here}, **outer)
-    if 0 < s:
+    yield Mistake(f"{step} is left out of the backward loop", skipped, common=outer)
+    yield Mistake(f"the loss of {step} is left out", {"loss_weight": 1.0 * ~here}, common=outer)
+    yield Mistake(f"the loss of {step} is counted twice", {"loss_weight": 1.0 + here}, common=outer)
+    if s > 0:
         yield Mistake(f"nothing is carried back from {step}", {"passed": 1.0 * ~here}, common=False)

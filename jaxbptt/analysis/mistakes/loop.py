@@ -215,7 +215,7 @@ def _loss_tables(u: Unrolled, loss: Any, xs: Any) -> Any:
 
 
 def _of_softmax(ys: Any, ys_bar: Any, xs: Any) -> tuple[Any, Any, Any]:
-    """dy = w (softmax(y) − target), without the softmax, without the target, with the input as target."""
+    """Dy = w (softmax(y) − target), without the softmax, without the target, with the input as target."""
     leaves = jax.tree.leaves(ys_bar)
     if len(leaves) != 1 or leaves[0].ndim < 2 or jnp.iscomplexobj(leaves[0]):
         return (ys_bar,) * 3

@@ -13,49 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbptt.analysis.mistakes import elman
+from jaxbptt.analysis.mistakes.given import Prepared, arrays_of, counts_of, problem_of
 from jaxbptt.analysis.mistakes.known import Mistake, of_any_loop
-from jaxbptt.analysis.mistakes.loop import (
-    Loop,
-    Problem,
-    blocks_transposed,
-    gradient,
-    init_gradient,
-    of_any_step,
-    right_loop,
-)
-from jaxbptt.cells.cell import Cell, step_of
-from jaxbptt.scans.flags import Flags
-from jaxbptt.scans.recurrence import prepare
-from jaxbptt.trees import combine, differentiable, is_array, name, partition
+from jaxbptt.analysis.mistakes.loop import Loop, blocks_transposed, gradient, init_gradient, right_loop
+from jaxbptt.analysis.mistakes.matching import Match
+from jaxbptt.trees import combine, differentiable, is_array, name
 
 _BLOCK = 64  # candidates in one call of the program
-_CHANCE = -6  # log10
 # Multiplications above which no two mistakes are tried together.
 _MOST_WORK = 3e10
 
 _RIGHT = Mistake("")
-
-
-class Given(NamedTuple):
-    """The problem that a gradient is of.
-
-    Attributes:
-        step: a function or a `Cell`.
-        params: θ.
-        init: c₀.
-        xs: the inputs.
-        loss: `loss(carry, ys) -> scalar`.
-        length: T, or `None`.
-        flags: `is_first`, `valid`, `reset_carry`.
-    """
-
-    step: Any
-    params: Any
-    init: Any
-    xs: Any
-    loss: Callable[..., Any]
-    length: int | None
-    flags: Flags
 
 
 class Search(NamedTuple):
@@ -65,57 +33,21 @@ class Search(NamedTuple):
         names: the mistakes that give this gradient, each alone.
         by_leaf: for each leaf that differs, the mistakes in it, where they are made in these leaves and not in others.
         tried: how many were run.
-        counts: numbers of time steps and rows, and what they count.
     """
 
     names: tuple[str, ...]
     by_leaf: tuple[tuple[str, ...], ...]
     tried: int
-    counts: dict[int, str]
-
-
-class Prepared(NamedTuple):
-    """A problem with its time steps, rows and roles."""
-
-    given: Given
-    steps: int
-    rows: int
-    roles: elman.Roles | None
-    with_init: bool
-
-
-def prepared(given: Given, reference: Any) -> Prepared:
-    """Check that a gradient is one of this problem's params, or of (params, init)."""
-    r = prepare(given.step, given.params, given.init, given.xs, given.length, *given.flags[:2])
-    if r.length == 0:
-        raise ValueError("A sequence without time steps has no backward loop: pass at least one step.")
-    given = given._replace(init=r.init, xs=r.xs)
-    of_params, of_both = (jax.tree.structure(differentiable(tree)) for tree in (given.params, (given.params, r.init)))
-    structure = jax.tree.structure(reference)
-    if structure not in (of_params, of_both):
-        raise ValueError(
-            f"The gradients have structure {structure}, but params have {of_params}: pass gradients of params, or of the "
-            "pair (params, init)."
-        )
-    flagged = given.flags.given
-    roles = None if flagged else elman.find(step_of(given.step), given.params, r.init, r.xs)
-    return Prepared(given, r.length, _rows(given), roles, structure == of_both and structure != of_params)
-
-
-def problem_of(p: Prepared, params: Any, init: Any, xs: Any, flags: Flags) -> Problem:
-    """The problem of arrays that may be traced."""
-    general = of_any_step(p.given.step, params, init, xs, p.given.loss, p.given.length, flags)
-    return general if p.roles is None else elman.problem(p.roles, general, params)
 
 
 def search(p: Prepared, mine: Sequence[Any], reference: Sequence[Any], bounds: Sequence[float]) -> Search:
     """Run the known mistakes, and find those that give `mine`; `bounds` are the relative errors of rounding, by leaf."""
     known = [_RIGHT, *of_any_loop(p.steps, p.rows), *_of_weights(p)]
-    factors, counts = _factors(p.steps, p.rows)
+    factors = _factors(p)
     run = _program(p, mine, reference, [factor for factor, _ in factors])
     errors, sizes = run(known)
     _check_reference(p, errors[0, -1], sizes[0], bounds)
-    match = _Match(mine, reference, bounds, [factor for factor, _ in factors], tried=len(known) * len(factors))
+    match = Match(mine, reference, bounds, [factor for factor, _ in factors], tried=len(known) * len(factors))
     alone = match.close(errors[:, 0], sizes)
     read_out = _leaves_of(p)
     by_leaf = np.array([mistake.by_leaf for mistake in known])
@@ -132,11 +64,11 @@ def search(p: Prepared, mine: Sequence[Any], reference: Sequence[Any], bounds: S
     names = _distinct([*named(alone & ~is_right), *(found for f in others for found in named(fits[f] & is_right, f))])
     names = names or _distinct(named((alone | (read_out & match.agrees)) & only_losses[:, None]))
     if names:
-        return Search(names, (), len(known), counts)
+        return Search(names, (), len(known))
     differing = np.flatnonzero(~match.agrees)
     names = _distinct(named((alone | match.agrees) & by_leaf[:, None]))
     if names:
-        return Search((), (names,) * len(differing), len(known), counts)
+        return Search((), (names,) * len(differing), len(known))
     each = [
         _distinct(
             known[i].name
@@ -146,14 +78,14 @@ def search(p: Prepared, mine: Sequence[Any], reference: Sequence[Any], bounds: S
         for leaf in differing
     ]
     if all(each):
-        return Search((), tuple(each), len(known), counts)
+        return Search((), tuple(each), len(known))
     names = _distinct(found for f in others for found in named(fits[f], f))
     if names:
-        return Search(names, (), len(known), counts)
+        return Search(names, (), len(known))
     pairs = list(_pairs(known, right_loop(p.steps, p.rows)))
     work = len(pairs) * p.steps * p.rows * sum(leaf.size for leaf in mine)
     if not pairs or work > _MOST_WORK:
-        return Search((), (), len(known), counts)
+        return Search((), (), len(known))
     errors, sizes = run([pair for _, _, pair in pairs])
     first, second = (np.array([pair[k] for pair in pairs]) for k in (0, 1))
     fits = match.close(errors[:, 0], sizes)
@@ -161,53 +93,14 @@ def search(p: Prepared, mine: Sequence[Any], reference: Sequence[Any], bounds: S
     fits |= (alone[first] & by_leaf[second, None]) | (alone[second] & by_leaf[first, None])
     match = match._replace(tried=match.tried + len(pairs))
     names = [
-        pairs[i][2].name
-        for i in np.flatnonzero(fits.all(1))
-        if not match.likely(errors[i, 0], sizes[i], ~match.agrees)
+        pairs[i][2].name for i in np.flatnonzero(fits.all(1)) if not match.likely(errors[i, 0], sizes[i], ~match.agrees)
     ]
-    return Search(_distinct(names), (), len(known) + len(pairs), counts)
+    return Search(_distinct(names), (), len(known) + len(pairs))
 
 
-class _Match(NamedTuple):
-    """Two gradients as lists of arrays, and when a candidate counts as the first."""
-
-    mine: Sequence[Any]
-    reference: Sequence[Any]
-    bounds: Sequence[float]
-    factors: Sequence[float]
-    tried: int
-
-    @property
-    def differences(self) -> np.ndarray:
-        """max|mine − reference| of each leaf."""
-        pairs = zip(self.mine, self.reference, strict=True)
-        return np.array([np.max(np.abs(a - b), initial=0.0) for a, b in pairs])
-
-    @property
-    def agrees(self) -> np.ndarray:
-        """Whether each leaf is right."""
-        sizes = np.array([np.max(np.abs(leaf), initial=0.0) for leaf in self.reference])
-        return self.differences <= np.array(self.bounds) * sizes
-
-    def close(self, errors: np.ndarray, sizes: np.ndarray, factor: int = 0) -> np.ndarray:
-        """Whether candidates are equal to mine, but for rounding: `[candidates, leaves]`."""
-        return errors <= 2 * np.array(self.bounds) * sizes * abs(self.factors[factor])
-
-    def likely(self, errors: np.ndarray, sizes: np.ndarray, leaves: np.ndarray) -> bool:
-        """Whether one of the candidates would come as close by chance, in these leaves.
-
-        Each number of a candidate is within a share of the difference from the reference, and so by chance as often as the
-        share says. Numbers that a term of a single time step has: an outer product of m and n has m + n − 1 of its own.
-        """
-        chance = np.log10(self.tried)
-        differences = self.differences
-        for i in np.flatnonzero(leaves):
-            leaf = self.mine[i]
-            own = sum(leaf.shape) - 1 if leaf.ndim == 2 and leaf.size else leaf.size
-            least = float(jnp.finfo(leaf.dtype).eps) * sizes[i]
-            share = max(errors[i], least) / differences[i] if differences[i] > 0 else 1.0
-            chance += own * np.log10(max(min(share, 1.0), 1e-300))
-        return bool(chance > _CHANCE)
+def _of_losses(mistake: Mistake) -> bool:
+    """Whether it can be made where a loss enters the recursion, and not in the gradient of the read-out."""
+    return bool(mistake.loop) and not mistake.equations and set(mistake.loop) <= {"loss_from", "loss_weight"}
 
 
 def compiled(p: Prepared, factors: tuple[float, ...]) -> Callable[..., Any]:
@@ -215,7 +108,7 @@ def compiled(p: Prepared, factors: tuple[float, ...]) -> Callable[..., Any]:
 
     By leaf; the last error is that of the reference.
     """
-    static = _split(p.given)[1]
+    static = arrays_of(p.given)[1]
 
     @jax.jit
     def block(arrays, mine, reference, loops, equations):
@@ -241,15 +134,10 @@ def compiled(p: Prepared, factors: tuple[float, ...]) -> Callable[..., Any]:
     return block
 
 
-def _of_losses(mistake: Mistake) -> bool:
-    """Whether it can be made where a loss enters the recursion, and not in the gradient of the read-out."""
-    return bool(mistake.loop) and not mistake.equations and set(mistake.loop) <= {"loss_from", "loss_weight"}
-
-
 def _program(p: Prepared, mine: Any, reference: Any, factors: Sequence[float]) -> Callable[..., Any]:
     """A function of mistakes: what `compiled` gives for all of them."""
     block, right = compiled(p, tuple(factors)), right_loop(p.steps, p.rows)
-    fixed = _split(p.given)[0], list(mine), list(reference)
+    fixed = arrays_of(p.given)[0], list(mine), list(reference)
 
     def run(mistakes):
         found = []
@@ -259,16 +147,13 @@ def _program(p: Prepared, mine: Any, reference: Any, factors: Sequence[float]) -
             loops = _stacked(right._replace(**mistake.loop) for mistake in some)
             equations = _stacked(elman.Equations(**mistake.equations) for mistake in some)
             found.append(block(*fixed, loops, equations))
-        errors, sizes = (np.concatenate(list(map(np.asarray, part)))[: len(mistakes)] for part in zip(*found, strict=True))
+        errors, sizes = (
+            np.concatenate(list(map(np.asarray, part)))[: len(mistakes)] for part in zip(*found, strict=True)
+        )
         # What is nan matches nothing.
         return np.where(np.isfinite(errors), errors, np.inf), np.where(np.isfinite(sizes), sizes, 0)
 
     return run
-
-
-def _split(given: Given) -> tuple[Any, Any]:
-    """The arrays of a problem, and what else is among its leaves."""
-    return partition((given.params, given.init, given.xs, given.flags), by=is_array)
 
 
 def _stacked(trees: Iterable[Any]) -> Any:
@@ -297,28 +182,13 @@ def _pairs(known: Sequence[Mistake], right: Loop) -> Iterable[tuple[int, int, Mi
         yield i, j, both
 
 
-def _factors(steps: int, rows: int) -> tuple[list[tuple[float, str]], dict[int, str]]:
+def _factors(p: Prepared) -> list[tuple[float, str]]:
     """What a whole gradient may be multiplied by, and the words for it; 1 first."""
-    counts = {(steps, f"the {steps} time steps"), (rows, f"the {rows} rows")}
-    counts |= {(steps * rows, f"the {steps} time steps and {rows} rows")} if min(steps, rows) > 1 else set()
     found = [(1.0, ""), (-1.0, "the sign is wrong")]
-    for count, words in sorted(counts):
-        if count > 1:
-            found.append((1 / count, f"it is the mean over {words}, where the reference is the sum"))
-            found.append((float(count), f"it is the sum over {words}, where the reference is the mean"))
-    return found, {count: words for count, words in sorted(counts) if count > 1}
-
-
-def _rows(given: Given) -> int:
-    """Rows of the batch, as far as can be seen: a cell says so, and of another step the shapes."""
-    leaves = jax.tree.leaves(given.init)
-    if isinstance(given.step, Cell):
-        one = jax.tree.leaves(jax.eval_shape(given.step.initial_carry))
-        added = {leaf.shape[: leaf.ndim - row.ndim] for leaf, row in zip(leaves, one, strict=False)}
-        return int(np.prod(added.pop())) if len(added) == 1 else 1
-    sizes = {leaf.shape[0] if leaf.ndim > 1 else 1 for leaf in leaves}
-    sizes |= {leaf.shape[1] if leaf.ndim > 2 else 1 for leaf in jax.tree.leaves(given.xs)}
-    return sizes.pop() if len(sizes) == 1 else 1
+    for count, words in counts_of(p).items():
+        found.append((1 / count, f"it is the mean over {words}, where the reference is the sum"))
+        found.append((float(count), f"it is the sum over {words}, where the reference is the mean"))
+    return found
 
 
 def _leaves_of(p: Prepared) -> np.ndarray:
