@@ -90,7 +90,7 @@ def _factor(ratio: float, steps: int | None, counts: dict[int, str] | None) -> s
     return f"it is {ratio:.6g} times the reference"
 
 
-def _low_rank(difference: np.ndarray, noise: float) -> str:
+def _low_rank(difference: Any, noise: float) -> str:
     """That a difference is the sum of a few outer products. Many mistakes leave one, so it is a description, and no cause."""
     if difference.ndim != 2:
         return ""
