@@ -30,7 +30,7 @@ from layers import Size
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from jaxbptt.plots.figure import COLOURS, MARKERS, NEUTRAL, label_axes, legend_below
+from jaxbptt.plots.figure import COLOURS, MARKERS, NEUTRAL, add_legend, label_axes
 
 SIZES = [Size(1024, 1, 32, 128), Size(256, 32, 32, 128), Size(128, 32, 64, 512), Size(256, 64, 128, 256)]
 SIZES += [Size(4096, 8, 16, 64)]
@@ -276,7 +276,7 @@ def draw(results):
     ticks = [2.0**power for power in range(math.ceil(low), math.floor(high) + 1) if power % step == 0]
     panels[0].set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
     panels[0].xaxis.set_minor_formatter(NullFormatter())
-    legend_below(figure, *panels)
+    add_legend(panels, None)
     return figure
 
 

@@ -171,7 +171,7 @@ def draw(curves, file):
     for i, (name, curve) in enumerate(curves.items()):
         axes.plot(range(EVERY, UPDATES + 1, EVERY), curve, parts.DASHES[i], color=parts.COLOURS[i], label=name)
     parts.label_axes(axes, f"T-maze, {LENGTH} steps from cue to junction", "update", "success rate")
-    parts.legend_below(figure, axes)
+    parts.add_legend([axes], None)
     figure.savefig(file)
 
 

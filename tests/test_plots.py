@@ -9,7 +9,6 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from reference import make_cell, problem
 
@@ -35,39 +34,39 @@ def flow(name="elman", loss=lambda h, ys: jnp.sum(ys[-1])):
     return bptt.gradient_flow(cell, *problem(cell, 9), loss)
 
 
-def save(figure):
-    assert isinstance(figure, Figure)
+def save(drawing):
+    assert isinstance(drawing, plots.Drawing)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    drawing.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
-def texts(figure):
-    return [text.get_text() for text in figure.legends[0].get_texts()]
+def texts(drawing):
+    return [text.get_text() for text in drawing.figure.legends[0].get_texts()]
 
 
 def test_gradient_flow():
     flows = {"elman": flow(), "lstm": flow("lstm")}
-    figure = plots.plot_gradient_flow(flows)
-    (axes,) = figure.axes
+    drawing = plots.plot_gradient_flow(flows)
+    (axes,) = drawing.axes
     assert axes.get_yscale() == "log"
     assert axes.get_xlabel() == "time step t"
     assert "gradient magnitude" in axes.get_ylabel()
-    assert texts(figure) == ["elman", "lstm"]
+    assert texts(drawing) == ["elman", "lstm"]
     for line, name in zip(axes.lines, flows, strict=True):
         np.testing.assert_allclose(line.get_xdata(), np.arange(1, 10))
         np.testing.assert_allclose(line.get_ydata(), flows[name].norms)
     assert axes.lines[0].get_linestyle() != axes.lines[1].get_linestyle()
-    assert save(figure)
+    assert save(drawing)
 
 
 def test_immediate_part_and_zeros():
     everywhere = plots.plot_gradient_flow(flow(loss=lambda h, ys: jnp.sum(ys**2)))
     assert len(everywhere.axes[0].lines) == 2
     cut = flow(loss=lambda h, ys: jnp.sum(ys[3]))
-    figure = plots.plot_gradient_flow(cut)
-    assert np.isnan(figure.axes[0].lines[0].get_ydata()[4:]).all()
-    assert save(figure)
+    drawing = plots.plot_gradient_flow(cut)
+    assert np.isnan(drawing.axes[0].lines[0].get_ydata()[4:]).all()
+    assert save(drawing)
 
 
 def test_certificate():
@@ -75,8 +74,8 @@ def test_certificate():
     wrong = cell.adjoint._replace(contract=lambda *a: jax.tree.map(lambda b: 2 * b, cell.adjoint.contract(*a)))
     scans = {"right": bptt.adjoint_scan, "wrong": lambda *a, **kw: bptt.adjoint_scan(*a, adjoint=wrong, **kw)}
     certificate = bptt.certify(cell, *problem(cell, 5), lambda h, ys: jnp.sum(ys**2), scans=scans, repeats=1)
-    figure = plots.plot_certificate(certificate)
-    errors, memory, seconds = figure.axes
+    drawing = plots.plot_certificate(certificate)
+    errors, memory, seconds = drawing.axes
     assert [label.get_text() for label in errors.get_yticklabels()] == ["scan", "right", "wrong"]
     drawn = [line.get_xdata()[0] for line in errors.lines if line.get_marker() in ("o", "X")]
     np.testing.assert_allclose(drawn, [row.largest_error for row in certificate.rows[1:]])
@@ -84,14 +83,14 @@ def test_certificate():
     np.testing.assert_allclose(
         [line.get_xdata()[0] for line in memory.lines], [row.temporary_bytes / 1024 for row in certificate.rows]
     )
-    assert save(figure)
+    assert save(drawing)
 
 
 def test_singular_values():
     J = jnp.tile(jnp.diag(jnp.array([0.9, 0.1])), (30, 1, 1))
     values = bptt.product_log_singular_values(bptt.jacobian_products(J))
-    figure = plots.plot_singular_values({"one": values, "two": values}, bound_rate={"one": 0.95})
-    one, two = figure.axes
+    drawing = plots.plot_singular_values({"one": values, "two": values}, bound_rate={"one": 0.95})
+    one, two = drawing.axes
     assert one.get_title() == "one"
     largest, smallest, bound = (line.get_ydata() for line in one.lines)
     np.testing.assert_allclose(largest, np.arange(30) * np.log10(0.9), atol=1e-9)
@@ -100,15 +99,15 @@ def test_singular_values():
     np.testing.assert_allclose(bound, np.arange(30) * np.log10(0.95))
     assert len(two.lines) == 2
     assert len(plots.plot_singular_values(values, bound_rate=0.9).axes[0].lines) == 3
-    assert save(figure)
+    assert save(drawing)
 
 
 def test_singular_values_at_chosen_lags():
     """Of the sweep, for starts in any order; entry s has the lag T − s."""
     J = jnp.tile(jnp.diag(jnp.array([0.9, 0.1])), (30, 1, 1))
     starts = np.array([0, 25, 10])
-    figure = plots.plot_singular_values(bptt.singular_values(J, start=starts), lags=30 - starts, bound_rate=0.95)
-    largest, smallest, bound = figure.axes[0].lines
+    drawing = plots.plot_singular_values(bptt.singular_values(J, start=starts), lags=30 - starts, bound_rate=0.95)
+    largest, smallest, bound = drawing.axes[0].lines
     for line, rate in ((largest, 0.9), (smallest, 0.1), (bound, 0.95)):
         np.testing.assert_array_equal(line.get_xdata(), [5, 20, 30])
         np.testing.assert_allclose(line.get_ydata(), np.array([5, 20, 30]) * np.log10(rate), rtol=1e-9)
@@ -119,16 +118,16 @@ def test_surviving_paths():
         "chunks": bptt.surviving_paths(bptt.truncated_scan, 6, truncation_length=3),
         "full": bptt.surviving_paths(bptt.scan, 6),
     }
-    figure = plots.plot_surviving_paths(tables)
-    for axes, (name, table) in zip(figure.axes, tables.items(), strict=True):
+    drawing = plots.plot_surviving_paths(tables)
+    for axes, (name, table) in zip(drawing.axes, tables.items(), strict=True):
         shown = axes.collections[0].get_array().reshape(6, 6)
         kept = np.ma.filled(shown, -1.0)
         np.testing.assert_array_equal(kept == 1, table)
         np.testing.assert_array_equal(kept == 0, np.tril(np.ones((6, 6))) - np.asarray(table, float) > 0)
         assert axes.get_title() == name
         assert axes.get_ylim() == (6.5, 0.5)
-    assert texts(figure) == ["kept", "cut"]
-    assert save(figure)
+    assert texts(drawing) == ["kept", "cut"]
+    assert save(drawing)
     assert save(plots.plot_surviving_paths(tables["full"]))
 
 
@@ -142,8 +141,8 @@ def bias(lengths, windowed, truncated=None, array=jnp.asarray):
 @pytest.mark.parametrize("array", [jnp.asarray, np.asarray])
 def test_truncation_bias(array):
     three = bias((1, 4, 20), (0.5, 0.1, 0.01), (0.5, 0.2, 0.0), array)
-    figure = plots.plot_truncation_bias({"elman": three, "gru": three})
-    errors, cosines = figure.axes
+    drawing = plots.plot_truncation_bias({"elman": three, "gru": three})
+    errors, cosines = drawing.axes
     assert errors.get_yscale() == errors.get_xscale() == cosines.get_xscale() == "log"
     assert len(errors.lines) == len(cosines.lines) == 4
     for line, direction, drawn in zip(
@@ -154,18 +153,18 @@ def test_truncation_bias(array):
         np.testing.assert_allclose(direction.get_ydata(), 1 - np.nan_to_num(drawn) / 2)
         assert line.get_marker() in ("o", "s")
     assert errors.lines[0].get_linestyle() != errors.lines[1].get_linestyle()
-    assert texts(figure) == ["elman windowed", "elman truncated", "gru windowed", "gru truncated"]
+    assert texts(drawing) == ["elman windowed", "elman truncated", "gru windowed", "gru truncated"]
     assert texts(plots.plot_truncation_bias(three)) == ["windowed", "truncated"]
-    assert save(figure)
+    assert save(drawing)
     assert [label.get_text() for label in cosines.get_xticklabels()] == ["1", "4", "20"]
 
 
 @pytest.mark.parametrize("lengths", [range(1, 401), range(95, 101), range(990, 1_010), range(1, 9), [7]])
 def test_ticks_at_truncation_lengths(lengths):
-    figure = plots.plot_truncation_bias(bias(lengths, 1 / np.array(lengths)))
-    errors, _ = figure.axes
+    drawing = plots.plot_truncation_bias(bias(lengths, 1 / np.array(lengths)))
+    errors, _ = drawing.axes
     assert errors.lines[0].get_marker() == ("None" if len(lengths) > 12 else "o")
-    assert save(figure)
+    assert save(drawing)
     low, high = errors.get_xlim()
     shown = [label.get_text() for label in errors.get_xticklabels() if low <= label.get_position()[0] <= high]
     assert 1 <= len(shown) <= 10
@@ -178,9 +177,9 @@ def test_ticks_at_truncation_lengths(lengths):
 def test_truncation_bias_of_what_bptt_returns():
     cell = make_cell("gru")
     result = bptt.truncation_bias(cell, *problem(cell, 6), lambda h, ys: jnp.sum(ys**2))
-    figure = plots.plot_truncation_bias(result)
-    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata()[:5], result.windowed.relative_errors[:5])
-    assert save(figure)
+    drawing = plots.plot_truncation_bias(result)
+    np.testing.assert_allclose(drawing.axes[0].lines[0].get_ydata()[:5], result.windowed.relative_errors[:5])
+    assert save(drawing)
 
 
 def lags(norms, array=jnp.asarray):
@@ -190,8 +189,8 @@ def lags(norms, array=jnp.asarray):
 
 @pytest.mark.parametrize("array", [jnp.asarray, np.asarray])
 def test_lag_contributions(array):
-    figure = plots.plot_lag_contributions({"elman": lags([1, 0, 0.01], array)})
-    sizes, sums = figure.axes
+    drawing = plots.plot_lag_contributions({"elman": lags([1, 0, 0.01], array)})
+    sizes, sums = drawing.axes
     assert sizes.get_title() == "elman"
     assert sizes.get_yscale() == "log"
     np.testing.assert_allclose([bar.get_height() for bar in sizes.patches], [1, np.nan, 0.01])
@@ -200,26 +199,26 @@ def test_lag_contributions(array):
     cosine, error = sums.lines
     np.testing.assert_allclose(cosine.get_ydata(), [0.75, 1, 0.9975])
     np.testing.assert_allclose(error.get_ydata(), [0.5, 0, 0.005])
-    assert texts(figure) == ["cosine", "relative error"]
-    assert save(figure)
+    assert texts(drawing) == ["cosine", "relative error"]
+    assert save(drawing)
 
 
 def test_many_lags_and_many_names():
     decay = lags(0.9 ** np.arange(100))
-    figure = plots.plot_lag_contributions(decay)
-    (area,) = figure.axes[0].patches
+    drawing = plots.plot_lag_contributions(decay)
+    (area,) = drawing.axes[0].patches
     np.testing.assert_allclose(area.get_data().values, decay.norms)
     np.testing.assert_allclose(area.get_data().edges[:2], [-0.5, 0.5])
-    assert save(figure)
+    assert save(drawing)
 
-    figure = plots.plot_lag_contributions({"one": decay, "two": lags([1.0, 0.5])})
-    sizes, sums = figure.axes
+    drawing = plots.plot_lag_contributions({"one": decay, "two": lags([1.0, 0.5])})
+    sizes, sums = drawing.axes
     assert not sizes.patches
     np.testing.assert_allclose(sizes.lines[1].get_ydata(), [1, 0.5])
     assert len({line.get_color() for line in sizes.lines}) == 2
     assert len(sums.lines) == 4
-    assert texts(figure) == ["one", "two", "cosine", "relative error"]
-    assert save(figure)
+    assert texts(drawing) == ["one", "two", "cosine", "relative error"]
+    assert save(drawing)
 
 
 def spectrum(exponents, errors=0.1, resolved=True, array=jnp.asarray):
@@ -232,8 +231,8 @@ def spectrum(exponents, errors=0.1, resolved=True, array=jnp.asarray):
 @pytest.mark.parametrize("array", [jnp.asarray, np.asarray])
 def test_lyapunov_spectrum(array):
     one = spectrum([0.5, -1, -3, -np.inf], resolved=[True, True, False, False], array=array)
-    figure = plots.plot_lyapunov_spectrum(one, theory=array(np.array([0.4, -3.0])))
-    (axes,) = figure.axes
+    drawing = plots.plot_lyapunov_spectrum(one, theory=array(np.array([0.4, -3.0])))
+    (axes,) = drawing.axes
     zero, filled, hollow, theory = axes.lines
     assert set(zero.get_ydata()) == {0}
     np.testing.assert_allclose(filled.get_xdata(), [1, 2, 3, 4])
@@ -246,47 +245,47 @@ def test_lyapunov_spectrum(array):
     bars = axes.collections[0].get_segments()
     np.testing.assert_allclose(bars[0], [[1, 0.3], [1, 0.7]], err_msg="two standard errors")
     assert axes.get_xlabel() == "index i"
-    assert texts(figure) == ["theory", "not resolved"]
-    assert save(figure)
+    assert texts(drawing) == ["theory", "not resolved"]
+    assert save(drawing)
 
 
 def test_lyapunov_spectra_of_several_sizes():
-    figure = plots.plot_lyapunov_spectrum({"two": spectrum([0, -1]), "four": spectrum([0, -1, -2, -3])}, theory=-1.0)
-    _, two, four, theory = figure.axes[0].lines
+    drawing = plots.plot_lyapunov_spectrum({"two": spectrum([0, -1]), "four": spectrum([0, -1, -2, -3])}, theory=-1.0)
+    _, two, four, theory = drawing.axes[0].lines
     np.testing.assert_allclose(two.get_xdata(), [0.5, 1])
     np.testing.assert_allclose(four.get_xdata(), [0.25, 0.5, 0.75, 1])
     np.testing.assert_allclose(theory.get_xdata(), [0.25, 1])
     assert (two.get_marker(), four.get_marker()) == MARKERS[:2]
-    assert figure.axes[0].get_xlabel() == "index i / k"
-    assert texts(figure) == ["two", "four", "theory"]
-    assert save(figure)
+    assert drawing.axes[0].get_xlabel() == "index i / k"
+    assert texts(drawing) == ["two", "four", "theory"]
+    assert save(drawing)
     same = plots.plot_lyapunov_spectrum({"a": spectrum([0, -1]), "b": spectrum([0, -2])})
     assert same.axes[0].get_xlabel() == "index i"
 
 
 def test_lyapunov_spectrum_without_errors():
-    figure = plots.plot_lyapunov_spectrum(spectrum([-1.0, np.nan], errors=np.nan), theory=[-1.0, -np.inf])
-    assert not figure.legends or texts(figure) == ["theory"]
-    assert save(figure)
+    drawing = plots.plot_lyapunov_spectrum(spectrum([-1.0, np.nan], errors=np.nan), theory=[-1.0, -np.inf])
+    assert not drawing.figure.legends or texts(drawing) == ["theory"]
+    assert save(drawing)
 
 
 @pytest.mark.parametrize("array", [jnp.asarray, np.asarray])
 def test_eigenvalues(array):
     values = np.array([[0.5 + 0.5j, 0.5 - 0.5j], [2.0, np.nan], [-0.1, complex(np.inf, 1)]])
-    figure = plots.plot_eigenvalues({"all": array(values), "real": array(np.array([0.1, 0.2]))})
-    first, second = figure.axes
+    drawing = plots.plot_eigenvalues({"all": array(values), "real": array(np.array([0.1, 0.2]))})
+    first, second = drawing.axes
     (points,) = first.lines
     drawn = points.get_xdata() + 1j * points.get_ydata()
     np.testing.assert_allclose(drawn[np.isfinite(drawn)], [0.5 + 0.5j, 0.5 - 0.5j, 2, -0.1])
     np.testing.assert_allclose(second.lines[0].get_ydata(), [0, 0])
-    for axes, name in zip(figure.axes, ["all", "real"], strict=True):
+    for axes, name in zip(drawing.axes, ["all", "real"], strict=True):
         (circle,) = axes.patches
         assert (circle.center, circle.radius) == ((0, 0), 1)
         assert axes.get_aspect() == 1
         assert axes.get_title() == name
         low, high = axes.get_xlim()
         assert low < -1 < 2 < high, "one scale, and all in sight"
-    assert save(figure)
+    assert save(drawing)
 
 
 def shown(axes):
@@ -299,8 +298,9 @@ def shown(axes):
 def test_log_norms(array):
     J = jnp.full((5, 1, 1), 0.01)
     falling = array(np.asarray(bptt.log_norms(J)))
-    figure = plots.plot_log_norms({"small": falling, "smaller": 2 * falling})
-    small, smaller, bar = figure.axes
+    drawing = plots.plot_log_norms({"small": falling, "smaller": 2 * falling})
+    small, smaller = drawing.axes
+    bar = drawing.artists["colour bar"].ax
     mesh, tens = shown(small)
     t, s = np.indices((5, 5))
     np.testing.assert_allclose(tens, np.where(t >= s, -2.0 * (t - s), np.nan))
@@ -312,17 +312,17 @@ def test_log_norms(array):
     assert "later" in small.get_ylabel()
     assert "earlier" in small.get_xlabel()
     assert "norm" in bar.get_ylabel()
-    assert save(figure)
+    assert save(drawing)
 
 
 def test_log_norms_on_both_sides_of_one():
-    figure = plots.plot_log_norms(np.log(10) * np.array([[0, -np.inf], [-4, 2]]))
-    mesh, _ = shown(figure.axes[0])
+    drawing = plots.plot_log_norms(np.log(10) * np.array([[0, -np.inf], [-4, 2]]))
+    mesh, _ = shown(drawing.axes[0])
     np.testing.assert_allclose(mesh.get_clim(), (-4, 4), err_msg="centred on norms of 1")
     assert mesh.cmap.name == "RdBu_r"
     mostly_falling = plots.plot_log_norms(np.log(10) * np.array([[0.3, -np.inf], [-9, 0.3]]))
     assert shown(mostly_falling.axes[0])[0].cmap.name == "viridis"
-    assert save(figure)
+    assert save(drawing)
 
 
 def written(axes):
@@ -332,8 +332,8 @@ def written(axes):
 @pytest.mark.parametrize("array", [jnp.asarray, np.asarray])
 def test_text_saliency(array):
     values = np.array([0.0, 0.1, 0.2, np.nan, 0.4, 0.5, 1.0])
-    figure = plots.plot_text_saliency("a\tb \ncd", array(values), per_line=4)
-    axes, bar = figure.axes
+    drawing = plots.plot_text_saliency("a\tb \ncd", array(values), per_line=4)
+    (axes,), bar = drawing.axes, drawing.artists["colour bar"].ax
     assert written(axes) == "a→b·↵cd"
     places = [text.get_position() for text in axes.texts]
     np.testing.assert_allclose(
@@ -344,7 +344,7 @@ def test_text_saliency(array):
     assert boxes.get_clim() == (0, 1)
     corners = [path.get_extents().p0 for path in boxes.get_paths()]
     np.testing.assert_allclose(corners, np.array(places) - 0.5)
-    assert save(figure)
+    assert save(drawing)
     np.testing.assert_allclose(boxes.get_facecolor()[0], [1, 1, 1, 1])
     np.testing.assert_allclose(boxes.get_facecolor()[3][:3], to_rgb(NEUTRAL))
     inks = [to_rgb(text.get_color()) for text in axes.texts]
@@ -355,31 +355,31 @@ def test_text_saliency(array):
 
 
 def test_text_saliency_by_name():
-    figure = plots.plot_text_saliency("word", {"first": np.ones(4), "second": 3 * jnp.ones(4)})
-    first, second, _ = figure.axes
+    drawing = plots.plot_text_saliency("word", {"first": np.ones(4), "second": 3 * jnp.ones(4)})
+    first, second = drawing.axes
     assert (first.get_title("left"), second.get_title("left")) == ("first", "second")
     assert written(first) == written(second) == "word"
     assert first.collections[0].get_clim() == second.collections[0].get_clim() == (0, 3), "one scale"
-    assert save(figure)
+    assert save(drawing)
 
 
 def test_text_of_any_characters():
     text = "$x$ \\frac 漢é😀\x00\ŕ\ud800→"
-    figure = plots.plot_text_saliency(text, np.arange(len(text)))
-    drawn = written(figure.axes[0])
+    drawing = plots.plot_text_saliency(text, np.arange(len(text)))
+    drawn = written(drawing.axes[0])
     assert len(drawn) == len(text)
     assert drawn.startswith("$x$·\\frac·□é□□")
     glyphs = get_font(findfont("DejaVu Sans Mono"))
     assert all(glyphs.get_char_index(ord(character)) for character in drawn)
-    assert save(figure)
+    assert save(drawing)
 
 
 def test_boxes_keep_their_size():
     for text, per_line in [("ab", 64), ("word " * 30, 64), ("word\n" * 12, 10)]:
-        figure = plots.plot_text_saliency(text, np.ones(len(text)), per_line=per_line)
-        assert save(figure)
-        axes = figure.axes[0]
-        (x0, y0), (x1, y1) = axes.transData.transform([(0, 0), (1, 1)]) / figure.dpi
+        drawing = plots.plot_text_saliency(text, np.ones(len(text)), per_line=per_line)
+        assert save(drawing)
+        axes = drawing.axes[0]
+        (x0, y0), (x1, y1) = axes.transData.transform([(0, 0), (1, 1)]) / drawing.figure.dpi
         assert 0.12 < x1 - x0 < 0.17, text
         assert 0.2 < y0 - y1 < 0.3, text
 
@@ -409,8 +409,8 @@ def future(steps, columns=1, measured=None):
 
 def test_forecast():
     past = np.arange(40.0).reshape(20, 2) + 100
-    figure = plots.plot_forecast(future(4, 2, measured=3), past)
-    upper, lower = figure.axes
+    drawing = plots.plot_forecast(future(4, 2, measured=3), past)
+    upper, lower = drawing.axes
     for i, axes in enumerate((upper, lower)):
         behind, ahead, points, _ = axes.lines
         np.testing.assert_array_equal(behind.get_xdata(), np.arange(-19, 1))
@@ -426,32 +426,32 @@ def test_forecast():
             np.unique(corners[:, 1]), np.unique([[2 * h + i - 1, 2 * h + i + 2] for h in range(3)])
         )
         assert axes.get_ylabel() == rf"\$c_{i}"
-    assert texts(figure) == ["past", "forecast", "95 % interval"]
+    assert texts(drawing) == ["past", "forecast", "95 % interval"]
     assert lower.get_xlabel() == "steps after the last known row"
-    assert save(figure)
+    assert save(drawing)
 
 
 def test_forecast_on_dates():
     past = np.arange(1500.0).reshape(300, 5)
     times = np.datetime64("2024-02-20T05") + np.arange(330) * np.timedelta64(1, "h")
-    figure = plots.plot_forecast(future(30, 5), past, times=times)
-    assert save(figure)
-    assert len(figure.axes) == 4
-    assert figure.axes[0].get_title() == "Forecast, 4 of 5 columns"
-    behind, ahead, points, _ = figure.axes[3].lines
+    drawing = plots.plot_forecast(future(30, 5), past, times=times)
+    assert save(drawing)
+    assert len(drawing.axes) == 4
+    assert drawing.axes[0].get_title() == "Forecast, 4 of 5 columns"
+    behind, ahead, points, _ = drawing.axes[3].lines
     np.testing.assert_array_equal(behind.get_xdata(), times[210:300])
     np.testing.assert_array_equal(behind.get_ydata(), past[210:, 3])
     assert points.get_marker() in ("", "None")
     np.testing.assert_array_equal(ahead.get_xdata(), times[299:])
-    assert figure.axes[-1].get_xlabel() == ""
+    assert drawing.axes[-1].get_xlabel() == ""
     assert texts(plots.plot_forecast(future(3, measured=0), np.zeros((9, 1)))) == ["past", "forecast"]
 
 
 def test_forecast_on_months():
     months = np.datetime64("2020-01") + np.arange(56)
-    figure = plots.plot_forecast(future(6, 1), np.zeros((50, 1)), times=months.astype("datetime64[us]"))
-    assert save(figure)  # matplotlib has no warning
-    assert 3 <= len(figure.axes[0].get_xticks()) <= 8
+    drawing = plots.plot_forecast(future(6, 1), np.zeros((50, 1)), times=months.astype("datetime64[us]"))
+    assert save(drawing)  # matplotlib has no warning
+    assert 3 <= len(drawing.axes[0].get_xticks()) <= 8
 
 
 @pytest.mark.parametrize(
@@ -499,11 +499,11 @@ def test_nothing_to_draw_is_no_error(values, several):
 
 def test_one_step_is_seen():
     one = jnp.ones(1)
-    for figure in (
+    for drawing in (
         plots.plot_gradient_flow(bptt.analysis.GradientFlow(*[one] * len(bptt.analysis.GradientFlow._fields))),
         plots.plot_lag_contributions(lags([1.0])),
         plots.plot_singular_values(bptt.analysis.LogSingularValues(jnp.zeros((1, 2)), jnp.ones((1, 2), bool))),
     ):
-        lines = [line for axes in figure.axes for line in axes.lines]
+        lines = [line for axes in drawing.axes for line in axes.lines]
         assert lines
         assert {line.get_marker() for line in lines} == {"o"}

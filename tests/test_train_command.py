@@ -542,8 +542,8 @@ def test_an_archive_is_no_array():
 
 def test_learning_curve():
     steps = np.arange(1, 201)
-    figure = plots.plot_learning_curve((steps, 100.0 / steps), ([100, 200], [2.0, np.inf]), measure="bits")
-    (axes,) = figure.axes
+    drawing = plots.plot_learning_curve((steps, 100.0 / steps), ([100, 200], [2.0, np.inf]), measure="bits")
+    (axes,) = drawing.axes
     assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == ("update", "bits", "log")
     raw, mean, validation = axes.lines
     np.testing.assert_allclose(raw.get_ydata(), 100.0 / steps)

@@ -16,6 +16,7 @@ from jaxbptt.arrays import check_callable, check_concrete
 from jaxbptt.cells import dense
 from jaxbptt.cells.cell import Cell
 from jaxbptt.scans.flags import Flags
+from jaxbptt.html_table import fields_table, html_table
 from jaxbptt.trees import differentiable, name
 
 
@@ -37,6 +38,8 @@ class LeafComparison(NamedTuple):
     cosine: float
     ratio: float
     cause: str
+
+    _repr_html_ = fields_table
 
 
 class GradientComparison(NamedTuple):
@@ -62,6 +65,14 @@ class GradientComparison(NamedTuple):
             f"{leaf.leaf:{width}}  relative error {leaf.relative_error:.1e}  cosine {leaf.cosine:+.4f}  {leaf.cause}"
             for leaf in self.leaves
         )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (leaf.leaf, f"{leaf.relative_error:.1e}", f"{leaf.cosine:+.4f}", f"{leaf.ratio:.4g}", leaf.cause)
+            for leaf in self.leaves
+        ]
+        head = "leaf", "relative error", "cosine", "ratio", "cause"
+        return html_table(head, rows, title="GradientComparison", words=True)
 
 
 def compare_gradients(

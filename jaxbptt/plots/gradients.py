@@ -7,15 +7,34 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from jaxbptt.analysis.certificate import Certificate
 from jaxbptt.analysis.flow import GradientFlow
-from jaxbptt.plots.figure import COLOURS, DASHES, by_name, colour, label_axes, legend_below, new_figure, positive
+from jaxbptt.plots.figure import (
+    COLOURS,
+    DASHES,
+    Ax,
+    Drawing,
+    add_legend,
+    artist_name,
+    by_name,
+    colour,
+    drawing,
+    label_axes,
+    panels_in,
+    positive,
+    time_unit,
+)
 
 
-def plot_gradient_flow(flows: GradientFlow | Mapping[str, GradientFlow]) -> Figure:
+def plot_gradient_flow(
+    flows: GradientFlow | Mapping[str, GradientFlow],
+    *,
+    ax: Ax = None,
+    dt: float | None = None,
+    unit: str | None = None,
+) -> Drawing:
     r"""Gradient magnitude against time step, log scale; several cells in one panel.
 
     ‖∂L/∂hₜ‖ (line) and, for a loss at more than the last step, the term through yₜ alone (dots)
@@ -24,9 +43,15 @@ def plot_gradient_flow(flows: GradientFlow | Mapping[str, GradientFlow]) -> Figu
 
     Args:
         flows: from `gradient_flow`, or several by name.
+        ax: the Axes to draw in; a new figure by default.
+        dt: the time from one step to the next, for axes in a unit of time; time steps by default.
+        unit: what `dt` is given in, such as `"s"`.
 
     Returns:
-        A matplotlib `Figure`.
+        A `Drawing`; the artists are the lines `"norms"` and `"immediate"`, or of several `"lstm"` and `"lstm immediate"`.
+
+    Raises:
+        ValueError: `ax` of more than one Axes, `dt` that is not above 0, `unit` without `dt`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -34,34 +59,44 @@ def plot_gradient_flow(flows: GradientFlow | Mapping[str, GradientFlow]) -> Figu
         >>> from jaxbptt import plots
         >>> cell = bptt.elman(3, 4)
         >>> args = cell.init(jax.random.key(0)), cell.initial_carry(), jnp.ones((20, 3))
-        >>> figure = plots.plot_gradient_flow(bptt.gradient_flow(cell, *args, lambda h, ys: jnp.sum(ys[-1])))
-        >>> figure.axes[0].get_yscale()
-        'log'
+        >>> flow = bptt.gradient_flow(cell, *args, lambda h, ys: jnp.sum(ys[-1]))
+        >>> drawing = plots.plot_gradient_flow({"elman": flow}, dt=0.02, unit="s")
+        >>> drawing.axes[0].get_xlabel(), len(drawing.artists["elman"].get_ydata())
+        ('time t (s)', 20)
     """
-    figure, (axes,) = new_figure(1, width=8.0)
+    time = time_unit(dt, unit)
+    (axes,) = panels = panels_in(ax, 1, width=8.0)
+    artists: dict[str, Any] = {}
     for i, (label, flow) in enumerate(by_name(flows).items()):
         norms, immediate = positive(flow.norms), positive(flow.immediate_norms)
-        steps = np.arange(1, len(norms) + 1)
+        at = time.times(np.arange(1, len(norms) + 1))
         style: dict[str, Any] = {"color": colour(i), "linestyle": DASHES[i % len(DASHES)]}
-        if len(steps) == 1:
+        if len(at) == 1:
             style["marker"] = "o"  # a line through one point is not seen
-        axes.plot(steps, norms, label=label or "in full", linewidth=1.8, **style)
+        (line,) = axes.plot(at, norms, label=label or "in full", linewidth=1.8, **style)
+        artists[label or "norms"] = line
         if np.isfinite(immediate).sum() > 1:
-            axes.plot(steps, immediate, ".", markersize=4, color=style["color"], label=f"{label} immediate".strip())
+            name = artist_name(label, "immediate")
+            (artists[name],) = axes.plot(at, immediate, ".", markersize=4, color=style["color"], label=name)
     axes.set_yscale("log")
-    label_axes(axes, "Gradient flow through time", "time step t", "gradient magnitude ‖∂L/∂hₜ‖")
-    legend_below(figure, axes)
-    return figure
+    label_axes(axes, "Gradient flow through time", time.label("time step t", "time t"), "gradient magnitude ‖∂L/∂hₜ‖")
+    add_legend(panels, ax)
+    return drawing(panels, artists)
 
 
-def plot_certificate(certificate: Certificate) -> Figure:
+def plot_certificate(certificate: Certificate, *, ax: Ax = None) -> Drawing:
     """Largest relative error, temporary memory and run time of every method of taking the gradient, in three panels.
 
     Args:
         certificate: from `certify`. The tolerance is drawn as a line; an error of exactly 0 is written out.
+        ax: three Axes to draw in; a new figure by default.
 
     Returns:
-        A matplotlib `Figure`.
+        A `Drawing`; the artists are the line `"tolerance"` and, for each method, a marker or words such as `"scan error"`,
+        and the markers `"scan memory"` and `"scan time"`.
+
+    Raises:
+        ValueError: `ax` of another number of Axes.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -69,12 +104,14 @@ def plot_certificate(certificate: Certificate) -> Figure:
         >>> from jaxbptt import plots
         >>> cell = bptt.elman(3, 4)
         >>> args = cell.init(jax.random.key(0)), cell.initial_carry(), jnp.ones((20, 3))
-        >>> figure = plots.plot_certificate(bptt.certify(cell, *args, lambda h, ys: jnp.sum(ys)))
-        >>> [axes.get_xlabel() for axes in figure.axes]
+        >>> drawing = plots.plot_certificate(bptt.certify(cell, *args, lambda h, ys: jnp.sum(ys)))
+        >>> [axes.get_xlabel() for axes in drawing.axes]
         ['largest relative error', 'temporary memory, KiB', 'time, ms']
     """
     rows = certificate.rows
-    figure, (errors, memory, seconds) = new_figure(3, width=10.0, height=1.2 + 0.42 * len(rows), sharey=True)
+    panels = panels_in(ax, 3, width=10.0, height=1.2 + 0.42 * len(rows), sharey=True)
+    errors, memory, seconds = panels
+    artists: dict[str, Any] = {}
     places = range(len(rows))
     for place, row in zip(places, rows, strict=True):
         style: dict[str, Any] = (
@@ -82,17 +119,18 @@ def plot_certificate(certificate: Certificate) -> Figure:
         )
         style["markersize"] = 8
         if 0 < row.largest_error < np.inf:
-            errors.plot(row.largest_error, place, **style)
+            (artists[f"{row.name} error"],) = errors.plot(row.largest_error, place, **style)
         else:
             words = {0.0: "0, exactly", np.inf: "infinite"}.get(row.largest_error, "not a number")
-            errors.text(0.04, place, words, transform=errors.get_yaxis_transform(), va="center")
-        memory.plot(row.temporary_bytes / 1024, place, **style)
-        seconds.plot(row.seconds * 1e3, place, **style)
-    errors.axvline(
+            transform = errors.get_yaxis_transform()
+            artists[f"{row.name} error"] = errors.text(0.04, place, words, transform=transform, va="center")
+        (artists[f"{row.name} memory"],) = memory.plot(row.temporary_bytes / 1024, place, **style)
+        (artists[f"{row.name} time"],) = seconds.plot(row.seconds * 1e3, place, **style)
+    artists["tolerance"] = errors.axvline(
         certificate.tolerance, color=COLOURS[4], linestyle="--", label=f"agrees up to {certificate.tolerance:.0e}"
     )
     errors.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=9)
-    for axes in (errors, memory, seconds):
+    for axes in panels:
         axes.set_xscale("log")
         axes.margins(x=0.15)
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -108,9 +146,10 @@ def plot_certificate(certificate: Certificate) -> Figure:
     errors.set_xlim(
         min([certificate.tolerance * 1e-4, *(r.largest_error / 3 for r in rows if r.largest_error > 0)]), None
     )
-    errors.set_yticks(places, [row.name for row in rows])
-    errors.set_ylim(len(rows) - 0.5, -0.5)
+    for axes in panels:
+        axes.set_yticks(places, [row.name for row in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
     label_axes(errors, "", "largest relative error", "")
     label_axes(memory, "", "temporary memory, KiB", "")
     label_axes(seconds, "", "time, ms", "")
-    return figure
+    return drawing(panels, artists)

@@ -3,17 +3,27 @@ r"""Learning curves: the training loss at every update, and the validation loss 
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from jaxbptt.plots.figure import COLOURS, FEW, finite, label_axes, legend_below, new_figure, step_ticks
+from jaxbptt.plots.figure import (
+    COLOURS,
+    FEW,
+    Ax,
+    Drawing,
+    add_legend,
+    drawing,
+    finite,
+    label_axes,
+    panels_in,
+    step_ticks,
+)
 from jaxbptt.words import counted
 
 # The running mean at each update is over 1/50 of all updates.
 _MEANS = 50
 
 
-def plot_learning_curve(training: Any, validation: Any = None, *, measure: str = "loss") -> Figure:
+def plot_learning_curve(training: Any, validation: Any = None, *, measure: str = "loss", ax: Ax = None) -> Drawing:
     r"""Loss against update: training (every update, and its running mean) and validation.
 
     The mean at an update is over the last n/50 of all n updates. The axis is logarithmic where losses span more than a
@@ -23,38 +33,42 @@ def plot_learning_curve(training: Any, validation: Any = None, *, measure: str =
         training: pair of arrays, the numbers of the updates and the loss at each.
         validation: a pair of the same kind, or `None`.
         measure: what is measured, such as `"bits per character"`; the label of the axis.
+        ax: the Axes to draw in; a new figure by default.
 
     Returns:
-        A matplotlib `Figure`.
+        A `Drawing`; the artists are the lines `"training"`, `"training mean"` where there are 100 updates or more, and
+        `"validation"`.
 
     Raises:
-        ValueError: two arrays of a pair are not of the same length.
+        ValueError: two arrays of a pair are not of the same length; `ax` of more than one Axes.
 
     Example:
         >>> import numpy as np
         >>> from jaxbptt import plots
         >>> updates = np.arange(1, 101)
-        >>> figure = plots.plot_learning_curve((updates, 1 / updates), ([50, 100], [0.03, 0.02]))
-        >>> [text.get_text() for text in figure.legends[0].get_texts()]
-        ['training', 'training, mean of 2 updates', 'validation']
+        >>> drawing = plots.plot_learning_curve((updates, 1 / updates), ([50, 100], [0.03, 0.02]))
+        >>> list(drawing.artists)
+        ['training', 'training mean', 'validation']
     """
-    figure, (axes,) = new_figure(1, width=8.0)
+    (axes,) = panels = panels_in(ax, 1, width=8.0)
+    artists: dict[str, Any] = {}
     curves = []
     steps, losses = _pair("training", training)
     window = max(len(steps) // _MEANS, 1)
     style: dict[str, Any] = {"color": COLOURS[0], "marker": "o" if len(steps) <= FEW else ""}
     if window > 1:
-        axes.plot(steps, losses, color=COLOURS[0], alpha=0.3, linewidth=0.8, label="training")
+        (artists["training"],) = axes.plot(steps, losses, color=COLOURS[0], alpha=0.3, linewidth=0.8, label="training")
         losses = _running_mean(losses, window)
-        axes.plot(steps, losses, linewidth=1.8, label=f"training, mean of {counted(window, 'update')}", **style)
+        label = f"training, mean of {counted(window, 'update')}"
+        (artists["training mean"],) = axes.plot(steps, losses, linewidth=1.8, label=label, **style)
     else:
-        axes.plot(steps, losses, linewidth=1.8, label="training", **style)
+        (artists["training"],) = axes.plot(steps, losses, linewidth=1.8, label="training", **style)
     curves.append(losses)
     if validation is not None:
         steps, losses = _pair("validation", validation)
         if len(steps):
-            mark = {"marker": "s", "markersize": 4 if len(steps) <= 4 * FEW else 0}
-            axes.plot(steps, losses, linewidth=1.8, color=COLOURS[1], linestyle="--", label="validation", **mark)
+            style = {"color": COLOURS[1], "marker": "s", "markersize": 4 if len(steps) <= 4 * FEW else 0}
+            (artists["validation"],) = axes.plot(steps, losses, "--", linewidth=1.8, label="validation", **style)
             curves.append(losses)
     values = np.concatenate(curves)
     values = values[np.isfinite(values)]
@@ -67,8 +81,8 @@ def plot_learning_curve(training: Any, validation: Any = None, *, measure: str =
     label_axes(axes, "Learning curve", "update", measure)
     step_ticks(axes.xaxis)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    legend_below(figure, axes)
-    return figure
+    add_legend(panels, ax)
+    return drawing(panels, artists)
 
 
 def _pair(name: str, pair: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -10,11 +10,22 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PatchCollection
 from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgb
-from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 
-from jaxbptt.plots.figure import COLOURS, NEUTRAL, by_name, extremes, finite, new_figure
+from jaxbptt.plots.figure import (
+    COLOURS,
+    NEUTRAL,
+    Ax,
+    Drawing,
+    artist_name,
+    by_name,
+    drawing,
+    extremes,
+    finite,
+    panels_in,
+)
 from jaxbptt.words import counted
 
 _FONT = "DejaVu Sans Mono"  # comes with matplotlib
@@ -24,7 +35,7 @@ _MISSING = "□"
 _WIDTH, _HEIGHT = 0.145, 0.25
 
 
-def plot_text_saliency(text: str, saliency: Any, *, per_line: int = 64) -> Figure:
+def plot_text_saliency(text: str, saliency: Any, *, per_line: int = 64, ax: Ax = None) -> Drawing:
     r"""Text with every character shaded by its saliency for a loss, from 0 to the largest value.
 
     ‖∂Lₜ/∂xₛ‖ behind the s-th character
@@ -36,12 +47,16 @@ def plot_text_saliency(text: str, saliency: Any, *, per_line: int = 64) -> Figur
         text: T characters.
         saliency: `[time]`, one row of `input_saliency`; or several by name, one above the other, on the same scale.
         per_line: how many characters fit on a line.
+        ax: the Axes to draw in, one for each name, which also give room to the scale of shades; a new figure by default.
+            Give it room: boxes and letters are as large in print as in a figure of their own, unless they don't fit.
 
     Returns:
-        A matplotlib `Figure`.
+        A `Drawing`; the artists are the boxes, `"saliency"` or by name, the list of letters, `"letters"` or
+        `"first letters"`, and the scale, `"colour bar"`.
 
     Raises:
-        ValueError: no text; saliency that is not one number for each character, or negative; `per_line` below 1.
+        ValueError: no text; saliency that is not one number for each character, or negative; `per_line` below 1; `ax` of
+            another number of Axes.
 
     Example:
         >>> import jax.numpy as jnp
@@ -49,8 +64,8 @@ def plot_text_saliency(text: str, saliency: Any, *, per_line: int = 64) -> Figur
         >>> from jaxbptt import plots
         >>> leaky = lambda w, h, x: (w * h + x, w * h + x)
         >>> (last,) = bptt.input_saliency(leaky, 0.5, 0.0, jnp.ones(7), lambda h, ys: ys, steps=[6])
-        >>> figure = plots.plot_text_saliency("to have", last)
-        >>> "".join(box.get_text() for box in figure.axes[0].texts)
+        >>> drawing = plots.plot_text_saliency("to have", last)
+        >>> "".join(letter.get_text() for letter in drawing.artists["letters"])
         'to·have'
 
     References:
@@ -70,18 +85,22 @@ def plot_text_saliency(text: str, saliency: Any, *, per_line: int = 64) -> Figur
     title = 0.3 if any(named) else 0.05
     columns = max(int(columns), 22)  # room for the colour bar
     width, height = columns * _WIDTH + 0.3, len(named) * (lines * _HEIGHT + title) + 0.85
-    figure, panels = new_figure(len(named), width=width, height=height, stacked=True)
+    panels = panels_in(ax, len(named), width=width, height=height, stacked=True)
+    artists: dict[str, Any] = {}
     for axes, (name, values) in zip(panels, named.items(), strict=True):
-        _draw(axes, text, places, values, shades)
+        boxes, letters = _draw(axes, text, places, values, shades)
+        artists |= {name or "saliency": boxes, artist_name(name, "letters"): letters}
         axes.set_title(name, loc="left", fontsize=10)
         axes.set_xlim(0, columns)
         axes.set_ylim(lines, 0)
         axes.set_aspect(_HEIGHT / _WIDTH, anchor="W")
         axes.axis("off")
-    bar = figure.colorbar(shades, ax=panels, location="bottom", shrink=min(1, 3 / width), aspect=25, pad=0.15 / height)
+    bar = panels[0].figure.colorbar(
+        shades, ax=panels, location="bottom", shrink=min(1, 3 / width), aspect=25, pad=0.15 / height
+    )
     bar.set_label("saliency ‖∂Lₜ/∂xₛ‖")
     bar.ax.locator_params(nbins=4)
-    return figure
+    return drawing(panels, artists | {"colour bar": bar})
 
 
 def _checked(text: str, name: str, values: Any) -> np.ndarray:
@@ -110,18 +129,24 @@ def _layout(text: str, per_line: int) -> np.ndarray:
     return np.array(places)
 
 
-def _draw(axes: Axes, text: str, places: np.ndarray, values: np.ndarray, shades: ScalarMappable) -> None:
+def _draw(
+    axes: Axes, text: str, places: np.ndarray, values: np.ndarray, shades: ScalarMappable
+) -> tuple[PatchCollection, list[Text]]:
+    """The boxes, and the letters in them."""
     masked = np.ma.masked_invalid(values)
     boxes = PatchCollection([Rectangle((column, line), 1, 1) for line, column in places])
     boxes.set(array=masked, cmap=shades.cmap, norm=shades.norm, edgecolor="0.88", linewidth=0.5)
     axes.add_collection(boxes)
+    letters = []
     glyphs = get_font(findfont(_FONT))
     for (line, column), character, shade in zip(places, text, shades.to_rgba(masked), strict=True):
         drawn = _SYMBOLS.get(character, character)
         drawn = drawn if glyphs.get_char_index(ord(drawn)) else _MISSING
         ink = _ink(shade, quiet=drawn != character)
         style: dict[str, Any] = {"family": _FONT, "fontsize": 10, "ha": "center", "va": "center_baseline"}
-        axes.text(column + 0.5, line + 0.5, drawn, color=ink, parse_math=False, in_layout=False, **style)
+        style |= {"color": ink, "parse_math": False, "in_layout": False}
+        letters.append(axes.text(column + 0.5, line + 0.5, drawn, **style))
+    return boxes, letters
 
 
 def _ink(shade: Any, *, quiet: bool) -> tuple[float, ...]:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 import matplotlib
-from matplotlib.figure import Figure
 
 from jaxbptt import plots
 from jaxbptt.reports.report import CellReport
@@ -153,7 +152,7 @@ def _html(table: Table) -> str:
     return f"<div class='table'><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def _inline(figure: Figure, description: str) -> str:
+def _inline(figure: plots.Drawing, description: str) -> str:
     """A figure as SVG inside the page, its ink the page's: black in light mode, white in dark."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": description}):
