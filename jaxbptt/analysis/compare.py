@@ -15,8 +15,8 @@ from jaxbptt.analysis.mistakes.search import Search, search
 from jaxbptt.arrays import check_callable, check_concrete
 from jaxbptt.cells import dense
 from jaxbptt.cells.cell import Cell
-from jaxbptt.scans.flags import Flags
 from jaxbptt.html_table import fields_table, html_table
+from jaxbptt.scans.flags import Flags
 from jaxbptt.trees import differentiable, name
 
 
