@@ -297,8 +297,15 @@ def functions():
         ),
         "compare_gradients": (
             bptt.compare_gradients,
-            {"mine": params, "reference": params, "temporal": None, "lags": None},
-            {"mine": set(), "reference": set(), "temporal": {"None"}, "lags": {"None"}},
+            {"mine": params, "reference": params, "temporal": None, "lags": None, "step": None, "loss": None},
+            {
+                "mine": set(),
+                "reference": set(),
+                "temporal": {"None"},
+                "lags": {"None"},
+                "step": {"None"},
+                "loss": {"None"},
+            },
         ),
         "pascanu": (bptt.regularizers.pascanu, one | loss, {"step": set(), "loss": set()}),
         "gradient_flossing": (
