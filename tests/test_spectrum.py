@@ -10,7 +10,7 @@ import pytest
 from reference import make_cell, problem
 
 import jaxbptt as bptt
-from jaxbptt.analysis import sweep
+from jaxbptt.analysis import spectrum, sweep
 
 
 def orthogonal(rng, n):
@@ -133,6 +133,80 @@ def test_what_is_lost_in_one_step_stays_lost(dtype):
     wanted = [[[0, 0], [0, 0]], [[0, 0], [1, 1]], [[1, 0], [1, 1]], [[0, 0], [0, 0]]]
     np.testing.assert_array_equal(resolved, np.array(wanted, bool))
     np.testing.assert_allclose(values[1:3, 1], -4_000, rtol=1e-5)
+
+
+def leading_cases(n, steps):
+    """Products whose largest values are known, and whether a block of vectors finds them alone."""
+    rng = np.random.default_rng(0)
+    rest = np.linspace(0.9, -1, n - 5)
+    rates = {
+        "random": (rng.standard_normal((steps, n)) * 0.3 + np.linspace(1, -1, n), True),
+        "ties, also of the last one asked for": (
+            np.tile(np.r_[1, 0.9999, 0.9999, 0.9999, 0.9998, rest], (steps, 1)),
+            True,
+        ),
+        "condition number beyond floats": (np.tile(np.linspace(25, -25, n), (steps, 1)), True),
+        "shrinking beyond floats": (np.tile(np.linspace(-20, -40, n), (steps, 1)), True),
+        "all equal": (np.zeros((steps, n)), False),
+        "one a little above many": (np.tile(np.r_[1e-3, np.zeros(n - 1)], (steps, 1)), False),
+        "slowly falling": (np.tile(np.linspace(0, -0.1, n), (steps, 1)), False),
+    }
+    return {
+        name: (chain(np.exp(each)), np.sort(each.sum(axis=0))[::-1], block) for name, (each, block) in rates.items()
+    }
+
+
+def test_the_largest_values_alone(monkeypatch):
+    """From a block where that is sure to find them, else from all vectors; right either way, with one compilation each."""
+    cases = leading_cases(n=30, steps=50)
+    of_three = jax.jit(lambda J: bptt.singular_values(J, top=3))
+    for J, exact, _ in cases.values():
+        values, resolved = of_three(J)
+        np.testing.assert_allclose(values, exact[:3], rtol=1e-11, atol=1e-11)
+        assert resolved.all()
+    monkeypatch.setattr(spectrum, "all_values", lambda J, *_: (jnp.full(J.size, jnp.nan), jnp.zeros(J.size)))
+    of_three = jax.jit(lambda J: bptt.singular_values(J, top=3))
+    for name, (J, _, block) in cases.items():
+        assert np.isfinite(of_three(J).log_values).all() == block, name
+
+
+def test_any_number_of_the_largest():
+    J = np.random.default_rng(5).standard_normal((6, 23, 23))
+    whole = bptt.singular_values(J)
+    for top in (1, 2, 23):
+        values, resolved = bptt.singular_values(J, top=top)
+        np.testing.assert_allclose(values, whole.log_values[:top], rtol=1e-10)
+        assert resolved.shape == (top,)
+        assert resolved.all()
+
+
+def test_the_largest_of_several_starts_matrix_free():
+    """The block needs Jacobians and their transposes in the right order: those of a network do not commute."""
+    cell = bptt.elman(3, 30, dtype=jnp.float64)
+    args = problem(cell, 60)
+
+    def values(*args):
+        J = bptt.jacobian_operators(cell, *args)
+        return bptt.singular_values(J, start=[40, 0, 59]), bptt.singular_values(J, start=[40, 0, 59], top=2)
+
+    whole, leading = jax.jit(values)(*args)
+    np.testing.assert_allclose(leading.log_values, whole.log_values[:, :2], rtol=1e-9, atol=1e-12)
+    assert leading.resolved.all()
+
+
+def test_rounding_among_the_largest():
+    """As with all values: two directions of which each overtakes the other, and one that a step has lost."""
+    n = 30
+    Q = orthogonal(np.random.default_rng(0), n)
+    others = np.full(n - 2, -3.0)
+    crossing = np.exp(np.repeat([[2.0, -2.0, *others], [-2.0, 2.0, *others]], 40, axis=0))
+    lost = np.exp(np.tile(np.r_[1.0, 0.5, others], (80, 1)))
+    lost[30, 1] = 0
+    of_two = jax.jit(lambda J: bptt.singular_values(J, top=2))
+    for diagonals, wanted in ((crossing, [False, False]), (lost, [True, False])):
+        values, resolved = of_two(np.stack([Q @ np.diag(d) @ Q.T for d in diagonals]))
+        assert np.isfinite(values).all()
+        assert resolved.tolist() == wanted
 
 
 @pytest.mark.parametrize("name", ["lstm"])
@@ -268,6 +342,11 @@ def test_what_is_no_state_vector():
 
 def test_wrong_arguments():
     J = jnp.zeros((3, 2, 2))
+    for top in (0, 3, 1.5, True):
+        with pytest.raises(
+            ValueError, match=r"top is .*, but there are 2 singular values: pass 1 to 2, or leave it out"
+        ):
+            inspect.unwrap(bptt.singular_values)(J, top=top)
     for function in (bptt.singular_values, bptt.log_norms, bptt.jacobian_eigenvalues):
         with pytest.raises(ValueError, match=r"J has shape \(3, 2\), but \[time, n, n\] is expected"):
             inspect.unwrap(function)(J[:, 0])
