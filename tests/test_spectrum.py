@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from reference import make_cell, problem
 
 import jaxbptt as bptt
-from jaxbptt.analysis import spectrum, sweep
+from jaxbptt.analysis import pair_norms, spectrum, sweep
 
 
 def orthogonal(rng, n):
@@ -262,6 +263,51 @@ def test_log_norms_of_all_pairs():
                 product = J[k] @ product
             expected = np.log(np.linalg.norm(product)) if s <= t else -np.inf
             np.testing.assert_allclose(norms[t, s], expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 256])
+def test_log_norms_of_some_pairs(columns, monkeypatch):
+    """Forwards from a few starts, backwards from a few ends, with one group of starts and several; in any shape and order."""
+    monkeypatch.setattr(pair_norms, "_COLUMNS", columns)
+    J = np.random.default_rng(0).standard_normal((6, 3, 3))
+    whole = np.asarray(bptt.log_norms(J))
+    steps = np.stack(np.meshgrid([0, 5, 3], [4, 0], indexing="ij"), -1)
+    for pairs in (
+        [(5, 1), (3, 1), (1, 1), (0, 1)],
+        [(5, 0), (5, 3), (5, 5)],
+        steps,
+        (4, 2),
+        np.argwhere(whole > -np.inf),
+    ):
+        t, s = np.moveaxis(np.asarray(pairs), -1, 0)
+        np.testing.assert_allclose(bptt.log_norms(J, pairs=pairs), whole[t, s], rtol=1e-10, atol=1e-13)
+
+
+def test_some_pairs_cost_less():
+    """In multiplications of a step: the walk is as long as the distances, in the cheaper of the two directions."""
+    visited = []
+
+    def times(transposed, at_t, V):
+        jax.debug.callback(lambda t: visited.append((transposed, int(t))), at_t)
+        return V
+
+    J = bptt.analysis.JacobianOperators(partial(times, False), partial(times, True), jnp.arange(50), 50, 2, jnp.float64)
+    for pairs, steps in (([(13, 10), (13, 10), (11, 10)], 4), ([(40, s) for s in range(30, 40)], 11)):
+        visited.clear()
+        jax.block_until_ready(bptt.log_norms(J, pairs=pairs))
+        jax.effects_barrier()
+        assert len(visited) == steps
+        assert {transposed for transposed, _ in visited} == {steps == 11}
+
+
+@pytest.mark.parametrize(
+    "pairs", [[(0, 3)], [(-1, 0)], [(0.0, 1.0)], [0, 1, 2], 1, [], [(True, False)], [(1, 0), (2,)]]
+)
+def test_wrong_pairs(pairs):
+    with pytest.raises(
+        ValueError, match=r"pairs is .*, but with 3 Jacobians each is \(t, s\), .* from 0 to 2: pass whole"
+    ):
+        inspect.unwrap(bptt.log_norms)(jnp.zeros((3, 2, 2)), pairs=pairs)
 
 
 def test_log_norms_beyond_the_range_of_floats():

@@ -13,8 +13,8 @@ from jaxtyping import Array, ArrayLike, Complex, Float, Int
 
 from jaxbptt.analysis.jacobians import LogSingularValues
 from jaxbptt.analysis.leading import all_values, leading_columns, leading_values
-from jaxbptt.analysis.norms import norm
 from jaxbptt.analysis.operators import JacobianOperators, as_operators
+from jaxbptt.analysis.pair_norms import norms_from
 from jaxbptt.analysis.sweep import Sweep, decompose, multiply, random_frame, tolerance
 from jaxbptt.arrays import as_numpy, check_concrete, check_count, check_key
 from jaxbptt.words import counted
@@ -149,61 +149,98 @@ def _leading_of_products(J: JacobianOperators, top: int, columns: int, starts: n
 
 
 def log_norms(
-    J: JacobianOperators | Float[ArrayLike, "time n n"], *, probes: int | None = None, key: Array | None = None
-) -> Float[Array, "time time"]:
-    r"""How strongly each state influences each later one: the norms of all products of Jacobians, as logarithms.
+    J: JacobianOperators | Float[ArrayLike, "time n n"],
+    *,
+    probes: int | None = None,
+    key: Array | None = None,
+    pairs: Sequence[Any] | Int[np.ndarray, "*pairs 2"] | None = None,
+) -> Float[Array, "*pairs"]:
+    r"""How strongly each state influences each later one: the norms of products of Jacobians, as logarithms.
 
     log ‖∂hₜ/∂hₛ‖_F,  s ≤ t;  −∞ for s > t
 
     in the Frobenius norm, √Σσᵢ²: it is between σ₁ and √n σ₁. Rescaled at every step, so any T is safe. Exact by default, in
-    time O(T² n³) and memory O(T n²). With r `probes`, orthonormal random directions in place of all n, it is an estimate,
-    √(n/r) times the norm of their products with the Jacobians, in time O(T² n² r) and memory O(T n r). Its square is
+    time O(T² n³) and memory O(T²) beyond J. With r `probes`, orthonormal random directions in place of all n, it is an
+    estimate, √(n/r) times the norm of their products with the Jacobians, in time O(T² n² r). Its square is
     unbiased. For a product of rank one, which long products approach, the logarithm has a standard error of about 1/√(2r)
     from ten probes on, and is low by about 1/(2r) on average; for other products both are smaller.
+
+    With `pairs`, only those. Their cost is that of the distinct s among them, each multiplied up to its last t, or of the
+    distinct t, each multiplied back to its first s, whichever is less: O(n² r) a step, or O(n³) without probes. So all
+    pairs with the last state cost T steps, and a grid of every tenth step costs a tenth of all.
 
     Args:
         J: Jacobians in order of time, `[time, n, n]`, or `jacobian_operators` of a step, which can be pushed.
         probes: r, from 1 to n; `None` for all n directions.
         key: of the random directions; a fixed one by default.
+        pairs: whole numbers (t, s) on the last axis, each from 0 to T − 1; all pairs by default.
 
     Returns:
-        `[time, time]`: entry [t, s] for the states after those steps, as in `surviving_paths`.
+        `[time, time]`: entry [t, s] for the states after those steps, as in `surviving_paths`. With `pairs`, their shape
+        without the last axis.
 
     Raises:
-        ValueError: J not `[time, n, n]`, `probes` outside 1 … n, a key without `probes`.
+        ValueError: J not `[time, n, n]`, `probes` outside 1 … n, a key without `probes`, `pairs` that are none.
 
     Example:
         >>> import jax.numpy as jnp
         >>> import jaxbptt as bptt
-        >>> print(bptt.log_norms(jnp.full((3, 1, 1), jnp.exp(-1.0))))
+        >>> J = jnp.full((3, 1, 1), jnp.exp(-1.0))
+        >>> print(bptt.log_norms(J))
         [[  0. -inf -inf]
          [ -1.   0. -inf]
          [ -2.  -1.   0.]]
+        >>> print(bptt.log_norms(J, pairs=[(2, 0), (2, 1)]))
+        [-2. -1.]
     """
     J = as_operators(J)
     if key is not None and probes is None:
         raise ValueError("key draws the random probes: pass probes as well, or leave it out.")
     if key is not None:
         check_key(key)
-    basis = jnp.eye(J.size, dtype=J.dtype)
     if probes is not None:
         meaning = f"there are {counted(J.size, 'direction')} to probe"
         check_count("probes", probes, meaning, most=J.size, way_out=f"pass 1 to {J.size}, or leave it out for all")
-        basis = random_frame(J.size, int(probes), J.dtype, key) * jnp.sqrt(jnp.asarray(J.size / probes, J.dtype))
-    columns = basis.shape[1]
+    if pairs is None:
+        every = np.arange(J.length)
+        return norms_from(J, _directions(J, probes, key), every, np.full(J.length, J.length))
+    check_concrete("log_norms", pairs=pairs)
+    later, earlier = _checked_pairs(pairs, J.length)
+    # From each s forwards to its last t, or from each t backwards to its first s: times as J runs, and turned round.
+    forwards = _journeys(earlier, later)
+    backwards = _journeys(J.length - 1 - later, J.length - 1 - earlier)
+    turned = np.sum(backwards[1] - backwards[0]) < np.sum(forwards[1] - forwards[0])
+    starts, ends, which = backwards if turned else forwards
+    norms = norms_from(J, _directions(J, probes, key), starts, ends, turned=turned)
+    return norms[J.length - 1 - earlier if turned else later, which]
 
-    def body(state, inputs):
-        V, logs = state  # V [n, from, columns] of norm 1 for each step it comes from
-        at_t, t = inputs
-        V = J.push(at_t, V.reshape(J.size, -1)).reshape(V.shape)
-        size = norm(V, (0, 2))
-        V, logs = V / jnp.where(size > 0, size, 1)[None, :, None], logs + jnp.log(size)
-        size = norm(basis)
-        V, logs = V.at[:, t].set(basis / size), logs.at[t].set(jnp.log(size))
-        return (V, logs), logs
 
-    state = jnp.zeros((J.size, J.length, columns), J.dtype), jnp.full(J.length, -jnp.inf, J.dtype)
-    return jax.lax.scan(body, state, (J.at, jnp.arange(J.length)))[1]
+def _directions(J: JacobianOperators, probes: int | None, key: Array | None) -> Float[Array, "n r"]:
+    """All of them, or random ones scaled so that the square of the norm of a product with them is unbiased."""
+    if probes is None:
+        return jnp.eye(J.size, dtype=J.dtype)
+    return random_frame(J.size, int(probes), J.dtype, key) * jnp.sqrt(jnp.asarray(J.size / probes, J.dtype))
+
+
+def _checked_pairs(pairs: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
+    array = as_numpy(pairs)
+    fits = np.issubdtype(array.dtype, np.integer) and array.ndim and array.shape[-1] == 2 and array.size
+    if not fits or not ((array >= 0) & (array < length)).all():
+        what = f"an array {array.dtype} {list(array.shape)}" if array.size > 8 else repr(pairs)
+        raise ValueError(
+            f"pairs is {what}, but with {counted(length, 'Jacobian')} each is (t, s), a later step and an earlier one from "
+            f"0 to {length - 1}: pass whole numbers with the two on the last axis."
+        )
+    return array[..., 0], array[..., 1]
+
+
+def _journeys(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The distinct starts, one past the last end of each, and for each pair the index of its start."""
+    distinct, which = np.unique(starts, return_inverse=True)
+    last = distinct.copy()
+    which = which.reshape(starts.shape)
+    np.maximum.at(last, which.ravel(), ends.ravel())
+    return distinct, last + 1, which
 
 
 def jacobian_eigenvalues(J: JacobianOperators | Float[ArrayLike, "time n n"]) -> Complex[Array, "time n"]:

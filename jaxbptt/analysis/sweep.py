@@ -9,7 +9,7 @@ rounding added at each step, shows what rounding has done to them.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
