@@ -174,7 +174,7 @@ def test_the_largest_values_alone(monkeypatch):
 def test_any_number_of_the_largest():
     J = np.random.default_rng(5).standard_normal((6, 23, 23))
     whole = bptt.singular_values(J)
-    for top in (1, 2, 23):
+    for top in (1, 2):
         values, resolved = bptt.singular_values(J, top=top)
         np.testing.assert_allclose(values, whole.log_values[:top], rtol=1e-10)
         assert resolved.shape == (top,)
@@ -254,6 +254,7 @@ def test_matrix_free_memory():
 
 
 def test_log_norms_of_all_pairs():
+    assert bptt.log_norms(jnp.zeros((0, 3, 3))).shape == (0, 0)
     J = np.random.default_rng(0).standard_normal((6, 3, 3))
     norms = bptt.log_norms(J)
     for t in range(6):

@@ -23,6 +23,8 @@ def norms_from(
 
     Starts are sorted. With `turned`, time runs backwards: step 0 is the last one, and the products are the transposes.
     """
+    if not len(starts):
+        return jnp.zeros((J.length, 0), J.dtype)
     r = basis.shape[1]
     size = norm(basis)
     unit, log_size = basis / size, jnp.log(size)
@@ -47,8 +49,9 @@ def norms_from(
             return V, logs, table.at[t].set(logs)
 
         V = jnp.zeros((J.size, group, r), J.dtype)
+        logs = jnp.full(group, -jnp.inf, J.dtype)
         table = jnp.full((J.length, group), -jnp.inf, J.dtype)
-        return jax.lax.fori_loop(first, last, body, (V, table[0], table))[2]
+        return jax.lax.fori_loop(first, last, body, (V, logs, table))[2]
 
     tables = jax.lax.map(from_group, tuple(map(jnp.asarray, (starts[member], first, last))))
     return jnp.moveaxis(tables, 0, 1).reshape(J.length, groups * group)[:, : len(starts)]
