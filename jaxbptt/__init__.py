@@ -14,10 +14,15 @@ from jaxbptt import tasks as tasks
 from jaxbptt import training as training
 from jaxbptt.analysis.certificate import certify as certify
 from jaxbptt.analysis.compare import compare_gradients as compare_gradients
+from jaxbptt.analysis.components import participation_ratio as participation_ratio
+from jaxbptt.analysis.components import principal_components as principal_components
+from jaxbptt.analysis.covariant import covariant_lyapunov_vectors as covariant_lyapunov_vectors
 from jaxbptt.analysis.credit import input_saliency as input_saliency
 from jaxbptt.analysis.credit import lag_contributions as lag_contributions
 from jaxbptt.analysis.credit import truncation_bias as truncation_bias
 from jaxbptt.analysis.diagnosis import diagnose_gradient as diagnose_gradient
+from jaxbptt.analysis.fixed_points import fixed_points as fixed_points
+from jaxbptt.analysis.fixed_points import sample_states as sample_states
 from jaxbptt.analysis.flow import gradient_flow as gradient_flow
 from jaxbptt.analysis.horizon import adaptive_truncation_length as adaptive_truncation_length
 from jaxbptt.analysis.horizon import effective_horizon as effective_horizon
@@ -26,6 +31,7 @@ from jaxbptt.analysis.jacobians import product_log_singular_values as product_lo
 from jaxbptt.analysis.jacobians import state_jacobians as state_jacobians
 from jaxbptt.analysis.jacobians import temporal_contributions as temporal_contributions
 from jaxbptt.analysis.lyapunov import lyapunov_exponents as lyapunov_exponents
+from jaxbptt.analysis.normality import departure_from_normality as departure_from_normality
 from jaxbptt.analysis.operators import jacobian_operators as jacobian_operators
 from jaxbptt.analysis.paths import surviving_paths as surviving_paths
 from jaxbptt.analysis.plan import plan as plan

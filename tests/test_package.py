@@ -24,6 +24,9 @@ def test_contract_names():
         " tbptt streams tasks sharding TrainState Chunk as_lax bidirectional valid_from_lengths rate RateParams dropout"
     )
     names += " gradient_flow lag_contributions certify compare_gradients ElmanParams GRUParams LSTMParams LSTMState"
+    names += (
+        " fixed_points covariant_lyapunov_vectors principal_components participation_ratio departure_from_normality"
+    )
     assert [name for name in names.split() if not hasattr(bptt, name)] == []
     assert callable(bptt.plots.plot_gradient_flow)
 
@@ -36,7 +39,7 @@ def test_types_of_results_live_in_namespaces():
     assert types_at_the_top == set(made_by_users.split())
     results = "Certificate CertificateRow GradientComparison LeafComparison BiasCurve LagContributions TruncationBias"
     results += " GradientDiagnosis GradientRates BadEntry GradientFlow AdaptiveTruncation LogSingularValues"
-    results += " AdjointPart ScaledProducts TemporalContributions LyapunovSpectrum JacobianOperators Plan"
+    results += " FixedPoints CovariantVectors PrincipalComponents NormalityDeparture AdjointPart ScaledProducts TemporalContributions LyapunovSpectrum JacobianOperators Plan"
     assert {name for name, value in vars(bptt.analysis).items() if isinstance(value, type)} == set(results.split())
     assert bptt.scans.Schedule is type(bptt.checkpoint_schedule(3, 2))
     assert isinstance(bptt.tbptt(lambda *_: (0.0, ()), optax.sgd(0.1)), bptt.training.TruncatedBPTT)
@@ -55,7 +58,7 @@ def test_import_is_light_and_changes_nothing():
     """The core runs without matplotlib and rich, and leaves the configuration of jax alone."""
     code = (
         "import sys, jax; before = dict(jax.config.values); import jaxbptt; "
-        "assert not {'matplotlib', 'rich', 'torch', 'flax', 'orbax', 'sklearn'} & set(sys.modules), 'heavy import'; "
+        "assert not {'matplotlib', 'rich', 'torch', 'flax', 'optimistix', 'orbax', 'sklearn'} & set(sys.modules), 'heavy import'; "
         "assert dict(jax.config.values) == before"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -78,7 +81,7 @@ def test_unknown_name():
 
 
 # What each part of the package may import beside itself and the base that everything stands on.
-BASE = ("trees", "arrays", "array_types", "along_time", "words", "files", "platforms")
+BASE = ("trees", "arrays", "array_types", "along_time", "words", "html_table", "files", "platforms")
 ALLOWED = {
     "cells": (),
     "programs": ("cells",),

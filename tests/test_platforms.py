@@ -214,6 +214,10 @@ ANALYSIS = {
     "log_norms": lambda *args: bptt.log_norms(jacobians(*args)),
     "log_norms, probed": lambda *args: bptt.log_norms(bptt.jacobian_operators(*args), probes=2),
     "lyapunov_exponents": lambda *args: bptt.lyapunov_exponents(*args, burn_in=2, qr_every=3, key=jax.random.key(0)),
+    "covariant_lyapunov_vectors": lambda *args: bptt.covariant_lyapunov_vectors(*args, burn_in=2, burn_out=1),
+    "sample_states": lambda cell, params, init, xs: bptt.sample_states(xs, 5, key=jax.random.key(0), noise=0.1),
+    "principal_components": lambda cell, params, init, xs: bptt.principal_components(xs),
+    "participation_ratio": lambda cell, params, init, xs: bptt.participation_ratio(xs),
     "gradient_flow": lambda *args: bptt.gradient_flow(*args, mean_square),
     "lag_contributions": lags,
     "effective_horizon": lambda *args: bptt.effective_horizon(lags(*args)),
@@ -234,6 +238,7 @@ ON_NUMBERS = {
     "certify": lambda *args: bptt.certify(*args, mean_square),
     "compare_gradients": lambda cell, params, init, xs: bptt.compare_gradients(params, params),
     "diagnose_gradient": lambda *args: bptt.diagnose_gradient(*args, mean_square),
+    "fixed_points": lambda cell, params, init, xs: bptt.fixed_points(cell, params, xs[0], init[None]),
     "plan": lambda *args: bptt.plan(*args, memory_bytes=2**20),
 }
 
@@ -293,9 +298,14 @@ def test_eigenvalues(platform):
         assert "eig_real" in to_run.lower(lowering_platforms=(platform,)).as_text()
 
 
+def test_schur_form_is_for_cpus_alone():
+    with pytest.raises(NotImplementedError, match="'schur' not found for platform cuda"):
+        lowered(bptt.departure_from_normality, jnp.ones((5, 4, 4)), platforms=["cuda"])
+
+
 def test_every_public_function_is_here():
     analysis = {name for name, function in vars(bptt.analysis).items() if inspect.isfunction(function)}
-    here = {name.split(",")[0] for name in ANALYSIS | ON_NUMBERS} | {"jacobian_eigenvalues"}
+    here = {name.split(",")[0] for name in ANALYSIS | ON_NUMBERS} | {"jacobian_eigenvalues", "departure_from_normality"}
     assert analysis | {*REGULARIZERS} == here
     scans = {name for name in vars(bptt) if name.endswith("scan")}
     assert scans == {name.split(",")[0] for name in BARE} | {"cudnn_scan"}  # which has tests of its own

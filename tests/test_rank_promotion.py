@@ -67,6 +67,11 @@ def calls():
         "log_norms": lambda: bptt.log_norms(J),
         "jacobian_eigenvalues": lambda: bptt.jacobian_eigenvalues(J),
         "lyapunov_exponents": lambda: bptt.lyapunov_exponents(*one, num_exponents=2, burn_in=1, qr_every=2),
+        "covariant_lyapunov_vectors": lambda: bptt.covariant_lyapunov_vectors(*one, burn_in=1, burn_out=1),
+        "principal_components": lambda: bptt.principal_components(outputs, valid=mask).project(outputs),
+        "participation_ratio": lambda: bptt.participation_ratio(outputs, valid=mask),
+        "sample_states": lambda: bptt.sample_states(outputs, 3, key=key, noise=0.1, batch_axes=1, valid=mask),
+        "departure_from_normality": lambda: bptt.departure_from_normality(J),
         "gradient_flow": lambda: bptt.gradient_flow(*rows, loss),
         "lag_contributions": lambda: bptt.lag_contributions(*rows, loss),
         "truncation_bias": lambda: bptt.truncation_bias(*rows, loss),
@@ -127,6 +132,7 @@ def test_verdicts():
     _, rows, batch = problem(cell, 5, (2,))
     loss = lambda carry, ys: jnp.sum(ys[-1])
     assert bptt.diagnose_gradient(cell, params, init, xs, loss).cause
+    assert bptt.fixed_points(cell, params, xs[0], jnp.zeros((2, 4))).fixed.all()
     assert bptt.plan(cell, params, rows, batch, memory_bytes=1).reason
     lags = bptt.lag_contributions(cell, params, rows, batch, loss)
     assert bptt.adaptive_truncation_length(lags).reason

@@ -198,6 +198,55 @@ def functions():
                 "key": {"None"},
             },
         ),
+        "covariant_lyapunov_vectors": (
+            bptt.covariant_lyapunov_vectors,
+            one | {"num_vectors": 2, "burn_in": 0, "burn_out": 0, "num_unstable": 1, "time_step": 1.0, "key": key},
+            {
+                "step": set(),
+                "num_vectors": {"None"},
+                "burn_in": set(),
+                "burn_out": set(),
+                "num_unstable": {"None"},
+                "time_step": {"fraction"},
+                "key": {"None"},
+            },
+        ),
+        "fixed_points": (
+            bptt.fixed_points,
+            {"step": cell, "params": params, "x": xs[0], "guesses": init[None]}
+            | {"tolerance": 1e-9, "slow": 1e-2, "distance": 1e-6, "max_steps": 2},
+            {
+                "step": set(),
+                "guesses": set(),
+                "tolerance": {"None", "fraction"},
+                "slow": {"fraction"},
+                "distance": {"None", "fraction"},
+                "max_steps": set(),
+            },
+        ),
+        "sample_states": (
+            bptt.sample_states,
+            {"carries": outputs, "count": 3, "key": key, "noise": 0.1, "batch_axes": 1, "valid": mask},
+            {
+                "carries": {"axes", "integers", "complex"},
+                "count": set(),
+                "key": set(),
+                "noise": {"fraction"},
+                "batch_axes": set(),
+                "valid": {"None"},
+            },
+        ),
+        "principal_components": (
+            bptt.principal_components,
+            {"states": outputs, "num_components": 2, "valid": mask},
+            {"states": {"axes"}, "num_components": {"None"}, "valid": {"None"}},
+        ),
+        "participation_ratio": (
+            bptt.participation_ratio,
+            {"states": outputs, "valid": mask},
+            {"states": {"axes"}, "valid": {"None"}},
+        ),
+        "departure_from_normality": (bptt.departure_from_normality, {"A": J}, {"A": set()}),
         "gradient_flow": (bptt.gradient_flow, one | loss, {"step": set(), "loss": set()}),
         "temporal_contributions": (bptt.temporal_contributions, one | loss, {"step": set(), "loss": set()}),
         "lag_contributions": (
@@ -400,6 +449,10 @@ def test_what_looks_at_numbers_is_not_to_be_jitted():
         r"adaptive_truncation_length looks at .*lags.contributions\['W'\] is traced": (
             bptt.adaptive_truncation_length,
             lags,
+        ),
+        r"fixed_points looks at .*params.W_xh is traced": (
+            lambda params: bptt.fixed_points(cell, params, xs[0], init[None]),
+            params,
         ),
         "singular_values looks at .*start": (lambda start: bptt.singular_values(jnp.ones((4, 2, 2)), start=start), 0),
         "truncation_bias looks at .*lengths": (

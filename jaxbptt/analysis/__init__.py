@@ -7,6 +7,11 @@ from jaxbptt.analysis.certificate import certify as certify
 from jaxbptt.analysis.compare import GradientComparison as GradientComparison
 from jaxbptt.analysis.compare import LeafComparison as LeafComparison
 from jaxbptt.analysis.compare import compare_gradients as compare_gradients
+from jaxbptt.analysis.components import PrincipalComponents as PrincipalComponents
+from jaxbptt.analysis.components import participation_ratio as participation_ratio
+from jaxbptt.analysis.components import principal_components as principal_components
+from jaxbptt.analysis.covariant import CovariantVectors as CovariantVectors
+from jaxbptt.analysis.covariant import covariant_lyapunov_vectors as covariant_lyapunov_vectors
 from jaxbptt.analysis.credit import BiasCurve as BiasCurve
 from jaxbptt.analysis.credit import LagContributions as LagContributions
 from jaxbptt.analysis.credit import TruncationBias as TruncationBias
@@ -17,6 +22,9 @@ from jaxbptt.analysis.diagnosis import GradientDiagnosis as GradientDiagnosis
 from jaxbptt.analysis.diagnosis import GradientRates as GradientRates
 from jaxbptt.analysis.diagnosis import diagnose_gradient as diagnose_gradient
 from jaxbptt.analysis.finite import BadEntry as BadEntry
+from jaxbptt.analysis.fixed_points import FixedPoints as FixedPoints
+from jaxbptt.analysis.fixed_points import fixed_points as fixed_points
+from jaxbptt.analysis.fixed_points import sample_states as sample_states
 from jaxbptt.analysis.flow import GradientFlow as GradientFlow
 from jaxbptt.analysis.flow import gradient_flow as gradient_flow
 from jaxbptt.analysis.horizon import AdaptiveTruncation as AdaptiveTruncation
@@ -31,6 +39,8 @@ from jaxbptt.analysis.jacobians import state_jacobians as state_jacobians
 from jaxbptt.analysis.jacobians import temporal_contributions as temporal_contributions
 from jaxbptt.analysis.lyapunov import LyapunovSpectrum as LyapunovSpectrum
 from jaxbptt.analysis.lyapunov import lyapunov_exponents as lyapunov_exponents
+from jaxbptt.analysis.normality import NormalityDeparture as NormalityDeparture
+from jaxbptt.analysis.normality import departure_from_normality as departure_from_normality
 from jaxbptt.analysis.operators import JacobianOperators as JacobianOperators
 from jaxbptt.analysis.operators import jacobian_operators as jacobian_operators
 from jaxbptt.analysis.paths import surviving_paths as surviving_paths

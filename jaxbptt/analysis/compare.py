@@ -10,6 +10,7 @@ import numpy as np
 from jaxbptt.analysis.credit import LagContributions
 from jaxbptt.analysis.jacobians import TemporalContributions
 from jaxbptt.arrays import check_concrete
+from jaxbptt.html_table import fields_table, html_table
 from jaxbptt.trees import differentiable, name
 from jaxbptt.words import counted
 
@@ -35,6 +36,8 @@ class LeafComparison(NamedTuple):
     ratio: float
     cause: str
 
+    _repr_html_ = fields_table
+
 
 class GradientComparison(NamedTuple):
     """Two gradients compared. Prints as a table.
@@ -55,6 +58,14 @@ class GradientComparison(NamedTuple):
             f"{leaf.leaf:{width}}  relative error {leaf.relative_error:.1e}  cosine {leaf.cosine:+.4f}  {leaf.cause}"
             for leaf in self.leaves
         )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (leaf.leaf, f"{leaf.relative_error:.1e}", f"{leaf.cosine:+.4f}", f"{leaf.ratio:.4g}", leaf.cause)
+            for leaf in self.leaves
+        ]
+        head = "leaf", "relative error", "cosine", "ratio", "cause"
+        return html_table(head, rows, title="GradientComparison", words=True)
 
 
 def compare_gradients(

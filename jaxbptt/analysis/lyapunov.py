@@ -17,6 +17,7 @@ from jaxbptt.analysis.sweep import LOST, RESOLUTION, random_frame, rounding_erro
 from jaxbptt.analysis.trajectory import prepare_state, state_size, step_and_push
 from jaxbptt.arrays import check_count, check_key, is_number
 from jaxbptt.cells.cell import Cell
+from jaxbptt.html_table import columns_table, in_words
 from jaxbptt.scans.recurrence import Recurrence
 from jaxbptt.words import counted
 
@@ -46,6 +47,14 @@ class LyapunovSpectrum(NamedTuple):
     steps: Int[Array, " factorisations"]
     kaplan_yorke_dimension: Float[Array, ""]
     entropy_rate: Float[Array, ""]
+
+    def _repr_html_(self) -> str:
+        columns = {"exponent": self.exponents, "standard error": self.standard_errors, "resolved": self.resolved}
+        notes = (
+            "Nats per unit of time: a step, unless time_step was given.",
+            f"Kaplan–Yorke dimension {in_words(self.kaplan_yorke_dimension)}, entropy rate {in_words(self.entropy_rate)}.",
+        )
+        return columns_table(self, {"i": range(1, self.exponents.shape[-1] + 1)} | columns, notes=notes)
 
 
 def lyapunov_exponents(
@@ -113,10 +122,7 @@ def lyapunov_exponents(
     k = size if num_exponents is None else num_exponents
     check_count("num_exponents", k, f"a state of {counted(size, 'number')} has 1 to {size} exponents", most=size)
     check_count("qr_every", qr_every, "it counts time steps")
-    if not isinstance(time_step, Tracer) and not is_number(time_step, 0):
-        raise ValueError(
-            f"time_step is {time_step!r}, but it is the time that a step stands for: pass a number above 0."
-        )
+    check_time_step(time_step)
     if r.length == 0:
         raise ValueError("A sequence without time steps has no exponents: pass at least one step.")
     meaning = f"of {counted(r.length, 'time step')} at least one has to be left"
@@ -162,6 +168,14 @@ def spectrum_along(
     if steps is not None:
         growth, error = growth[steps], error[steps]
     return _spectrum(growth, error, J.size, len(growth), 1, 1.0)
+
+
+def check_time_step(time_step: Any) -> None:
+    """Raise unless it is a number above 0, which may be traced."""
+    if not isinstance(time_step, Tracer) and not is_number(time_step, 0):
+        raise ValueError(
+            f"time_step is {time_step!r}, but it is the time that a step stands for: pass a number above 0."
+        )
 
 
 def _factorise(V: Float[Array, "n k"]) -> tuple[Array, tuple[Array, Array]]:

@@ -72,11 +72,18 @@ def trajectory_of(r: Recurrence, flags: Flags = NO_FLAGS) -> Trajectory:
 
 
 def prepare_state(
-    step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, length: int | None, flags: Flags = NO_FLAGS
+    step: Callable[..., Any] | Cell,
+    params: Any,
+    init: Any,
+    xs: Any,
+    length: int | None,
+    flags: Flags = NO_FLAGS,
+    *,
+    root: str = "init",
 ) -> Recurrence:
     """`prepare`, where the carry is one state vector: real, not empty, and, as far as can be seen, without batch axes.
 
-    The flags are checked to be those of one row.
+    The flags are checked to be those of one row. Messages call the carry `root`.
     """
     r = prepare(step, params, init, xs, length)
     for word, flag in (("is_first", flags.is_first), ("valid", flags.valid)):
@@ -88,18 +95,20 @@ def prepare_state(
     for path, leaf in jax.tree_util.tree_leaves_with_path(differentiable(r.init)):
         if jnp.iscomplexobj(leaf):
             raise TypeError(
-                f"{name('init', path)} has dtype {leaf.dtype}, but a state vector is real: carry its real and imaginary "
+                f"{name(root, path)} has dtype {leaf.dtype}, but a state vector is real: carry its real and imaginary "
                 "parts as two leaves."
             )
     if sum(leaf.size for leaf in jax.tree.leaves(differentiable(r.init))) == 0:
-        raise ValueError("init has no differentiable numbers, so there is no state: start from floating-point numbers.")
+        raise ValueError(
+            f"{root} has no differentiable numbers, so there is no state: start from floating-point numbers."
+        )
     if isinstance(step, Cell):
         one = jax.eval_shape(step.initial_carry)
         for (path, leaf), row in zip(jax.tree_util.tree_leaves_with_path(r.init), jax.tree.leaves(one), strict=False):
             if leaf.ndim > row.ndim:
                 raise ValueError(
-                    f"{name('init', path)} has shape {leaf.shape}, which is {row.shape} with batch axes: all rows together "
-                    "would count as one state. Pass one row of init and xs, or use jax.vmap."
+                    f"{name(root, path)} has shape {leaf.shape}, which is {row.shape} with batch axes: all rows together "
+                    "would count as one state. Pass one row of it and of the input, or use jax.vmap."
                 )
     return r
 

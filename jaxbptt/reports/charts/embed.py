@@ -79,9 +79,14 @@ def _in_script(code: str) -> str:
 
 def _picture(chart: Chart) -> str:
     """The chart as SVG, without the layers that only catch the pointer."""
-    layers = [layer for layer in chart.spec["layer"] if layer.get("name") != "hover"]
-    spec = chart.spec | {"width": PICTURE_WIDTH, "layer": layers}
+    spec: dict[str, Any] = {**_without_hover(chart.spec), "width": PICTURE_WIDTH}
+    spec["params"] = [param for param in spec.get("params", []) if param["name"] != "over"]
     svg = vl_convert.vegalite_to_svg(spec, allowed_base_urls=[])
     # Two pictures on one page must not share the ids of their clip paths.
     svg = re.sub(r'\bid="', f'id="{chart.name}-', svg)
     return re.sub(r'(href="|url\()#', rf"\1#{chart.name}-", svg)
+
+
+def _without_hover(spec: dict[str, Any]) -> dict[str, Any]:
+    layers = [layer for layer in spec.get("layer", []) if not layer.get("name", "").startswith("hover")]
+    return spec | ({"layer": [_without_hover(layer) for layer in layers]} if layers else {})

@@ -4,9 +4,11 @@ A chart is drawn once, in the colours of the light theme. In the dark one CSS re
 the picture follows the theme of the reader at once, without a script, and print is always light.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import altair as alt
+import numpy as np
 
 # (light, dark), each with a contrast of at least 4.5 : 1 on the page: white in light mode, #16181b in dark.
 CELLS = (("#005fa8", "#6cb6ff"), ("#b34700", "#ff9e64"), ("#00735c", "#4fd6ad"))
@@ -20,10 +22,41 @@ PAPER = ("#ffffff", "#16181b")
 DASHES = ([1, 0], [7, 3], [2, 2.5])
 SHAPES = ("circle", "square", "triangle-up")
 
+# Selections, and the layers whose marks they listen to.
+VIEWS = {"legend": "lines", "over": "hover"}
+
 # The static pictures are so wide: their words can be read on a phone, and are not too large on a desk.
 PICTURE_WIDTH = 420
 FONT = "system-ui, 'Liberation Sans', Arial, sans-serif"
 MONOSPACE = "ui-monospace, 'Liberation Mono', monospace"
+
+
+# Of a logarithmic axis: few digits, and powers of ten where these would be many.
+POWERS = "datum.value < 1e-3 || datum.value >= 1e5 ? format(datum.value, '~e') : format(datum.value, '~g')"
+
+
+def log_axis(values: Iterable[Any], *, ticks: int = 6) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of a logarithmic scale and of its axis, on which a few round numbers are marked.
+
+    Args:
+        values: arrays of what is drawn; only what is finite and above 0 counts.
+        ticks: the most that there is room for.
+    """
+    flat = np.concatenate([np.ravel(np.asarray(array, float)) for array in values] or [np.ones(1)])
+    flat = flat[np.isfinite(flat) & (flat > 0)]
+    low, high = np.log10([flat.min(), flat.max()]) if flat.size else (-0.5, 0.5)
+    room = 0.04 * max(high - low, 0.6)
+    low, high = low - room, high + room
+    powers = np.arange(np.floor(low), np.ceil(high) + 1)
+    for multiples in ((1, 2, 3, 5), (1, 3), (1,)):
+        marked = np.sort([power + np.log10(multiple) for power in powers for multiple in multiples])
+        marked = marked[(marked >= low) & (marked <= high)]
+        if len(marked) <= ticks:
+            break
+    marked = marked[:: -(-len(marked) // ticks)] if len(marked) else np.array([(low + high) / 2])
+    domain = [float(f"{10**bound:.4g}") for bound in (low, high)]
+    scale = {"type": "log", "domain": domain, "nice": False}
+    return scale, {"values": [float(f"{10**mark:.2g}") for mark in marked], "labelExpr": POWERS}
 
 
 def key(i: int) -> str:
@@ -31,18 +64,14 @@ def key(i: int) -> str:
     return f"c{i}"
 
 
-def cell_scale(count: int, ranges: tuple[Any, ...]) -> alt.Scale:
-    """From the keys of networks to colours, dashes or shapes."""
-    return alt.Scale(domain=[key(i) for i in range(count)], range=[_of(ranges, i) for i in range(count)])
-
-
-def cell_colours(count: int) -> alt.Scale:
+def cell_colours() -> alt.Scale:
     """From the keys of networks to colours."""
-    return cell_scale(count, tuple(light for light, _ in CELLS))
+    return alt.Scale(domain=[key(i) for i in range(len(CELLS))], range=[light for light, _ in CELLS])
 
 
-def _of(ranges: tuple[Any, ...], i: int) -> Any:
-    return ranges[i % len(ranges)]
+def names_param(names: Sequence[str]) -> alt.Parameter:
+    """The networks' names by key: in data and never in an expression, since they are arbitrary strings."""
+    return alt.param(name="names", value={key(i): name for i, name in enumerate(names)})
 
 
 def configured(chart: Any) -> dict[str, Any]:
@@ -78,6 +107,10 @@ def configured(chart: Any) -> dict[str, Any]:
         .configure_text(color=ink, fontSize=12)
         .to_dict()
     )
+    # Altair puts a selection of one layer into all beside it, where layers are nested.
+    for param in spec.get("params", []):
+        if "views" in param:
+            param["views"] = [view for view in param["views"] if view.startswith(VIEWS[param["name"]])]
     return spec
 
 
