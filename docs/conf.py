@@ -6,6 +6,7 @@ import re
 import textwrap
 
 from docutils import nodes
+from latex2mathml.converter import convert
 from sphinx.addnodes import pending_xref
 
 import jaxbptt
@@ -18,12 +19,18 @@ nitpicky = True
 nitpick_ignore_regex = [("py:class", ".*")]
 exclude_patterns = ["build", "**.ipynb_checkpoints"]
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx_llm.txt"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_llm.txt"]
 html_theme = "sphinx_book_theme"
 html_title = "jaxbptt"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
-html_theme_options = {"show_navbar_depth": 1, "home_page_in_toc": True, "use_download_button": False}
+html_theme_options = {
+    "home_page_in_toc": True,
+    "show_toc_level": 2,
+    "use_download_button": False,
+    "navbar_persistent": [],  # the search field is in the sidebar
+}
+html_math_renderer = "mathml"
 html_copy_source = False
 html_context = {"default_mode": "auto"}
 # After the HTML build, whose doctrees it reads: in parallel everything would be read, and the gallery executed, twice.
@@ -95,10 +102,15 @@ def is_equation(paragraph):
     return not is_text and re.search(r" [=≤<↦←] ", paragraph) is not None
 
 
-def plain_signatures(app, doctree):
-    """The * before keyword-only arguments as text: the Markdown builder leaves out abbreviations."""
+def tidy(app, doctree):
+    """The * before keyword-only arguments as text, which the Markdown builder keeps; no empty lines at the end of code."""
     for abbreviation in list(doctree.findall(nodes.abbreviation)):
         abbreviation.replace_self(nodes.Text(abbreviation.astext()))
+    for block in doctree.findall(nodes.literal_block):
+        if block.rawsource == block.astext():  # else it has markup of its own
+            block.rawsource = block.astext().rstrip()
+            block.children = []
+            block += nodes.Text(block.rawsource)
 
 
 def link_names(app, doctree, docname):
@@ -118,7 +130,7 @@ def link_names(app, doctree, docname):
 def full_name(text, objects):
     """`bptt.scan`, `scan`, `losses.final_step` and `LyapunovSpectrum` by the name they have in the reference, or None."""
     text = text.removeprefix("jaxbptt.").removeprefix("bptt.") if text != "bptt.bptt" else "bptt"
-    names = (f"jaxbptt.{text}", f"jaxbptt.analysis.{text}")
+    names = (f"jaxbptt.{space}{text}" for space in ("", "analysis.", "plots.", "training."))
     return next((name for name in names if name in objects), None)
 
 
@@ -133,10 +145,21 @@ def inside(node, name):
     return False
 
 
+def mathml(display):
+    """Formulas are drawn by the browser: a script that does it would have to be fetched."""
+
+    def visit(translator, node):
+        translator.body.append(f'<span class="math">{convert(node.astext(), display=display)}</span>')
+        raise nodes.SkipNode
+
+    return visit, None
+
+
 def setup(app):
+    app.add_html_math_renderer("mathml", mathml("inline"), mathml("block"))
     app.connect("autodoc-process-signature", signature_as_written)
     app.connect("autodoc-process-docstring", plain_text, priority=900)
     app.connect("autodoc-skip-member", skip_fields)
-    app.connect("doctree-read", plain_signatures)
+    app.connect("doctree-read", tidy)
     app.connect("doctree-resolved", link_names)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -125,3 +125,21 @@ def test_links_lead_somewhere(page):
     text = page.read_text("utf-8")
     into = re.findall(r"https://github\.com/jaxbptt/jaxbptt/(?:blob|tree)/main/([^)#\s]+)", text)
     assert [path for path in into if not (ROOT / path).exists()] == []
+
+
+def test_readme_is_short_and_leads_to_the_pages():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert len(readme.splitlines()) <= 120
+    pages = set(re.findall(r"\(docs/(\w+)\.md\)", readme))
+    assert pages <= {page.stem for page in PAGES}
+    assert {
+        "index",
+        "strategies",
+        "diagnose",
+        "train",
+        "reinforcement",
+        "commands",
+        "gallery",
+        "limits",
+        "speed",
+    } <= pages
