@@ -102,10 +102,15 @@ def is_equation(paragraph):
     return not is_text and re.search(r" [=≤<↦←] ", paragraph) is not None
 
 
-def plain_signatures(app, doctree):
-    """The * before keyword-only arguments as text: the Markdown builder leaves out abbreviations."""
+def tidy(app, doctree):
+    """The * before keyword-only arguments as text, which the Markdown builder keeps; no empty lines at the end of code."""
     for abbreviation in list(doctree.findall(nodes.abbreviation)):
         abbreviation.replace_self(nodes.Text(abbreviation.astext()))
+    for block in doctree.findall(nodes.literal_block):
+        if block.rawsource == block.astext():  # else it has markup of its own
+            block.rawsource = block.astext().rstrip()
+            block.children = []
+            block += nodes.Text(block.rawsource)
 
 
 def link_names(app, doctree, docname):
@@ -155,6 +160,6 @@ def setup(app):
     app.connect("autodoc-process-signature", signature_as_written)
     app.connect("autodoc-process-docstring", plain_text, priority=900)
     app.connect("autodoc-skip-member", skip_fields)
-    app.connect("doctree-read", plain_signatures)
+    app.connect("doctree-read", tidy)
     app.connect("doctree-resolved", link_names)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
