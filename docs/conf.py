@@ -95,7 +95,7 @@ def plain_text(app, what, name, obj, options, lines):
             paragraph = ".. code-block:: text\n   :class: equation\n\n" + textwrap.indent(paragraph, "   ")
         elif not paragraph.lstrip().startswith(">>>"):
             paragraph = "`".join(
-                part if i % 2 else re.sub(r"(?<!\\)[|*]|_(?!\w)", r"\\\g<0>", part)
+                part if i % 2 else re.sub(r"(?<!\\)\||(?<![\\*])\*(?!\*)|_(?!\w)", r"\\\g<0>", part)
                 for i, part in enumerate(paragraph.split("`"))
             )
         done.append(paragraph)
