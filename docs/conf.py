@@ -92,7 +92,9 @@ def plain_text(app, what, name, obj, options, lines):
     done = []
     for paragraph in re.split(r"\n\s*\n", "\n".join(lines)):
         if is_equation(paragraph):
-            paragraph = ".. code-block:: text\n   :class: equation\n\n" + textwrap.indent(paragraph, "   ")
+            paragraph = ".. code-block:: text\n   :class: equation\n\n" + textwrap.indent(
+                paragraph.replace("`", ""), "   "
+            )
         elif not paragraph.lstrip().startswith(">>>"):
             paragraph = "`".join(
                 part if i % 2 else re.sub(r"(?<!\\)\||(?<![\\*])\*(?!\*)|_(?!\w)", r"\\\g<0>", part)
@@ -134,7 +136,8 @@ def link_names(app, doctree, docname):
 
 
 def full_name(text, objects):
-    """`bptt.scan`, `scan`, `losses.final_step` and `LyapunovSpectrum` by the name they have in the reference, or None."""
+    """`bptt.scan`, `scan(...)`, `losses.final_step` and `LyapunovSpectrum` by the name they have in the reference, or None."""
+    text = text.partition("(")[0]
     text = text.removeprefix("jaxbptt.").removeprefix("bptt.") if text != "bptt.bptt" else "bptt"
     names = (f"jaxbptt.{space}{text}" for space in ("", "analysis.", "plots.", "training."))
     return next((name for name in names if name in objects), None)
