@@ -319,8 +319,8 @@ def test_tables_in_words():
         ("2", "0.05 (0.975)", "0 (1.000)"),
     )
     assert wording.lengths_table(reports).rows == (("gru", "2", "2"), ("lstm", "2", "2"))
-    assert wording.lengths_table([made(errors=(0.01, 0.2))]).rows == (("lstm", "none", "none"),)
-    assert wording.lengths_table([made(errors=(0.01, np.nan, 0.08))]).rows == (("lstm", "4", "none"),)
+    assert wording.lengths_table([made(errors=(0.01, 0.2))]).rows == (("lstm", "all 32", "all 32"),)
+    assert wording.lengths_table([made(errors=(0.01, np.nan, 0.08))]).rows == (("lstm", "4", "all 32"),)
     assert wording.overview_table([made(rows=[row])]).rows == (
         ("lstm", "12 of 32", "vanishes: weights", "2", "2", "NO"),
     )

@@ -120,7 +120,8 @@ def _report(options: argparse.Namespace) -> None:
     arguments.write("--output", options.output, html)
 
     def say(words: str, style: str = "") -> None:
-        console.print(words, highlight=False, markup=False, style=style)
+        # Lines are broken between words on a terminal, and not at all in a pipe.
+        console.print(words, highlight=False, markup=False, style=style, soft_wrap=not console.is_terminal)
 
     for sentence in found:
         say(f"\n{sentence}")
