@@ -565,8 +565,8 @@ DRAWN = {
     "singular_values": (["singular values"], lambda lines: lines[0].get_xdata(), [0, 1, 2], "lag T − t (s)"),
     "lag_contributions": (
         ["norms", "cosine", "relative error"],
-        lambda bars: [bar.get_x() + bar.get_width() / 2 for bar in bars],
-        [0, 1, 2],
+        lambda bars: [bar.get_x() for bar in bars],
+        [-0.4, 0.6, 1.6],
         "lag l (s)",
     ),
     "surviving_paths": (
