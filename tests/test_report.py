@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from report_questions import QUESTIONS
+from rich.console import Console
 
 import jaxbptt as bptt
 from jaxbptt import losses, models, tasks, words
 from jaxbptt.__main__ import main
 from jaxbptt.commands import arguments, sequences, sources
 from jaxbptt.commands import report as command
+from jaxbptt.commands.display import table
 from jaxbptt.reports import charts, page, report, summary, trained, wording
 
 Named = namedtuple("Named", "name")
@@ -321,6 +323,7 @@ def test_tables_in_words():
     assert wording.lengths_table(reports).rows == (("gru", "2", "2"), ("lstm", "2", "2"))
     assert wording.lengths_table([made(errors=(0.01, 0.2))]).rows == (("lstm", "all 32", "all 32"),)
     assert wording.lengths_table([made(errors=(0.01, np.nan, 0.08))]).rows == (("lstm", "4", "all 32"),)
+    assert wording.lengths_table([made(errors=(0.5, 0.05, 0.2, 0.04))]).rows == (("lstm", "8", "8"),)
     assert wording.overview_table([made(rows=[row])]).rows == (
         ("lstm", "12 of 32", "vanishes: weights", "2", "2", "NO"),
     )
@@ -456,6 +459,12 @@ def test_help_names_the_defaults_that_there_are(capsys, name):
     printed = capsys.readouterr().out
     assert "(default: 0)" in " ".join(printed.split())
     assert not re.search(r"default:\s+(None|False)", printed)
+
+
+def test_markup_in_a_name_is_no_markup(capsys):
+    Console(width=80).print(table("[/red]", ("[bold]", "[/x]"), [("[/b] a", "[red]1[/red]")]))
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in ("[/red]", "[bold]", "[/x]", "[/b] a", "[red]1[/red]"))
 
 
 def test_scores_in_words():

@@ -240,14 +240,13 @@ def _trained(options: argparse.Namespace) -> _Subject:
         "sequences": f"{options.batch} of {counted(options.steps, 'step')} from {cut.words}",
         **_machine(),
     }
-    lines = (*cut.read_as, *(f"{name}: {value}" for name, value in facts.items()))
     easy = trained.easy(model, cut.sequences)
     errors = model.info.get("errors")
     forecasts = () if errors is None else (wording.errors_section(ValidationErrors.from_json(errors)),)
     return _Subject(
         trained.entries(model, cut.sequences, dtype=jnp.result_type(float)),
         facts,
-        lines,
+        cut.read_as,
         lambda reports: (wording.losses_section(reports, easy, unit), *forecasts),
         _measured(
             f"A network ({_network(model)})",
