@@ -387,6 +387,9 @@ def test_the_summary_of_training():
         "Training took the mean loss down, from 2 to 0.5 (persistence: 0.75); all but 1 % of the gradient came from "
         "within 4 steps of each loss before training, and comes from within 12 after it."
     )
+    assert to_do.startswith(
+        "To save memory, the gradient of the trained network may be cut, but at no less than 2 steps"
+    )
     assert "to reach further back, train again and start with `gru(..., chrono_length=32)`" in to_do
     worse = summary.summary("", [before, after._replace(loss=3.0, horizon=0)], trained=True)[1]
     assert worse == "Training took the mean loss up, from 2 to 3. gru, trained: the gradient is 0 or not finite."
