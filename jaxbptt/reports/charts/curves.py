@@ -93,7 +93,7 @@ def drawn(
 
     def scale(choices: Sequence[Any], which: str) -> alt.Scale:
         chosen = [choices[getattr(curve, which) % len(choices)] for curve in curves]
-        return alt.Scale(domain=folded, range=chosen)
+        return alt.Scale(type="ordinal", domain=folded, range=chosen)
 
     picked, controls = _picking(curves)
     shown: dict[str, Any] = {"x": x, "y": y}

@@ -151,6 +151,7 @@ def _over_text(characters: Sequence[str], controls: list[Any], known: dict[str, 
         title=None,
         axis=alt.Axis(
             labelOffset=_HEIGHT / 2 - 11,
+            labelPadding=6,
             labelExpr=f"format(datum.value * {_COLUMNS} + {start}, ',')",
             ticks=False,
             domain=False,
@@ -220,13 +221,17 @@ def _over_numbers(row: Row, controls: list[Any], known: dict[str, Any]) -> dict[
     axis = step_axis(steps, "time step s")
     x = alt.X("s:Q", scale=time, axis=axis)
     few: dict[str, Any] = {"point": alt.OverlayMarkDef(size=24, filled=True, color=INK[0])} if steps <= 40 else {}
-    series = base.mark_line(color=INK[0], strokeWidth=1.5, clip=True, **few).encode(
-        x,
-        alt.Y(
-            "value:Q",
-            scale=alt.Scale(range=[110, 0], zero=False),
-            axis=alt.Axis(orient="left", title="value", tickCount=4, format="~g", grid=False),
-        ),
+    series = (
+        base.mark_line(color=INK[0], strokeWidth=1.5, clip=True, **few)
+        .encode(
+            x,
+            alt.Y(
+                "value:Q",
+                scale=alt.Scale(range=[110, 0], zero=False),
+                axis=alt.Axis(orient="left", title="value", tickCount=4, format="~g", grid=False),
+            ),
+        )
+        .properties(name="series")
     )
     # The label of an axis for each decade.
     ticks = {round(_LEVELS * i / _DECADES): f"{100 * 10.0 ** (i - _DECADES):g} %" for i in range(_DECADES + 1)}
