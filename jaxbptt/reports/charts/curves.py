@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import altair as alt
 import numpy as np
 
-from jaxbptt.reports.charts.style import CELLS, DASHES, SHAPES, key
+from jaxbptt.reports.charts.style import CELLS, DASHES, SHAPES, key, power_of_ten
 
 # With more points than this on a line they run into each other.
 _FEW = 40
@@ -33,7 +33,7 @@ class Curve(NamedTuple):
     @property
     def name(self) -> str:
         """What the reader calls it."""
-        return f"{self.network}, {self.word}" if self.word else self.network
+        return f"{self.word}: {self.network}" if self.word else self.network
 
     @property
     def key(self) -> str:
@@ -144,7 +144,8 @@ def hover(x: alt.X, curves: Sequence[Curve], tooltip: list[alt.Tooltip], *, loga
     chart = alt.Chart(alt.NamedData("curves"))
     for curve in curves:
         value = f"datum.{curve.key}"
-        shown = f"{value} === null ? '–' : format({f'pow(10, {value})' if logarithms else value}, '.3~g')"
+        words = power_of_ten(value) if logarithms else f"format({value}, '.3~g')"
+        shown = f"{value} === null ? '–' : {words}"
         chart = chart.transform_calculate(**{f"{curve.key}_shown": shown})
     values = [alt.Tooltip(f"{curve.key}_shown:N", title=curve.name) for curve in curves]
     return (

@@ -9,7 +9,7 @@ import numpy as np
 from jaxbptt.reports.charts import curves
 from jaxbptt.reports.charts.curves import Curve
 from jaxbptt.reports.charts.embed import Chart
-from jaxbptt.reports.charts.style import POWERS, configured, log_axis, step_axis
+from jaxbptt.reports.charts.style import configured, log_axis, power_of_ten, step_axis
 from jaxbptt.reports.report import CellReport
 
 # So many points of a line can be told apart on a screen.
@@ -59,7 +59,7 @@ def singular_values_chart(reports: Sequence[CellReport]) -> Chart | None:
                 found.append(Curve(i, report.name, powers[:, rank], kind, word))
     if not found:
         return None
-    axis = alt.Axis(tickCount=6, labelExpr=POWERS.replace("datum.value", "pow(10, datum.value)"))
+    axis = alt.Axis(tickCount=6, labelExpr=power_of_ten("datum.value"))
     y = alt.Y("value:Q", title="singular values of ∂h_T/∂hₜ", axis=axis, scale=alt.Scale(zero=False))
     spec = _by_lag(found, y, "lag T − t, time steps", 260, positive=False)
     return Chart("singular-values", spec, "Singular values of the product of Jacobians over the last steps, by lag.")

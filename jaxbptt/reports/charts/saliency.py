@@ -20,7 +20,6 @@ from jaxbptt.reports.charts.style import (
     cell_colours,
     configured,
     key,
-    step_axis,
 )
 from jaxbptt.reports.report import CellReport, Row, Saliency
 
@@ -30,8 +29,8 @@ _LEVELS = 1000
 # Entries over all losses and networks, about four bytes each on the page; of numbers in a column, about seven.
 _MAX_ENTRIES = 200_000
 _MAX_NUMBERS = 40_000
-# So many characters are shown at once, those before the loss and a few after it.
-_MAX_CHARACTERS = 480
+# So many steps are shown at once, those before the loss and a few after it.
+_MAX_SHOWN = 480
 _AFTER = 20
 # A character's width and a row's height, pixels; the upper part of a row is for the bar.
 _WIDTH, _HEIGHT, _BAR = 14, 44, 22
@@ -114,7 +113,7 @@ _AT = {
         f"format(largest[cell][nearest[step - 1]] * pow(10, {_DECADES} * (datum.level / {_LEVELS} - 1)), '.2g')"
     ),
 }
-_TITLE = {"expr": "names[cell] + ': what the loss of step ' + losses[nearest[step - 1]] + ' depends on'"}
+_TITLE = {"expr": "[names[cell], 'What the loss of step ' + format(losses[nearest[step - 1]], ',') + ' depends on']"}
 
 
 def _calculated(chart: alt.Chart, **fields: str) -> alt.Chart:
@@ -123,18 +122,22 @@ def _calculated(chart: alt.Chart, **fields: str) -> alt.Chart:
     return chart
 
 
+def _start(steps: int) -> str:
+    """An expression for the first step in view, from 1."""
+    return f"clamp(losses[nearest[step - 1]] - {_MAX_SHOWN - _AFTER}, 1, {max(1, steps - _MAX_SHOWN + 1)})"
+
+
+def _in_view(start: str) -> str:
+    return f"datum.s >= {start} && datum.s < {start} + {_MAX_SHOWN}"
+
+
 def _over_text(characters: Sequence[str], controls: list[Any], known: dict[str, Any]) -> dict[str, Any]:
     rows = [
         {"s": i + 1, "sign": _SIGNS.get(c, c if c.isprintable() else "�"), "name": _NAMES.get(c, c)}
         for i, c in enumerate(characters)
     ]
-    # The first character in view, from 1.
-    start = (
-        f"clamp(losses[nearest[step - 1]] - {_MAX_CHARACTERS - _AFTER}, 1, {max(1, len(rows) - _MAX_CHARACTERS + 1)})"
-    )
-    base = alt.Chart(alt.NamedData("inputs")).transform_filter(
-        f"datum.s >= {start} && datum.s < {start} + {_MAX_CHARACTERS}"
-    )
+    start = _start(len(rows))
+    base = alt.Chart(alt.NamedData("inputs")).transform_filter(_in_view(start))
     base = _calculated(
         base,
         column=f"(datum.s - {start}) % {_COLUMNS}",
@@ -173,7 +176,7 @@ def _over_text(characters: Sequence[str], controls: list[Any], known: dict[str, 
     )
     mark = (
         base.transform_filter("datum.s == datum.loss")
-        .mark_rect(fillOpacity=0, stroke=INK[0], strokeWidth=2, height=20, yOffset=_HEIGHT / 2 - 11, aria=False)
+        .mark_rect(filled=False, color=INK[0], strokeWidth=2, height=20, yOffset=_HEIGHT / 2 - 11, aria=False)
         .encode(alt.X("column:Q", scale=columns, axis=None), alt.X2("end:Q"), line)
         .transform_calculate(end="datum.column + 1")
         .properties(name="loss")
@@ -209,16 +212,18 @@ def _over_numbers(row: Row, controls: list[Any], known: dict[str, Any]) -> dict[
         most = f" (first {len(columns)} of {len(row.columns)})" if len(columns) < len(row.columns) else ""
         choose["bind"] = alt.binding_select(options=list(range(len(columns))), labels=columns, name=f"column{most}")
     controls = [*controls, alt.param(name="column", value=0, **choose)]
+    start = _start(steps)
     base = _calculated(
-        alt.Chart(alt.NamedData("inputs")),
+        alt.Chart(alt.NamedData("inputs")).transform_filter(_in_view(start)),
         value="series[column][datum.s - 1]",
         column="columns[column]",
         low="datum.s - 0.5",
         high="datum.s + 0.5",
         **_AT,
     )
-    time = alt.Scale(domain=[0.5, steps + 0.5], nice=False, zero=False)
-    axis = step_axis(steps, "time step s")
+    first, last = alt.expr(f"{start} - 0.5"), alt.expr(f"{start} + {min(steps, _MAX_SHOWN) - 0.5}")
+    time = alt.Scale(domainMin=first, domainMax=last, nice=False, zero=False)
+    axis = alt.Axis(format=",d", tickMinStep=1, tickCount=5, grid=False, title="time step s")
     x = alt.X("s:Q", scale=time, axis=axis)
     few: dict[str, Any] = {"point": alt.OverlayMarkDef(size=24, filled=True, color=INK[0])} if steps <= 40 else {}
     series = (

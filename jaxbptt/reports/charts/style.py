@@ -35,6 +35,11 @@ MONOSPACE = "ui-monospace, 'Liberation Mono', monospace"
 POWERS = "datum.value < 1e-3 || datum.value >= 1e5 ? format(datum.value, '~e') : format(datum.value, '~g')"
 
 
+def power_of_ten(power: str) -> str:
+    """An expression for 10 to some power in words, whether or not a float can hold it."""
+    return f"abs({power}) > 4 ? '1e' + format({power}, 'd') : format(pow(10, {power}), '.3~g')"
+
+
 def step_axis(count: int, title: str, **options: Any) -> alt.Axis:
     """An axis of whole numbers up to a count."""
     stride = next(m * 10**power for power in range(9) for m in (1, 2, 5) if count <= 6 * m * 10**power)
@@ -105,13 +110,14 @@ def configured(chart: Any, data: Mapping[str, Any], values: Mapping[str, Any]) -
             direction="vertical",
             labelColor=ink,
             labelFontSize=13,
-            labelLimit=210,
+            labelLimit=200,
             symbolSize=500,
             symbolStrokeWidth=2.5,
             title=None,
             offset=8,
         )
-        .configure_title(color=ink, fontSize=13, fontWeight="normal", anchor="start", offset=8)
+        .configure_title(color=ink, fontSize=13, fontWeight="normal", anchor="start", offset=8, limit=275)
+        .configure_point(opacity=1)
         .configure_text(color=ink, fontSize=12)
         .to_dict()
     )

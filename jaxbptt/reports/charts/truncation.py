@@ -31,13 +31,13 @@ def truncation_chart(reports: Sequence[CellReport]) -> Chart:
     if len(lengths) > 1:
         bind["bind"] = alt.binding_range(min=0, max=len(lengths) - 1, step=1, name="K")
     found = [
-        Curve(i, report.name, np.asarray(getattr(report.bias, kind).relative_errors, float), j, f"{kind}_scan")
+        Curve(i, report.name, np.asarray(getattr(report.bias, kind).relative_errors, float), j, kind)
         for i, report in enumerate(reports)
         for j, kind in enumerate(_KINDS)
     ]
     rows = curves.rows(found, x=lengths, low=lengths / np.sqrt(2), high=lengths * np.sqrt(2))
     errors, params = _errors(found, lengths)
-    title = alt.TitleParams({"expr": "'Truncated at K = ' + lengths[k] + ', the gradient is off by'"})
+    title = alt.TitleParams({"expr": "'K = ' + format(lengths[k], ',') + ': the gradient is off by'"})
     chart = (
         alt.layer(errors, _paths(steps))
         .resolve_scale(x="independent", y="independent")
@@ -70,7 +70,7 @@ def _kept(steps: int, K: int) -> list[str]:
     windowed = K * steps - K * (K - 1) // 2
     total = steps * (steps + 1) // 2
     return [
-        f"■ {kind}_scan: {_percent(n / total)} of {total:,} paths"
+        f"■ {kind}: {_percent(n / total)} of {total:,} paths"
         for kind, n in zip(_KINDS, (truncated, windowed), strict=True)
     ]
 
