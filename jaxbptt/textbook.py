@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from jaxbptt.arrays import as_array, at_least_float32
 from jaxbptt.cells.elman import ElmanParams
+from jaxbptt.html_table import fields_table
 from jaxbptt.network import NetworkParams
 
 
@@ -42,6 +43,8 @@ class TextbookBPTT(NamedTuple):
     dW_xh: Float[Array, "hidden input"]
     db: Float[Array, " hidden"]
     dh_0: Float[Array, " hidden"]
+
+    _repr_html_ = fields_table
 
     @property
     def gradients(self) -> NetworkParams:

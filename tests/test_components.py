@@ -13,6 +13,7 @@ def states(*shape, seed=0):
     return rng.standard_normal(shape) @ rng.standard_normal((shape[-1], shape[-1])) + rng.standard_normal(shape[-1])
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("shape", [(30, 5), (6, 4, 3), (4, 9)], ids=str)
 def test_against_the_eigenvectors_of_the_covariance(shape):
     hs = states(*shape)
@@ -29,6 +30,7 @@ def test_against_the_eigenvectors_of_the_covariance(shape):
     assert (np.asarray(found.components)[np.arange(k), largest] > 0).all()
     np.testing.assert_allclose(found.projections @ found.components + found.mean, hs, atol=1e-10)
     np.testing.assert_allclose(found.project(jnp.asarray(hs)), found.projections, atol=1e-12)
+    assert f"float64[{', '.join(map(str, shape[:-1]))}, {k}]" in found._repr_html_()
     ratio = jax.jit(bptt.participation_ratio)(jnp.asarray(hs))
     np.testing.assert_allclose(ratio, values.sum() ** 2 / np.sum(values**2), rtol=1e-10)
 
@@ -37,35 +39,38 @@ def test_padding_does_not_count():
     hs = states(8, 3, 4)
     valid = np.arange(24).reshape(8, 3) % 3 > 0
     padded = jnp.where(valid[..., None], hs, jnp.nan)
-    found = bptt.principal_components(padded, valid=valid, num_components=2)
-    alone = bptt.principal_components(jnp.asarray(hs[valid]), num_components=2)
+    components, ratio = (
+        jax.jit(lambda hs, valid=None: bptt.principal_components(hs, valid=valid, num_components=2)),
+        jax.jit(lambda hs, valid=None: bptt.participation_ratio(hs, valid=valid)),
+    )
+    found, alone = components(padded, valid), components(jnp.asarray(hs[valid]))
     for name in ("components", "explained_variance", "explained_variance_ratio", "mean"):
         np.testing.assert_allclose(getattr(found, name), getattr(alone, name), atol=1e-12, err_msg=name)
     np.testing.assert_allclose(np.asarray(found.projections)[valid], alone.projections, atol=1e-12)
-    expected = bptt.participation_ratio(jnp.asarray(hs[valid]))
-    np.testing.assert_allclose(bptt.participation_ratio(padded, valid=valid), expected)
+    np.testing.assert_allclose(ratio(padded, valid), ratio(jnp.asarray(hs[valid])))
 
 
 def test_leaves_of_a_carry_are_put_together():
     hs = jnp.asarray(states(9, 5))
     carry = {"h": hs[:, :2], "n": jnp.arange(9), "z": hs[:, 2:]}
-    np.testing.assert_allclose(bptt.principal_components(carry).components, bptt.principal_components(hs).components)
-    assert bptt.participation_ratio(carry) == bptt.participation_ratio(hs)
+    of = jax.jit(lambda states: bptt.principal_components(states).components)
+    np.testing.assert_allclose(of(carry), of(hs))
 
 
 def test_participation_ratio_of_equal_variances_and_of_small_numbers():
-    corners = jnp.concatenate([jnp.eye(6), -jnp.eye(6)])
-    np.testing.assert_allclose(bptt.participation_ratio(corners), 6)
-    np.testing.assert_allclose(bptt.participation_ratio(corners * 1e-120), 6)
-    np.testing.assert_allclose(bptt.participation_ratio(jnp.linspace(0, 1, 9)[:, None] * jnp.ones(3)), 1)
-    assert np.isnan(bptt.participation_ratio(jnp.ones((4, 3))))
+    corners = np.concatenate([np.eye(6), -np.eye(6)])
+    line = np.linspace(0, 1, 12)[:, None] * np.ones(6)
+    cases = np.stack([corners, corners * 1e-120, line, np.ones((12, 6))])
+    ratios = jax.jit(jax.vmap(bptt.participation_ratio))(jnp.asarray(cases))
+    np.testing.assert_allclose(ratios, [6, 6, 1, np.nan])
 
 
 def test_gradient_of_the_participation_ratio():
     hs, direction = jnp.asarray(states(7, 3)), states(7, 3, seed=1)
-    along = jnp.vdot(jax.grad(bptt.participation_ratio)(hs), direction)
-    at = lambda eps: bptt.participation_ratio(hs + eps * direction)
-    np.testing.assert_allclose(along, (at(1e-6) - at(-1e-6)) / 2e-6, rtol=1e-6)
+    ratio = jax.jit(jax.value_and_grad(bptt.participation_ratio))
+    along = np.vdot(ratio(hs)[1], direction)
+    difference = ratio(hs + 1e-6 * direction)[0] - ratio(hs - 1e-6 * direction)[0]
+    np.testing.assert_allclose(along, difference / 2e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-200, 1e200])
@@ -95,6 +100,7 @@ def test_departure_by_hand_and_by_eigenvalues():
 
 
 def test_wrong_arguments():
+    three = jax.jit(bptt.principal_components)(jnp.asarray(states(5, 3)))
     cases = {
         r"states has shape \(3,\), but \[\*states, n\]": lambda: bptt.principal_components(jnp.ones(3)),
         r"states\['b'\] has shape \(4, 2\), but the first leaf": lambda: bptt.participation_ratio(
@@ -107,9 +113,7 @@ def test_wrong_arguments():
         r"valid is bool\[3\], but the states are \[4\]": lambda: bptt.participation_ratio(
             jnp.ones((4, 2)), valid=jnp.ones(3, bool)
         ),
-        "The states have 2 numbers, but the components are of 3": lambda: bptt.principal_components(
-            jnp.asarray(states(5, 3))
-        ).project(jnp.ones((4, 2))),
+        "The states have 2 numbers, but the components are of 3": lambda: three.project(jnp.ones((4, 2))),
         r"A has shape \(2, 3\), but square matrices": lambda: bptt.departure_from_normality(jnp.ones((2, 3))),
     }
     for message, call in cases.items():

@@ -5,6 +5,7 @@ that does not agree is the one to look at; where it is `contract`, the deltas ma
 """
 
 from collections.abc import Callable
+from html import escape
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +39,9 @@ class AdjointPart(NamedTuple):
     def __str__(self) -> str:
         wrong = [f"{leaf.leaf}: {leaf.cause}" for leaf in self.comparison.leaves if not leaf.agrees]
         return f"{self.name}: {'; '.join(wrong) or 'agrees'}"
+
+    def _repr_html_(self) -> str:
+        return f"<div><strong>{escape(self.name)}</strong></div>{self.comparison._repr_html_()}"
 
 
 def check_parts(

@@ -13,6 +13,7 @@ from jaxbptt.analysis.compare import relative_error, tolerance
 from jaxbptt.analysis.cost import compile_and_cost, median_seconds
 from jaxbptt.arrays import check_callable, check_concrete, check_count, scalar_loss
 from jaxbptt.cells.cell import Adjoint, Cell
+from jaxbptt.html_table import fields_table, html_table
 from jaxbptt.scans.adjoint import adjoint_scan
 from jaxbptt.scans.checkpointed import checkpointed_scan
 from jaxbptt.scans.exact import scan
@@ -53,6 +54,8 @@ class CertificateRow(NamedTuple):
     seconds: float
     compile_seconds: float
 
+    _repr_html_ = fields_table
+
 
 class Certificate(NamedTuple):
     """Every method on the same data. Prints as a table.
@@ -73,6 +76,11 @@ class Certificate(NamedTuple):
         names, *cells = zip(COLUMNS, *map(row_in_words, self.rows), strict=True)
         columns = [_padded(names, str.ljust), *(_padded(column, str.rjust) for column in cells)]
         return "\n".join([*map("  ".join, zip(*columns, strict=True)), *map(str, self.parts)])
+
+    def _repr_html_(self) -> str:
+        agrees = f"Agrees up to a relative error of {self.tolerance:.0e}, {self.dtype}."
+        rows = map(row_in_words, self.rows)
+        return html_table(COLUMNS, rows, title="Certificate", notes=(agrees, *map(str, self.parts)))
 
 
 def certify(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxbptt.arrays import as_array, at_least_float32, check_count
+from jaxbptt.html_table import columns_table, in_words
 from jaxbptt.trees import is_differentiable, name
 from jaxbptt.words import counted
 
@@ -28,6 +29,11 @@ class PrincipalComponents(NamedTuple):
     mean: Float[Array, " n"]
     projections: Float[Array, "*states k"]
 
+    def _repr_html_(self) -> str:
+        columns = {"variance": self.explained_variance, "share of all": self.explained_variance_ratio}
+        notes = (f"Projections of the states: {in_words(self.projections)}.",)
+        return columns_table(self, {"i": range(1, self.explained_variance.shape[-1] + 1)} | columns, notes=notes)
+
     def project(self, states: Any) -> Float[Array, "*others k"]:
         """Other states in the same coordinates, such as the points that `fixed_points` found: `[*others, n]`."""
         X, leading = _vectors(states)
@@ -36,7 +42,9 @@ class PrincipalComponents(NamedTuple):
                 f"The states have {counted(X.shape[1], 'number')}, but the components are of {len(self.mean)}: pass states "
                 "of the same recurrence."
             )
-        return ((X.astype(self.mean.dtype) - self.mean[None]) @ self.components.T).reshape(*leading, -1)
+        return ((X.astype(self.mean.dtype) - self.mean[None]) @ self.components.T).reshape(
+            *leading, len(self.components)
+        )
 
 
 def principal_components(states: Any, *, num_components: int | None = None, valid: Any = None) -> PrincipalComponents:

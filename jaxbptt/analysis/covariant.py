@@ -18,6 +18,7 @@ from jaxbptt.analysis.sweep import LOST, RESOLUTION, random_frame, rounding_erro
 from jaxbptt.analysis.trajectory import prepare_state, state_size, state_vector, step_and_push
 from jaxbptt.arrays import check_count, check_key
 from jaxbptt.cells.cell import Cell
+from jaxbptt.html_table import columns_table, in_words
 from jaxbptt.words import counted
 
 
@@ -42,6 +43,15 @@ class CovariantVectors(NamedTuple):
     num_unstable: Int[Array, ""]
     states: Float[Array, "window n"]
     resolved: Bool[Array, " k"]
+
+    def _repr_html_(self) -> str:
+        columns = {"exponent": self.exponents, "resolved": self.resolved}
+        notes = (
+            f"Unstable vectors: {in_words(self.num_unstable)}. Their least angle to the others, in radians: "
+            f"{in_words(self.angles)}.",
+            f"Vectors at each step: {in_words(self.vectors)}.",
+        )
+        return columns_table(self, {"i": range(1, self.exponents.shape[-1] + 1)} | columns, notes=notes)
 
 
 def covariant_lyapunov_vectors(

@@ -16,6 +16,7 @@ from jaxbptt.analysis.backward_passes import gradients, map_over_lags, unroll
 from jaxbptt.analysis.norms import cosine, norm_over_time, tree_norm
 from jaxbptt.arrays import as_numpy, check_callable, check_concrete, check_count
 from jaxbptt.cells.cell import Cell
+from jaxbptt.html_table import columns_table, fields_table
 from jaxbptt.scans.flags import Flags
 from jaxbptt.trees import combine, differentiable
 from jaxbptt.words import counted
@@ -38,6 +39,10 @@ class LagContributions(NamedTuple):
     relative_errors: Float[Array, " lag"]
     cosines: Float[Array, " lag"]
 
+    def _repr_html_(self) -> str:
+        columns = {"norm": self.norms, "relative error up to it": self.relative_errors, "cosine up to it": self.cosines}
+        return columns_table(self, {"lag, time steps": range(len(self.norms))} | columns)
+
 
 class BiasCurve(NamedTuple):
     """How far a truncated gradient g_K is from the exact g, for several truncation lengths K.
@@ -49,6 +54,8 @@ class BiasCurve(NamedTuple):
 
     relative_errors: Float[Array, " k"]
     cosines: Float[Array, " k"]
+
+    _repr_html_ = fields_table
 
 
 class TruncationBias(NamedTuple):
@@ -63,6 +70,14 @@ class TruncationBias(NamedTuple):
     lengths: Int[Array, " k"]
     windowed: BiasCurve
     truncated: BiasCurve
+
+    def _repr_html_(self) -> str:
+        columns = {
+            f"{kind}, {what}": numbers
+            for kind, curve in (("windowed", self.windowed), ("truncated", self.truncated))
+            for what, numbers in (("relative error", curve.relative_errors), ("cosine", curve.cosines))
+        }
+        return columns_table(self, {"K, time steps": self.lengths} | columns)
 
 
 def lag_contributions(

@@ -26,6 +26,7 @@ from jaxbptt.analysis.sweep import random_frame
 from jaxbptt.analysis.trajectory import prepare_state
 from jaxbptt.arrays import check_callable, check_concrete, check_count
 from jaxbptt.cells.cell import Cell, step_of
+from jaxbptt.html_table import fields_table
 from jaxbptt.programs.trace import trace
 from jaxbptt.scans.flags import Flags, check_flags
 from jaxbptt.scans.recurrence import Recurrence
@@ -52,6 +53,8 @@ class GradientRates(NamedTuple):
     weights: float
     saturation: float
     alignment: float
+
+    _repr_html_ = fields_table
 
 
 class GradientDiagnosis(NamedTuple):
@@ -86,6 +89,8 @@ class GradientDiagnosis(NamedTuple):
     bound_rate: float
     forward: BadEntry | None
     backward: BadEntry | None
+
+    _repr_html_ = fields_table
 
 
 def diagnose_gradient(

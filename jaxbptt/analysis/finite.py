@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jaxbptt.analysis.flow import GradientFlow
+from jaxbptt.html_table import fields_table
 from jaxbptt.scans.recurrence import Recurrence
 from jaxbptt.trees import differentiable, name
 
@@ -23,6 +24,8 @@ class BadEntry(NamedTuple):
     leaf: str
     time_index: int | None
     value: str
+
+    _repr_html_ = fields_table
 
 
 def first_bad_forward(r: Recurrence, carries: Any, ys: Any, loss: Any, valid: np.ndarray) -> BadEntry | None:

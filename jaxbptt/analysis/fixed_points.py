@@ -16,6 +16,7 @@ from jaxbptt.analysis.norms import norm
 from jaxbptt.analysis.trajectory import prepare_state, state_size, state_vector, step_and_push
 from jaxbptt.arrays import as_array, check_concrete, check_count, check_key, is_number
 from jaxbptt.cells.cell import Cell
+from jaxbptt.html_table import columns_table, fields_table, in_words, is_known
 from jaxbptt.scans.recurrence import as_arrays
 from jaxbptt.trees import differentiable, is_key, name
 from jaxbptt.words import counted, install_command
@@ -58,15 +59,34 @@ class FixedPoints(NamedTuple):
 
     def __str__(self) -> str:
         """A table, one row for each point."""
-        guesses = np.bincount(np.asarray(self.found_from) + 1, minlength=len(self.speeds) + 1)
-        rows: list[tuple[str, ...]] = [("point", "kind", "‖F(h) − h‖", "max |μ|", "unstable", "marginal", "guesses")]
-        for i, kind in enumerate(np.where(self.fixed, "fixed", "slow")):
-            largest = f"{abs(self.eigenvalues[i, 0]):.4g}"
-            counts = self.num_unstable[i], self.num_marginal[i], guesses[i + 1]
-            rows.append((str(i), str(kind), f"{self.residual_norms[i]:.1e}", largest, *map(str, counts)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        columns = {head: [head, *map(in_words, values)] for head, values in self._columns().items()}
+        widths = [max(map(len, column)) for column in columns.values()]
+        rows = zip(*columns.values(), strict=True)
         lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
-        return "\n".join([*lines, f"{counted(int(guesses[0]), 'guess', 'guesses')} led to no point."])
+        return "\n".join([*lines, self._nowhere()])
+
+    def _repr_html_(self) -> str:
+        if not all(map(is_known, self[1:])):
+            return fields_table(self)
+        return columns_table(self, self._columns(), notes=[self._nowhere()])
+
+    def _columns(self) -> dict[str, Any]:
+        return {
+            "point": range(len(self.fixed)),
+            "kind": ["fixed" if fixed else "slow" for fixed in self.fixed],
+            "‖F(h) − h‖": self.residual_norms,
+            "largest |μ|": abs(self.eigenvalues[:, 0]),
+            "unstable": self.num_unstable,
+            "marginal": self.num_marginal,
+            "guesses": self._guesses()[1:],
+        }
+
+    def _guesses(self) -> np.ndarray:
+        """How many led to no point, and to each of the points."""
+        return np.bincount(np.asarray(self.found_from) + 1, minlength=len(self.fixed) + 1)
+
+    def _nowhere(self) -> str:
+        return f"{counted(int(self._guesses()[0]), 'guess', 'guesses')} led to no point."
 
 
 def fixed_points(

@@ -12,6 +12,7 @@ from jaxbptt.analysis.readout import readout
 from jaxbptt.analysis.trajectory import Trajectory
 from jaxbptt.arrays import scalar_loss
 from jaxbptt.cells.cell import Cell
+from jaxbptt.html_table import fields_table
 from jaxbptt.programs.flagged import with_flagged_readout
 from jaxbptt.programs.trace import trace
 from jaxbptt.scans.flags import NO_FLAGS, Flags, beside_input
@@ -43,6 +44,8 @@ class GradientFlow(NamedTuple):
     param_gradients: Any
     init_gradients: Any
     input_gradients: Any
+
+    _repr_html_ = fields_table
 
 
 def gradient_flow(

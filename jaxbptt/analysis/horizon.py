@@ -10,6 +10,7 @@ import numpy as np
 from jaxbptt.analysis.credit import LagContributions
 from jaxbptt.analysis.norms import norm, tree_norm
 from jaxbptt.arrays import at_least_float32, check_concrete, check_count, is_number
+from jaxbptt.html_table import fields_table
 from jaxbptt.words import counted
 
 
@@ -27,6 +28,8 @@ class AdaptiveTruncation(NamedTuple):
     decay_rate: float
     bound: float
     reason: str
+
+    _repr_html_ = fields_table
 
 
 def effective_horizon(lags: LagContributions, eps: float | None = None) -> Any:

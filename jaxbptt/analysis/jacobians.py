@@ -19,6 +19,7 @@ from jaxbptt.analysis.operators import dense_jacobians
 from jaxbptt.analysis.trajectory import Trajectory, state_size, state_vector, trajectory_of
 from jaxbptt.arrays import at_least_float32, scalar_loss
 from jaxbptt.cells.cell import Cell
+from jaxbptt.html_table import fields_table
 from jaxbptt.scans.flags import Flags
 from jaxbptt.scans.recurrence import prepare
 from jaxbptt.trees import combine, differentiable, partition, pull
@@ -38,6 +39,8 @@ class ScaledProducts(NamedTuple):
     matrices: Float[Array, "time n n"]
     log_scales: Float[Array, " time"]
 
+    _repr_html_ = fields_table
+
 
 class LogSingularValues(NamedTuple):
     """Natural logarithms of the singular values of products of Jacobians, largest first.
@@ -50,6 +53,8 @@ class LogSingularValues(NamedTuple):
     log_values: Float[Array, "*products n"]
     resolved: Bool[Array, "*products n"]
 
+    _repr_html_ = fields_table
+
 
 class TemporalContributions(NamedTuple):
     """What each time step adds to the gradient.
@@ -61,6 +66,8 @@ class TemporalContributions(NamedTuple):
 
     contributions: Any
     adjoints: Float[Array, "time n"]
+
+    _repr_html_ = fields_table
 
 
 def state_jacobians(

@@ -17,6 +17,7 @@ from jaxbptt.analysis.sweep import LOST, RESOLUTION, random_frame, rounding_erro
 from jaxbptt.analysis.trajectory import prepare_state, state_size, step_and_push
 from jaxbptt.arrays import check_count, check_key, is_number
 from jaxbptt.cells.cell import Cell
+from jaxbptt.html_table import columns_table, in_words
 from jaxbptt.scans.recurrence import Recurrence
 from jaxbptt.words import counted
 
@@ -46,6 +47,14 @@ class LyapunovSpectrum(NamedTuple):
     steps: Int[Array, " factorisations"]
     kaplan_yorke_dimension: Float[Array, ""]
     entropy_rate: Float[Array, ""]
+
+    def _repr_html_(self) -> str:
+        columns = {"exponent": self.exponents, "standard error": self.standard_errors, "resolved": self.resolved}
+        notes = (
+            "Nats per unit of time: a step, unless time_step was given.",
+            f"Kaplan–Yorke dimension {in_words(self.kaplan_yorke_dimension)}, entropy rate {in_words(self.entropy_rate)}.",
+        )
+        return columns_table(self, {"i": range(1, self.exponents.shape[-1] + 1)} | columns, notes=notes)
 
 
 def lyapunov_exponents(

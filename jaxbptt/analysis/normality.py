@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from jaxbptt.analysis.norms import norm
 from jaxbptt.arrays import as_array, at_least_float32
+from jaxbptt.html_table import fields_table
 
 
 class NormalityDeparture(NamedTuple):
@@ -24,6 +25,8 @@ class NormalityDeparture(NamedTuple):
 
     absolute: Float[Array, "*matrices"]
     relative: Float[Array, "*matrices"]
+
+    _repr_html_ = fields_table
 
 
 def departure_from_normality(A: Any) -> NormalityDeparture:

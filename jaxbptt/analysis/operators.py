@@ -13,6 +13,7 @@ from jaxtyping import Array, ArrayLike, Float
 from jaxbptt.analysis.trajectory import Trajectory, prepare_state, state_size, trajectory_of
 from jaxbptt.arrays import as_array, at_least_float32
 from jaxbptt.cells.cell import Cell
+from jaxbptt.html_table import fields_table
 from jaxbptt.scans.flags import Flags
 
 
@@ -34,6 +35,8 @@ class JacobianOperators(NamedTuple):
     length: int
     size: int
     dtype: Any
+
+    _repr_html_ = fields_table
 
 
 def jacobian_operators(

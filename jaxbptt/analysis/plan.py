@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxbptt.analysis.cost import compile_and_cost
 from jaxbptt.arrays import check_concrete, is_number, scalar_loss
 from jaxbptt.cells.cell import Cell
+from jaxbptt.html_table import fields_table
 from jaxbptt.programs.perturbed import everything
 from jaxbptt.scans.adjoint import adjoint_scan
 from jaxbptt.scans.checkpointed import checkpointed_scan, layout
@@ -45,6 +46,8 @@ class Plan(NamedTuple):
     predicted_bytes: int
     forward_steps: int
     reason: str
+
+    _repr_html_ = fields_table
 
 
 def plan(

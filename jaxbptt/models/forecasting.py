@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbptt.arrays import check_count
+from jaxbptt.html_table import columns_table, html_table
 from jaxbptt.models.architecture import ModelNetwork
 from jaxbptt.models.baselines import LOOKED_AT, persistence, season_length, seasonal_naive
 from jaxbptt.models.model import Columns, Model
@@ -25,6 +26,8 @@ LEVELS = tuple(level / 100 for level in _LEVELS)
 MIN_ORIGINS, MAX_ORIGINS = 20, 256
 # Rows that bring the carry up to date, and rows of the validation part that are looked at, however long the series is.
 WARM_UP, MAX_ROWS = 2_000, 10_000
+# Columns of a forecast that a notebook shows.
+_SHOWN = 3
 
 
 class ValidationErrors(NamedTuple):
@@ -66,6 +69,13 @@ class ValidationErrors(NamedTuple):
             for key, value in self._asdict().items()
         }
 
+    def _repr_html_(self) -> str:
+        from jaxbptt.models import wording  # which has this type in its signatures
+
+        head, rows = wording.errors_table(self)
+        notes = [wording.measured_sentence(self), *wording.errors_sentences(self)]
+        return html_table(head, rows, title="ValidationErrors", notes=notes)
+
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> "ValidationErrors":
         """What `to_json` gave."""
@@ -99,6 +109,17 @@ class Forecast(NamedTuple):
     level: float
     held: tuple[str, ...]
     measured: int
+
+    def _repr_html_(self) -> str:
+        columns: dict[str, Any] = {"steps ahead": range(1, len(self.mean) + 1)}
+        for i, name in enumerate(self.columns[:_SHOWN]):
+            columns |= {name: self.mean[:, i], f"{name}, low": self.low[:, i], f"{name}, high": self.high[:, i]}
+        notes = [f"Intervals that hold {100 * self.level:g} % of the values of the validation data."]
+        if len(self.columns) > _SHOWN:
+            notes.append(f"{_SHOWN} of {counted(len(self.columns), 'column')}.")
+        if self.held:
+            notes.append(f"Held at their last value: {', '.join(self.held)}.")
+        return columns_table(self, columns, notes=notes)
 
 
 def forecast(model: Model, values: Any, *, steps: int, level: float = 0.9) -> Forecast:

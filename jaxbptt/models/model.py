@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
+from jaxbptt.html_table import fields_table
 from jaxbptt.models.architecture import Architecture, ModelNetwork, ModelParams, build
 from jaxbptt.tasks.vocabulary import Vocabulary
 from jaxbptt.training import checkpoints
@@ -70,6 +71,8 @@ class Model(NamedTuple):
     settings: dict[str, Any]
     info: dict[str, Any]
     step: int
+
+    _repr_html_ = fields_table
 
 
 def load(folder: str | Path, *, which: Literal["best", "last"] = "best") -> Model:

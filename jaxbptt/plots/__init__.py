@@ -8,6 +8,8 @@ Values that are not finite, or 0 on a logarithmic axis, are left out. Needs the 
 """
 
 from jaxbptt.plots.convergence import plot_lyapunov_convergence as plot_lyapunov_convergence
+from jaxbptt.plots.dynamics import plot_fixed_point_eigenvalues as plot_fixed_point_eigenvalues
+from jaxbptt.plots.dynamics import plot_fixed_points as plot_fixed_points
 from jaxbptt.plots.figure import COLOURS as COLOURS
 from jaxbptt.plots.figure import Drawing as Drawing
 from jaxbptt.plots.forecast import plot_forecast as plot_forecast

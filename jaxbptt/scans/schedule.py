@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from jaxbptt.arrays import check_count
+from jaxbptt.html_table import columns_table
 from jaxbptt.words import counted
 
 
@@ -35,6 +36,17 @@ class Schedule(NamedTuple):
     repetitions: int
     forward_steps: int
     moves: np.ndarray
+
+    def _repr_html_(self) -> str:
+        start, stop, keep = self.moves.T
+        columns = {
+            "from step": start,
+            "to step": stop,
+            "then": ["keep the state" if k else "reverse the step" for k in keep],
+        }
+        checkpoints, steps = counted(self.checkpoints, "checkpoint"), counted(self.forward_steps, "forward step")
+        note = f"{counted(self.length, 'step')} with {checkpoints}: {steps}, each recomputed at most {counted(self.repetitions, 'time')}."
+        return columns_table(self, columns, notes=[note])
 
 
 def checkpoint_schedule(length: int, checkpoints: int) -> Schedule:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbptt.arrays import check_count
+from jaxbptt.html_table import fields_table
 from jaxbptt.tasks.files import InputError
 from jaxbptt.tasks.task import Sequences, Task, checked, last_step
 from jaxbptt.words import install_command
@@ -26,6 +27,8 @@ class Digits(NamedTuple):
 
     train: Task
     test: Sequences
+
+    _repr_html_ = fields_table
 
 
 def digits(*, by: Literal["rows", "pixels"] = "rows", seed: int = 0) -> Digits:

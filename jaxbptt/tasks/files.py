@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from jaxbptt.html_table import fields_table
 from jaxbptt.words import counted
 
 MAX_SYMBOLS = 256
@@ -32,6 +33,8 @@ class Series(NamedTuple):
     values: np.ndarray
     symbols: tuple[str, ...]
 
+    _repr_html_ = fields_table
+
     @property
     def features(self) -> int:
         """Size of the network's input and output."""
@@ -50,6 +53,8 @@ class NextStep(NamedTuple):
     xs: np.ndarray
     targets: np.ndarray
     loss: Literal["cross_entropy", "mean_squared_error"]
+
+    _repr_html_ = fields_table
 
 
 def read_text(path: str | Path) -> Series:

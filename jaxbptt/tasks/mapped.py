@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxbptt.html_table import fields_table
 from jaxbptt.tasks.files import InputError, check_numbers
 from jaxbptt.tasks.vocabulary import LATER_BYTES, Vocabulary
 
@@ -34,6 +35,8 @@ class MappedText(NamedTuple):
     symbols: tuple[int, ...]
     characters: int
     utf8: bool = True
+
+    _repr_html_ = fields_table
 
     @property
     def features(self) -> int:
@@ -69,6 +72,8 @@ class MappedArray(NamedTuple):
 
     name: str
     values: np.ndarray
+
+    _repr_html_ = fields_table
 
     @property
     def features(self) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxbptt.arrays import check_key
+from jaxbptt.html_table import fields_table
 
 
 class Sequences(NamedTuple):
@@ -25,6 +26,8 @@ class Sequences(NamedTuple):
     xs: Float[Array, "time batch features"]
     ys: Shaped[Array, "time batch *features"]
     mask: Bool[Array, "time batch"]
+
+    _repr_html_ = fields_table
 
 
 class Task(NamedTuple):
@@ -43,6 +46,8 @@ class Task(NamedTuple):
     baseline: float
     input_size: int
     output_size: int
+
+    _repr_html_ = fields_table
 
 
 def check_size(name: str, value: int, least: int, reason: str) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from jax.core import ShapedArray, Tracer
 
 from jaxbptt.arrays import check_count
+from jaxbptt.html_table import fields_table
 from jaxbptt.trees import is_key
 from jaxbptt.words import install_command
 
@@ -45,6 +46,8 @@ class Record(NamedTuple):
     step: int
     settings: dict[str, Any]
     info: dict[str, Any]
+
+    _repr_html_ = fields_table
 
 
 def save(

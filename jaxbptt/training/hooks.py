@@ -100,7 +100,7 @@ def close(hook: Hook) -> None:
 def load_hook(name: str) -> Hook:
     r"""The hook `module:function`, for the command line.
 
-    The module is looked for in the current folder too. For Weights & Biases, `my_hooks.py` might be
+    The module is looked for in the current folder too. For Weights & Biases, `my_hooks.py` might be::
 
         import wandb
         run = wandb.init(project="rnn")

@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from jaxbptt.array_types import is_weak
 from jaxbptt.arrays import at_least_float32, check_callable, check_count, check_key
+from jaxbptt.html_table import fields_table
 from jaxbptt.scans.adjoint import adjoint_scan
 from jaxbptt.scans.exact import scan as exact_scan
 from jaxbptt.scans.truncated import truncated_scan
@@ -40,6 +41,8 @@ class TrainState(NamedTuple):
     step: Array
     key: Any
 
+    _repr_html_ = fields_table
+
 
 class Metrics(NamedTuple):
     """What an update measured, scalars.
@@ -58,6 +61,8 @@ class Metrics(NamedTuple):
     carry_norm: Array
     aux: Any = ()
 
+    _repr_html_ = fields_table
+
 
 class Evaluation(NamedTuple):
     """What `evaluate` measured: the `Metrics` that take no gradient.
@@ -71,6 +76,8 @@ class Evaluation(NamedTuple):
     loss: Array
     carry_norm: Array
     aux: Any = ()
+
+    _repr_html_ = fields_table
 
 
 class _InitAndUpdate(NamedTuple):

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from jaxbptt.html_table import columns_table
 from jaxbptt.tasks.files import InputError, Series, standardise
 from jaxbptt.tasks.tables import dates as date_columns
 from jaxbptt.tasks.tables.body import Body, choose, place
@@ -19,6 +20,8 @@ from jaxbptt.words import counted, install_command
 
 # Fewer rows may rise evenly by chance.
 _LEAST = 5
+# Columns that a notebook shows.
+_SHOWN = 8
 
 
 class Table(NamedTuple):
@@ -43,6 +46,13 @@ class Table(NamedTuple):
     read_as: tuple[str, ...]
     places: tuple[int, ...] = ()
     zone: str = ""
+
+    def _repr_html_(self) -> str:
+        columns: dict[str, Any] = {"row": range(1, len(self.values) + 1)} if self.times is None else {"": self.times}
+        columns |= dict(zip(self.columns[:_SHOWN], self.values.T, strict=False))
+        more = len(self.columns) - _SHOWN
+        notes = [*self.read_as, *([f"{counted(more, 'more column')} not shown."] if more > 0 else [])]
+        return columns_table(self, columns, notes=notes)
 
     def positions(self, names: Sequence[str | int], *, option: str = "") -> tuple[int, ...]:
         """The indices in `columns` of columns given by name, or by position in the file from 1.
