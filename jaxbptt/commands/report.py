@@ -27,9 +27,9 @@ def add_parser(commands: Any) -> None:
     report = commands.add_parser(
         "report",
         help="take the gradient by every method, check that they agree, and show how far back it reaches",
-        description="Takes the gradient of a network on your sequence by every method, prints how far the results differ "
-        "and what each costs, and writes one HTML page. The network is an untrained one, or with --checkpoint one that the "
-        "train command has trained, before training and after. Without a file it reads a module of the standard library, "
+        description="Takes the gradient of a network on your sequence by every method, prints how far back it reaches and "
+        "whether the methods agree, and writes one HTML page. The network is an untrained one, or with --checkpoint one that "
+        "the train command has trained, before training and after. Without a file it reads a module of the standard library, "
         "or the data that the network was trained on.",
         formatter_class=arguments.HelpFormatter,
     )

@@ -192,14 +192,6 @@ class Stage(NamedTuple):
     timed: bool = False
 
 
-def report_cell(name: str, stages: Sequence[Stage], progress: Callable[[str, int], None]) -> CellReport:
-    """Run the stages of a network; `progress(words, stages done)` is told what runs, and when a stage is done."""
-    fields: dict[str, Any] = {}
-    for stage in stages:
-        fields |= _run(name, stage, progress)
-    return CellReport(name, **fields)
-
-
 def _run(name: str, stage: Stage, progress: Callable[[str, int], None]) -> dict[str, Any]:
     progress(f"{name}: {stage.title}", 0)
     fields = stage.compute(lambda method: progress(f"{name}: {method}", 0))
