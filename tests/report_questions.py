@@ -36,7 +36,7 @@ QUESTIONS = {
         "start",
         r"elman: W_hh starts as an orthogonal matrix, with 1.00 .*gru: the bias of its update gate starts at 1 .* 73 %",
     ),
-    "At what K may I cut the gradient?": ("cut", rf"lstm ({_COUNT}|none) ({_COUNT}|none)"),
+    "At what K may I cut the gradient?": ("cut", rf"lstm (all )?{_COUNT} (all )?{_COUNT}"),
     "Can I trust the gradient?": (
         "methods",
         rf"All \d+ methods agree in all networks: the largest error is {_NUMBER}, and up to {_NUMBER} counts as rounding",

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from report_questions import QUESTIONS
+from rich.console import Console
 
 import jaxbptt as bptt
 from jaxbptt import losses, models, tasks, words
 from jaxbptt.__main__ import main
 from jaxbptt.commands import arguments, sequences, sources
 from jaxbptt.commands import report as command
+from jaxbptt.commands.display import table
 from jaxbptt.reports import charts, page, report, summary, trained, wording
 
 Named = namedtuple("Named", "name")
@@ -319,8 +321,9 @@ def test_tables_in_words():
         ("2", "0.05 (0.975)", "0 (1.000)"),
     )
     assert wording.lengths_table(reports).rows == (("gru", "2", "2"), ("lstm", "2", "2"))
-    assert wording.lengths_table([made(errors=(0.01, 0.2))]).rows == (("lstm", "none", "none"),)
-    assert wording.lengths_table([made(errors=(0.01, np.nan, 0.08))]).rows == (("lstm", "4", "none"),)
+    assert wording.lengths_table([made(errors=(0.01, 0.2))]).rows == (("lstm", "all 32", "all 32"),)
+    assert wording.lengths_table([made(errors=(0.01, np.nan, 0.08))]).rows == (("lstm", "4", "all 32"),)
+    assert wording.lengths_table([made(errors=(0.5, 0.05, 0.2, 0.04))]).rows == (("lstm", "8", "8"),)
     assert wording.overview_table([made(rows=[row])]).rows == (
         ("lstm", "12 of 32", "vanishes: weights", "2", "2", "NO"),
     )
@@ -383,6 +386,9 @@ def test_the_summary_of_training():
     assert learnt == (
         "Training took the mean loss down, from 2 to 0.5 (persistence: 0.75); all but 1 % of the gradient came from "
         "within 4 steps of each loss before training, and comes from within 12 after it."
+    )
+    assert to_do.startswith(
+        "To save memory, the gradient of the trained network may be cut, but at no less than 2 steps"
     )
     assert "to reach further back, train again and start with `gru(..., chrono_length=32)`" in to_do
     worse = summary.summary("", [before, after._replace(loss=3.0, horizon=0)], trained=True)[1]
@@ -456,6 +462,12 @@ def test_help_names_the_defaults_that_there_are(capsys, name):
     printed = capsys.readouterr().out
     assert "(default: 0)" in " ".join(printed.split())
     assert not re.search(r"default:\s+(None|False)", printed)
+
+
+def test_markup_in_a_name_is_no_markup(capsys):
+    Console(width=80).print(table("[/red]", ("[bold]", "[/x]"), [("[/b] a", "[red]1[/red]")]))
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in ("[/red]", "[bold]", "[/x]", "[/b] a", "[red]1[/red]"))
 
 
 def test_scores_in_words():

@@ -27,9 +27,9 @@ def add_parser(commands: Any) -> None:
     report = commands.add_parser(
         "report",
         help="take the gradient by every method, check that they agree, and show how far back it reaches",
-        description="Takes the gradient of a network on your sequence by every method, prints how far the results differ "
-        "and what each costs, and writes one HTML page. The network is an untrained one, or with --checkpoint one that the "
-        "train command has trained, before training and after. Without a file it reads a module of the standard library, "
+        description="Takes the gradient of a network on your sequence by every method, prints how far back it reaches and "
+        "whether the methods agree, and writes one HTML page. The network is an untrained one, or with --checkpoint one that "
+        "the train command has trained, before training and after. Without a file it reads a module of the standard library, "
         "or the data that the network was trained on.",
         formatter_class=arguments.HelpFormatter,
     )
@@ -120,7 +120,8 @@ def _report(options: argparse.Namespace) -> None:
     arguments.write("--output", options.output, html)
 
     def say(words: str, style: str = "") -> None:
-        console.print(words, highlight=False, markup=False, style=style)
+        # Lines are broken between words on a terminal, and not at all in a pipe.
+        console.print(words, highlight=False, markup=False, style=style, soft_wrap=not console.is_terminal)
 
     for sentence in found:
         say(f"\n{sentence}")
@@ -239,14 +240,13 @@ def _trained(options: argparse.Namespace) -> _Subject:
         "sequences": f"{options.batch} of {counted(options.steps, 'step')} from {cut.words}",
         **_machine(),
     }
-    lines = (*cut.read_as, *(f"{name}: {value}" for name, value in facts.items()))
     easy = trained.easy(model, cut.sequences)
     errors = model.info.get("errors")
     forecasts = () if errors is None else (wording.errors_section(ValidationErrors.from_json(errors)),)
     return _Subject(
         trained.entries(model, cut.sequences, dtype=jnp.result_type(float)),
         facts,
-        lines,
+        cut.read_as,
         lambda reports: (wording.losses_section(reports, easy, unit), *forecasts),
         _measured(
             f"A network ({_network(model)})",

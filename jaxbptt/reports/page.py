@@ -26,7 +26,7 @@ figure { margin: 1.2rem 0; } dt { font-weight: 600; } dd { margin: 0 0 0.5rem; }
 nav ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: 0.2rem 1.2rem; }
 summary { cursor: pointer; color: var(--link); padding: 0.3rem 0; }
 details { border-bottom: 1px solid var(--line); margin: 0.5rem 0; }
-table { border-collapse: collapse; margin: 0.8rem 0; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; min-width: min(100%, 22rem); margin: 0.8rem 0; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding-bottom: 0.3rem; }
 th, td { padding: 0.3rem 0.6rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
 tr > :first-child { text-align: left; padding-left: 0; overflow-wrap: anywhere; } tbody th { font-weight: 400; }
@@ -118,6 +118,7 @@ def _saliency(reports: Sequence[CellReport], of_text: bool, figures: Mapping[str
 
 def _flow(reports: Sequence[CellReport], trained: bool, figures: Mapping[str, str]) -> str:
     networks = "the network before training and after it" if trained else "untrained networks"
+    which = "How far it reaches" if len(reports) == 1 else "Which of these networks reaches furthest"
     return _part(
         "back-in-time",
         "The gradient on its way back",
@@ -128,8 +129,8 @@ def _flow(reports: Sequence[CellReport], trained: bool, figures: Mapping[str, st
         _list(map(wording.reach_sentence, reports), id="reach"),
         ""
         if trained
-        else "<p>Which of these networks reaches furthest is decided by how their weights start, see "
-        "<a href='#start'>below</a>; training changes it.</p>",
+        else f"<p>{which} "
+        "is decided by how the weights start, see <a href='#start'>below</a>; training changes it.</p>",
     )
 
 
@@ -188,7 +189,7 @@ def _lags(reports: Sequence[CellReport], figures: Mapping[str, str]) -> str:
 
 
 def _truncation(reports: Sequence[CellReport], figures: Mapping[str, str]) -> str:
-    note = "The shortest K that was tried (powers of two) from which on the error is at most 10 %. None: only the whole sequence."
+    note = "The shortest K, of powers of two, from which on the error is at most 10 %. All: only the whole sequence is enough."
     folded = "".join(
         _table(
             wording.bias_table(reports, method), f"{method}_scan: the error, and in brackets the cosine of the angle."

@@ -192,14 +192,6 @@ class Stage(NamedTuple):
     timed: bool = False
 
 
-def report_cell(name: str, stages: Sequence[Stage], progress: Callable[[str, int], None]) -> CellReport:
-    """Run the stages of a network; `progress(words, stages done)` is told what runs, and when a stage is done."""
-    fields: dict[str, Any] = {}
-    for stage in stages:
-        fields |= _run(name, stage, progress)
-    return CellReport(name, **fields)
-
-
 def _run(name: str, stage: Stage, progress: Callable[[str, int], None]) -> dict[str, Any]:
     progress(f"{name}: {stage.title}", 0)
     fields = stage.compute(lambda method: progress(f"{name}: {method}", 0))
@@ -284,9 +276,12 @@ def stages(entry: Entry) -> list[Stage]:
         return {"saliency": Saliency(steps, np.asarray(of_row(params, *_row(entry, 0))))}
 
     def by_lag(show):
-        lags = jax.jit(lambda params, init, xs: lag_contributions(cell, params, init, xs, mean_loss))(params, init, xs)
-        horizon = max(jax.tree.leaves(jax.tree.map(int, effective_horizon(lags, 0.01))))
-        return {"lags": jax.tree.map(np.asarray, lags._replace(contributions=None)), "horizon": horizon}
+        def without_contributions(params, init, xs):
+            lags = lag_contributions(cell, params, init, xs, mean_loss)
+            return lags._replace(contributions=None), effective_horizon(lags, 0.01)
+
+        lags, horizons = jax.tree.map(np.asarray, jax.jit(without_contributions)(params, init, xs))
+        return {"lags": lags, "horizon": max(map(int, jax.tree.leaves(horizons)))}
 
     def singular_values(show):
         rate = float(jnp.linalg.norm(params.W_hh, 2)) if isinstance(params, ElmanParams) else None

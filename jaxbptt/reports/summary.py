@@ -170,14 +170,14 @@ def _to_do(report: CellReport, *, trained: bool = False) -> str:
     change = advice(report)
     if steps == 1 or learns_from(report) is None:
         return f"{change[0].upper()}{change[1:]}."
-    bias = report.bias
+    bias, name = report.bias, "the trained network" if trained else report.name
     lengths = {"windowed_scan": shortest(bias, bias.windowed), "truncated_scan": shortest(bias, bias.truncated)}
-    kept = [f"{K:,} steps with `{name}`" for name, K in lengths.items() if K is not None and steps > K]
+    kept = [f"{K:,} steps with `{method}`" for method, K in lengths.items() if K is not None and steps > K]
     cut = (
-        f"To save memory, the gradient of {report.name} may be cut, but at no less than {' or '.join(kept)}: it is then off by "
+        f"To save memory, the gradient of {name} may be cut, but at no less than {' or '.join(kept)}: it is then off by "
         "at most 10 %"
         if kept
-        else f"Do not cut the gradient of {report.name} at less than all {steps:,} steps: it would be off by more than 10 %"
+        else f"Do not cut the gradient of {name} at less than all {steps:,} steps: it would be off by more than 10 %"
     )
     if cause in ("explosion", "cut"):
         return f"{change[0].upper()}{change[1:]}. {cut}."

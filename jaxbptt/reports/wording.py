@@ -20,7 +20,7 @@ CAPTIONS = {
     "flow": "Read it from right to left, as the gradient goes. The axis is logarithmic: on a straight line the gradient "
     "changes by the same factor in every step. The steeper the line, the sooner the network forgets; a level one keeps the "
     "gradient.",
-    "causes": "Bars to the left shrink the gradient in each step back, bars to the right make it grow. The black bar is their "
+    "causes": "Bars to the left shrink the gradient in each step back, bars to the right make it grow. The last bar is their "
     "sum, which is the change that was observed.",
     "singular-values": "The higher the largest value at a lag, the more of a gradient can come that far. Where even the "
     "largest is tiny, no loss can teach the network anything from so long ago.",
@@ -234,7 +234,8 @@ def lengths_table(reports: Sequence[CellReport]) -> Table:
     rows = []
     for report in reports:
         lengths = (shortest(report.bias, curve) for curve in (report.bias.windowed, report.bias.truncated))
-        rows.append((report.name, *("none" if K is None else f"{K:,}" for K in lengths)))
+        steps = len(report.flow.norms)
+        rows.append((report.name, *(f"all {steps:,}" if K is None or steps <= K else f"{K:,}" for K in lengths)))
     return Table(("network", "windowed_scan", "truncated_scan"), tuple(rows))
 
 
