@@ -3,13 +3,19 @@
 import ast
 import inspect
 import re
+import shutil
 import textwrap
+from pathlib import Path
 
 from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx.addnodes import pending_xref
 
 import jaxbptt
+
+# Sphinx reads what is below this folder. No symbolic link: an archive of the source would have one of the two alone.
+PAGES = Path(__file__).parent
+shutil.copytree(PAGES.parent / "notebooks", PAGES / "notebooks", dirs_exist_ok=True)
 
 project = "jaxbptt"
 author = copyright = "The jaxbptt developers"

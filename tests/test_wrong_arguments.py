@@ -68,7 +68,11 @@ def functions():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("batch",))
     return {
         "elman": (bptt.elman, sizes | options, wrong_sizes),
-        "gru": (bptt.gru, sizes | options | {"chrono_length": 9}, wrong_sizes | {"chrono_length": {"None"}}),
+        "gru": (
+            bptt.gru,
+            sizes | options | {"chrono_length": 9, "update_bias": 1.0},
+            wrong_sizes | {"chrono_length": {"None"}, "update_bias": {"negative", "fraction"}},
+        ),
         "lstm": (
             bptt.lstm,
             sizes | options | {"chrono_length": 9, "forget_bias": 1.0, "layer_norm": False},

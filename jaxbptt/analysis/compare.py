@@ -107,12 +107,18 @@ def compare_gradients(
     place or of the wrong step, dh carried back before it, W_hh missing or not transposed, W_hy too, and more. Where no one
     mistake fits, one for each leaf and two at once are tried, of single time steps the first and the last.
 
-    A mistake is named if it gives **all numbers** of all leaves, with relative errors of rounding (twice the tolerance below), and if one
-    of the candidates would come as close by chance less than once in a million times, by the share of the difference that
-    is left. Mistakes that give the same gradient here are named together, "either … or …". Otherwise the cause says that
-    none was found.
+    A mistake is named if it gives **all numbers** of all leaves, up to twice the tolerance below, and if one of the
+    candidates would come as close by chance less than once in a million times: an error that is 1/1000 of the difference
+    from the reference counts as a chance of 1/1000, for each number that a single time step's term has of its own.
+    Mistakes that give the same gradient here are named together, "either … or …". Otherwise the cause says that none was
+    found.
 
-    It compiles one program and takes seconds: 2 to 6 for T = 10 to 100 and 16 units on two cores, most of it to compile.
+    A target is inside the loss, so that other targets are tried by moving the outputs against it: right for a loss that
+    is a sum or mean over time of what each step's output says.
+
+    Compiles one program, and takes 1 to 3 seconds of one core for a network of few units; 6 for a GRU of 64 units over 300
+    steps and 8 rows. Of more than 64 time steps, single ones are tried at the ends, 32 at each; two mistakes at once are
+    left out where they would take long.
 
     Args:
         mine: the gradient in question, a pytree of arrays.
