@@ -120,7 +120,9 @@ def test_ring_of_fixed_points():
 
 def test_ring_of_slow_points():
     """Turning by ω a step, the circle is no longer fixed: the speed along it is ½(2 sin ω/2)², and 0 in the middle alone."""
-    found = bptt.fixed_points(ring, 0.01, None, normal(40, 2), distance=0.1)
+    guesses = jnp.concatenate([jnp.array([[1.0, 0.0]]), normal(40, 2)])
+    found = bptt.fixed_points(ring, 0.01, None, guesses, distance=0.1)
+    assert found.found_from[0] > 0  # the first guess leads to a slow point, which comes after the fixed one
     assert found.fixed.sum() == 1
     slow = ~np.asarray(found.fixed)
     assert (np.diff(found.fixed.astype(int)) <= 0).all()
