@@ -1,12 +1,14 @@
 """What spectra and lag contributions cost, compared with the least they could cost.
 
 The full Lyapunov spectrum against the QR factorisations and matrix products alone, without a network; the gradient split by
-lag against as many plain gradients; and the compiler's bytes of matrix-free functions against those of dense Jacobians.
+lag against as many plain gradients; the largest singular values and the norms of some pairs of a large network against all of
+them; and the compiler's bytes of matrix-free functions against those of dense Jacobians.
 
     python benchmarks/spectra.py [--quick]
 """
 
 import argparse
+import time
 from functools import partial
 
 import harness
@@ -72,6 +74,34 @@ def lags(steps, hidden, repeats):
     ]
 
 
+def parts(steps, hidden):
+    """Processor seconds of one run, compiled before: what else the machine does counts for little."""
+    cell, args = problem(steps, hidden)
+    grid = jnp.stack(jnp.meshgrid(*[jnp.arange(0, steps, 10)] * 2, indexing="ij"), axis=-1)
+    last = [(steps - 1, s) for s in range(steps)]
+
+    def of(function, **options):
+        return lambda *args: function(bptt.jacobian_operators(cell, *args), **options)
+
+    functions = {
+        "singular_values, top=1": of(bptt.singular_values, top=1),
+        "singular_values, top=10": of(bptt.singular_values, top=10),
+        "singular_values, all": of(bptt.singular_values),
+        "log_norms, pairs with the last state, 10 probes": of(bptt.log_norms, probes=10, pairs=last),
+        "log_norms, pairs with the last state, exact": of(bptt.log_norms, pairs=last),
+        "log_norms, pairs of every tenth step, 10 probes": of(bptt.log_norms, probes=10, pairs=grid),
+        "log_norms, all pairs, 10 probes": of(bptt.log_norms, probes=10),
+    }
+    rows = []
+    for name, function in functions.items():
+        compiled = jax.jit(function).lower(*args).compile()
+        start = time.process_time()
+        jax.block_until_ready(compiled(*args))
+        rows.append((name, f"{time.process_time() - start:.1f}"))
+        print(*rows[-1], flush=True)
+    return rows
+
+
 def memory(steps, hidden):
     cell, args = problem(steps, hidden)
     functions = {
@@ -95,6 +125,7 @@ def main():
     quick = parser.parse_args().quick
     sizes = (50, 32) if quick else (2_000, 256)
     lag_sizes = (32, 16) if quick else (512, 64)
+    part_sizes = (50, 32) if quick else (2_000, 500)
     memory_sizes = (100, 16) if quick else (10_000, 128)
     repeats = 2 if quick else 5
 
@@ -111,6 +142,10 @@ The gradient by lag, T = {lag_sizes[0]}, n = {lag_sizes[1]}; the last column is 
 (of the faster of the two strategies):
 
 {harness.table(("", "ms", "lags or lengths", "gradients for each"), lags(*lag_sizes, repeats))}
+
+Less than all of a large network, T = {part_sizes[0]:,}, n = {part_sizes[1]}, in seconds of processor time, of one run:
+
+{harness.table(("", "seconds"), parts(*part_sizes))}
 
 Bytes, T = {memory_sizes[0]:,}, n = {memory_sizes[1]}, where T n is {states:,} numbers and n² is {square:,}:
 

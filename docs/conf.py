@@ -3,13 +3,19 @@
 import ast
 import inspect
 import re
+import shutil
 import textwrap
+from pathlib import Path
 
 from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx.addnodes import pending_xref
 
 import jaxbptt
+
+# Sphinx reads what is below this folder. No symbolic link: an archive of the source would have one of the two alone.
+PAGES = Path(__file__).parent
+shutil.copytree(PAGES.parent / "notebooks", PAGES / "notebooks", dirs_exist_ok=True)
 
 project = "jaxbptt"
 author = copyright = "The jaxbptt developers"
@@ -86,10 +92,12 @@ def plain_text(app, what, name, obj, options, lines):
     done = []
     for paragraph in re.split(r"\n\s*\n", "\n".join(lines)):
         if is_equation(paragraph):
-            paragraph = ".. code-block:: text\n   :class: equation\n\n" + textwrap.indent(paragraph, "   ")
+            paragraph = ".. code-block:: text\n   :class: equation\n\n" + textwrap.indent(
+                paragraph.replace("`", ""), "   "
+            )
         elif not paragraph.lstrip().startswith(">>>"):
             paragraph = "`".join(
-                part if i % 2 else re.sub(r"(?<!\\)[|*]|_(?!\w)", r"\\\g<0>", part)
+                part if i % 2 else re.sub(r"(?<!\\)\||(?<![\\*])\*(?!\*)|_(?!\w)", r"\\\g<0>", part)
                 for i, part in enumerate(paragraph.split("`"))
             )
         done.append(paragraph)
@@ -102,10 +110,15 @@ def is_equation(paragraph):
     return not is_text and re.search(r" [=≤<↦←] ", paragraph) is not None
 
 
-def plain_signatures(app, doctree):
-    """The * before keyword-only arguments as text: the Markdown builder leaves out abbreviations."""
+def tidy(app, doctree):
+    """The * before keyword-only arguments as text, which the Markdown builder keeps; no empty lines at the end of code."""
     for abbreviation in list(doctree.findall(nodes.abbreviation)):
         abbreviation.replace_self(nodes.Text(abbreviation.astext()))
+    for block in doctree.findall(nodes.literal_block):
+        if block.rawsource == block.astext():  # else it has markup of its own
+            block.rawsource = block.astext().rstrip()
+            block.children = []
+            block += nodes.Text(block.rawsource)
 
 
 def link_names(app, doctree, docname):
@@ -123,7 +136,8 @@ def link_names(app, doctree, docname):
 
 
 def full_name(text, objects):
-    """`bptt.scan`, `scan`, `losses.final_step` and `LyapunovSpectrum` by the name they have in the reference, or None."""
+    """`bptt.scan`, `scan(...)`, `losses.final_step` and `LyapunovSpectrum` by the name they have in the reference, or None."""
+    text = text.partition("(")[0]
     text = text.removeprefix("jaxbptt.").removeprefix("bptt.") if text != "bptt.bptt" else "bptt"
     names = (f"jaxbptt.{space}{text}" for space in ("", "analysis.", "plots.", "training."))
     return next((name for name in names if name in objects), None)
@@ -155,6 +169,6 @@ def setup(app):
     app.connect("autodoc-process-signature", signature_as_written)
     app.connect("autodoc-process-docstring", plain_text, priority=900)
     app.connect("autodoc-skip-member", skip_fields)
-    app.connect("doctree-read", plain_signatures)
+    app.connect("doctree-read", tidy)
     app.connect("doctree-resolved", link_names)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -52,7 +52,7 @@ def html_table(
     top = "".join(_cell("th", text, i, words) for i, text in enumerate(head))
     body = "".join(f"<tr>{''.join(_cell('td', text, i, words) for i, text in enumerate(row))}</tr>" for row in rows)
     above = f"<div><strong>{escape(title)}</strong></div>" if title else ""
-    table = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>" if rows else ""
+    table = f"<table style='color: inherit'><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>" if rows else ""
     return (
         f"<div style='overflow-x: auto'>{above}{table}{''.join(f'<div>{escape(note)}</div>' for note in notes)}</div>"
     )
@@ -106,6 +106,8 @@ def in_words(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float | complex | np.inexact):
         return f"{value:.4g}"
+    if isinstance(value, np.datetime64) and not np.isnat(value):
+        return np.datetime_as_string(value, unit="auto").replace("T", " ")
     if isinstance(value, np.generic | np.dtype):
         return str(value)
     if hasattr(value, "dtype") and hasattr(value, "shape"):

@@ -114,7 +114,7 @@ problems = {
     "wide": (wide, weights, h_0),
 }
 cases = [
-    *itertools.product(("manual", "explicit"), one_way, ("gru", "closing", "counting"), ("plain",)),
+    *itertools.product(("manual", "explicit"), one_way, ("closing", "counting"), ("plain",)),
     *itertools.product(("manual", "explicit"), strategies, ("gru",), ("flags",)),
     *itertools.product(
         ("manual", "explicit"), ("adjoint",), ("lstm", "looping", "branching", "from_zeros"), ("plain",)

@@ -131,11 +131,12 @@ def test_initialisers_are_optional(make):
     assert np.unique(params.W_xh).tolist() == [3]
 
 
-def test_forget_bias():
-    for expected, cell in ((1.0, bptt.lstm(3, 4)), (0.0, bptt.lstm(3, 4, forget_bias=0.0))):
-        i, f, g, o = np.split(np.asarray(cell.init(jax.random.key(0)).b), 4)
-        assert np.unique(f).tolist() == [expected]
-        assert not np.any([i, g, o])
+@pytest.mark.parametrize(("make", "option", "gates"), [(bptt.gru, "update_bias", 3), (bptt.lstm, "forget_bias", 4)])
+def test_the_gate_that_keeps_the_state_starts_open(make, option, gates):
+    for expected, cell in ((1.0, make(3, 4)), (0.0, make(3, 4, **{option: 0.0}))):
+        first, keeps, *rest = np.split(np.asarray(cell.init(jax.random.key(0)).b), gates)
+        assert np.unique(keeps).tolist() == [expected]
+        assert not np.any([first, *rest])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.dtype("float32"), "float32", jnp.float32, jnp.dtype("float32")])

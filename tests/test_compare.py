@@ -58,7 +58,8 @@ def test_missing_step(setup):
     mine = manual_bptt(params, h_0, xs, last_step=1)
     alone = bptt.compare_gradients(mine, reference)
     assert not alone.agrees
-    assert alone.cause.startswith("perhaps a missing step: the difference is one outer product")
+    assert alone.cause.startswith("no single cause found: pass step, params")
+    assert alone.leaves[0].cause.endswith("and the difference has rank 1")
     temporal = bptt.temporal_contributions(cell, params, h_0, xs, loss)
     assert set(causes(mine, reference, temporal=temporal).values()) == {"time step 0 (counted from 0) is missing"}
     twice = jax.tree.map(lambda g, c: g + c[5], reference, temporal.contributions)
@@ -116,6 +117,15 @@ def test_transpose_square_and_not(setup):
     wide = {"W": jnp.arange(6.0).reshape(2, 3)}
     assert causes({"W": wide["W"].T}, wide) == {"gradient['W']": "it is the transpose"}
     assert causes({"W": jnp.ones((2, 2))}, wide) == {"gradient['W']": "it has shape (2, 2), not (2, 3)"}
+
+
+def test_clipped_and_not_summed(setup):
+    *_, reference = setup
+    clipped = jax.tree.map(lambda leaf: jnp.clip(leaf, -0.5, 0.5), reference)
+    assert bptt.compare_gradients(clipped, reference).cause == "its entries are clipped at ±0.5"
+    rows = {"b": jnp.array([[1.0, 2.0], [3.0, 5.0]])}
+    found = causes(rows, {"b": jnp.array([4.0, 7.0])})
+    assert found == {"gradient['b']": "it has shape (2, 2), not (2,): it is not summed over its first axis"}
 
 
 def test_precision_sets_the_tolerance():

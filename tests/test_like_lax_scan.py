@@ -569,7 +569,9 @@ def test_vmap_over_every_axis(in_axes):
 
         return of_each, jax.value_and_grad(of_all, has_aux=True)(tuple(args))
 
-    assert_all_like_lax_scan(run, WITH_CELL)
+    # Half of the strategies in turn: each meets every axis of each argument.
+    i, j = divmod(AXES.index(in_axes), 4)
+    assert_all_like_lax_scan(run, dict(list(WITH_CELL.items())[(i + j // 2) % 2 :: 2]))
 
 
 @pytest.mark.slow
@@ -756,7 +758,7 @@ def test_checkify():
         "out of bounds": (checkify.index_checks, np.linspace(0.1, 1.4, STEPS)),
         "not a number": (checkify.nan_checks, np.where(np.arange(STEPS) == 5, -np.nan, 0.2)),
     }
-    for errors, xs in problems.values():
+    for i, (errors, xs) in enumerate(problems.values()):
         for derive in (False, True):
             # JAX's own checks of indices do not run under strict promotion.
             @jax.numpy_dtype_promotion("standard")
@@ -767,7 +769,8 @@ def test_checkify():
                 return (error.get() or "").split(" (")[0], out
 
             expected = run(lax_scan)
-            for name, strategy in STRATEGIES.items():
+            # All of them under a gradient; without it they differ less, and half of them take turns.
+            for name, strategy in STRATEGIES.items() if derive else list(STRATEGIES.items())[i % 2 :: 2]:
                 mine = run(strategy)
                 # Under a gradient lax.scan loses a check that no result depends on; what it finds is found.
                 assert mine[0] == expected[0] or (derive and not expected[0]), name
@@ -794,7 +797,8 @@ def test_keys(new_key):
         closed=new_key(3),
     )
     assert_all_like_lax_scan(case.run)
-    assert_all_like_lax_scan(lambda scan: scan(partial(case.step, case.closed), case.params, case.init, case.xs))
+    if new_key is jax.random.key:  # a raw key is an array of integers, which other tests have as outputs
+        assert_all_like_lax_scan(lambda scan: scan(partial(case.step, case.closed), case.params, case.init, case.xs))
 
 
 # What is solved inside a step.

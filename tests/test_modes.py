@@ -12,7 +12,8 @@ from reference import assert_close, cases, make_cell, random_like
 
 import jaxbptt as bptt
 
-STEPS = 5
+# No multiple of the lengths below, and few: without jit each of them is run one operation at a time.
+STEPS = 3
 
 
 @contextmanager

@@ -6,10 +6,8 @@ import sys
 import types
 from pathlib import Path
 
-import nbformat
 import optax
 import pytest
-from nbclient import NotebookClient
 
 import jaxbptt as bptt
 from jaxbptt import words
@@ -118,12 +116,3 @@ def test_strategies_never_import_each_other():
     for strategy in STRATEGIES:
         imported = imports_of(ROOT / "jaxbptt" / "scans" / f"{strategy}.py")
         assert not {f"scans.{other}" for other in STRATEGIES} & set(imported), (strategy, imported)
-
-
-@pytest.mark.costly
-@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
-def test_notebook_runs(path):
-    notebook = nbformat.read(path, as_version=4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert all(cell.execution_count for cell in code), "commit the notebook with its outputs"
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": path.parent}}).execute()

@@ -211,6 +211,9 @@ ANALYSIS = {
     "temporal_contributions": lambda *args: bptt.temporal_contributions(*args, mean_square),
     "jacobian_operators": lambda *args: bptt.singular_values(bptt.jacobian_operators(*args)),
     "singular_values": lambda *args: bptt.singular_values(jacobians(*args), start=[0, 3]),
+    "singular_values, top": lambda cell, params, init, xs: bptt.singular_values(
+        xs[0, 0] * jnp.ones((3, 24, 24)), top=1
+    ),
     "log_norms": lambda *args: bptt.log_norms(jacobians(*args)),
     "log_norms, probed": lambda *args: bptt.log_norms(bptt.jacobian_operators(*args), probes=2),
     "lyapunov_exponents": lambda *args: bptt.lyapunov_exponents(*args, burn_in=2, qr_every=3, key=jax.random.key(0)),

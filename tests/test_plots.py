@@ -1,5 +1,6 @@
 """Figures show the numbers they are given, labelled, and leave matplotlib as it was."""
 
+import inspect
 import io
 from itertools import pairwise
 
@@ -9,6 +10,7 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from reference import make_cell, problem
 
@@ -63,6 +65,7 @@ def test_gradient_flow():
 def test_immediate_part_and_zeros():
     everywhere = plots.plot_gradient_flow(flow(loss=lambda h, ys: jnp.sum(ys**2)))
     assert len(everywhere.axes[0].lines) == 2
+    assert texts(everywhere) == ["in full", "through yₜ alone"]
     cut = flow(loss=lambda h, ys: jnp.sum(ys[3]))
     drawing = plots.plot_gradient_flow(cut)
     assert np.isnan(drawing.axes[0].lines[0].get_ydata()[4:]).all()
@@ -507,3 +510,188 @@ def test_one_step_is_seen():
         lines = [line for axes in drawing.axes for line in axes.lines]
         assert lines
         assert {line.get_marker() for line in lines} == {"o"}
+
+
+def example(name):
+    """What a function of `plots` draws of a single result, or of two, and how many panels that takes."""
+    at = np.arange(1.0, 4)
+    certificate = bptt.analysis.Certificate(
+        (bptt.analysis.CertificateRow("scan", True, 0.0, {}, 1e-9, 2048, 1.0, 1.0, 0.5, 0.1),), 1e-6, "float32"
+    )
+    single = {
+        "gradient_flow": (bptt.analysis.GradientFlow(*[at] * len(bptt.analysis.GradientFlow._fields)), 1),
+        "certificate": (certificate, 3),
+        "learning_curve": ((at, at), 1),
+        "forecast": (future(3), 1),
+        "text_saliency": ("abc", 1),
+        "eigenvalues": (at * 1j, 1),
+        "log_norms": (-at[:, None] * at, 1),
+        "lyapunov_spectrum": (spectrum([-1.0, -2.0]), 1),
+        "singular_values": (bptt.analysis.LogSingularValues(-at[:, None] * at, np.ones((3, 3), bool)), 1),
+        "lag_contributions": (lags([0.1, 1.0, 0.5]), 2),
+        "surviving_paths": (np.eye(3), 1),
+        "truncation_bias": (bias((1, 2, 4), at), 2),
+    }
+    result, panels = single[name]
+    more = {"forecast": [np.ones((9, 1))], "text_saliency": [at]}.get(name, [])
+    return getattr(plots, f"plot_{name}"), [result, *more], panels
+
+
+# The artists of each, and what is read back from the first one: in steps, and with two seconds a step.
+DRAWN = {
+    "gradient_flow": (["norms", "immediate"], lambda line: line.get_xdata(), [1, 2, 3], "time t (s)"),
+    "certificate": (
+        ["scan error", "scan memory", "scan time", "tolerance"],
+        lambda line: line.get_xdata(),
+        [1e-9],
+        None,
+    ),
+    "learning_curve": (["training"], lambda line: line.get_ydata(), [1, 2, 3], None),
+    "forecast": (
+        ["$c_0 past", "$c_0 forecast", "$c_0 steps", "$c_0 interval"],
+        lambda line: line.get_xdata(),
+        np.arange(-8, 1),
+        "time after the last known row (s)",
+    ),
+    "text_saliency": (["saliency", "letters", "colour bar"], lambda boxes: boxes.get_array(), [1, 2, 3], None),
+    "eigenvalues": (["unit circle", "eigenvalues"], lambda circle: circle.radius, 1, None),
+    "log_norms": (
+        ["log norms", "colour bar"],
+        lambda mesh: mesh.get_coordinates()[0, :, 0],
+        [0.5, 1.5, 2.5, 3.5],
+        "earlier state hₛ, time (s)",
+    ),
+    "lyapunov_spectrum": (["errors", "exponents"], lambda bars: bars.lines[2][0].get_segments()[0][:, 0], [1, 1], None),
+    "singular_values": (["singular values"], lambda lines: lines[0].get_xdata(), [0, 1, 2], "lag T − t (s)"),
+    "lag_contributions": (
+        ["norms", "cosine", "relative error"],
+        lambda bars: [bar.get_x() for bar in bars],
+        [-0.4, 0.6, 1.6],
+        "lag l (s)",
+    ),
+    "surviving_paths": (
+        ["paths"],
+        lambda mesh: mesh.get_coordinates()[0, :, 0],
+        [0.5, 1.5, 2.5, 3.5],
+        "state hₛ, time (s)",
+    ),
+    "truncation_bias": (
+        ["windowed error", "windowed cosine", "truncated error", "truncated cosine"],
+        lambda line: line.get_xdata(),
+        [1, 2, 4],
+        "truncation length K (s)",
+    ),
+}
+
+
+def test_every_figure_takes_axes_and_says_what_it_drew():
+    functions = {name: getattr(plots, name) for name in dir(plots) if name.startswith("plot_")}
+    assert set(functions) >= {f"plot_{name}" for name in DRAWN}
+    for name, function in functions.items():
+        signature = inspect.signature(function)
+        assert signature.return_annotation is plots.Drawing, name
+        assert signature.parameters["ax"].kind is inspect.Parameter.KEYWORD_ONLY, name
+        assert ("dt" in signature.parameters) == ("unit" in signature.parameters), name
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_in_the_axes_of_a_user(name):
+    """The user's other panel, title and figure stay as they are; the legend is in the axes; artists can be read back."""
+    draw, args, panels = example(name)
+    names, read, in_steps, label = DRAWN[name]
+    figure = Figure(figsize=(9, 4))
+    other, *given = figure.subplots(1, panels + 1)
+    given[0].set_title("mine")
+    drawing = draw(*args, ax=given[0] if panels == 1 else np.array(given))
+    assert drawing.figure is figure
+    assert drawing.axes == tuple(given)
+    assert not figure.legends
+    assert not other.has_data()
+    assert given[0].get_title() == "mine"
+    assert all(axes.has_data() for axes in given)
+    assert sorted(drawing.artists) == sorted(names)
+    assert repr(drawing) == f"Drawing of {', '.join(map(repr, drawing.artists))}"
+    np.testing.assert_allclose(read(drawing.artists[names[0]]), in_steps)
+    if label is not None:
+        drawing = draw(*args, ax=given, dt=2.0, unit="s")
+        np.testing.assert_allclose(read(drawing.artists[names[0]]), 2 * np.asarray(in_steps))
+        assert drawing.axes[-1].get_xlabel() == label
+        with pytest.raises(ValueError, match=r"unit is 's', but dt is None: pass how many s a time step is"):
+            draw(*args, unit="s")
+        with pytest.raises(ValueError, match=r"dt is 0\.0: the time from one step to the next is above 0"):
+            draw(*args, dt=0.0)
+    assert save(drawing)
+    with pytest.raises(ValueError, match=rf"ax has {panels + 1} Axes, but what is drawn takes {panels}: pass "):
+        draw(*args, ax=[*given, other])
+
+
+def test_axes_that_are_none():
+    with pytest.raises(TypeError, match="ax has a int in it: pass Axes of matplotlib"):
+        plots.plot_eigenvalues(np.ones(2), ax=[3])
+
+
+def test_exponents_per_unit_of_time():
+    plain, per_second, labelled = (
+        plots.plot_lyapunov_spectrum(spectrum([-1.0, -2.0]), theory=-1.0, **options)
+        for options in ({}, {"dt": 0.5, "unit": "s"}, {"unit": "τ"})
+    )
+    np.testing.assert_allclose(plain.artists["exponents"].get_ydata(), [-1, -2])
+    np.testing.assert_allclose(per_second.artists["exponents"].get_ydata(), [-2, -4])
+    np.testing.assert_allclose(per_second.artists["theory"].get_ydata(), [-2, -2])
+    np.testing.assert_allclose(per_second.artists["errors"].lines[2][0].get_segments()[0][:, 1], [-2.4, -1.6])
+    np.testing.assert_allclose(labelled.artists["exponents"].get_ydata(), [-1, -2])
+    labels = [drawing.axes[0].get_ylabel().rpartition(", ")[2] for drawing in (plain, per_second, labelled)]
+    assert labels == ["nats per unit of time", "nats per s", "nats per τ"]
+
+
+def test_several_results_have_artists_of_their_own():
+    flows = {"lstm": flow("lstm", loss=lambda h, ys: jnp.sum(ys)), "gru": flow("gru")}
+    drawing = plots.plot_gradient_flow(flows)
+    assert sorted(drawing.artists) == ["gru", "lstm", "lstm immediate"]
+    np.testing.assert_allclose(drawing.artists["lstm"].get_ydata(), flows["lstm"].norms)
+    two = plots.plot_lag_contributions({"lstm": lags([1.0, 0.5]), "gru": lags([1.0, 0.5])})
+    assert sorted(two.artists) == sorted(
+        f"{n} {what}" for n in ("lstm", "gru") for what in ("norms", "cosine", "relative error")
+    )
+    panels = Figure().subplots(1, 2)
+    plots.plot_lag_contributions({"lstm": lags([1.0, 0.5]), "gru": lags([1.0, 0.5])}, ax=panels)
+    assert [[text.get_text() for text in axes.get_legend().get_texts()] for axes in panels] == [
+        ["lstm", "gru"],
+        ["cosine", "relative error"],
+    ]
+
+
+def test_axes_in_a_part_of_a_figure():
+    whole = Figure()
+    part, _ = whole.subfigures(1, 2)
+    drawing = plots.plot_log_norms(-np.ones((3, 3)), ax=part.subplots())
+    assert drawing.figure is whole
+    assert save(drawing)
+
+
+def test_a_notebook_shows_a_figure_once():
+    import matplotlib.pyplot as plt
+
+    drawing = plots.plot_eigenvalues(np.ones(2))
+    assert drawing._repr_png_().startswith(b"\x89PNG")
+    figure, axes = plt.subplots()
+    assert plots.plot_eigenvalues(np.ones(2), ax=axes)._repr_png_() is None
+    plt.close(figure)
+
+
+def test_dates_are_no_unit():
+    with pytest.raises(ValueError, match="times and dt are both given"):
+        plots.plot_forecast(future(3), np.zeros((9, 1)), times=np.arange(12), dt=1.0)
+
+
+@pytest.mark.parametrize("width", [3.0, 12.0])
+def test_a_legend_fits_its_figure(width):
+    figure, panels = plots.figure.new_figure(1, width=width)
+    for name in ("a cell of some name", "another cell, with a longer name", "third"):
+        panels[0].plot([1, 2], label=name)
+    plots.figure.add_legend(panels, None)
+    figure.canvas.draw()
+    extent = figure.legends[0].get_window_extent()
+    assert extent.x0 >= 0
+    assert extent.x1 <= figure.bbox.width
+    assert figure.legends[0]._ncols == (1 if width == 3.0 else 3)

@@ -32,6 +32,8 @@ def test_lines_in_all_forms():
     assert pair.get_linestyle() != alone.get_linestyle()
     assert legend(drawing) == ["pair", "alone"]
     assert (drawing.axes[0].get_xlabel(), drawing.axes[0].get_yscale()) == ("K", "log")
+    lengths = plots.plot_lines(([1, 4, 16], [3.0, 2.0, 1.0]), xscale="log")
+    assert list(lengths.axes[0].get_xticks()) == [1, 4, 16]
     assert plots.plot_lines([1.0, 2.0], markers=False).artists["line"].get_marker() == ""
 
 

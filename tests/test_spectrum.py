@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from reference import make_cell, problem
 
 import jaxbptt as bptt
-from jaxbptt.analysis import sweep
+from jaxbptt.analysis import pair_norms, spectrum, sweep
 
 
 def orthogonal(rng, n):
@@ -135,6 +136,80 @@ def test_what_is_lost_in_one_step_stays_lost(dtype):
     np.testing.assert_allclose(values[1:3, 1], -4_000, rtol=1e-5)
 
 
+def leading_cases(n, steps):
+    """Products whose largest values are known, and whether a block of vectors finds them alone."""
+    rng = np.random.default_rng(0)
+    rest = np.linspace(0.9, -1, n - 5)
+    rates = {
+        "random": (rng.standard_normal((steps, n)) * 0.3 + np.linspace(1, -1, n), True),
+        "ties, also of the last one asked for": (
+            np.tile(np.r_[1, 0.9999, 0.9999, 0.9999, 0.9998, rest], (steps, 1)),
+            True,
+        ),
+        "condition number beyond floats": (np.tile(np.linspace(25, -25, n), (steps, 1)), True),
+        "shrinking beyond floats": (np.tile(np.linspace(-20, -40, n), (steps, 1)), True),
+        "all equal": (np.zeros((steps, n)), False),
+        "one a little above many": (np.tile(np.r_[1e-3, np.zeros(n - 1)], (steps, 1)), False),
+        "slowly falling": (np.tile(np.linspace(0, -0.1, n), (steps, 1)), False),
+    }
+    return {
+        name: (chain(np.exp(each)), np.sort(each.sum(axis=0))[::-1], block) for name, (each, block) in rates.items()
+    }
+
+
+def test_the_largest_values_alone(monkeypatch):
+    """From a block where that is sure to find them, else from all vectors; right either way, with one compilation each."""
+    cases = leading_cases(n=30, steps=50)
+    of_three = jax.jit(lambda J: bptt.singular_values(J, top=3))
+    for J, exact, _ in cases.values():
+        values, resolved = of_three(J)
+        np.testing.assert_allclose(values, exact[:3], rtol=1e-11, atol=1e-11)
+        assert resolved.all()
+    monkeypatch.setattr(spectrum, "all_values", lambda J, *_: (jnp.full(J.size, jnp.nan), jnp.zeros(J.size)))
+    of_three = jax.jit(lambda J: bptt.singular_values(J, top=3))
+    for name, (J, _, block) in cases.items():
+        assert np.isfinite(of_three(J).log_values).all() == block, name
+
+
+def test_any_number_of_the_largest():
+    J = np.random.default_rng(5).standard_normal((6, 23, 23))
+    whole = bptt.singular_values(J)
+    for top in (1, 2):
+        values, resolved = bptt.singular_values(J, top=top)
+        np.testing.assert_allclose(values, whole.log_values[:top], rtol=1e-10)
+        assert resolved.shape == (top,)
+        assert resolved.all()
+
+
+def test_the_largest_of_several_starts_matrix_free():
+    """The block needs Jacobians and their transposes in the right order: those of a network do not commute."""
+    cell = bptt.elman(3, 30, dtype=jnp.float64)
+    args = problem(cell, 60)
+
+    def values(*args):
+        J = bptt.jacobian_operators(cell, *args)
+        return bptt.singular_values(J, start=[40, 0, 59]), bptt.singular_values(J, start=[40, 0, 59], top=2)
+
+    whole, leading = jax.jit(values)(*args)
+    np.testing.assert_allclose(leading.log_values, whole.log_values[:, :2], rtol=1e-9, atol=1e-12)
+    assert leading.resolved.all()
+
+
+def test_rounding_among_the_largest():
+    """As with all values: two directions of which each overtakes the other, and one that a step has lost."""
+    n = 30
+    Q = orthogonal(np.random.default_rng(0), n)
+    others = np.full(n - 2, -3.0)
+    crossing = np.exp(np.repeat([[2.0, -2.0, *others], [-2.0, 2.0, *others]], 40, axis=0))
+    lost = np.exp(np.tile(np.r_[1.0, 0.5, others], (80, 1)))
+    lost[30, 1] = 0
+    of_two = jax.jit(lambda J: bptt.singular_values(J, top=2))
+    for diagonals, wanted in ((crossing, [False, False]), (lost, [True, False])):
+        values, resolved = of_two(np.stack([Q @ np.diag(d) @ Q.T for d in diagonals]))
+        assert np.isfinite(values).all()
+        assert resolved.tolist() == wanted
+
+
 @pytest.mark.parametrize("name", ["lstm"])
 def test_matrix_free_equals_dense(name):
     cell = make_cell(name)
@@ -179,6 +254,7 @@ def test_matrix_free_memory():
 
 
 def test_log_norms_of_all_pairs():
+    assert bptt.log_norms(jnp.zeros((0, 3, 3))).shape == (0, 0)
     J = np.random.default_rng(0).standard_normal((6, 3, 3))
     norms = bptt.log_norms(J)
     for t in range(6):
@@ -188,6 +264,51 @@ def test_log_norms_of_all_pairs():
                 product = J[k] @ product
             expected = np.log(np.linalg.norm(product)) if s <= t else -np.inf
             np.testing.assert_allclose(norms[t, s], expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 256])
+def test_log_norms_of_some_pairs(columns, monkeypatch):
+    """Forwards from a few starts, backwards from a few ends, with one group of starts and several; in any shape and order."""
+    monkeypatch.setattr(pair_norms, "_COLUMNS", columns)
+    J = np.random.default_rng(0).standard_normal((6, 3, 3))
+    whole = np.asarray(bptt.log_norms(J))
+    steps = np.stack(np.meshgrid([0, 5, 3], [4, 0], indexing="ij"), -1)
+    for pairs in (
+        [(5, 1), (3, 1), (1, 1), (0, 1)],
+        [(5, 0), (5, 3), (5, 5)],
+        steps,
+        (4, 2),
+        np.argwhere(whole > -np.inf),
+    ):
+        t, s = np.moveaxis(np.asarray(pairs), -1, 0)
+        np.testing.assert_allclose(bptt.log_norms(J, pairs=pairs), whole[t, s], rtol=1e-10, atol=1e-13)
+
+
+def test_some_pairs_cost_less():
+    """In multiplications of a step: the walk is as long as the distances, in the cheaper of the two directions."""
+    visited = []
+
+    def times(transposed, at_t, V):
+        jax.debug.callback(lambda t: visited.append((transposed, int(t))), at_t)
+        return V
+
+    J = bptt.analysis.JacobianOperators(partial(times, False), partial(times, True), jnp.arange(50), 50, 2, jnp.float64)
+    for pairs, steps in (([(13, 10), (13, 10), (11, 10)], 4), ([(40, s) for s in range(30, 40)], 11)):
+        visited.clear()
+        jax.block_until_ready(bptt.log_norms(J, pairs=pairs))
+        jax.effects_barrier()
+        assert len(visited) == steps
+        assert {transposed for transposed, _ in visited} == {steps == 11}
+
+
+@pytest.mark.parametrize(
+    "pairs", [[(0, 3)], [(-1, 0)], [(0.0, 1.0)], [0, 1, 2], 1, [], [(True, False)], [(1, 0), (2,)]]
+)
+def test_wrong_pairs(pairs):
+    with pytest.raises(
+        ValueError, match=r"pairs is .*, but with 3 Jacobians each is \(t, s\), .* from 0 to 2: pass whole"
+    ):
+        inspect.unwrap(bptt.log_norms)(jnp.zeros((3, 2, 2)), pairs=pairs)
 
 
 def test_log_norms_beyond_the_range_of_floats():
@@ -268,6 +389,11 @@ def test_what_is_no_state_vector():
 
 def test_wrong_arguments():
     J = jnp.zeros((3, 2, 2))
+    for top in (0, 3, 1.5, True):
+        with pytest.raises(
+            ValueError, match=r"top is .*, but there are 2 singular values: pass 1 to 2, or leave it out"
+        ):
+            inspect.unwrap(bptt.singular_values)(J, top=top)
     for function in (bptt.singular_values, bptt.log_norms, bptt.jacobian_eigenvalues):
         with pytest.raises(ValueError, match=r"J has shape \(3, 2\), but \[time, n, n\] is expected"):
             inspect.unwrap(function)(J[:, 0])

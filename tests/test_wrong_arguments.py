@@ -68,7 +68,11 @@ def functions():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("batch",))
     return {
         "elman": (bptt.elman, sizes | options, wrong_sizes),
-        "gru": (bptt.gru, sizes | options | {"chrono_length": 9}, wrong_sizes | {"chrono_length": {"None"}}),
+        "gru": (
+            bptt.gru,
+            sizes | options | {"chrono_length": 9, "update_bias": 1.0},
+            wrong_sizes | {"chrono_length": {"None"}, "update_bias": {"negative", "fraction"}},
+        ),
         "lstm": (
             bptt.lstm,
             sizes | options | {"chrono_length": 9, "forget_bias": 1.0, "layer_norm": False},
@@ -173,11 +177,15 @@ def functions():
             {"products": bptt.analysis.jacobians.ScaledProducts(J, jnp.ones(4))},
             {"products": set()},
         ),
-        "singular_values": (bptt.singular_values, {"J": J, "start": 0}, {"J": set(), "start": set()}),
+        "singular_values": (
+            bptt.singular_values,
+            {"J": J, "start": 0, "top": 2},
+            {"J": set(), "start": set(), "top": {"None"}},
+        ),
         "log_norms": (
             bptt.log_norms,
-            {"J": J, "probes": 2, "key": key},
-            {"J": set(), "probes": set(), "key": {"None"}},
+            {"J": J, "probes": 2, "key": key, "pairs": [(1, 0)]},
+            {"J": set(), "probes": set(), "key": {"None"}, "pairs": {"None"}},
         ),
         "jacobian_eigenvalues": (bptt.jacobian_eigenvalues, {"J": J}, {"J": set()}),
         "state_jacobians": (bptt.state_jacobians, one, {"step": set()}),
@@ -297,8 +305,15 @@ def functions():
         ),
         "compare_gradients": (
             bptt.compare_gradients,
-            {"mine": params, "reference": params, "temporal": None, "lags": None},
-            {"mine": set(), "reference": set(), "temporal": {"None"}, "lags": {"None"}},
+            {"mine": params, "reference": params, "temporal": None, "lags": None, "step": None, "loss": None},
+            {
+                "mine": set(),
+                "reference": set(),
+                "temporal": {"None"},
+                "lags": {"None"},
+                "step": {"None"},
+                "loss": {"None"},
+            },
         ),
         "pascanu": (bptt.regularizers.pascanu, one | loss, {"step": set(), "loss": set()}),
         "gradient_flossing": (

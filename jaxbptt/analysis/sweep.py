@@ -9,7 +9,7 @@ rounding added at each step, shows what rounding has done to them.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ RESOLUTION = 0.01
 # A direction with a larger rounding error than this in a single factorisation is lost: it may be nothing but rounding, and
 # that stays so however many other steps errors are summed or averaged over.
 LOST = 0.1
+# Four digits of a logarithm are enough, also of one in the thousands.
+_DIGITS = 1e-4
 _MAX_ROTATIONS = 30
 
 
@@ -42,11 +44,16 @@ def rounding_error(R: Float[Array, "k k"], diagonal: Float[Array, " k"]) -> Floa
     return jnp.maximum(size, info.tiny) / jnp.maximum(diagonal, info.tiny)
 
 
+def tolerance(log_values: Array) -> Array:
+    """The error at which the logarithm of a singular value counts as unresolved."""
+    return RESOLUTION + _DIGITS * jnp.abs(log_values)
+
+
 class Sweep(NamedTuple):
     """A product of matrices as Q · diag(e^d) · U, and what rounding may have done to it.
 
     Attributes:
-        Q: orthogonal.
+        Q: orthonormal columns, n of them or fewer; with fewer, it is the product with as many vectors.
         d: logarithms of the norms of rows, each as a sum and its rounding error, `[2, n]`.
         U: upper triangular, rows of norm 1.
         variance: of each d, from the rounding of every factorisation; infinite where one has lost the direction.
@@ -58,17 +65,13 @@ class Sweep(NamedTuple):
     variance: Array
 
     @classmethod
-    def start(cls, n: int, dtype: Any, key: Array | None = None) -> "Sweep":
-        """The product of no matrices."""
-        return cls(
-            Q=random_frame(n, n, dtype, key),
-            d=jnp.zeros((2, n), dtype),
-            U=jnp.eye(n, dtype=dtype),
-            variance=jnp.zeros(n, dtype),
-        )
+    def start(cls, frame: Float[Array, "n k"]) -> "Sweep":
+        """The product of no matrices with a frame."""
+        k, dtype = frame.shape[1], frame.dtype
+        return cls(Q=frame, d=jnp.zeros((2, k), dtype), U=jnp.eye(k, dtype=dtype), variance=jnp.zeros(k, dtype))
 
 
-def multiply(sweep: Sweep, matrix: Callable[[Array], Array], noise: Float[Array, "n n"]) -> Sweep:
+def multiply(sweep: Sweep, matrix: Callable[[Array], Array], noise: Float[Array, "n k"]) -> Sweep:
     """The sweep of (matrix · product), with `noise` added to matrix · Q, relative to its largest entry."""
     product = matrix(sweep.Q)
     Q, R = jnp.linalg.qr(product + jnp.max(jnp.abs(product), initial=0) * noise)

@@ -7,6 +7,7 @@ from typing import Self
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
@@ -75,13 +76,14 @@ def _clock(seconds: float) -> str:
 
 def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table for a terminal: the first column to the left, numbers to the right."""
-    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    # Names of columns in a file are arbitrary: what looks like rich's markup in them is not.
+    shown = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for i, column in enumerate(head):
         # On a narrow terminal heads are broken between words, never within one.
         longest = max(map(len, column.split()), default=0)
-        shown.add_column(column, justify="right" if i else "left", no_wrap=not i, min_width=longest)
+        shown.add_column(escape(column), justify="right" if i else "left", no_wrap=not i, min_width=longest)
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*map(escape, row))
     return shown
 
 

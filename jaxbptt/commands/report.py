@@ -27,9 +27,9 @@ def add_parser(commands: Any) -> None:
     report = commands.add_parser(
         "report",
         help="take the gradient by every method, check that they agree, and show how far back it reaches",
-        description="Takes the gradient of a network on your sequence by every method, prints how far the results differ "
-        "and what each costs, and writes one HTML page. The network is an untrained one, or with --checkpoint one that the "
-        "train command has trained, before training and after. Without a file it reads a module of the standard library, "
+        description="Takes the gradient of a network on your sequence by every method, prints how far back it reaches and "
+        "whether the methods agree, and writes one HTML page. The network is an untrained one, or with --checkpoint one that "
+        "the train command has trained, before training and after. Without a file it reads a module of the standard library, "
         "or the data that the network was trained on.",
         formatter_class=arguments.HelpFormatter,
     )
@@ -75,23 +75,29 @@ class _Subject(NamedTuple):
         facts: by name.
         lines: printed first.
         sections: `(reports) -> sections`, what the page and the terminal say beside the gradient.
+        measured: what was measured, in a sentence.
+        row: what the networks read in the first row of the batch.
+        easy: of a trained network: what is easy, in words, and its loss.
     """
 
     entries: tuple[Any, ...]
     facts: dict[str, str]
     lines: tuple[str, ...]
     sections: Callable[[Any], tuple[Any, ...]]
+    measured: str
+    row: Any
+    easy: tuple[str, float] | None = None
 
 
 def _report(options: argparse.Namespace) -> None:
     data = None if options.checkpoint else _data(options)
     try:
-        # Imported here, since only this command needs rich and matplotlib.
+        # Imported here, since only this command needs rich and charts.
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         from jaxbptt.commands.display import table
-        from jaxbptt.reports import page, report, wording
+        from jaxbptt.reports import page, report, summary, wording
     except ModuleNotFoundError as error:
         raise tasks.InputError(f"{error.name} is not installed: {install_command('report')}") from None
 
@@ -101,34 +107,40 @@ def _report(options: argparse.Namespace) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     columns = TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
-        stages = {entry.name: report.stages(entry) for entry in subject.entries}
-        bar = progress.add_task("", total=sum(map(len, stages.values())))
+        bar = progress.add_task("", total=sum(len(report.stages(entry)) for entry in subject.entries))
 
         def show(words: str, done: int) -> None:
             progress.update(bar, description=words, advance=done)
 
-        reports = [report.report_cell(name, of_entry, show) for name, of_entry in stages.items()]
+        reports = report.report_cells(subject.entries, show)
         sections = subject.sections(reports)
-        html = page.render(subject.facts, reports, sections, trained=options.checkpoint is not None)
+        trained = options.checkpoint is not None
+        found = summary.summary(subject.measured, reports, trained=trained, easy=subject.easy)
+        html = page.render(subject.facts, reports, sections, summary=found, row=subject.row, trained=trained)
     arguments.write("--output", options.output, html)
 
+    def say(words: str, style: str = "") -> None:
+        # Lines are broken between words on a terminal, and not at all in a pipe.
+        console.print(words, highlight=False, markup=False, style=style, soft_wrap=not console.is_terminal)
+
+    for sentence in found:
+        say(f"\n{sentence}")
+    console.print()
+    console.print(table("", *wording.overview_table(reports)))
     for cell in reports:
-        title = f"{cell.name}: every method, against jax.grad through lax.scan"
-        console.print(table(title, *wording.certificate_table(cell.certificate)))
         for words in cell.left_out:
-            console.print(f"Left out: {words}.", style="dim")
-        title = f"{cell.name}: truncated at K steps, against the exact gradient"
-        console.print(table(title, *wording.bias_table(cell.bias)))
+            say(f"{cell.name}: left out: {words}.", style="dim")
+    disagree = [not row.agrees for cell in reports for row in cell.certificate.rows]
+    if any(disagree):
+        say(wording.agreement_sentence(reports), style="bold")
     for section in sections:
         head, rows = section.table
+        console.print()
         console.print(table(section.title, head, rows[:_MAX_ROWS]))
         if len(rows) > _MAX_ROWS:
-            console.print(f"{counted(len(rows) - _MAX_ROWS, 'more row')} on the page.", style="dim")
-        for sentence in (*section.sentences, *section.warnings):
-            console.print(sentence, highlight=False, markup=False, soft_wrap=True)
-    for cell in reports:
-        for sentence in wording.sentences(cell):
-            console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+            say(f"{counted(len(rows) - _MAX_ROWS, 'more row')} on the page.", style="dim")
+        for sentence in section.warnings:
+            say(sentence)
     console.print(f"\nReport: {options.output}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -177,12 +189,38 @@ def _untrained(options: argparse.Namespace, data: _Data) -> _Subject:
         "seed": str(options.seed),
         **_machine(),
     }
+    if table is None:
+        row = report.Row(series.name, tuple(series.symbols[number] for number in data.task.xs[:, 0].argmax(axis=-1)))
+    else:
+        # The first sequence of the batch begins where the series does.
+        row = report.Row(series.name, None, tuple(table.columns), table.values[: options.steps])
     easy = () if table is None else (wording.persistence_section(table.columns, table.values, table.observed),)
     return _Subject(
         tuple(report.untrained(name, data.task, observed=data.observed, **settings) for name in names),
         facts,
         () if table is None else table.read_as,
         lambda reports: easy,
+        _measured(
+            f"{_NUMBERS.get(len(names), len(names))} untrained {'network' if len(names) == 1 else 'networks'} of "
+            f"{counted(options.hidden, 'unit')} ({', '.join(names)})",
+            options,
+            series.name,
+            "characters" if series.symbols else "rows",
+        ),
+        row,
+    )
+
+
+_NUMBERS = {1: "An", 2: "Two", 3: "Three"}
+
+
+def _measured(networks: str, options: argparse.Namespace, name: str, unit: str) -> str:
+    """What was measured, in a sentence."""
+    one = unit.removesuffix("s")
+    sequences = f"{counted(options.batch, 'sequence')} of {counted(options.steps, one)}"
+    return (
+        f"{networks} read {sequences} from {name}, one {one} a step, and the gradient of {'their' if 'networks' in networks else 'its'} "
+        "loss was followed back through time."
     )
 
 
@@ -202,15 +240,22 @@ def _trained(options: argparse.Namespace) -> _Subject:
         "sequences": f"{options.batch} of {counted(options.steps, 'step')} from {cut.words}",
         **_machine(),
     }
-    lines = (*cut.read_as, *(f"{name}: {value}" for name, value in facts.items()))
     easy = trained.easy(model, cut.sequences)
     errors = model.info.get("errors")
     forecasts = () if errors is None else (wording.errors_section(ValidationErrors.from_json(errors)),)
     return _Subject(
         trained.entries(model, cut.sequences, dtype=jnp.result_type(float)),
         facts,
-        lines,
+        cut.read_as,
         lambda reports: (wording.losses_section(reports, easy, unit), *forecasts),
+        _measured(
+            f"A network ({_network(model)})",
+            options,
+            f"{cut.name}, before training and after it",
+            "bytes" if text else "rows",
+        ),
+        trained.first_row(model, cut.sequences, cut.name),
+        easy,
     )
 
 

@@ -21,11 +21,13 @@ class Cut(NamedTuple):
         sequences: what the model reads, and what it is to predict.
         words: where they are from.
         read_as: lines that say how the file was read.
+        name: of the file.
     """
 
     sequences: Sequences
     words: str
     read_as: tuple[str, ...]
+    name: str
 
 
 def of_model(model: Model, options: argparse.Namespace) -> Cut:
@@ -70,7 +72,7 @@ def of_model(model: Model, options: argparse.Namespace) -> Cut:
         encoded = model.columns.encode(values[rows])
         targets = encoded[1:][..., list(model.columns.targets)]
         sequences = Sequences(encoded[:-1], targets, None if observed is None else observed[rows[1:]])
-    return Cut(sequences, f"{name}, {_part(trained_on, first, cut, total)}", read_as)
+    return Cut(sequences, f"{name}, {_part(trained_on, first, cut, total)}", read_as, name)
 
 
 def _path(model: Model, options: argparse.Namespace) -> tuple[str, bool]:

@@ -127,11 +127,20 @@ def add_legend(panels: Sequence[Axes], ax: Ax, *, columns: int = 4, handles: Any
     if not named:
         return
     if ax is None:
+        figure = panels[0].figure
         ncols = min(len(named), columns)
+        # A legend that is wider than its figure is cut.
+        while ncols > 1 and _legend_width([*named], ncols) > figure.bbox.width / figure.dpi:
+            ncols -= 1
         below: dict[str, Any] = {"loc": "outside lower center", "ncols": ncols, "frameon": False}
-        panels[0].figure.legend(named.values(), named.keys(), **below)
+        figure.legend(named.values(), named.keys(), **below)
     else:
         panels[0].legend(named.values(), named.keys(), loc=loc, fontsize="small", framealpha=0.8)
+
+
+def _legend_width(labels: list[str], columns: int) -> float:
+    """About as wide as it is drawn, in inches, its columns filled one after the other."""
+    return sum(0.75 + 0.075 * max(map(len, column)) for column in np.array_split(labels, columns))
 
 
 def colour(i: int) -> str:
@@ -171,7 +180,20 @@ def power_of_ten(power: float, _: Any = None) -> str:
 def step_ticks(*axes: Axis, whole: bool = True) -> None:
     """Ticks at a few round numbers, whole ones by default, even for a single step."""
     for axis in axes:
-        axis.set_major_locator(MaxNLocator(6, integer=whole, min_n_ticks=1))
+        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=whole, min_n_ticks=1))
+
+
+def log_ticks(axis: Axis, low: float, high: float) -> None:
+    """Plain numbers along a logarithmic axis that spans less than three decades; powers of ten along a longer one."""
+    if high >= 1000 * low:
+        return
+    if high < 10 * low:
+        # Within one decade a logarithmic locator may find a single tick.
+        axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    else:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1, 3)))
+    axis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 class TimeUnit(NamedTuple):

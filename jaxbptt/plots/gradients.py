@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 
 from jaxbptt.analysis.certificate import Certificate
 from jaxbptt.analysis.flow import GradientFlow
@@ -21,7 +22,9 @@ from jaxbptt.plots.figure import (
     by_name,
     colour,
     drawing,
+    extremes,
     label_axes,
+    log_ticks,
     panels_in,
     positive,
     time_unit,
@@ -67,20 +70,24 @@ def plot_gradient_flow(
     time = time_unit(dt, unit)
     (axes,) = panels = panels_in(ax, 1, width=8.0)
     artists: dict[str, Any] = {}
+    handles: list[Line2D] = []
     for i, (label, flow) in enumerate(by_name(flows).items()):
         norms, immediate = positive(flow.norms), positive(flow.immediate_norms)
         at = time.times(np.arange(1, len(norms) + 1))
         style: dict[str, Any] = {"color": colour(i), "linestyle": DASHES[i % len(DASHES)]}
         if len(at) == 1:
             style["marker"] = "o"  # a line through one point is not seen
-        (line,) = axes.plot(at, norms, label=label or "in full", linewidth=1.8, **style)
-        artists[label or "norms"] = line
-        if np.isfinite(immediate).sum() > 1:
-            name = artist_name(label, "immediate")
-            (artists[name],) = axes.plot(at, immediate, ".", markersize=4, color=style["color"], label=name)
+        dots = np.isfinite(immediate).sum() > 1
+        style["label"] = label or ("in full" if dots else "_")  # one line that has no name needs no legend
+        (artists[label or "norms"],) = axes.plot(at, norms, linewidth=1.8, **style)
+        if dots:
+            style = {"color": style["color"], "markersize": 4}
+            (artists[artist_name(label, "immediate")],) = axes.plot(at, immediate, ".", **style)
+            handles = [Line2D([], [], linestyle="", marker=".", color="0.3", label="through yₜ alone")]
     axes.set_yscale("log")
+    log_ticks(axes.yaxis, *(extremes(positive(line.get_ydata()) for line in axes.lines) or (1.0, 1.0)))
     label_axes(axes, "Gradient flow through time", time.label("time step t", "time t"), "gradient magnitude ‖∂L/∂hₜ‖")
-    add_legend(panels, ax)
+    add_legend(panels, ax, handles=handles)
     return drawing(panels, artists)
 
 
@@ -135,14 +142,7 @@ def plot_certificate(certificate: Certificate, *, ax: Ax = None) -> Drawing:
         axes.margins(x=0.15)
         axes.xaxis.set_minor_formatter(NullFormatter())
     for axes in (memory, seconds):
-        low, high = axes.get_xlim()
-        # Within one decade a logarithmic locator may find a single tick.
-        axes.xaxis.set_major_locator(
-            LogLocator(subs=(1, 3) if high < 30 * low else (1,))
-            if high > 10 * low
-            else MaxNLocator(3, steps=[1, 2, 5, 10])
-        )
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        log_ticks(axes.xaxis, *axes.get_xlim())
     errors.set_xlim(
         min([certificate.tolerance * 1e-4, *(r.largest_error / 3 for r in rows if r.largest_error > 0)]), None
     )

@@ -3,7 +3,6 @@ r"""Learning curves: the training loss at every update, and the validation loss 
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from jaxbptt.plots.figure import (
     COLOURS,
@@ -14,6 +13,7 @@ from jaxbptt.plots.figure import (
     drawing,
     finite,
     label_axes,
+    log_ticks,
     panels_in,
     step_ticks,
 )
@@ -74,10 +74,7 @@ def plot_learning_curve(training: Any, validation: Any = None, *, measure: str =
     values = values[np.isfinite(values)]
     if values.size and values.min() > 0 and values.max() > 10 * values.min():
         axes.set_yscale("log")
-        subs = (1, 2, 5) if values.max() < 1000 * values.min() else (1,)
-        axes.yaxis.set_major_locator(LogLocator(subs=subs))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        log_ticks(axes.yaxis, values.min(), values.max())
     label_axes(axes, "Learning curve", "update", measure)
     step_ticks(axes.xaxis)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")

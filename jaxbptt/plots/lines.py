@@ -19,8 +19,10 @@ from jaxbptt.plots.figure import (
     drawing,
     finite,
     label_axes,
+    length_axis,
     panels_in,
     positive,
+    time_unit,
 )
 
 
@@ -37,7 +39,8 @@ def plot_lines(
 ) -> Drawing:
     r"""Several curves in one panel, told apart by colour, dash and marker, with one legend.
 
-    Points that are not finite, or not above 0 on a logarithmic axis, are left out.
+    Points that are not finite, or not above 0 on a logarithmic axis, are left out. Few whole numbers on a logarithmic x axis
+    get a tick each.
 
     Args:
         lines: the values of a curve, `[points]`, at 1, 2, …; or a pair of arrays `(x values, y values)`; or several curves
@@ -76,8 +79,12 @@ def plot_lines(
         )
     axes.set_xscale(xscale)
     axes.set_yscale(yscale)
+    at = np.unique([x for line in artists.values() for x in line.get_xdata() if np.isfinite(x)])
+    if xscale == "log" and at.size and (at % 1 == 0).all():
+        length_axis(axes, at, time_unit(None, None))  # numbers of steps or the like, written out
     label_axes(axes, title, x, y)
-    add_legend(panels, ax)
+    longest = max(map(len, artists), default=0)
+    add_legend(panels, ax, columns=max(1, min(4, 90 // (longest + 6))))  # as many as the width has room for
     return drawing(panels, artists)
 
 

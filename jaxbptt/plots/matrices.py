@@ -40,7 +40,7 @@ def plot_matrices(matrices: Any, *, ax: Ax = None) -> Drawing:
     limit = float(np.max(np.abs(extremes(named.values()) or (0.0, 0.0)))) or 1.0
     palette = matplotlib.colormaps["RdBu_r"].with_extremes(bad=NEUTRAL)
     style: dict[str, Any] = {"cmap": palette, "vmin": -limit, "vmax": limit, "interpolation": "none"}
-    panels = panels_in(ax, len(named), width=1.2 + 2.3 * len(named), height=2.6)
+    panels = panels_in(ax, len(named), width=1.2 + 1.9 * len(named), height=2.4)
     artists: dict[str, Any] = {}
     for axes, (name, matrix) in zip(panels, named.items(), strict=True):
         artists[name or "matrix"] = axes.imshow(matrix, **style)

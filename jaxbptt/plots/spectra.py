@@ -84,7 +84,7 @@ def plot_singular_values(
     values = by_name(values)
     bounds = bound_rate if isinstance(bound_rate, Mapping) else dict.fromkeys(values, bound_rate)
     time = time_unit(dt, unit)
-    panels = panels_in(ax, len(values), width=3.6 * len(values) + 1.0, sharey=True)
+    panels = panels_in(ax, len(values), width=max(3.6 * len(values) + 1.0, 6.0), sharey=True)
     artists: dict[str, Any] = {}
     for axes, (label, (log_values, resolved)) in zip(panels, values.items(), strict=True):
         # Drawn as powers of ten, since the singular values themselves may be outside the range of floats.

@@ -204,7 +204,7 @@ def plot_lag_contributions(lags: Any, *, ax: Ax = None, dt: float | None = None,
     title = next(iter(named)) if not several else ""
     lag = time.label("lag l, time steps", "lag l")
     label_axes(sizes, title, lag, "norm of its contribution ‖G⁽ˡ⁾‖")
-    label_axes(sums, "", lag, "sum of the lags up to l, against the gradient")
+    label_axes(sums, "", lag, "sum up to lag l, against the whole")
     inks = ("0.3", "0.3") if several else COLOURS
     quantities = zip(DASHES, inks, ("cosine", "relative error"), strict=False)
     handles = [Line2D([], [], linestyle=dash, color=ink, label=text) for dash, ink, text in quantities]

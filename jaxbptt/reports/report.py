@@ -3,7 +3,8 @@ r"""What the report contains: for each network, the certificate, how far back th
 Only numbers are computed here; `wording` makes sentences and tables of them, and `page` the HTML.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ from jaxbptt.analysis.jacobians import (
 from jaxbptt.cells import CELLS
 from jaxbptt.cells.cell import Cell
 from jaxbptt.cells.elman import ElmanParams
+from jaxbptt.cells.gru import GRUParams
+from jaxbptt.cells.lstm import LSTMParams
 from jaxbptt.network import NetworkParams, network
 from jaxbptt.scans.exact import scan
 from jaxbptt.tasks import NextStep
@@ -88,6 +91,10 @@ class CellReport(NamedTuple):
         bound_rate: γ σ_max(W_hh) for the Elman cell, `None` for the others.
         loss: the mean over all steps and rows.
         saliency: of the inputs for the losses of single steps.
+        kind: of the cell, a name in `CELLS`; empty for others.
+        kept: the share of the state that a unit keeps in a step, by the bias that its update or forget gate starts with;
+            `None` where weights are trained, and for cells without such a gate.
+        trained: whether the weights are trained, and not those that training starts from.
     """
 
     name: str
@@ -102,6 +109,9 @@ class CellReport(NamedTuple):
     bound_rate: float | None = None
     loss: float | None = None
     saliency: Saliency | None = None
+    kind: str = ""
+    kept: float | None = None
+    trained: bool = False
 
 
 class Entry(NamedTuple):
@@ -116,6 +126,8 @@ class Entry(NamedTuple):
         known: what the loss needs beside the cell's outputs, leaves `[time, batch, ...]`.
         loss: `(hs, known) -> scalar`, the mean over the steps and rows that it is given.
         gradients: further methods for the certificate, by name, `(params, init, xs) -> gradient of params`.
+        kind: of the cell, a name in `CELLS`; empty for others.
+        trained: whether the weights are trained, and not those that training starts from.
     """
 
     name: str
@@ -126,6 +138,8 @@ class Entry(NamedTuple):
     known: Any
     loss: Callable[[Any, Any], Any]
     gradients: Mapping[str, Callable[..., Any]] = {}
+    kind: str = ""
+    trained: bool = False
 
 
 def untrained(name: str, task: NextStep, *, hidden: int, seed: int, dtype: Any, observed: Any = None) -> Entry:
@@ -160,6 +174,7 @@ def untrained(name: str, task: NextStep, *, hidden: int, seed: int, dtype: Any, 
         (targets, mask),
         loss,
         by_textbook if name == "elman" and by_number else {},
+        kind=name,
     )
 
 
@@ -169,20 +184,47 @@ class Stage(NamedTuple):
     Attributes:
         title: what is computed.
         compute: `(show) -> fields of the CellReport`; calls `show` with the name of what it is at.
+        timed: whether it measures times, so that nothing else may run.
     """
 
     title: str
     compute: Callable[[Callable[[str], None]], dict[str, Any]]
+    timed: bool = False
 
 
-def report_cell(name: str, stages: list[Stage], progress: Callable[[str, int], None]) -> CellReport:
-    """Run the stages of a network; `progress(words, stages done)` is told what runs, and when a stage is done."""
-    fields: dict[str, Any] = {}
-    for title, compute in stages:
-        progress(f"{name}: {title}", 0)
-        fields |= compute(lambda method: progress(f"{name}: {method}", 0))
-        progress(f"{name}: {title}", 1)
-    return CellReport(name, **fields)
+def _run(name: str, stage: Stage, progress: Callable[[str, int], None]) -> dict[str, Any]:
+    progress(f"{name}: {stage.title}", 0)
+    fields = stage.compute(lambda method: progress(f"{name}: {method}", 0))
+    progress(f"{name}: {stage.title}", 1)
+    return fields
+
+
+def report_cells(entries: Sequence[Entry], progress: Callable[[str, int], None]) -> list[CellReport]:
+    """All stages of all networks; `progress(words, stages done)` is told what runs, and when a stage is done.
+
+    Most of the time goes into compiling, on one core a program, so stages run two at a time; the certificates, which
+    measure times, run after them and alone.
+    """
+    todo = [(entry.name, stage) for entry in entries for stage in stages(entry)]
+    found: dict[str, dict[str, Any]] = {entry.name: {} for entry in entries}
+    x64 = bool(jax.config.read("jax_enable_x64"))
+
+    def run(name: str, stage: Stage) -> None:
+        with jax.enable_x64(x64):  # a thread starts with the global settings
+            found[name] |= _run(name, stage, progress)
+
+    alone = [(name, stage) for name, stage in todo if stage.timed]
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(run, name, stage) for name, stage in todo if not stage.timed]
+        try:
+            for one in runs:
+                one.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    for name, stage in alone:
+        run(name, stage)
+    return [CellReport(name, **fields) for name, fields in found.items()]
 
 
 def stages(entry: Entry) -> list[Stage]:
@@ -204,7 +246,9 @@ def stages(entry: Entry) -> list[Stage]:
         result = certify(cell, params, init, xs, mean_loss, gradients=gradients, repeats=3, progress=show)
         left_out = f"Jacobian products, singular values and lags: {dense_bytes / 2**30:.1f} GiB of dense matrices"
         value = jax.jit(lambda params, init, xs: mean_loss(*scan(cell, params, init, xs)))(params, init, xs)
-        return {"certificate": result, "left_out": () if dense else (left_out,), "loss": float(value)}
+        found = {"certificate": result, "left_out": () if dense else (left_out,), "loss": float(value)}
+        start = {"kind": entry.kind, "trained": entry.trained, "kept": None if entry.trained else _kept(params)}
+        return found | start
 
     def truncation(show):
         lengths = [2**i for i in range(len(xs).bit_length())]
@@ -232,9 +276,12 @@ def stages(entry: Entry) -> list[Stage]:
         return {"saliency": Saliency(steps, np.asarray(of_row(params, *_row(entry, 0))))}
 
     def by_lag(show):
-        lags = jax.jit(lambda params, init, xs: lag_contributions(cell, params, init, xs, mean_loss))(params, init, xs)
-        horizon = max(jax.tree.leaves(jax.tree.map(int, effective_horizon(lags, 0.01))))
-        return {"lags": jax.tree.map(np.asarray, lags._replace(contributions=None)), "horizon": horizon}
+        def without_contributions(params, init, xs):
+            lags = lag_contributions(cell, params, init, xs, mean_loss)
+            return lags._replace(contributions=None), effective_horizon(lags, 0.01)
+
+        lags, horizons = jax.tree.map(np.asarray, jax.jit(without_contributions)(params, init, xs))
+        return {"lags": lags, "horizon": max(map(int, jax.tree.leaves(horizons)))}
 
     def singular_values(show):
         rate = float(jnp.linalg.norm(params.W_hh, 2)) if isinstance(params, ElmanParams) else None
@@ -242,7 +289,7 @@ def stages(entry: Entry) -> list[Stage]:
         return {"singular_values": values, "bound_rate": rate}
 
     always = [
-        Stage("certificate", certificate),
+        Stage("certificate", certificate, timed=True),
         Stage("truncation", truncation),
         Stage("gradient flow", flow),
         Stage("diagnosis", diagnosis),
@@ -256,6 +303,14 @@ def _dense_bytes(entry: Entry) -> float:
     """Memory of one Jacobian and one weight gradient for every time step."""
     n, p = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (_row(entry, 0)[0], entry.params))
     return len(entry.xs) * (n * n + p) * jnp.result_type(float).itemsize
+
+
+def _kept(params: Any) -> float | None:
+    """The share of the state that is kept in a step by the bias of its gate alone, as a mean over the units."""
+    if not isinstance(params, GRUParams | LSTMParams):
+        return None
+    gates = 3 if isinstance(params, GRUParams) else 4
+    return float(jnp.mean(jax.nn.sigmoid(jnp.split(params.b, gates)[1])))
 
 
 def _row(entry: Entry, i: int) -> tuple[Any, Any]:

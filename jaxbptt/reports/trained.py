@@ -1,5 +1,6 @@
 r"""The networks that the report of a checkpoint opens up: the trained one, and the same as it was before training."""
 
+import codecs
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbptt.models.model import Model
-from jaxbptt.reports.report import Entry
+from jaxbptt.reports.report import Entry, Row
 from jaxbptt.training import losses
 
 
@@ -46,7 +47,7 @@ def entries(model: Model, sequences: Sequences, *, dtype: Any) -> tuple[Entry, E
     )
     init = network.cell.initial_carry(sequences.xs.shape[1:2])
 
-    def entry(name: str, params: Any) -> Entry:
+    def entry(name: str, params: Any, *, trained: bool) -> Entry:
         params = _cast(params, dtype)
 
         def loss(hs, known):
@@ -56,9 +57,10 @@ def entries(model: Model, sequences: Sequences, *, dtype: Any) -> tuple[Entry, E
             return losses.cross_entropy(outputs, known.targets)
 
         xs = network.read(params, known.xs).astype(dtype)
-        return Entry(f"{cell}, {name}", network.cell, params.cell, _cast(init, dtype), xs, known, loss)
+        parts = network.cell, params.cell, _cast(init, dtype), xs, known, loss
+        return Entry(f"{cell}, {name}", *parts, kind=cell, trained=trained)
 
-    return entry("untrained", network.init(key)), entry("trained", model.params)
+    return entry("untrained", network.init(key), trained=False), entry("trained", model.params, trained=True)
 
 
 def easy(model: Model, sequences: Sequences) -> tuple[str, float]:
@@ -69,6 +71,20 @@ def easy(model: Model, sequences: Sequences) -> tuple[str, float]:
     changes = (sequences.xs[..., list(model.columns.targets)] - sequences.targets).astype(float)
     mask = np.ones(changes.shape, bool) if sequences.observed is None else sequences.observed
     return "persistence: nothing changes", float(np.mean(changes[mask] ** 2))
+
+
+def first_row(model: Model, sequences: Sequences, name: str) -> Row:
+    """What a model reads in the first sequence: numbers in their own units, or of a text one symbol for each byte.
+
+    A character of several bytes stands at its last one, where it is known, and nothing at those before.
+    """
+    xs = np.asarray(sequences.xs)[:, 0]
+    if model.vocabulary is None:
+        assert model.columns is not None
+        columns = model.columns
+        return Row(name, None, columns.names, np.asarray(xs, float) * columns.deviation + columns.mean)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return Row(name, tuple(decoder.decode(bytes([model.vocabulary.symbols[number]]))[-1:] for number in xs))
 
 
 def _cast(tree: Any, dtype: Any) -> Any:

@@ -17,7 +17,6 @@ from jaxbptt.reports.charts.style import (
     configured,
     key,
     log_axis,
-    names_param,
 )
 from jaxbptt.reports.report import CellReport
 
@@ -53,11 +52,11 @@ def causes_chart(reports: Sequence[CellReport]) -> Chart | None:
     order = [name for i in range(len(reports)) for name in (key(i), *(f"{key(i)} {part}" for part in (*_PARTS, "sum")))]
     order = [name for name in order if name in labels or name in {network["row"] for network in networks}]
     ends = [row[end] for row in rows for end in ("start", "end")]
-    room = 0.22 * ((max(ends) - min(ends)) or 1)
+    room = 0.32 * ((max(ends) - min(ends)) or 1)
     scale = alt.Scale(domain=[min(ends) - 0.04 * room, max(ends) + room], nice=False)
     x = alt.X(
         "start:Q",
-        title=["nats per step back", "below 0 the gradient shrinks, above 0 it grows"],
+        title="nats per step; below 0 it shrinks",
         scale=scale,
         axis=alt.Axis(tickCount=5, format="~g"),
     )
@@ -85,8 +84,8 @@ def causes_chart(reports: Sequence[CellReport]) -> Chart | None:
         .mark_text(align="left", fontWeight="bold", fontSize=13)
         .encode(x=alt.value(0), y=y, text="name:N")
     )
-    chart = alt.layer(zero, bars, values, heads).add_params(alt.param(name="labels", value=labels))
-    spec = configured(chart.properties(width="container", height=_ROW * len(order)))
+    chart = alt.layer(zero, bars, values, heads).properties(height=_ROW * len(order))
+    spec = configured(chart, {}, {"labels": labels})
     return Chart("causes", spec, "The rate at which the gradient changes in each step back, as a sum of three parts.")
 
 
@@ -107,16 +106,13 @@ def agreement_chart(reports: Sequence[CellReport]) -> Chart:
             {"cell": key(j), "network": report.name, "method": row.name, "value": number(measure(row))}
             for j, report in enumerate(reports)
             for row in report.certificate.rows
-            if np.isfinite(measure(row)) and measure(row) > 0
+            if np.isfinite(measure(row))
         ]
         limit = max(report.certificate.tolerance for report in reports) if i == 0 else None
         panels.append(_panel(rows, methods, title, top, height, total, len(reports), limit))
-    spec = configured(
-        alt.layer(*panels)
-        .resolve_scale(x="independent", y="independent", yOffset="independent")
-        .add_params(names_param([report.name for report in reports]))
-        .properties(width="container", height=total)
-    )
+    chart = alt.layer(*panels).resolve_scale(x="independent", y="independent", yOffset="independent")
+    names = {key(i): report.name for i, report in enumerate(reports)}
+    spec = configured(chart.properties(height=total), {}, {"names": names})
     return Chart("agreement", spec, "Largest error, memory and time of every method of taking the gradient.")
 
 
@@ -132,8 +128,8 @@ def _panel(
 ) -> Any:
     domain = [key(i) for i in range(cells)]
     limits = [] if limit is None else [limit]
-    scale, ticks = log_axis([[row["value"] for row in rows], limits], ticks=4)
-    axis = alt.Axis(**ticks, title=title, orient="bottom", offset=top + height - total, grid=False)
+    scale, ticks = log_axis([[row["value"] for row in rows], limits], ticks=3)
+    axis = alt.Axis(**ticks, title=title, orient="bottom", titleAnchor="end", offset=top + height - total, grid=False)
     x = alt.X("value:Q", scale=alt.Scale(**scale), axis=axis)
     y = alt.Y(
         "method:N",
@@ -143,29 +139,35 @@ def _panel(
         axis=alt.Axis(orient="left", labelLimit=175, labelFontSize=11, ticks=False, grid=True),
     )
     legend = alt.Legend(labelExpr="names[datum.value]", symbolSize=80, symbolOpacity=1)
+    base = alt.Chart(alt.Data(values=rows)).encode(
+        y=y,
+        yOffset=alt.YOffset("cell:N", scale=alt.Scale(domain=domain)),
+        tooltip=[
+            alt.Tooltip("network:N"),
+            alt.Tooltip("method:N"),
+            alt.Tooltip("value:Q", title=title.split(" (")[0], format=".3g"),
+        ],
+    )
+    colours = alt.Scale(domain=domain, range=[light for light, _ in CELLS][:cells])
+    shapes = alt.Scale(domain=domain, range=list(SHAPES)[:cells])
     dots = (
-        alt.Chart(alt.Data(values=rows))
+        base.transform_filter("datum.value > 0")
         .mark_point(filled=True, size=46, opacity=1)
         .encode(
-            x,
-            y,
-            yOffset=alt.YOffset("cell:N", scale=alt.Scale(domain=domain)),
-            color=alt.Color(
-                "cell:N", scale=alt.Scale(domain=domain, range=[light for light, _ in CELLS][:cells]), legend=legend
-            ),
-            shape=alt.Shape("cell:N", scale=alt.Scale(domain=domain, range=list(SHAPES)[:cells]), legend=legend),
-            tooltip=[
-                alt.Tooltip("network:N"),
-                alt.Tooltip("method:N"),
-                alt.Tooltip("value:Q", title=title.split(" (")[0], format=".3g"),
-            ],
+            x=x,
+            color=alt.Color("cell:N", scale=colours, legend=legend),
+            shape=alt.Shape("cell:N", scale=shapes, legend=legend),
         )
     )
-    if limit is None:
-        return dots
+    # 0 has no logarithm.
+    zeros = (
+        base.transform_filter("datum.value == 0")
+        .mark_text(align="left", dx=4, fontSize=10)
+        .encode(x=alt.value(0), text=alt.value("0"))
+    )
     rule = (
-        alt.Chart(alt.Data(values=[{"value": limit}]))
+        alt.Chart(alt.Data(values=[{"value": limit} for limit in limits]))
         .mark_rule(color=QUIET[0], strokeDash=[4, 3])
         .encode(x, y=alt.value(top), y2=alt.value(top + height))
     )
-    return alt.layer(rule, dots)
+    return alt.layer(rule, dots, zeros)

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import altair as alt
 import numpy as np
 
-from jaxbptt.reports.charts.style import CELLS, DASHES, SHAPES, key
+from jaxbptt.reports.charts.style import CELLS, DASHES, SHAPES, key, power_of_ten
 
 # With more points than this on a line they run into each other.
 _FEW = 40
-WIDTHS = (2.6, 1.3)
+WIDTHS = (3, 1.3)
 
 
 class Curve(NamedTuple):
@@ -33,7 +33,7 @@ class Curve(NamedTuple):
     @property
     def name(self) -> str:
         """What the reader calls it."""
-        return f"{self.network}, {self.word}" if self.word else self.network
+        return f"{self.word}: {self.network}" if self.word else self.network
 
     @property
     def key(self) -> str:
@@ -56,43 +56,52 @@ def rows(curves: Sequence[Curve], **places: np.ndarray) -> list[dict[str, Any]]:
     ]
 
 
+def labels(curves: Sequence[Curve]) -> dict[str, Any]:
+    """What the legend of `drawn` names: the curves, by key."""
+    return {"labels": {curve.key: curve.name for curve in curves}}
+
+
 def drawn(
-    data: list[dict[str, Any]], curves: Sequence[Curve], x: alt.X, y: alt.Y, *, positive: bool = True, label: str = ""
+    curves: Sequence[Curve], points: int, x: alt.X, y: alt.Y, *, positive: bool = True, label: str = ""
 ) -> tuple[list[Any], list[Any]]:
-    """The layers with lines, and with points where these are few, and the parameters of the whole chart.
+    """The layers with lines, and with points where these are few, and the controls of the whole chart.
 
     Args:
-        data: from `rows`.
-        curves: to draw.
+        curves: to draw, of the dataset "curves", made by `rows`.
+        points: how many each has.
         x: of the rows.
         y: of `value`.
         positive: whether 0 is left out, having no logarithm; the line is broken there.
-        label: an expression to be added to a curve's name in the legend.
+        label: an expression for what stands before a curve's name in the legend.
     """
     folded: list[Any] = [curve.key for curve in curves]
     lines = (
-        alt.Chart(alt.Data(values=data))
+        alt.Chart(alt.NamedData("curves"))
         .transform_fold(folded, as_=["curve", "number"])
         .transform_calculate(
             value="datum.number > 0 ? datum.number : null" if positive else "datum.number",
             cell="split(datum.curve, '_')[0]",
         )
     )
-    names = {curve.key: curve.name for curve in curves}
     legend = alt.Legend(
-        labelExpr=f"labels[datum.value]{label and ' + ' + label}", symbolType="stroke", symbolFillColor="transparent"
+        labelExpr=f"{label and label + ' + '}labels[datum.value]",
+        symbolType="stroke",
+        symbolFillColor="transparent",
+        symbolOpacity=1,
     )
+    legend = legend if len(curves) > 1 else None
 
     def scale(choices: Sequence[Any], which: str) -> alt.Scale:
         chosen = [choices[getattr(curve, which) % len(choices)] for curve in curves]
-        return alt.Scale(domain=folded, range=chosen)
+        return alt.Scale(type="ordinal", domain=folded, range=chosen)
 
     picked, controls = _picking(curves)
     shown: dict[str, Any] = {"x": x, "y": y}
     shown["color"] = alt.Color("curve:N", scale=scale([light for light, _ in CELLS], "cell"), legend=legend)
-    shown["opacity"] = alt.condition(picked, alt.value(1), alt.value(0.12)) if controls else alt.value(1)
+    if controls:
+        shown["opacity"] = alt.condition(picked, alt.value(1), alt.value(0.12))
     layers = [
-        lines.mark_line(clip=True)
+        lines.mark_line(clip=True, opacity=1)
         .encode(
             **shown,
             strokeDash=alt.StrokeDash("curve:N", scale=scale(DASHES, "cell"), legend=legend),
@@ -101,9 +110,9 @@ def drawn(
         .add_params(*controls[:1])
         .properties(name="lines")
     ]
-    if len(data) <= _FEW:
-        layers.append(lines.mark_point(size=34, filled=True, shape=shape_of_cell()).encode(**shown))
-    return layers, [alt.param(name="labels", value=names), *controls[1:]]
+    if points <= _FEW:
+        layers.append(lines.mark_point(size=34, filled=True, opacity=1, shape=shape_of_cell()).encode(**shown))
+    return layers, controls[1:]
 
 
 def shape_of_cell() -> Any:
@@ -129,13 +138,18 @@ def _picking(curves: Sequence[Curve]) -> tuple[str, list[Any]]:
     return condition, [legend, alt.param(name="pick", value="all", bind=bind)]
 
 
-def hover(data: list[dict[str, Any]], x: alt.X, curves: Sequence[Curve], tooltip: list[alt.Tooltip]) -> Any:
+def hover(x: alt.X, curves: Sequence[Curve], tooltip: list[alt.Tooltip], *, logarithms: bool = False) -> Any:
     """Rectangles from `low` to `high` over the whole height: where the pointer is, all curves' values are shown."""
     over = alt.selection_point(name="over", on="pointerover", clear="pointerout", fields=["low"], empty=False)
-    values = [alt.Tooltip(f"{curve.key}:Q", title=curve.name, format=".3g") for curve in curves]
+    chart = alt.Chart(alt.NamedData("curves"))
+    for curve in curves:
+        value = f"datum.{curve.key}"
+        words = power_of_ten(value) if logarithms else f"format({value}, '.3~g')"
+        shown = f"{value} === null ? '–' : {words}"
+        chart = chart.transform_calculate(**{f"{curve.key}_shown": shown})
+    values = [alt.Tooltip(f"{curve.key}_shown:N", title=curve.name) for curve in curves]
     return (
-        alt.Chart(alt.Data(values=data))
-        .mark_rect(color="#767676", aria=False)
+        chart.mark_rect(color="#767676", aria=False, clip=True)
         .encode(
             x,
             alt.X2("high:Q"),

@@ -9,7 +9,7 @@ import numpy as np
 from jaxbptt.reports.charts import curves
 from jaxbptt.reports.charts.curves import Curve
 from jaxbptt.reports.charts.embed import Chart
-from jaxbptt.reports.charts.style import POWERS, configured, log_axis
+from jaxbptt.reports.charts.style import configured, log_axis, power_of_ten, step_axis
 from jaxbptt.reports.report import CellReport
 
 # So many points of a line can be told apart on a screen.
@@ -22,12 +22,12 @@ def flow_chart(reports: Sequence[CellReport]) -> Chart:
     steps = np.arange(1, len(found[0].values) + 1)
     rows = curves.rows(found, x=steps, low=steps - 0.5, high=steps + 0.5)
     time = alt.Scale(domain=[0.5, len(steps) + 0.5], nice=False, zero=False)
-    axis = alt.Axis(format=",d", tickMinStep=1, tickCount=6, grid=False, title="time step t")
+    axis = step_axis(len(steps), "time step t")
     x, low = (alt.X(field, type="quantitative", scale=time, axis=axis) for field in ("x", "low"))
     y = _log_y("‖∂L/∂hₜ‖", found)
-    layers, params = curves.drawn(rows, found, x, y)
-    hover = curves.hover(rows, low, found, [alt.Tooltip("x:Q", title="time step", format=",d")])
-    spec = _whole([*layers, hover], params, 260)
+    layers, params = curves.drawn(found, len(steps), x, y)
+    hover = curves.hover(low, found, [alt.Tooltip("x:Q", title="time step", format=",d")])
+    spec = _whole([*layers, hover], params, 260, rows, found)
     return Chart("flow", spec, "Norm of the gradient of the last step's loss at each earlier state, by time step.")
 
 
@@ -59,7 +59,7 @@ def singular_values_chart(reports: Sequence[CellReport]) -> Chart | None:
                 found.append(Curve(i, report.name, powers[:, rank], kind, word))
     if not found:
         return None
-    axis = alt.Axis(tickCount=6, labelExpr=POWERS.replace("datum.value", "pow(10, datum.value)"))
+    axis = alt.Axis(tickCount=6, labelExpr=power_of_ten("datum.value"))
     y = alt.Y("value:Q", title="singular values of ∂h_T/∂hₜ", axis=axis, scale=alt.Scale(zero=False))
     spec = _by_lag(found, y, "lag T − t, time steps", 260, positive=False)
     return Chart("singular-values", spec, "Singular values of the product of Jacobians over the last steps, by lag.")
@@ -85,11 +85,16 @@ def _by_lag(found: Sequence[Curve], y: alt.Y, title: str, height: int, *, positi
     )
     scale = alt.Scale(type="log", domain=[0.9, max(count, 2) * 1.03], nice=False)
     x, low = (alt.X(field, type="quantitative", scale=scale, axis=axis) for field in ("x", "low"))
-    layers, params = curves.drawn(rows, kept, x, y, positive=positive)
-    shown = kept if positive else []
-    hover = curves.hover(rows, low, shown, [alt.Tooltip("lag:Q", title="lag", format=",d")])
-    return _whole([*layers, hover], params, height)
+    layers, params = curves.drawn(kept, len(lags), x, y, positive=positive)
+    tooltip = [alt.Tooltip("lag:Q", title="lag", format=",d")]
+    hover = curves.hover(low, kept, tooltip, logarithms=not positive)
+    return _whole([*layers, hover], params, height, rows, kept)
 
 
-def _whole(layers: list[Any], params: list[Any], height: int) -> dict[str, Any]:
-    return configured(alt.layer(*layers).add_params(*params).properties(width="container", height=height))
+def _whole(
+    layers: list[Any], params: list[Any], height: int, rows: list[dict[str, Any]], found: Sequence[Curve]
+) -> dict[str, Any]:
+    chart = alt.layer(*layers).add_params(*params).properties(height=height)
+    if len(found) == 1:
+        chart = chart.properties(title=found[0].name)
+    return configured(chart, {"curves": rows}, curves.labels(found))

@@ -20,7 +20,6 @@ from jaxbptt.reports.charts.style import (
     cell_colours,
     configured,
     key,
-    names_param,
 )
 from jaxbptt.reports.report import CellReport, Row, Saliency
 
@@ -30,8 +29,8 @@ _LEVELS = 1000
 # Entries over all losses and networks, about four bytes each on the page; of numbers in a column, about seven.
 _MAX_ENTRIES = 200_000
 _MAX_NUMBERS = 40_000
-# So many characters are shown at once, those before the loss and a few after it.
-_MAX_CHARACTERS = 480
+# So many steps are shown at once, those before the loss and a few after it.
+_MAX_SHOWN = 480
 _AFTER = 20
 # A character's width and a row's height, pixels; the upper part of a row is for the bar.
 _WIDTH, _HEIGHT, _BAR = 14, 44, 22
@@ -48,8 +47,9 @@ def saliency_chart(row: Row, reports: Sequence[CellReport]) -> Chart | None:
         return None
     names, saliencies = zip(*found, strict=True)
     steps, values = _thinned(saliencies)
-    params = _params(names, steps, values)
-    spec = _over_text(row.characters, params) if row.characters is not None else _over_numbers(row, params)
+    controls = _controls(names, steps)
+    known = _known(names, steps, values)
+    spec = _over_text(row.characters, controls, known) if row.characters else _over_numbers(row, controls, known)
     return Chart("saliency", spec, "How much the loss of one step depends on each input that was read before it.")
 
 
@@ -62,31 +62,33 @@ def _thinned(saliencies: Sequence[Saliency]) -> tuple[np.ndarray, list[np.ndarra
     return steps[kept], [np.asarray(saliency.values, float)[kept] for saliency in saliencies]
 
 
-def _params(names: Sequence[str], steps: np.ndarray, values: Sequence[np.ndarray]) -> list[Any]:
-    """The controls, and the data they choose from."""
-    last = int(steps[-1]) + 1
+def _controls(names: Sequence[str], steps: np.ndarray) -> list[Any]:
+    """A select of the network and a slider of the loss's step, where there is something to choose."""
     strides = np.unique(np.diff(steps))
-    slider = alt.binding_range(
-        min=int(steps[0]) + 1, max=last, step=int(strides[0]) if len(strides) == 1 else 1, name="loss of step"
-    )
-    levels = {key(i): [_levels(*at) for at in zip(of_cell, steps, strict=True)] for i, of_cell in enumerate(values)}
-    largest = {key(i): [number(at.max(initial=0)) for at in of_cell] for i, of_cell in enumerate(values)}
-    # Where not every step's loss is there, the slider takes the nearest.
-    nearest = np.abs(np.arange(last)[:, None] - steps).argmin(axis=1)
-    move: dict[str, Any] = {"bind": slider} if len(steps) > 1 else {}
-    choose: dict[str, Any] = {}
-    if len(names) > 1:
-        keys = [key(i) for i in range(len(names))]
-        choose["bind"] = alt.binding_select(options=keys, labels=list(names), name="network")
-    return [
-        alt.param(name="cell", value=key(0), **choose),
-        alt.param(name="step", value=last, **move),
-        names_param(names),
-        alt.param(name="losses", value=(steps + 1).tolist()),
-        alt.param(name="nearest", value=nearest.tolist()),
-        alt.param(name="levels", value=levels),
-        alt.param(name="largest", value=largest),
+    first, last, stride = int(steps[0]) + 1, int(steps[-1]) + 1, int(strides[0]) if len(strides) == 1 else 1
+    keys = [key(i) for i in range(len(names))]
+    select = alt.binding_select(options=keys, labels=list(names), name="network")
+    slider = alt.binding_range(min=first, max=last, step=stride, name="loss of step")
+    bound: list[dict[str, Any]] = [
+        {"bind": select} if len(names) > 1 else {},
+        {"bind": slider} if len(steps) > 1 else {},
     ]
+    return [alt.param(name="cell", value=key(0), **bound[0]), alt.param(name="step", value=last, **bound[1])]
+
+
+def _known(names: Sequence[str], steps: np.ndarray, values: Sequence[np.ndarray]) -> dict[str, Any]:
+    """What the controls choose from."""
+    by_cell = {key(i): of_cell for i, of_cell in enumerate(values)}
+    return {
+        "names": {key(i): name for i, name in enumerate(names)},
+        "losses": (steps + 1).tolist(),
+        # Where not every step's loss is there, the slider takes the nearest.
+        "nearest": np.abs(np.arange(steps[-1] + 1)[:, None] - steps).argmin(axis=1).tolist(),
+        "levels": {
+            cell: [_levels(*at) for at in zip(of_cell, steps, strict=True)] for cell, of_cell in by_cell.items()
+        },
+        "largest": {cell: [number(at.max(initial=0)) for at in of_cell] for cell, of_cell in by_cell.items()},
+    }
 
 
 def _levels(values: np.ndarray, last: int) -> dict[str, Any]:
@@ -111,7 +113,7 @@ _AT = {
         f"format(largest[cell][nearest[step - 1]] * pow(10, {_DECADES} * (datum.level / {_LEVELS} - 1)), '.2g')"
     ),
 }
-_TITLE = {"expr": "names[cell] + ': what the loss of step ' + losses[nearest[step - 1]] + ' depends on'"}
+_TITLE = {"expr": "[names[cell], 'What the loss of step ' + format(losses[nearest[step - 1]], ',') + ' depends on']"}
 
 
 def _calculated(chart: alt.Chart, **fields: str) -> alt.Chart:
@@ -120,18 +122,22 @@ def _calculated(chart: alt.Chart, **fields: str) -> alt.Chart:
     return chart
 
 
-def _over_text(characters: Sequence[str], params: list[Any]) -> dict[str, Any]:
+def _start(steps: int) -> str:
+    """An expression for the first step in view, from 1."""
+    return f"clamp(losses[nearest[step - 1]] - {_MAX_SHOWN - _AFTER}, 1, {max(1, steps - _MAX_SHOWN + 1)})"
+
+
+def _in_view(start: str) -> str:
+    return f"datum.s >= {start} && datum.s < {start} + {_MAX_SHOWN}"
+
+
+def _over_text(characters: Sequence[str], controls: list[Any], known: dict[str, Any]) -> dict[str, Any]:
     rows = [
         {"s": i + 1, "sign": _SIGNS.get(c, c if c.isprintable() else "�"), "name": _NAMES.get(c, c)}
         for i, c in enumerate(characters)
     ]
-    # The first character in view, from 1.
-    start = (
-        f"clamp(losses[nearest[step - 1]] - {_MAX_CHARACTERS - _AFTER}, 1, {max(1, len(rows) - _MAX_CHARACTERS + 1)})"
-    )
-    base = alt.Chart(alt.Data(values=rows)).transform_filter(
-        f"datum.s >= {start} && datum.s < {start} + {_MAX_CHARACTERS}"
-    )
+    start = _start(len(rows))
+    base = alt.Chart(alt.NamedData("inputs")).transform_filter(_in_view(start))
     base = _calculated(
         base,
         column=f"(datum.s - {start}) % {_COLUMNS}",
@@ -146,7 +152,13 @@ def _over_text(characters: Sequence[str], params: list[Any]) -> dict[str, Any]:
     line = alt.Y(
         "line:O",
         title=None,
-        axis=alt.Axis(labelExpr=f"format(datum.value * {_COLUMNS} + {start}, ',')", ticks=False, domain=False),
+        axis=alt.Axis(
+            labelOffset=_HEIGHT / 2 - 11,
+            labelPadding=6,
+            labelExpr=f"format(datum.value * {_COLUMNS} + {start}, ',')",
+            ticks=False,
+            domain=False,
+        ),
         scale=alt.Scale(paddingInner=0, paddingOuter=0),
     )
     height = f"datum.level / {_LEVELS} * {_BAR}"
@@ -164,7 +176,7 @@ def _over_text(characters: Sequence[str], params: list[Any]) -> dict[str, Any]:
     )
     mark = (
         base.transform_filter("datum.s == datum.loss")
-        .mark_rect(fillOpacity=0, stroke=INK[0], strokeWidth=2, height=20, yOffset=_HEIGHT / 2 - 11, aria=False)
+        .mark_rect(filled=False, color=INK[0], strokeWidth=2, height=20, yOffset=_HEIGHT / 2 - 11, aria=False)
         .encode(alt.X("column:Q", scale=columns, axis=None), alt.X2("end:Q"), line)
         .transform_calculate(end="datum.column + 1")
         .properties(name="loss")
@@ -184,11 +196,12 @@ def _over_text(characters: Sequence[str], params: list[Any]) -> dict[str, Any]:
         .transform_calculate(end="datum.column + 1")
         .properties(name="hover")
     )
-    chart = alt.layer(bars, letters, mark, hover).add_params(*params)
-    return configured(chart.properties(width="container", height=alt.Step(_HEIGHT), title=alt.TitleParams(_TITLE)))
+    chart = alt.layer(bars, letters, mark, hover).add_params(*controls)
+    chart = chart.properties(height=alt.Step(_HEIGHT), title=alt.TitleParams(_TITLE))
+    return configured(chart, {"inputs": rows}, known)
 
 
-def _over_numbers(row: Row, params: list[Any]) -> dict[str, Any]:
+def _over_numbers(row: Row, controls: list[Any], known: dict[str, Any]) -> dict[str, Any]:
     assert row.values is not None
     values = np.asarray(row.values, float)
     values = values.reshape(len(values), -1)[:, : max(1, _MAX_NUMBERS // len(values))]
@@ -198,35 +211,35 @@ def _over_numbers(row: Row, params: list[Any]) -> dict[str, Any]:
     if len(columns) > 1:
         most = f" (first {len(columns)} of {len(row.columns)})" if len(columns) < len(row.columns) else ""
         choose["bind"] = alt.binding_select(options=list(range(len(columns))), labels=columns, name=f"column{most}")
-    params = [
-        *params,
-        alt.param(name="column", value=0, **choose),
-        alt.param(name="columns", value=columns),
-        alt.param(name="series", value=[[number(x) for x in column] for column in values.T]),
-    ]
+    controls = [*controls, alt.param(name="column", value=0, **choose)]
+    start = _start(steps)
     base = _calculated(
-        alt.Chart(alt.Data(values=[{"s": s} for s in range(1, steps + 1)])),
+        alt.Chart(alt.NamedData("inputs")).transform_filter(_in_view(start)),
         value="series[column][datum.s - 1]",
         column="columns[column]",
         low="datum.s - 0.5",
         high="datum.s + 0.5",
         **_AT,
     )
-    time = alt.Scale(domain=[0.5, steps + 0.5], nice=False, zero=False)
-    axis = alt.Axis(format=",d", tickMinStep=1, tickCount=6, grid=False, title="time step s")
+    first, last = alt.expr(f"{start} - 0.5"), alt.expr(f"{start} + {min(steps, _MAX_SHOWN) - 0.5}")
+    time = alt.Scale(domainMin=first, domainMax=last, nice=False, zero=False)
+    axis = alt.Axis(format=",d", tickMinStep=1, tickCount=5, grid=False, title="time step s")
     x = alt.X("s:Q", scale=time, axis=axis)
     few: dict[str, Any] = {"point": alt.OverlayMarkDef(size=24, filled=True, color=INK[0])} if steps <= 40 else {}
-    series = base.mark_line(color=INK[0], strokeWidth=1.5, clip=True, **few).encode(
-        x,
-        alt.Y(
-            "value:Q",
-            scale=alt.Scale(range=[110, 0], zero=False),
-            axis=alt.Axis(orient="left", title="value", tickCount=4, format="~g", grid=False),
-        ),
+    series = (
+        base.mark_line(color=INK[0], strokeWidth=1.5, clip=True, **few)
+        .encode(
+            x,
+            alt.Y(
+                "value:Q",
+                scale=alt.Scale(range=[110, 0], zero=False),
+                axis=alt.Axis(orient="left", title="value", tickCount=4, format="~g", grid=False),
+            ),
+        )
+        .properties(name="series")
     )
     # The label of an axis for each decade.
     ticks = {round(_LEVELS * i / _DECADES): f"{100 * 10.0 ** (i - _DECADES):g} %" for i in range(_DECADES + 1)}
-    labels = alt.param(name="shares", value={str(level): label for level, label in ticks.items()})
     bars = (
         base.mark_area(interpolate="step", line=False, opacity=1)
         .encode(
@@ -271,5 +284,11 @@ def _over_numbers(row: Row, params: list[Any]) -> dict[str, Any]:
         .properties(name="hover")
         .add_params(over)
     )
-    chart = alt.layer(series, bars, mark, hover).resolve_scale(y="independent").add_params(*params, labels)
-    return configured(chart.properties(width="container", height=230, title=alt.TitleParams(_TITLE)))
+    chart = alt.layer(series, bars, mark, hover).resolve_scale(y="independent").add_params(*controls)
+    known |= {
+        "columns": columns,
+        "series": [[number(x) for x in column] for column in values.T],
+        "shares": {str(level): label for level, label in ticks.items()},
+    }
+    chart = chart.properties(height=230, title=alt.TitleParams(_TITLE))
+    return configured(chart, {"inputs": [{"s": s} for s in range(1, steps + 1)]}, known)

@@ -4,7 +4,7 @@ A chart is drawn once, in the colours of the light theme. In the dark one CSS re
 the picture follows the theme of the reader at once, without a script, and print is always light.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import altair as alt
@@ -19,7 +19,7 @@ LINE = ("#d5d5d5", "#3a3e44")
 PAPER = ("#ffffff", "#16181b")
 
 # Cells differ by these too, for who does not see the colours.
-DASHES = ([1, 0], [7, 3], [2, 2.5])
+DASHES = ([1, 0], [7, 3], [9, 3, 2.5, 3])
 SHAPES = ("circle", "square", "triangle-up")
 
 # Selections, and the layers whose marks they listen to.
@@ -33,6 +33,17 @@ MONOSPACE = "ui-monospace, 'Liberation Mono', monospace"
 
 # Of a logarithmic axis: few digits, and powers of ten where these would be many.
 POWERS = "datum.value < 1e-3 || datum.value >= 1e5 ? format(datum.value, '~e') : format(datum.value, '~g')"
+
+
+def power_of_ten(power: str) -> str:
+    """An expression for 10 to some power in words, whether or not a float can hold it."""
+    return f"abs({power}) > 4 ? '1e' + format({power}, 'd') : format(pow(10, {power}), '.3~g')"
+
+
+def step_axis(count: int, title: str, **options: Any) -> alt.Axis:
+    """An axis of whole numbers up to a count."""
+    stride = next(m * 10**power for power in range(9) for m in (1, 2, 5) if count <= 6 * m * 10**power)
+    return alt.Axis(values=list(range(stride, count + 1, stride)), format=",d", grid=False, title=title, **options)
 
 
 def log_axis(values: Iterable[Any], *, ticks: int = 6) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -69,16 +80,18 @@ def cell_colours() -> alt.Scale:
     return alt.Scale(domain=[key(i) for i in range(len(CELLS))], range=[light for light, _ in CELLS])
 
 
-def names_param(names: Sequence[str]) -> alt.Parameter:
-    """The networks' names by key: in data and never in an expression, since they are arbitrary strings."""
-    return alt.param(name="names", value={key(i): name for i, name in enumerate(names)})
+def configured(chart: Any, data: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The specification of a whole chart: as wide as the page, its words in the page's font.
 
-
-def configured(chart: Any) -> dict[str, Any]:
-    """The specification of a whole chart: as wide as the page, its words in the page's font."""
+    Args:
+        chart: of Altair.
+        data: rows by the names that layers know them by.
+        values: what expressions can name. Whatever a user chose, as names are, stands here and in the data, and never in an
+            expression.
+    """
     ink, quiet, line = INK[0], QUIET[0], LINE[0]
     spec = (
-        chart.properties(autosize=alt.AutoSizeParams(type="fit-x", contains="padding"))
+        chart.properties(width="container", autosize=alt.AutoSizeParams(type="fit-x", contains="padding"))
         .configure(font=FONT, background="transparent", padding=4)
         .configure_view(stroke=None)
         .configure_axis(
@@ -97,18 +110,22 @@ def configured(chart: Any) -> dict[str, Any]:
             direction="vertical",
             labelColor=ink,
             labelFontSize=13,
-            labelLimit=280,
+            labelLimit=200,
             symbolSize=500,
             symbolStrokeWidth=2.5,
             title=None,
             offset=8,
         )
-        .configure_title(color=ink, fontSize=13, fontWeight="normal", anchor="start", offset=8)
+        .configure_title(color=ink, fontSize=13, fontWeight="normal", anchor="start", offset=8, limit=275)
+        .configure_point(opacity=1)
         .configure_text(color=ink, fontSize=12)
         .to_dict()
     )
+    # Added to the finished specification, since Altair copies and checks all that it is given, many times over.
+    spec["datasets"] = dict(data)
+    spec["params"] = [*spec.get("params", []), *({"name": name, "value": value} for name, value in values.items())]
     # Altair puts a selection of one layer into all beside it, where layers are nested.
-    for param in spec.get("params", []):
+    for param in spec["params"]:
         if "views" in param:
             param["views"] = [view for view in param["views"] if view.startswith(VIEWS[param["name"]])]
     return spec
@@ -138,7 +155,9 @@ STYLE = f"""
 .chart .controls label {{ display: flex; flex-wrap: wrap; gap: 0 0.6rem; align-items: center; max-width: 100%; }}
 .chart .controls .vega-bind-name {{ margin: 0; }}
 .chart .controls input, .chart .controls select {{ min-height: 2rem; max-width: 100%; font: inherit; margin: 0; }}
-.chart .controls input[type="range"] {{ width: min(20rem, 60vw); accent-color: var(--chart-accent); }}
+.chart .controls input[type="range"] {{ width: min(20rem, 45vw); accent-color: var(--chart-accent); }}
+/* The slider goes over the lengths by number: the chart's title says which it is. */
+#truncation .controls input[type="range"] + span {{ display: none; }}
 #vg-tooltip-element.vg-tooltip {{ color: var(--ink); background: var(--paper); border: 1px solid var(--line);
   font: 0.85rem/1.35 system-ui, sans-serif; max-width: min(22rem, 90vw); box-shadow: 0 1px 6px #0004; }}
 #vg-tooltip-element table tr td.key {{ color: var(--quiet); max-width: 12rem; }}

@@ -9,7 +9,7 @@ import numpy as np
 from jaxbptt.reports.charts import curves
 from jaxbptt.reports.charts.curves import Curve
 from jaxbptt.reports.charts.embed import Chart
-from jaxbptt.reports.charts.style import ACCENT, INK, QUIET, configured, log_axis
+from jaxbptt.reports.charts.style import ACCENT, INK, QUIET, configured, log_axis, step_axis
 from jaxbptt.reports.report import CellReport
 
 # Where the two panels end, pixels from the top: the error above, the paths below.
@@ -31,29 +31,26 @@ def truncation_chart(reports: Sequence[CellReport]) -> Chart:
     if len(lengths) > 1:
         bind["bind"] = alt.binding_range(min=0, max=len(lengths) - 1, step=1, name="K")
     found = [
-        Curve(i, report.name, np.asarray(getattr(report.bias, kind).relative_errors, float), j, f"{kind}_scan")
+        Curve(i, report.name, np.asarray(getattr(report.bias, kind).relative_errors, float), j, kind)
         for i, report in enumerate(reports)
         for j, kind in enumerate(_KINDS)
     ]
+    rows = curves.rows(found, x=lengths, low=lengths / np.sqrt(2), high=lengths * np.sqrt(2))
     errors, params = _errors(found, lengths)
-    spec = configured(
+    title = alt.TitleParams({"expr": "'K = ' + format(lengths[k], ',') + ': the gradient is off by'"})
+    chart = (
         alt.layer(errors, _paths(steps))
         .resolve_scale(x="independent", y="independent")
-        .add_params(
-            *params,
-            alt.param(name="k", value=middle, **bind),
-            alt.param(name="lengths", value=lengths.tolist()),
-            alt.param(
-                name="errors", value={curve.key: [_in_words(error) for error in curve.values] for curve in found}
-            ),
-            alt.param(name="kept", value=[_kept(steps, int(K)) for K in lengths]),
-        )
-        .properties(
-            width="container",
-            height=_PATHS[1],
-            title=alt.TitleParams({"expr": "'K = ' + lengths[k] + ': the gradient is off by'"}),
-        )
+        .add_params(*params, alt.param(name="k", value=middle, **bind))
+        .properties(height=_PATHS[1], title=title)
     )
+    values = curves.labels(found) | {
+        "lengths": lengths.tolist(),
+        "errors": {curve.key: [_in_words(error) for error in curve.values] for curve in found},
+        "kept": [_kept(steps, int(K)) for K in lengths],
+    }
+    stride = -(-steps // _MANY)
+    spec = configured(chart, {"curves": rows, "states": [{"s": s} for s in [*range(0, steps, stride), steps]]}, values)
     return Chart(
         "truncation", spec, "Error of truncated gradients by the truncation length K, and the paths they keep."
     )
@@ -63,7 +60,7 @@ def _in_words(error: float) -> str:
     """A relative error with two digits."""
     if not np.isfinite(error):
         return "not finite"
-    return f"{100 * error:.2g} %" if 1e-4 <= error < 10 else "0" if error == 0 else f"{error:.1e}"
+    return _percent(error) if 1e-4 <= error < 10 else "0" if error == 0 else f"{error:.1e}"
 
 
 def _kept(steps: int, K: int) -> list[str]:
@@ -72,13 +69,18 @@ def _kept(steps: int, K: int) -> list[str]:
     truncated = whole * (K * (K + 1) // 2) + rest * (rest + 1) // 2
     windowed = K * steps - K * (K - 1) // 2
     total = steps * (steps + 1) // 2
-    shares = (f"{count:,} of {total:,} ({100 * count / total:.2g} %)" for count in (truncated, windowed))
-    return [f"■ kept by {kind}_scan: {share}" for kind, share in zip(_KINDS, shares, strict=True)]
+    return [
+        f"■ {kind}: {_percent(n / total)} of {total:,} paths"
+        for kind, n in zip(_KINDS, (truncated, windowed), strict=True)
+    ]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
 
 
 def _errors(found: Sequence[Curve], lengths: np.ndarray) -> tuple[Any, list[Any]]:
     gap = _PATHS[1] - _ERRORS[1]
-    rows = curves.rows(found, x=lengths, low=lengths / np.sqrt(2), high=lengths * np.sqrt(2))
     across = alt.Scale(type="log", domain=[0.8, max(2, lengths[-1]) * 1.25], nice=False)
     axis = alt.Axis(
         title="truncation length K, time steps",
@@ -96,36 +98,38 @@ def _errors(found: Sequence[Curve], lengths: np.ndarray) -> tuple[Any, list[Any]
         scale=alt.Scale(**scale, range=[_ERRORS[1], _ERRORS[0]]),
         axis=alt.Axis(**ticks, orient="left"),
     )
-    layers, params = curves.drawn(rows, found, x, y, label="': ' + errors[datum.value][k]")
-    rule = (
-        alt.Chart(alt.Data(values=rows))
-        .transform_filter("datum.x == lengths[k]")
-        .mark_rule(color=INK[0], strokeDash=[3, 3])
-        .encode(x, y=alt.value(_ERRORS[0]), y2=alt.value(_ERRORS[1]))
+    layers, params = curves.drawn(found, len(lengths), x, y, label="errors[datum.value][k] + '  '")
+    chosen = alt.Chart(alt.NamedData("curves")).transform_filter("datum.x == lengths[k]")
+    rule = chosen.mark_rule(color=INK[0], strokeDash=[3, 3]).encode(
+        x, y=alt.value(_ERRORS[0]), y2=alt.value(_ERRORS[1])
+    )
+    folded: list[Any] = [curve.key for curve in found]
+    rings = (
+        chosen.transform_fold(folded, as_=["curve", "value"])
+        .transform_filter("datum.value > 0")
+        .mark_point(size=120, color=INK[0], strokeWidth=1.5)
+        .encode(x, y)
         .properties(name="at")
     )
     tooltip = [alt.Tooltip("x:Q", title="K", format=",d")]
-    over = curves.hover(rows, low, found, tooltip).encode(y=alt.value(_ERRORS[0]), y2=alt.value(_ERRORS[1]))
-    return alt.layer(rule, *layers, over), params
+    over = curves.hover(low, found, tooltip).encode(y=alt.value(_ERRORS[0]), y2=alt.value(_ERRORS[1]))
+    return alt.layer(rule, *layers, rings, over), params
 
 
 def _paths(steps: int) -> Any:
     """Rows are losses, columns states: a path goes from a state to the same or a later loss, below the diagonal."""
-    stride = -(-steps // _MANY)
-    data = alt.Data(values=[{"s": s} for s in [*range(0, steps, stride), steps]])
     side = alt.expr(f"min(width, {_PATHS[1] - _PATHS[0]})")
-    axis: dict[str, Any] = {"format": ",d", "tickMinStep": 1, "tickCount": 5, "grid": False}
     x = alt.X(
         "s:Q",
         scale=alt.Scale(domain=[0, steps], rangeMin=0, rangeMax=side, nice=False),
-        axis=alt.Axis(title="state hₛ, step s", orient="bottom", **axis),
+        axis=step_axis(steps, "state hₛ, step s", orient="bottom"),
     )
     y = alt.Y(
         "s:Q",
         scale=alt.Scale(domain=[0, steps], range=list(_PATHS), nice=False),
-        axis=alt.Axis(title="loss Lₜ, step t", orient="left", **axis),
+        axis=step_axis(steps, "loss Lₜ, step t", orient="left"),
     )
-    base = alt.Chart(data)
+    base = alt.Chart(alt.NamedData("states"))
     areas = [
         base.transform_calculate(last=f"min({steps}, {last})")
         .mark_area(interpolate="step-after", color=colour[0], opacity=1)
@@ -139,7 +143,7 @@ def _paths(steps: int) -> Any:
     words = [
         alt.Chart(alt.Data(values=[{}]))
         .mark_text(align="left", baseline="top", color=colour[0], fontSize=12)
-        .encode(x=alt.value(0), y=alt.value(_WORDS + 18 * i), text=alt.value(alt.expr(f"kept[k][{i}]")))
+        .encode(x=alt.value(-40), y=alt.value(_WORDS + 18 * i), text=alt.value(alt.expr(f"kept[k][{i}]")))
         for i, colour in enumerate((ACCENT, QUIET))
     ]
     diagonal = base.mark_line(color=QUIET[0], strokeWidth=1).encode(x, y)
