@@ -206,8 +206,10 @@ def test_counters_in_the_carry_are_held():
 
 
 @pytest.mark.slow
-def test_in_single_precision():
-    with jax.enable_x64(False):
+@pytest.mark.parametrize("x64", [False, True])
+def test_in_single_precision(x64):
+    """Also where the default is double precision, which the solver's own numbers then have."""
+    with jax.enable_x64(x64):
         unit = lambda w, h, x: (jnp.tanh(w * h), None)
         found = bptt.fixed_points(unit, jnp.float32(1.5), None, jnp.linspace(-2, 2, 9, dtype=jnp.float32))
         assert found.fixed.tolist() == [True] * 3

@@ -291,15 +291,17 @@ def _search(step: Callable[..., Any], params: Any, x: Any, dtype: Any, max_steps
     except ModuleNotFoundError as error:
         message = f"fixed_points needs {error.name}: {install_command('fixed-points')}"
         raise ImportError(message, name=error.name) from None
+    # The solver has numbers of its own in the default precision, which the state's must not be below.
+    own = np.promote_types(dtype, jnp.result_type(float))
     solver = optx.LevenbergMarquardt(rtol=tolerance, atol=tolerance)
 
     def search(guess):
         def residual(h, _):
             new_carry, _ = step(params, _with_state(guess, h), x)
-            return state_vector(new_carry)[0].astype(dtype) - h
+            return state_vector(new_carry)[0].astype(h.dtype) - h
 
-        start = state_vector(guess)[0].astype(dtype)
-        h = optx.least_squares(residual, solver, start, max_steps=max_steps, throw=False).value
+        start = state_vector(guess)[0].astype(own)
+        h = optx.least_squares(residual, solver, start, max_steps=max_steps, throw=False).value.astype(dtype)
         return h, norm(residual(h, None))
 
     return search
