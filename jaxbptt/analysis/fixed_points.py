@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Complex, Float, Int
 
 from jaxbptt.analysis.norms import norm
@@ -216,7 +217,8 @@ def sample_states(
         Carries with leaves `[count, ...]`. Non-differentiable leaves are drawn without noise.
 
     Raises:
-        ValueError: leaves without these axes in common; `count` below 1; negative `noise`; `valid` of another shape.
+        ValueError: leaves without these axes in common; `count` below 1; negative `noise`; `valid` of another shape, or
+            False everywhere.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -244,6 +246,8 @@ def sample_states(
             raise ValueError(
                 f"valid is {valid.dtype}{list(valid.shape)}, but the carries have {leading} states: pass one boolean for each."
             )
+        if not isinstance(valid, Tracer) and not np.asarray(valid).any():
+            raise ValueError("valid is False everywhere, so there is no state to draw: pass a trajectory that has one.")
         weights = valid.ravel().astype(jnp.result_type(float))
         weights = weights / jnp.sum(weights)
     key, own = jax.random.split(key)
