@@ -146,3 +146,37 @@ def test_leaves_without_derivative_are_left_out_and_structures_must_match():
 
 def test_numpy_gradients_will_do():
     assert bptt.compare_gradients({"w": np.ones(3)}, {"w": np.ones(3)}).agrees
+
+
+def test_whole_factors_that_are_no_chance():
+    """A large factor is near a whole number whatever it is, and one near 1 is no factor."""
+    reference = {"b": jnp.array([1.0, -2.0, 3.0], jnp.float32)}
+    factors = {
+        1 / 538.7: "it is 0.00185632 times the reference",
+        100: "it is 100 times the reference: perhaps one is a sum over 100 time steps or rows, the other a mean",
+        1 / 8.003: "it is 0.124953 times the reference",
+    }
+    for factor, cause in factors.items():
+        mine = jax.tree.map(lambda leaf, factor=factor: leaf * jnp.float32(factor), reference)
+        assert bptt.compare_gradients(mine, reference).cause == cause
+    near = {"b": reference["b"] * jnp.array([1.0, 1.0002, 1.0], jnp.float32)}
+    assert bptt.compare_gradients(near, reference).cause.startswith("no single cause found")
+
+
+@pytest.mark.parametrize(
+    ("mine", "reference", "cause"),
+    [
+        ([np.inf, 1], [np.inf, 1], "the reference itself has nan or inf"),
+        ([np.inf, 1], [2, 1], "it has nan or inf in 1 of 2 entries"),
+        ([1e308, 1], [-1e308, -1], "it has the wrong sign"),
+        ([1, 2], [0, 0], "the reference is 0 everywhere, and it is not"),
+        ([1 + 2j, 1j], [1 - 2j, -1j], "it is the complex conjugate"),
+        ([3 + 6j, 3j], [1 + 2j, 1j], "it is 3 times the reference: perhaps one is a sum over 3"),
+    ],
+)
+def test_numbers_out_of_the_ordinary(mine, reference, cause):
+    report = bptt.compare_gradients(
+        *({"b": np.asarray(leaf, complex if np.iscomplexobj(leaf) else float)} for leaf in (mine, reference))
+    )
+    assert report.cause.startswith(cause)
+    assert not report.agrees

@@ -60,9 +60,12 @@ def test_leaves_of_a_carry_are_put_together():
 def test_participation_ratio_of_equal_variances_and_of_small_numbers():
     corners = np.concatenate([np.eye(6), -np.eye(6)])
     line = np.linspace(0, 1, 12)[:, None] * np.ones(6)
-    cases = np.stack([corners, corners * 1e-120, line, np.ones((12, 6))])
+    # The mean of twelve numbers 0.3 is not 0.3.
+    cases = np.stack([corners, corners * 1e-120, line, np.full((12, 6), 0.3)])
     ratios = jax.jit(jax.vmap(bptt.participation_ratio))(jnp.asarray(cases))
     np.testing.assert_allclose(ratios, [6, 6, 1, np.nan])
+    valid = np.arange(12) > 0
+    assert np.isnan(bptt.participation_ratio(jnp.full((12, 6), 0.3).at[0].set(jnp.inf), valid=valid))
 
 
 def test_gradient_of_the_participation_ratio():

@@ -124,7 +124,7 @@ def test_direction_that_a_step_takes_to_zero_is_not_resolved():
         ({"num_vectors": 4}, "num_vectors is 4, but a state of 3 numbers has 1 to 3 vectors"),
         ({"burn_in": 5}, "burn_in is 5, but of 5 time steps at least one has to be left"),
         ({"burn_in": 2, "burn_out": 3}, "burn_out is 3, but of 5 time steps at least one has to be left after burn_in"),
-        ({"num_unstable": 4}, "num_unstable is 4, but there are 3 vectors"),
+        ({"num_unstable": 4}, "num_unstable is 4, but of 3 vectors"),
         ({"time_step": 0}, "time_step is 0, but it is the time that a step stands for"),
         ({"length": 0}, "A sequence without time steps has no vectors"),
     ],

@@ -206,8 +206,10 @@ def test_counters_in_the_carry_are_held():
 
 
 @pytest.mark.slow
-def test_in_single_precision():
-    with jax.enable_x64(False):
+@pytest.mark.parametrize("x64", [False, True])
+def test_in_single_precision(x64):
+    """Also where the default is double precision, which the solver's own numbers then have."""
+    with jax.enable_x64(x64):
         unit = lambda w, h, x: (jnp.tanh(w * h), None)
         found = bptt.fixed_points(unit, jnp.float32(1.5), None, jnp.linspace(-2, 2, 9, dtype=jnp.float32))
         assert found.fixed.tolist() == [True] * 3
@@ -228,15 +230,16 @@ def test_many_guesses_one_group_after_the_other(monkeypatch):
 def test_sample_states():
     """Of valid states only, with noise in standard deviations of each number."""
     hs = jnp.arange(24.0).reshape(4, 3, 2) * jnp.array([1.0, 10.0])
-    valid = jnp.arange(12).reshape(4, 3) % 2 == 0
-    carries = {"h": hs, "t": jnp.arange(12).reshape(4, 3)}
+    count = jnp.arange(12).reshape(4, 3)
+    valid = (count % 2 == 0) & (count < 8)
+    carries = {"h": hs, "t": count}
     options = {"key": jax.random.key(0), "batch_axes": 1}
     drawn = jax.jit(lambda carries: bptt.sample_states(carries, 200, valid=valid, **options))(carries)
-    assert set(drawn["t"].tolist()) == set(range(0, 12, 2))
+    assert set(drawn["t"].tolist()) == set(range(0, 8, 2))
     np.testing.assert_array_equal(drawn["h"], hs.reshape(12, 2)[drawn["t"]])
     noisy = jax.jit(lambda carries: bptt.sample_states(carries, 4_000, noise=0.5, valid=valid, **options))(carries)
     deviation = np.std(noisy["h"] - hs.reshape(12, 2)[noisy["t"]], axis=0)
-    np.testing.assert_allclose(deviation, 0.5 * np.std(hs.reshape(12, 2)[::2], axis=0), rtol=0.05)
+    np.testing.assert_allclose(deviation, 0.5 * np.std(hs.reshape(12, 2)[:8:2], axis=0), rtol=0.05)
     assert jax.eval_shape(lambda hs: bptt.sample_states(hs, 5, key=jax.random.key(0)), hs[:, 0]).shape == (5, 2)
 
 
@@ -260,6 +263,8 @@ def test_wrong_arguments():
         bptt.fixed_points(cell, params, xs[0], jnp.ones((7, 2, 4)))
     with pytest.raises(ValueError, match=r"valid is bool\[5\], but the carries have \(4,\) states"):
         bptt.sample_states(jnp.ones((4, 2)), 3, key=jax.random.key(0), valid=jnp.ones(5, bool))
+    with pytest.raises(ValueError, match="valid is False everywhere, so there is no state to draw"):
+        bptt.sample_states(jnp.ones((4, 2)), 3, key=jax.random.key(0), valid=jnp.zeros(4, bool))
 
 
 def test_without_optimistix_says_what_to_install(monkeypatch):

@@ -490,10 +490,22 @@ def test_a_number_alone_is_no_evidence_in_single_precision():
     assert report.cause.startswith("no single cause found: none of the")
 
 
+@pytest.mark.slow
+def test_a_single_time_step():
+    """What leaves it out is 0 everywhere, and is said to be; what doubles it is a factor."""
+    given = make((1, 2, 3, 2), (2,))
+    problem, reference = problem_of(*given)
+    report = bptt.compare_gradients(reference._replace(W_hy=0 * reference.W_hy), reference, **problem)
+    assert report.mistakes == ()
+    assert report.cause.startswith("it is 0 everywhere")
+    assert bptt.compare_gradients(by_hand(*given, {"sign"}), reference, **problem).cause == "the sign is wrong"
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "words"),
     [
         ({"loss": None}, TypeError, "A part of the problem is given, but no loss"),
+        ({"init": None}, TypeError, "A part of the problem is given, but no init"),
         ({"step": None, "loss": None}, TypeError, "but not its step and loss"),
         ({"params": {"W": 1.0}}, ValueError, "pass gradients of params, or of the pair"),
         ({"intermediates": {"h": 1}}, ValueError, "intermediates have 'h', but what is compared is hs, ys, dy"),

@@ -695,3 +695,13 @@ def test_a_legend_fits_its_figure(width):
     assert extent.x0 >= 0
     assert extent.x1 <= figure.bbox.width
     assert figure.legends[0]._ncols == (1 if width == 3.0 else 3)
+
+
+def test_values_of_single_pairs_and_products_are_no_picture():
+    with pytest.raises(ValueError, match=r"log_norms have shape \(2,\), but \[time, time\] is drawn"):
+        plots.plot_log_norms(np.zeros(2))
+    values = bptt.analysis.LogSingularValues(jnp.zeros((2, 3)), jnp.ones((2, 3), bool))
+    with pytest.raises(ValueError, match=r"have shape \(3,\), but one row for each lag is drawn"):
+        plots.plot_singular_values(bptt.analysis.LogSingularValues(*(part[0] for part in values)))
+    with pytest.raises(ValueError, match=r"lags have shape \(3,\), but there are 2 rows of values"):
+        plots.plot_singular_values(values, lags=[3, 2, 1])

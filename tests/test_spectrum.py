@@ -391,14 +391,14 @@ def test_wrong_arguments():
     J = jnp.zeros((3, 2, 2))
     for top in (0, 3, 1.5, True):
         with pytest.raises(
-            ValueError, match=r"top is .*, but there are 2 singular values: pass 1 to 2, or leave it out"
+            ValueError, match=r"top is .*, but a product has 2 singular values: pass 1 to 2, or leave it out"
         ):
             inspect.unwrap(bptt.singular_values)(J, top=top)
     for function in (bptt.singular_values, bptt.log_norms, bptt.jacobian_eigenvalues):
         with pytest.raises(ValueError, match=r"J has shape \(3, 2\), but \[time, n, n\] is expected"):
             inspect.unwrap(function)(J[:, 0])
     for probes in (0, 3, 1.5, True):
-        with pytest.raises(ValueError, match=r"probes is .*, but there are 2 directions to probe: pass 1 to 2"):
+        with pytest.raises(ValueError, match=r"probes is .*, but the state has 2 directions to probe: pass 1 to 2"):
             inspect.unwrap(bptt.log_norms)(J, probes=probes)
     with pytest.raises(ValueError, match="key draws the random probes: pass probes as well"):
         bptt.log_norms(J, key=jax.random.key(0))

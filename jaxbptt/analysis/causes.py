@@ -10,12 +10,16 @@ from jaxbptt.words import counted
 
 UNKNOWN = "no single cause found"
 
+# A factor counts as a whole number if one of its size would be by chance less often than this.
+_BY_CHANCE = 0.05
+
 
 def relative_error(mine: Any, reference: Any) -> float:
     """max|mine − reference| / max|reference|; 0 where both are 0."""
     mine, reference = wide(mine), wide(reference)
-    error, scale = (np.max(np.abs(a), initial=0.0) for a in (mine - reference, reference))
-    return 0.0 if error == 0 else float(error / scale) if scale > 0 else float("inf")
+    with np.errstate(invalid="ignore", over="ignore"):
+        error, scale = (np.max(np.abs(a), initial=0.0) for a in (mine - reference, reference))
+        return 0.0 if error == 0 else float(error / scale) if scale > 0 else float("inf")
 
 
 def tolerance(*trees: Any) -> float:
@@ -44,12 +48,16 @@ def cause_of(
         return (
             f"it has nan or inf in {np.count_nonzero(~np.isfinite(mine)):,} of {counted(mine.size, 'entry', 'entries')}"
         )
+    if not reference.any():
+        return "the reference is 0 everywhere, and it is not"
     if not mine.any():
         return "it is 0 everywhere: the path is cut, by a stop_gradient or an update whose result is dropped"
     if same(-reference):
         return "it has the wrong sign"
-    if mine.size > 1 and same(ratio * reference):
-        return _factor(ratio, None if by_step is None else len(by_step), counts)
+    if np.iscomplexobj(reference) and same(reference.conj()):
+        return "it is the complex conjugate"
+    if mine.size > 1 and abs(ratio - 1) > 2 * bound and same(ratio * reference):
+        return _factor(ratio, 2 * bound, None if by_step is None else len(by_step), counts)
     if mine.ndim == 2 and mine.shape[0] == mine.shape[1] and same(reference.T):
         return "it is the transpose"
     if by_lag is not None:
@@ -72,11 +80,13 @@ def cause_of(
     return f"{UNKNOWN}: it is nearest to {ratio:.3g} times the reference{found}"
 
 
-def _factor(ratio: float, steps: int | None, counts: dict[int, str] | None) -> str:
+def _factor(ratio: float, bound: float, steps: int | None, counts: dict[int, str] | None) -> str:
     """A factor, and what it may be: of `steps` time steps, or of what the problem has by number, if they are known."""
     for factor, words in ((ratio, "times"), (1 / ratio, "of")):
         whole = round(factor)
-        if whole > 1 and abs(factor / whole - 1) < 1e-3:
+        known = whole == steps or whole in (counts or ())
+        # Any large number is near a whole one: within the bound by a chance of 2 · whole · bound.
+        if whole > 1 and abs(factor / whole - 1) <= bound and (known or 2 * whole * bound < _BY_CHANCE):
             amount = f"{whole} times" if words == "times" else f"1/{whole} of"
             if steps == whole:
                 return f"it is {amount} the reference, a factor T: one is a sum over time steps, the other a mean"

@@ -28,7 +28,7 @@ class LeafComparison(NamedTuple):
         agrees: whether it is within the tolerance.
         relative_error: max|g − g_ref| / max|g_ref|; nan where the shapes differ.
         cosine: of the angle between the two; nan where the shapes differ or one is 0.
-        ratio: the factor c for which c · g_ref is nearest to g.
+        ratio: the real factor c for which c · g_ref is nearest to g.
         cause: the likely cause, in words; "agrees" where the leaf agrees.
     """
 
@@ -107,9 +107,9 @@ def compare_gradients(
     place or of the wrong step, dh carried back before it, W_hh missing or not transposed, W_hy too, and more. Where no one
     mistake fits, one for each leaf and two at once are tried, of single time steps the first and the last.
 
-    A mistake is named if it gives **all numbers** of all leaves, up to twice the tolerance below, and if one of the
-    candidates would come as close by chance less than once in a million times: an error that is 1/1000 of the difference
-    from the reference counts as a chance of 1/1000, for each number that a single time step's term has of its own.
+    A mistake is named if it gives **all numbers** of all leaves, up to twice the tolerance below, and if the chance that
+    any of the candidates comes so close is below one in a million. An error that is 1/1000 of the difference from the
+    reference counts as a chance of 1/1000, once for each number that the term of a single time step has of its own.
     Mistakes that give the same gradient here are named together, "either … or …". Otherwise the cause says that none was
     found.
 
@@ -118,7 +118,7 @@ def compare_gradients(
 
     Compiles one program, and takes 1 to 3 seconds of one core for a network of few units; 6 for a GRU of 64 units over 300
     steps and 8 rows. Of more than 64 time steps, single ones are tried at the ends, 32 at each; two mistakes at once are
-    left out where they would take long.
+    left out where they would take long, and for a single time step.
 
     Args:
         mine: the gradient in question, a pytree of arrays.
@@ -172,9 +172,12 @@ def compare_gradients(
         )
     problem = None
     if not (step is None and loss is None):
-        if step is None or loss is None:
-            missing = "step" if step is None else "loss"
-            raise TypeError(f"A part of the problem is given, but no {missing}: pass step, params, init, xs and loss.")
+        needed = {"step": step, "params": params, "init": init, "loss": loss}
+        missing = [word for word, value in needed.items() if value is None]
+        if loss is None or missing:
+            raise TypeError(
+                f"A part of the problem is given, but no {missing[0]}: pass step, params, init, xs and loss."
+            )
         given = Given(step, params, init, xs, loss, length, Flags(is_first, valid, reset_carry))
         problem = prepared(_checked(given), reference)
     elif any(arg is not None for arg in (params, init, xs, length, is_first, valid, reset_carry, intermediates)):
@@ -305,8 +308,8 @@ def _compare_leaf(
             cause += f": it is not summed over its first {'axis' if len(added) == 1 else f'{len(added)} axes'}"
         return LeafComparison(leaf, False, np.nan, np.nan, np.nan, cause)
     error = relative_error(mine, reference)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        product, mine_norm, norm = np.vdot(reference, mine), np.linalg.norm(mine), np.linalg.norm(reference)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        product, mine_norm, norm = np.vdot(reference, mine).real, np.linalg.norm(mine), np.linalg.norm(reference)
         cosine, ratio = float(product / norm / mine_norm), float(product / norm**2)
     agrees = error <= bound
     cause = "agrees" if agrees else cause_of(mine, reference, ratio, bound, by_step, by_lag, counts, low_rank)

@@ -148,17 +148,20 @@ def _centred(states: Any, valid: Any) -> tuple[Array, tuple[int, ...], Array, Ar
     X, leading = _vectors(states)
     if len(X) < 2:
         raise ValueError(f"states hold {counted(len(X), 'state')}, but a variance takes two: pass at least two.")
-    if valid is None:
-        mean, count = X.mean(axis=0), jnp.asarray(len(X), X.dtype)
-    else:
+    first = 0
+    if valid is not None:
         valid = as_array("valid", valid, "[*states] of booleans")
         if valid.shape != leading or valid.dtype != bool:
             raise ValueError(
                 f"valid is {valid.dtype}{list(valid.shape)}, but the states are {list(leading)}: pass a boolean for each."
             )
-        mean = X.mean(axis=0, where=valid.reshape(-1, 1))
-        count = jnp.sum(valid, dtype=X.dtype)
-    return X - mean[None], leading, mean, count
+        valid = valid.reshape(-1, 1)
+        first = jnp.argmax(valid)
+    # Less one of them first, so that equal states differ from their mean by nothing, and not by its rounding.
+    one = jax.lax.stop_gradient(X[first])
+    X = X - one[None]
+    mean, count = X.mean(axis=0, where=valid), len(X) if valid is None else jnp.sum(valid)
+    return X - mean[None], leading, one + mean, jnp.asarray(count, X.dtype)
 
 
 def _vectors(states: Any) -> tuple[Array, tuple[int, ...]]:

@@ -123,7 +123,7 @@ def covariant_lyapunov_vectors(
     k = size if num_vectors is None else num_vectors
     check_count("num_vectors", k, f"a state of {counted(size, 'number')} has 1 to {size} vectors", most=size)
     if num_unstable is not None:
-        check_count("num_unstable", num_unstable, f"there are {counted(k, 'vector')}", least=0, most=k)
+        check_count("num_unstable", num_unstable, f"of {counted(k, 'vector')}", least=0, most=k)
     check_time_step(time_step)
     if r.length == 0:
         raise ValueError("A sequence without time steps has no vectors: pass at least one step.")

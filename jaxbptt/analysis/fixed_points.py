@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Complex, Float, Int
 
 from jaxbptt.analysis.norms import norm
@@ -217,7 +218,8 @@ def sample_states(
         Carries with leaves `[count, ...]`. Non-differentiable leaves are drawn without noise.
 
     Raises:
-        ValueError: leaves without these axes in common; `count` below 1; negative `noise`; `valid` of another shape.
+        ValueError: leaves without these axes in common; `count` below 1; negative `noise`; `valid` of another shape, or
+            False everywhere.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -245,6 +247,8 @@ def sample_states(
             raise ValueError(
                 f"valid is {valid.dtype}{list(valid.shape)}, but the carries have {leading} states: pass one boolean for each."
             )
+        if not isinstance(valid, Tracer) and not np.asarray(valid).any():
+            raise ValueError("valid is False everywhere, so there is no state to draw: pass a trajectory that has one.")
         weights = valid.ravel().astype(jnp.result_type(float))
         weights = weights / jnp.sum(weights)
     key, own = jax.random.split(key)
@@ -293,6 +297,8 @@ def _search(step: Callable[..., Any], params: Any, x: Any, dtype: Any, max_steps
     except ModuleNotFoundError as error:
         message = f"fixed_points needs {error.name}: {install_command('fixed-points')}"
         raise ImportError(message, name=error.name) from None
+    # The solver has numbers of its own in the default precision, which the state's must not be below.
+    own = np.promote_types(dtype, jnp.result_type(float))
     # By the normal equations, three times as fast as by QR (measured, n = 128): what their conditioning costs a step, the
     # damping bounds and the next step makes good.
     normal = lineax.Normal(lineax.Cholesky())
@@ -301,10 +307,10 @@ def _search(step: Callable[..., Any], params: Any, x: Any, dtype: Any, max_steps
     def search(guess):
         def residual(h, _):
             new_carry, _ = step(params, _with_state(guess, h), x)
-            return state_vector(new_carry)[0].astype(dtype) - h
+            return state_vector(new_carry)[0].astype(h.dtype) - h
 
-        start = state_vector(guess)[0].astype(dtype)
-        h = optx.least_squares(residual, solver, start, max_steps=max_steps, throw=False).value
+        start = state_vector(guess)[0].astype(own)
+        h = optx.least_squares(residual, solver, start, max_steps=max_steps, throw=False).value.astype(dtype)
         return h, norm(residual(h, None))
 
     return search

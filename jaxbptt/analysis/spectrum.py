@@ -59,7 +59,7 @@ def singular_values(
         J is. A value that is not resolved may be noise.
 
     Raises:
-        ValueError: J not `[time, n, n]`; a start that is not a whole number in 0 … T − 1; `top` outside 1 … n.
+        ValueError: J not `[time, n, n]`, or empty; a start that is not a whole number in 0 … T − 1; `top` outside 1 … n.
         TypeError: a complex J.
 
     Example:
@@ -76,6 +76,8 @@ def singular_values(
         Tropp, Finding structure with randomness, 2011, doi:10.1137/090771806.
     """
     J = as_operators(J)
+    if not J.length:
+        raise ValueError("J holds no Jacobians, so there is no product of them: pass at least one.")
     check_concrete("singular_values", start=start)
     starts = np.atleast_1d(as_numpy(start))
     if (
@@ -87,7 +89,7 @@ def singular_values(
             f"start is {start!r}, but with {counted(J.length, 'Jacobian')} a product starts after 0 to {J.length - 1} steps."
         )
     k = J.size if top is None else top
-    meaning = f"there are {counted(J.size, 'singular value')}"
+    meaning = f"a product has {counted(J.size, 'singular value')}"
     check_count("top", k, meaning, most=J.size, way_out=f"pass 1 to {J.size}, or leave it out for all")
     chosen, places = np.unique(starts, return_inverse=True)
     columns = leading_columns(J, k)
@@ -167,7 +169,8 @@ def log_norms(
 
     With `pairs`, only those. Their cost is that of the distinct s among them, each multiplied up to its last t, or of the
     distinct t, each multiplied back to its first s, whichever is less: O(n² r) a step, or O(n³) without probes. So all
-    pairs with the last state cost T steps, and a grid of every tenth step costs a tenth of all.
+    pairs with the last state cost T steps, and a grid of every tenth step costs a tenth of all. With
+    `probes`, pairs that are multiplied back are probed from the other side: an estimate may differ from that of all pairs.
 
     Args:
         J: Jacobians in order of time, `[time, n, n]`, or `jacobian_operators` of a step, which can be pushed.
@@ -199,7 +202,7 @@ def log_norms(
     if key is not None:
         check_key(key)
     if probes is not None:
-        meaning = f"there are {counted(J.size, 'direction')} to probe"
+        meaning = f"the state has {counted(J.size, 'direction')} to probe"
         check_count("probes", probes, meaning, most=J.size, way_out=f"pass 1 to {J.size}, or leave it out for all")
     if pairs is None:
         every = np.arange(J.length)

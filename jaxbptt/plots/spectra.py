@@ -56,7 +56,7 @@ def plot_singular_values(
         values: from `product_log_singular_values`, or from `singular_values` for several starts; or several by name.
         bound_rate: the rate of the bound, or several by the same names.
         lags: T − s for each start s of `singular_values`; T − 1 … 0, as for `product_log_singular_values`, by default.
-        ranks: how many of the n singular values to draw, evenly spaced from the largest to the smallest.
+        ranks: how many of the singular values to draw, evenly spaced from the largest to the smallest that is given.
         ax: the Axes to draw in, one for each name; a new figure by default.
         dt: the time from one step to the next, for lags in a unit of time; time steps by default.
         unit: what `dt` is given in, such as `"s"`.
@@ -66,7 +66,8 @@ def plot_singular_values(
         `"elman bound"`.
 
     Raises:
-        ValueError: `ax` of another number of Axes, `dt` that is not above 0, `unit` without `dt`.
+        ValueError: values of one product alone, `lags` of another number, `ax` of another number of Axes, `dt` that is not
+            above 0, `unit` without `dt`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -89,13 +90,22 @@ def plot_singular_values(
     for axes, (label, (log_values, resolved)) in zip(panels, values.items(), strict=True):
         # Drawn as powers of ten, since the singular values themselves may be outside the range of floats.
         powers = np.where(resolved, finite(log_values), np.nan) / np.log(10)
+        if powers.ndim != 2:
+            raise ValueError(
+                f"The singular values have shape {powers.shape}, but one row for each lag is drawn: pass those of several "
+                "products, as singular_values(J, start=[…]) returns them."
+            )
         x = np.arange(len(powers))[::-1] if lags is None else np.asarray(lags)
+        if x.shape != (len(powers),):
+            raise ValueError(
+                f"lags have shape {x.shape}, but there are {len(powers)} rows of values: pass a lag for each."
+            )
         order = np.argsort(x)
         x, powers = x[order], powers[order]
         at, lines = time.times(x), []
         drawn = np.unique(np.linspace(0, powers.shape[1] - 1, ranks).round().astype(int))
         for shade, rank in zip(np.linspace(1, 0.35, len(drawn)), drawn, strict=True):
-            name = "largest, σ₁" if rank == 0 else "smaller ones, to σₙ" if rank == drawn[-1] else None
+            name = "largest, σ₁" if rank == 0 else "smaller ones" if rank == drawn[-1] else None
             style: dict[str, Any] = {"alpha": shade, "linewidth": 2 if rank == 0 else 1, "label": name}
             lines += axes.plot(at, powers[:, rank], "o" if len(x) == 1 else "-", color=COLOURS[0], **style)
         artists[label or "singular values"] = lines
@@ -255,7 +265,8 @@ def plot_log_norms(log_norms: Any, *, ax: Ax = None, dt: float | None = None, un
         A `Drawing`; the artists are the meshes, `"log norms"` or by name, in powers of ten, and the scale, `"colour bar"`.
 
     Raises:
-        ValueError: `ax` of another number of Axes, `dt` that is not above 0, `unit` without `dt`.
+        ValueError: norms that are not `[time, time]`, `ax` of another number of Axes, `dt` that is not above 0, `unit`
+            without `dt`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -270,6 +281,11 @@ def plot_log_norms(log_norms: Any, *, ax: Ax = None, dt: float | None = None, un
     """
     time = time_unit(dt, unit)
     named = {name: finite(logs) / np.log(10) for name, logs in by_name(log_norms).items()}
+    for powers in named.values():
+        if powers.ndim != 2 or powers.shape[0] != powers.shape[1]:
+            raise ValueError(
+                f"log_norms have shape {powers.shape}, but [time, time] is drawn: pass those of all pairs, from log_norms(J)."
+            )
     low, high = extremes(named.values()) or (0.0, 0.0)
     if 4 * min(-low, high) > max(-low, high):
         palette, low, high = "RdBu_r", min(low, -high), max(high, -low)

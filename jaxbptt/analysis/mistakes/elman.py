@@ -116,10 +116,11 @@ def mistakes(roles: Roles) -> Iterator[Mistake]:
 
 def find(step: Any, params: Any, init: Any, xs: Any) -> Roles | None:
     """The roles of the leaves of params, if the step computes an Elman network's, at a random state and input."""
-    leaves, (h, *more_h), x = (jax.tree.leaves(tree) for tree in (params, init, xs))
-    arrays = [*leaves, h, *x]
-    if more_h or len(x) != 1 or not all(map(is_differentiable, arrays)) or any(map(jnp.iscomplexobj, arrays)):
+    leaves, hs, x = (jax.tree.leaves(tree) for tree in (params, init, xs))
+    arrays = [*leaves, *hs, *x]
+    if len(hs) != 1 or len(x) != 1 or not all(map(is_differentiable, arrays)) or any(map(jnp.iscomplexobj, arrays)):
         return None
+    (h,) = hs
     if not h.ndim or x[0].ndim != h.ndim + 1 or not 2 <= len(leaves) <= 8:
         return None
     rng = np.random.default_rng(0)

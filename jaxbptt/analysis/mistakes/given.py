@@ -74,7 +74,7 @@ def counts_of(p: Prepared) -> dict[int, str]:
     """The numbers of time steps and of rows, that a sum and a mean differ by."""
     steps, rows = p.steps, p.rows
     found = {steps * rows: f"the {steps} time steps and {rows} rows", rows: f"the {rows} rows"}
-    found |= {steps: f"the {steps} time steps" if steps != rows else f"the {steps} time steps, or rows,"}
+    found |= {steps: f"the {steps} time steps" if steps != rows else f"the {steps} time steps (or rows)"}
     return {count: words for count, words in found.items() if count > 1}
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxbptt.analysis.mistakes import elman
 from jaxbptt.analysis.mistakes.given import Prepared, arrays_of, counts_of, problem_of
 from jaxbptt.analysis.mistakes.known import Mistake, of_any_loop
-from jaxbptt.analysis.mistakes.loop import Loop, blocks_transposed, gradient, init_gradient, right_loop
+from jaxbptt.analysis.mistakes.loop import blocks_transposed, gradient, init_gradient, right_loop
 from jaxbptt.analysis.mistakes.matching import Match
 from jaxbptt.trees import combine, differentiable, is_array, name
 
@@ -82,7 +82,8 @@ def search(p: Prepared, mine: Sequence[Any], reference: Sequence[Any], bounds: S
     names = _distinct(found for f in others for found in named(fits[f], f))
     if names:
         return Search(names, (), len(known))
-    pairs = list(_pairs(known, right_loop(p.steps, p.rows)))
+    # In a single time step most mistakes are the same: two of them give whatever one looks for.
+    pairs = list(_pairs(known)) if p.steps > 1 else []
     work = len(pairs) * p.steps * p.rows * sum(leaf.size for leaf in mine)
     if not pairs or work > _MOST_WORK:
         return Search((), (), len(known))
@@ -171,7 +172,7 @@ def _of_weights(p: Prepared) -> Iterable[Mistake]:
             yield Mistake(words, {"transposed": np.array(number)})
 
 
-def _pairs(known: Sequence[Mistake], right: Loop) -> Iterable[tuple[int, int, Mistake]]:
+def _pairs(known: Sequence[Mistake]) -> Iterable[tuple[int, int, Mistake]]:
     """Two mistakes at once, which change different things."""
     for (i, a), (j, b) in itertools.combinations(enumerate(known), 2):
         if not (a.common and b.common and a.name and b.name and a.name != b.name):
