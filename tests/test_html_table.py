@@ -302,7 +302,7 @@ ARRAYS = {
     "float32[5]": jax.ShapeDtypeStruct((5,), jnp.float32),
     "2024-05-01": np.datetime64("2024-05-01", "us"),
     "2024-05-01 06:30": np.datetime64("2024-05-01T06:30", "s"),
-    "NaT": np.datetime64("NaT"),
+    "NaT": np.datetime64("NaT", "s"),
     "function scan": partial(bptt.scan, unroll=2),
     "none": None,
     "no": np.False_,

@@ -108,7 +108,8 @@ def fixed_points(
     From each guess, Levenberg and Marquardt's method (optimistix) minimises the speed q(h) = ½‖F(h) − h‖²: fixed points have
     q = 0, stable or not; slow points, where the search ends with q small but not 0, are often what is left of a fixed
     point that has just vanished, or lie on a line or ring along which the state drifts. The Jacobian at a point says what
-    happens near it: F(h* + δ) ≈ h* + J δ. The search finds no point that no guess leads to, so take many.
+    happens near it: F(h* + δ) ≈ h* + J δ. The search finds no point that no guess leads to, so take many. At a bifurcation,
+    where two points meet, it converges slowly, and may report a slow point in place of a fixed one.
 
     Time O(G n³) for each step of the search, from G guesses; memory O(G n²), but at most 2²⁴ numbers of Jacobians at once.
     Needs the extra `fixed-points`. It looks at the numbers, to merge what several guesses found: call it outside `jax.jit`,
@@ -291,13 +292,17 @@ def _stacked(root: str, tree: Any, axes: int = 1) -> tuple[Any, int]:
 def _search(step: Callable[..., Any], params: Any, x: Any, dtype: Any, max_steps: int, tolerance: float) -> Any:
     """The search from one guess: the state it ended at, and how far one step moves it."""
     try:
+        import lineax
         import optimistix as optx
     except ModuleNotFoundError as error:
         message = f"fixed_points needs {error.name}: {install_command('fixed-points')}"
         raise ImportError(message, name=error.name) from None
     # The solver has numbers of its own in the default precision, which the state's must not be below.
     own = np.promote_types(dtype, jnp.result_type(float))
-    solver = optx.LevenbergMarquardt(rtol=tolerance, atol=tolerance)
+    # By the normal equations, three times as fast as by QR (measured, n = 128): what their conditioning costs a step, the
+    # damping bounds and the next step makes good.
+    normal = lineax.Normal(lineax.Cholesky())
+    solver = optx.LevenbergMarquardt(rtol=tolerance, atol=tolerance, linear_solver=normal)
 
     def search(guess):
         def residual(h, _):
