@@ -152,6 +152,7 @@ def test_whole_factors_that_are_no_chance():
     """A large factor is near a whole number whatever it is, and one near 1 is no factor."""
     reference = {"b": jnp.array([1.0, -2.0, 3.0], jnp.float32)}
     factors = {
+        1 / 5000.3: "it is 0.000199988 times the reference",
         1 / 538.7: "it is 0.00185632 times the reference",
         100: "it is 100 times the reference: perhaps one is a sum over 100 time steps or rows, the other a mean",
         1 / 8.003: "it is 0.124953 times the reference",

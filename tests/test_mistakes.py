@@ -9,6 +9,7 @@ import pytest
 
 import jaxbptt as bptt
 from jaxbptt.analysis.mistakes import search
+from jaxbptt.analysis.mistakes.matching import Match
 
 # Time steps, inputs, hidden units, outputs; the second has square matrices throughout.
 SIZES = (6, 2, 4, 3), (7, 4, 4, 4), (10, 3, 6, 5)
@@ -379,11 +380,11 @@ def test_any_step(compiled_once):
 @pytest.mark.costly
 @pytest.mark.parametrize(("name", "t"), [("dh_raw", 4), ("hs", 2), ("ys", 3), ("dy", 4), ("dh", 1)])
 def test_first_difference(name, t):
-    """Each intermediate result, wrong at one time step."""
+    """Each intermediate result, wrong at one time step and the one that is computed next."""
     (params, h_0, xs, targets), problem, reference = small()
     right = bptt.bptt(params, xs, h_0, targets)
     wrong = np.array(getattr(right, name))
-    wrong[t] += 0.1
+    wrong[[t, t + 1 if name in ("hs", "ys") else t - 1]] += 0.1
     compare = functools.partial(bptt.compare_gradients, right.gradients, reference, **problem)
     report = compare(intermediates=right._replace(**{name: wrong}))
     assert report.first_difference.startswith(f"{name} at time step {t} (counted from 0) is the first that differs")
@@ -401,8 +402,12 @@ def test_read_out_of_a_network_and_of_a_cell_alone():
     cell = bptt.elman(2, 4, dtype=jnp.float64)
     report = bptt.compare_gradients(mine, reference, **problem | {"step": cell})
     assert report.mistakes == ("dh is carried back before tanh': dhₜ₋₁ = W_hhᵀ dhₜ",)
-    with pytest.raises(ValueError, match=r"reference is not the gradient of this problem: params.cell.W_xh differs by"):
-        bptt.compare_gradients(reference, mine, **problem)
+    nearly = jax.tree.map(lambda leaf: 1.000_001 * leaf, reference)
+    for other in (mine, nearly):
+        with pytest.raises(
+            ValueError, match=r"reference is not the gradient of this problem: params.cell.W_xh differs"
+        ):
+            bptt.compare_gradients(reference, other, **problem)
 
 
 @pytest.mark.slow
@@ -477,6 +482,14 @@ def test_cells_with_gates_and_flags(name):
     )
     assert bptt.compare_gradients(right, right, loss=loss, **given).agrees
     assert "nothing is carried back" in bptt.compare_gradients(cut, right, loss=loss, **given).cause
+
+
+@pytest.mark.parametrize(("shape", "likely"), [((4,), False), ((2, 2), True)])
+def test_numbers_of_an_outer_product_are_not_all_its_own(shape, likely):
+    """Three digits in each of four numbers, after 10,000 tries; two and two make four, but three of them say the fourth."""
+    reference, mine, one = np.zeros(shape), np.ones(shape), np.ones(1)
+    match = Match([mine], [reference], [1e-9], [1.0], tried=10_000)
+    assert match.likely(1e-3 * one, one, np.array([True])) == likely
 
 
 def test_a_number_alone_is_no_evidence_in_single_precision():
