@@ -15,7 +15,6 @@ from jaxbptt.plots.figure import (
     drawing,
     finite,
     label_axes,
-    new_figure,
     panels_in,
 )
 
@@ -60,10 +59,7 @@ def plot_lyapunov_convergence(
     known = None if theory is None else np.atleast_1d(finite(theory))
     if known is not None and len(known) != len(chosen):
         raise ValueError(f"theory has {len(known)} values for {len(chosen)} exponents: pass one for each.")
-    if ax is None:
-        panels = new_figure(len(chosen), width=8.0, height=1.4 + 1.7 * len(chosen), stacked=True, sharex=True)[1]
-    else:
-        panels = panels_in(ax, len(chosen), width=8.0)
+    panels = panels_in(ax, len(chosen), width=8.0, height=1.4 + 1.7 * len(chosen), stacked=True, sharex=True)
     steps, running = np.asarray(spectrum.steps), finite(spectrum.running)
     artists: dict[str, Any] = {}
     for place, (axes, i) in enumerate(zip(panels, chosen, strict=True)):

@@ -12,7 +12,6 @@ from jaxbptt.plots.figure import (
     add_legend,
     drawing,
     label_axes,
-    new_figure,
     panels_in,
     step_ticks,
 )
@@ -46,13 +45,9 @@ def plot_schedule(schedule: Schedule, *, ax: Ax = None) -> Drawing:
     References:
         Griewank and Walther, Algorithm 799: revolve, 2000, doi:10.1145/347837.347846.
     """
-    if ax is None:
-        height = 3.2 + 0.12 * len(schedule.moves)
-        panels = new_figure(
-            2, width=9.0, height=height, stacked=True, sharex=True, height_ratios=[max(height - 2.4, 1.2), 1]
-        )[1]
-    else:
-        panels = panels_in(ax, 2, width=9.0)
+    height = 3.2 + 0.12 * len(schedule.moves)
+    ratios = [max(height - 2.4, 1.2), 1]
+    panels = panels_in(ax, 2, width=9.0, height=height, stacked=True, sharex=True, height_ratios=ratios)
     moves, bars = panels
     forward, reverse, kept = [], [], []
     since, computed = {0: 0}, np.zeros(schedule.length, int)  # since which move each state is kept

@@ -72,7 +72,7 @@ def render(
         *(f"<p>{_marked(sentence)}</p>" for sentence in summary),
         "</section>",
         _details("run", "What was run, and on what machine", _facts(facts)),
-        _contents(of_text, trained),
+        _contents(of_text),
         *(_section(section, folded=not trained) for section in sections),
         _saliency(reports, of_text, figures),
         _flow(reports, trained, figures),
@@ -91,7 +91,7 @@ def render(
     )
 
 
-def _contents(of_text: bool, trained: bool) -> str:
+def _contents(of_text: bool) -> str:
     links = {
         "sequence": "Over the text" if of_text else "Over the series",
         "back-in-time": "Back through time",
@@ -164,9 +164,7 @@ def _causes(reports: Sequence[CellReport], trained: bool, figures: Mapping[str, 
         _details("rates", "The numbers, in nats a step", exact + slopes),
         ("<h3>How the weights start</h3>" + _list(starts, id="start")) if starts else "<span id='start'></span>",
         "<h3>To reach further back</h3>",
-        _list((f"{report.name}: {advice(report)}." for report in reports[-1:] if trained), id="change")
-        if trained
-        else _list((f"{report.name}: {advice(report)}." for report in reports), id="change"),
+        _list((f"{report.name}: {advice(report)}." for report in (reports[-1:] if trained else reports)), id="change"),
         f"<h3>What the Jacobians let through</h3>{singular}{figures['singular-values']}"
         if "singular-values" in figures
         else "",

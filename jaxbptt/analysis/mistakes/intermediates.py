@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbptt.analysis.causes import tolerance
 from jaxbptt.analysis.mistakes.elman import Equations
 from jaxbptt.analysis.mistakes.given import Prepared, arrays_of, problem_of
 from jaxbptt.cells.cell import step_of
@@ -94,7 +95,7 @@ def _wrong_steps(name: str, mine: Any, right: np.ndarray) -> set[int]:
             f"{name} has shape {mine.shape}, but {right.shape} is expected, time first: stack what the loop computes in "
             "the order of time, not in that of the backward loop."
         )
-    bound = 2 * max(float(jnp.finfo(leaf.dtype).eps) ** 0.6 for leaf in (mine, right))
+    bound = 2 * tolerance(mine, right)
     axes = tuple(range(1, right.ndim))
     error, size = np.abs(mine - right).max(axes, initial=0), np.abs(right).max(axes, initial=0)
     floor = float(jnp.finfo(right.dtype).eps) * size.max(initial=0)
