@@ -145,6 +145,7 @@ def _over_text(characters: Sequence[str], controls: list[Any], known: dict[str, 
         left="datum.column + 0.1",
         right="datum.column + 0.9",
         middle="datum.column + 0.5",
+        end="datum.column + 1",
         **_AT,
     )
     columns = alt.Scale(domainMin=0, domainMax=alt.expr(_COLUMNS), zero=False, nice=False)
@@ -178,7 +179,6 @@ def _over_text(characters: Sequence[str], controls: list[Any], known: dict[str, 
         base.transform_filter("datum.s == datum.loss")
         .mark_rect(filled=False, color=INK[0], strokeWidth=2, height=20, yOffset=_HEIGHT / 2 - 11, aria=False)
         .encode(alt.X("column:Q", scale=columns, axis=None), alt.X2("end:Q"), line)
-        .transform_calculate(end="datum.column + 1")
         .properties(name="loss")
     )
     hover = (
@@ -193,7 +193,6 @@ def _over_text(characters: Sequence[str], controls: list[Any], known: dict[str, 
                 alt.Tooltip("depends:N", title="‖∂L/∂x‖"),
             ],
         )
-        .transform_calculate(end="datum.column + 1")
         .properties(name="hover")
     )
     chart = alt.layer(bars, letters, mark, hover).add_params(*controls)
