@@ -205,7 +205,7 @@ def _untrained(options: argparse.Namespace, data: _Data) -> _Subject:
             f"{counted(options.hidden, 'unit')} ({', '.join(names)})",
             options,
             series.name,
-            "characters" if series.symbols else "rows",
+            "character" if series.symbols else "row",
         ),
         row,
     )
@@ -214,9 +214,8 @@ def _untrained(options: argparse.Namespace, data: _Data) -> _Subject:
 _NUMBERS = {1: "An", 2: "Two", 3: "Three"}
 
 
-def _measured(networks: str, options: argparse.Namespace, name: str, unit: str) -> str:
-    """What was measured, in a sentence."""
-    one = unit.removesuffix("s")
+def _measured(networks: str, options: argparse.Namespace, name: str, one: str) -> str:
+    """What was measured, in a sentence; `one` is what is read in a step."""
     sequences = f"{counted(options.batch, 'sequence')} of {counted(options.steps, one)}"
     return (
         f"{networks} read {sequences} from {name}, one {one} a step, and the gradient of {'their' if 'networks' in networks else 'its'} "
@@ -252,7 +251,7 @@ def _trained(options: argparse.Namespace) -> _Subject:
             f"A network ({_network(model)})",
             options,
             f"{cut.name}, before training and after it",
-            "bytes" if text else "rows",
+            "byte" if text else "row",
         ),
         trained.first_row(model, cut.sequences, cut.name),
         easy,
