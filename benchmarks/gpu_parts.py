@@ -6,7 +6,6 @@ python benchmarks/gpu_parts.py NAME RESULTS.jsonl [--quick]
 import argparse
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import gpu_suite
 import harness
 import jax
 import jax.numpy as jnp
@@ -396,25 +396,28 @@ def analysis(quick):
 
 
 def suite(quick):
-    """The quick tests on this device: each that fails, and how many passed until now."""
+    """The quick tests on this device: each that fails and why, and how many passed until now."""
     root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=line"]
-    command += ["tests/test_package.py", "-k", "names", "-n", "0"] if quick else ["-n", "8"]
-    counts, line = {"PASSED": 0, "FAILED": 0, "ERROR": 0, "SKIPPED": 0}, ""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_suite", "-p", "no:cacheprovider", "--tb=no", "-s"]
+    command += ["--continue-on-collection-errors"]  # a package that a file needs may be absent here
+    command += (
+        ["tests/test_package.py", "-k", "names", "-n", "0"] if quick else ["-n", str(min(os.cpu_count() or 1, 12))]
+    )
+    counts, line = {}, ""
+    paths = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     # In TF32, the default on a GPU, single precision would be too coarse for the tests.
-    env = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    env = os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, cwd=root, env=env, **pipes) as process:
         for line in process.stdout:
-            found = re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", line)
-            test = re.search(r"\S+::\S+", line)
-            if found and test and "%" in line:
-                counts[found[1]] += 1
-                if found[1] in ("FAILED", "ERROR"):
-                    yield "did not pass", {"test": test[0], "as": found[1]}
+            if line.startswith(gpu_suite.MARK):
+                outcome, test, because = json.loads(line.removeprefix(gpu_suite.MARK))
+                counts[outcome] = counts.get(outcome, 0) + 1
+                if outcome == "failed":
+                    yield "did not pass", {"test": test, "because": because}
                 elif sum(counts.values()) % 50 == 0:
-                    yield "so far", {name.lower(): count for name, count in counts.items()}
-    yield "so far", {name.lower(): count for name, count in counts.items()}
+                    yield "so far", dict(counts)
+    yield "so far", counts
     if process.returncode not in (0, 1):  # not even tests that fail
         raise SystemExit(f"pytest ended with {process.returncode}: {line}")
 
