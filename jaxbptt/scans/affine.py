@@ -129,8 +129,8 @@ def of_group(fn: Callable[..., Any], group: Group, leaves: list[Any], at_t: Any)
 def value_and_jacobian(fn: Callable[..., Any], here: list[Any], group: Group) -> tuple[list[Any], Any]:
     """`fn(here)` and its Jacobian, as `A` of an `Affine`, in single precision at least."""
     value, tangent = jax.linearize(fn, here)
-    A = _columns_of_diagonals(tangent, here) if group.elementwise else _matrix(tangent, here, group.batch)
-    return [widened(leaf) for leaf in value], A
+    A = _diagonals(tangent, here) if group.elementwise else _matrix(tangent, here, group.batch)
+    return widened(value), A
 
 
 def leaves_in_sequence(
@@ -156,18 +156,16 @@ def at_all_steps(fn: Callable[..., Any], length: int, *, one_at_a_time: bool = F
 def solve_group(group: Group, affine: Affine, init: list[Any], *, reverse: bool = False) -> Solution:
     """The leaves of a group before each step and after the last, from its coefficients at all time steps."""
     A, b = affine
+    first, wide = -1 if reverse else 0, widened(init)
+    # c₀ enters the first step, whose coefficient is not used after that.
     if group.elementwise:
-        first = -1 if reverse else 0
-        # c₀ enters the first step, whose coefficient is not used after that.
-        wide = [widened(leaf) for leaf in init]
         b = [
             bs.at[first].add(sum(a[first] * c for a, c in zip(row, wide, strict=True)))
             for bs, row in zip(b, A, strict=True)
         ]
         _, after = jax.lax.associative_scan(_then_elementwise, (A, b), reverse=reverse)
     else:
-        first = -1 if reverse else 0
-        b = b.at[first].add(_apply(A[first], flattened([widened(leaf) for leaf in init], group.batch)))
+        b = b.at[first].add(_apply(A[first], flattened(wide, group.batch)))
         _, flat = jax.lax.associative_scan(_then_dense, (A, b), reverse=reverse)
         after = split_up(flat, [leaf.shape for leaf in init], group.batch)
     after = [leaf.astype(c.dtype) for leaf, c in zip(after, init, strict=True)]
@@ -182,9 +180,11 @@ def shifted(after: Any, init: Any, *, reverse: bool = False) -> Any:
     return jnp.concatenate([init[None], after[:-1]])
 
 
-def widened(leaf: Any) -> Any:
-    """In single precision at least."""
-    return leaf.astype(at_least_float32(leaf.dtype))
+def widened(leaves: list[Any]) -> list[Any]:
+    """Leaves in one dtype, the widest of theirs, in single precision at least."""
+    dtypes = [at_least_float32(leaf.dtype) for leaf in leaves]
+    widest = max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
+    return [leaf.astype(widest) for leaf in leaves]
 
 
 def flattened(leaves: list[Any], batch: int) -> Any:
@@ -199,12 +199,12 @@ def split_up(flat: Any, shapes: list[Any], batch: int) -> list[Any]:
     return [part.reshape(len(flat), *shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _columns_of_diagonals(tangent: Callable[..., Any], here: list[Any]) -> list[list[Any]]:
+def _diagonals(tangent: Callable[..., Any], here: list[Any]) -> list[list[Any]]:
     """`A[j][i]`, the derivative of each entry of leaf j with respect to the entry of leaf i at the same place."""
     columns = []
     for i in range(len(here)):
         ones = [jnp.ones_like(leaf) if k == i else jnp.zeros_like(leaf) for k, leaf in enumerate(here)]
-        columns.append([widened(leaf) for leaf in tangent(ones)])
+        columns.append(widened(tangent(ones)))
     return [[column[j] for column in columns] for j in range(len(here))]
 
 
@@ -219,7 +219,7 @@ def _matrix(tangent: Callable[..., Any], here: list[Any], batch: int) -> Any:
             jnp.broadcast_to(part.reshape(shape[batch:]), shape).astype(leaf.dtype)
             for part, shape, leaf in zip(parts, shapes, here, strict=True)
         ]
-        return flattened([widened(leaf) for leaf in tangent(ones)], batch)
+        return flattened(widened(tangent(ones)), batch)
 
     return jax.vmap(column, out_axes=-1)(jnp.eye(sum(sizes), dtype=here[0].dtype))
 
