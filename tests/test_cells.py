@@ -261,5 +261,5 @@ def test_options_of_the_read_out(options, error, message):
 
 def test_cells_by_name():
     """What the command line and the report offer."""
-    assert list(cells.CELLS) == ["elman", "gru", "lstm"]
+    assert list(cells.CELLS) == ["elman", "gru", "lstm", *DIAGONAL]
     assert all(make is getattr(bptt, name) for name, make in cells.CELLS.items())
