@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxbptt.along_time import at_one_step, flipped, room
 from jaxbptt.array_types import as_type
-from jaxbptt.arrays import check_count, is_number
+from jaxbptt.arrays import as_array, check_count, is_number
 from jaxbptt.cells.cell import Cell
 from jaxbptt.html_table import fields_table
 from jaxbptt.programs.structure import Group, groups_of
@@ -297,16 +297,19 @@ def _checked_guess(guess: Any, r: Recurrence) -> Any:
         )
 
     def checked(path, leaf, target):
+        if not is_differentiable(target):
+            return target  # not read
+        leaf = as_array(name("guess", path), leaf, f"an array of {target.dtype}")
         shape = (r.length, *target.shape)
-        if jnp.shape(leaf) != shape:
+        if leaf.shape != shape:
             raise ValueError(
-                f"{name('guess', path)} has shape {jnp.shape(leaf)}, but {shape} is expected: the carry after each of "
-                f"{r.length} time steps."
+                f"{name('guess', path)} has shape {leaf.shape}, but {shape} is expected: the carry after each time step, "
+                f"of which there are {r.length}."
             )
-        return _constant(leaf.astype(target.dtype) if is_differentiable(target) else leaf)
+        return _constant(leaf.astype(target.dtype))
 
     guess = jax.tree_util.tree_map_with_path(checked, guess, r.init)
-    return flipped(guess) if r.reverse else guess
+    return jax.tree.map(lambda leaf: jnp.flip(leaf, 0) if is_differentiable(leaf) else leaf, guess) if r.reverse else guess
 
 
 def _constant(leaf: Any) -> Any:
