@@ -33,7 +33,7 @@ class RealLeaves(NamedTuple):
     Attributes:
         treedef: the structure of the tree.
         is_complex: for each leaf.
-    """  # noqa: D205
+    """
 
     treedef: Any
     is_complex: tuple[bool, ...]
