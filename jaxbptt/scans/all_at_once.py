@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt.along_time import at_one_step, filled
-from jaxbptt.array_types import as_type
+from jaxbptt.array_types import as_type, assumed_size
 from jaxbptt.programs.perturbed import fit
 from jaxbptt.programs.structure import Group, groups_of
 from jaxbptt.scans.affine import at_all_steps, solve
@@ -25,13 +25,15 @@ from jaxbptt.trees import differentiated_as, select
 
 
 class RealLeaves(NamedTuple):
-    """The leaves of a tree, complex ones as two real ones: those multiply by four numbers where conjugates are involved,
-    and an associative scan of complex arrays takes long to compile.
+    """The leaves of a tree of arrays, complex ones as two real ones.
+
+    With conjugates a step is linear over the real numbers alone, and an associative scan of complex arrays takes long to
+    compile.
 
     Attributes:
         treedef: the structure of the tree.
         is_complex: for each leaf.
-    """  # noqa: D205
+    """
 
     treedef: Any
     is_complex: tuple[bool, ...]
@@ -173,7 +175,7 @@ def back(
             leaves.split(carry_bar),
             (residuals, xs, ys_bar),
             length,
-            chunk_length=chunk_length or default_chunk(groups, leaves.split(carry_bar), residuals, length),
+            chunk_length=chunk_length or default_chunk(groups, leaves.split(carry_bar), residuals),
             one_at_a_time=over_time.step.one_at_a_time,
             reverse=True,
         )
@@ -209,16 +211,19 @@ def bar_groups(on_leaves: Callable[..., Any], bars: list[Any], params: Any, stac
     )
 
 
-def default_chunk(groups: list[Group], leaves: list[Any], residuals: Any, length: int) -> int:
+def default_chunk(groups: list[Group], leaves: list[Any], residuals: Any) -> int:
     """Time steps whose Jacobians take at most four times the bytes of the residuals of all steps; 16 at least."""
 
-    def numbers(group):
-        m, size = len(group.leaves), leaves[group.leaves[0]].size
-        if group.elementwise:
-            return m * m * size
-        rows = math.prod(leaves[group.leaves[0]].shape[: group.batch])
-        return sum(leaves[i].size for i in group.leaves) ** 2 // max(rows, 1)
+    def numbers(leaf, first=0):
+        return math.prod(map(assumed_size, leaf.shape[first:]))
 
-    of_jacobians = max((numbers(group) for group in groups), default=0)
-    of_residuals = sum(leaf.size for leaf in jax.tree.leaves(residuals))
+    def in_jacobian(group):
+        mine = [leaves[i] for i in group.leaves]
+        if group.elementwise:
+            return len(mine) ** 2 * numbers(mine[0])
+        rows = math.prod(map(assumed_size, mine[0].shape[: group.batch]))
+        return rows * sum(numbers(leaf, group.batch) for leaf in mine) ** 2
+
+    of_jacobians = max(map(in_jacobian, groups), default=0)
+    of_residuals = sum(map(numbers, jax.tree.leaves(residuals)))
     return max(4 * of_residuals // max(of_jacobians, 1), 16)
