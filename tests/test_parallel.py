@@ -167,6 +167,30 @@ def test_what_is_no_number_runs_in_sequence():
         assert_close(jax.value_and_grad(partial(last, scan))(h), jax.value_and_grad(partial(last, bptt.scan))(h))
 
 
+@pytest.mark.parametrize("mixing", [0.0, 0.5])
+def test_products_that_overflow_do_not_leak_nan(mixing):
+    """Coefficients of 1e20 at steps whose state is 0, or whose cotangent is 0 for a reset after them."""
+
+    def step(p, h, x):
+        h = p * (h + mixing * h[::-1]) + x
+        return h, h
+
+    xs = jnp.zeros((40, UNITS)).at[-3:].set(1.0)
+    flags = {"is_first": np.isin(np.arange(40), (20, 38))}
+
+    def value_and_gradients(scan):
+        def loss(p, h, xs):
+            last, ys = scan(step, p, h, xs, **flags)
+            return jnp.sum(last), ys
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(1e20, leaf(), xs)
+
+    expected = value_and_gradients(bptt.scan)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(expected))
+    for scan in (bptt.parallel_scan, bptt.parallel_adjoint_scan):
+        assert_close(value_and_gradients(scan), expected)
+
+
 @pytest.mark.slow
 def test_a_branch_does_not_leak_nan():
     params, init, xs = arguments(leaf, 6, ())
@@ -174,6 +198,35 @@ def test_a_branch_does_not_leak_nan():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(expected))
     for scan in PARALLEL.values():
         assert_close(gradient(scan, with_branch, params, init, xs, {}), expected)
+
+
+@jax.custom_vjp
+def clipped(h):
+    return h
+
+
+clipped.defvjp(lambda h: (h, None), lambda _, bar: (jnp.clip(bar, -0.1, 0.1),))
+
+
+def test_a_backward_that_is_not_linear_runs_in_sequence():
+    """Gradients clipped at every step, inside of the step or in an adjoint by hand: no affine recursion."""
+    args = arguments(leaf, 7, ())
+    cell = make_cell("gru")
+    forward, backward, contract = cell.adjoint
+
+    def clipping(params, residuals, x, h_bar, y_bar):
+        return backward(params, residuals, x, jnp.clip(h_bar, -0.1, 0.1), y_bar)
+
+    def step(params, h, x):
+        return diagonal(params, clipped(h), x)
+
+    by_hand = bptt.Adjoint(forward, clipping, contract)
+    for scan in (bptt.parallel_adjoint_scan, PARALLEL["parallel_adjoint_scan (chunks)"]):
+        expected = gradient(bptt.scan, step, *args, {})
+        assert_close(gradient(scan, step, *args, {}), expected)
+        of_cell = cell, *problem(cell, 7), {}
+        expected = gradient(partial(bptt.adjoint_scan, adjoint=by_hand), *of_cell)
+        assert_close(gradient(partial(scan, adjoint=by_hand), *of_cell), expected)
 
 
 NOT_AFFINE = {

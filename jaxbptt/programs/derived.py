@@ -36,6 +36,8 @@ class DifferentiableStep(NamedTuple):
         by_hand: whether the adjoint was given, and not derived.
         mutable: name of a mutable array that it reads or writes, or "".
         like_params: puts a gradient of the params that go with it into the structure of the user's.
+        linear_backward: whether the backward is sure to be linear in the cotangents: one by hand, or a `jax.custom_vjp` in the
+            step, may clip them.
     """
 
     step: Callable[..., Any]
@@ -44,6 +46,7 @@ class DifferentiableStep(NamedTuple):
     by_hand: bool = False
     mutable: str = ""
     like_params: Callable[[Any], Any] = lambda params: params
+    linear_backward: bool = False
 
 
 def differentiable_step(
@@ -57,7 +60,10 @@ def differentiable_step(
         mutable = next((_name_of(ref, params) for ref in traced.refs.values()), "")
         # Without the params: JAX keeps a custom derivative, and would keep the arrays with it.
         derive = _derivation(traced._replace(params=None))
-        found = DifferentiableStep(traced.step, derive, traced.one_at_a_time, False, mutable, traced.like_params)
+        linear = not any(name.startswith("custom_vjp_call") for name in traced.primitives)
+        found = DifferentiableStep(
+            traced.step, derive, traced.one_at_a_time, False, mutable, traced.like_params, linear_backward=linear
+        )
         return found, traced.params
     if not isinstance(adjoint, Adjoint):
         raise TypeError(

@@ -18,6 +18,7 @@ from jax.extend.core import Literal
 from jaxbptt.array_types import as_type
 from jaxbptt.programs.evaluate import bind
 from jaxbptt.programs.program import program
+from jaxbptt.programs.trace import primitives_in
 
 Axes = tuple[int | None, ...]  # for each axis of a leaf, the axis of a variable that it is kept on
 
@@ -151,6 +152,9 @@ def _clashes(eqn: Any, operands: list[_Dependence]) -> frozenset[tuple[int, int]
 
 def _is_linear(eqn: Any, numbers: list[int]) -> bool:
     """Whether the results of an equation are linear in these operands, all others fixed: whether JAX can transpose it."""
+    # A derivative given by the user need not be that of the function, and JAX transposes the function.
+    if any(kind.startswith(("custom_jvp_call", "custom_vjp_call")) for kind in primitives_in([eqn])):
+        return False
     types = [as_type(var.aval) for var in eqn.invars]
     moving = [types[n] for n in numbers]
     if not all(jnp.issubdtype(t.dtype, jnp.inexact) for t in (*moving, *(var.aval for var in eqn.outvars))):

@@ -190,7 +190,10 @@ def widened(leaves: list[Any]) -> list[Any]:
 
 def flattened(leaves: list[Any], batch: int) -> Any:
     """Leaves `[*batch, ...]` as one array `[*batch, N]`."""
-    return jnp.concatenate([leaf.reshape(*leaf.shape[:batch], -1) for leaf in leaves], axis=-1)
+    # Not −1, which has no value where a batch is empty.
+    return jnp.concatenate(
+        [leaf.reshape(*leaf.shape[:batch], math.prod(leaf.shape[batch:])) for leaf in leaves], axis=-1
+    )
 
 
 def split_up(flat: Any, shapes: list[Any], batch: int) -> list[Any]:
@@ -225,18 +228,29 @@ def _matrix(tangent: Callable[..., Any], here: list[Any], batch: int) -> Any:
     return jax.vmap(column, out_axes=-1)(jnp.eye(sum(sizes), dtype=here[0].dtype))
 
 
+# The product of many coefficients may overflow where no state does. At a reset, where A is 0, and before anything has entered,
+# where c is, 0 times inf must not be nan.
+
+
+def _times(A: Any, c: Any) -> Any:
+    return jnp.where((A == 0) | (c == 0), 0, A * c)
+
+
 def _apply(A: Any, c: Any) -> Any:
-    return jnp.einsum("...ij,...j->...i", A, c, precision=jax.lax.Precision.HIGHEST)
+    product = jnp.einsum("...ij,...j->...i", A, c, precision=jax.lax.Precision.HIGHEST)
+    return jnp.where((A == 0).all(-1) | (c == 0).all(-1, keepdims=True), 0, product)
 
 
 def _then_elementwise(first: Any, then: Any) -> Any:
     (A, b), (A_next, b_next) = first, then
     each = range(len(b))
-    A_both = [[sum(A_next[j][k] * A[k][i] for k in each) for i in each] for j in each]
-    return A_both, [sum(A_next[j][k] * b[k] for k in each) + b_next[j] for j in each]
+    A_both = [[sum(_times(A_next[j][k], A[k][i]) for k in each) for i in each] for j in each]
+    return A_both, [sum(_times(A_next[j][k], b[k]) for k in each) + b_next[j] for j in each]
 
 
 def _then_dense(first: Any, then: Any) -> Any:
     (A, b), (A_next, b_next) = first, then
     # Rounded to TF32, or bfloat16, the products of many Jacobians would lose all digits.
-    return jnp.matmul(A_next, A, precision=jax.lax.Precision.HIGHEST), _apply(A_next, b) + b_next
+    A_both = jnp.matmul(A_next, A, precision=jax.lax.Precision.HIGHEST)
+    nothing = (A_next == 0).all(-1, keepdims=True) | (A == 0).all(-2, keepdims=True)
+    return jnp.where(nothing, 0, A_both), _apply(A_next, b) + b_next

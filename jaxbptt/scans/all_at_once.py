@@ -2,7 +2,8 @@ r"""What the strategies that are parallel in time share: a pass over time where 
 
 Once the carries are known, every step is computed from its own, all of them at once. Going back, the recursion
 c̄ₜ₋₁ = Jₜᵀ c̄ₜ + (∂yₜ/∂cₜ₋₁)ᵀ ȳₜ is affine for any step whatever, so it is solved as an associative scan (`affine`), and the one
-contraction over time follows as in every other strategy. The associative scan is never differentiated: derivatives of either
+contraction over time follows as in every other strategy. Only a backward given by the user may be another function of c̄ₜ,
+such as one that clips it: then the recursion runs in sequence. The associative scan is never differentiated: derivatives of either
 pass go through the loop in sequence.
 """
 
@@ -168,7 +169,10 @@ def back(
             residuals, x, y_bar = at_t
             return leaves.split(one_step_back(params, residuals, x, leaves.joined(parts), y_bar)[0])
 
-        groups = bar_groups(on_leaves, leaves.split(carry_bar), params, (residuals, xs, ys_bar))
+        look = not over_time.step.linear_backward
+        groups = bar_groups(on_leaves, leaves.split(carry_bar), params, (residuals, xs, ys_bar), look_for_clashes=look)
+        if any(group.clashes for group in groups):
+            return in_sequence(params, carry_bar, residuals, xs, ys_bar)
         after, _ = solve(
             on_leaves,
             groups,
@@ -199,15 +203,17 @@ def back(
     return over_time.weights.finish(sums), jax.tree.map(lambda leaf: leaf[0], before), xs_bar
 
 
-def bar_groups(on_leaves: Callable[..., Any], bars: list[Any], params: Any, stacked: Any) -> list[Group]:
-    """The groups of the backward recursion, which is linear in the cotangents for any step."""
+def bar_groups(
+    on_leaves: Callable[..., Any], bars: list[Any], params: Any, stacked: Any, *, look_for_clashes: bool = False
+) -> list[Group]:
+    """The groups of the backward recursion, which is linear in the cotangents unless an adjoint by hand clips them, say."""
     types = [as_type(jax.typeof(leaf)) for leaf in bars]
     return groups_of(
         lambda parts, params, at_t: on_leaves(parts, at_t, params),
         types,
         params,
         at_one_step(stacked),
-        look_for_clashes=False,
+        look_for_clashes=look_for_clashes,
     )
 
 
