@@ -13,6 +13,8 @@ import flax.linen as nn
 import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
+from jax.experimental import rnn
+from jax.experimental.layout import Layout, with_layout_constraint
 
 import jaxbptt as bptt
 from jaxbptt.cells import CELLS
@@ -21,6 +23,8 @@ try:
     import haiku as hk
 except ImportError:  # left out of the comparison, as torch is
     hk = None
+
+CUDNN = "jax.experimental.rnn"
 
 
 class Size(NamedTuple):
@@ -194,21 +198,32 @@ def by_haiku(kind, size):
     return Layer(apply, init(jax.random.key(0), jnp.zeros((size.T, size.B, size.D))))
 
 
-def by_cudnn(kind, size):
-    """JAX's binding of cuDNN, which has only an LSTM, and only on a GPU."""
-    from jax.experimental import rnn
+def row_major(array):
+    """JAX leaves the layouts of cuDNN's arrays to XLA, which moves transposes into them; cuDNN reads rows first."""
+    return with_layout_constraint(array, Layout(major_to_minor=tuple(range(array.ndim))))
 
-    weights = rnn.init_lstm_weight(jax.random.key(0), size.D, size.H, 1, False)
+
+def by_cudnn(size, params):
+    """JAX's binding of cuDNN, which has only an LSTM, and only on a GPU; the numbers are those of our params."""
+    weights = jnp.concatenate([*map(jnp.ravel, params), jnp.zeros_like(params.b)])  # cuDNN adds its two biases
     lengths = jnp.full(size.B, size.T, jnp.int32)
     state = jnp.zeros((1, size.B, size.H))
 
     def run(weights, xs):
-        ys, _, _ = rnn.lstm(
-            xs.swapaxes(0, 1), state, state, weights, lengths, size.D, size.H, 1, dropout=0.0, bidirectional=False
-        )
-        return ys.swapaxes(0, 1)
+        xs = row_major(xs.swapaxes(0, 1))
+        ys, _, _ = rnn.lstm(xs, state, state, weights, lengths, size.D, size.H, 1, dropout=0.0, bidirectional=False)
+        return row_major(ys).swapaxes(0, 1)
 
     return Layer(run, weights)
+
+
+def from_cudnn(loss, gradient, params):
+    """What a loss of `by_cudnn` returns, with the gradient in the form of our params, of which it tells the shapes."""
+    leaves, start = [], 0
+    for leaf in params:
+        leaves.append(gradient[start : start + leaf.size].reshape(leaf.shape))
+        start += leaf.size
+    return loss, type(params)(*leaves)
 
 
 def in_jax(kind, size):
@@ -220,7 +235,7 @@ def in_jax(kind, size):
         if hk is not None:
             layers["haiku.dynamic_unroll"] = by_haiku(kind, size)
     if kind == "lstm" and jax.default_backend() == "gpu":
-        layers["jax.experimental.rnn"] = by_cudnn(kind, size)
+        layers[CUDNN] = by_cudnn(size, next(iter(layers.values())).params)
     return layers
 
 

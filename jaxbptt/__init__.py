@@ -68,6 +68,8 @@ from jaxbptt.scans.checkpointed import checkpointed_scan as checkpointed_scan
 from jaxbptt.scans.cudnn import cudnn_scan as cudnn_scan
 from jaxbptt.scans.exact import scan as scan
 from jaxbptt.scans.flags import valid_from_lengths as valid_from_lengths
+from jaxbptt.scans.parallel import parallel_scan as parallel_scan
+from jaxbptt.scans.parallel_adjoint import parallel_adjoint_scan as parallel_adjoint_scan
 from jaxbptt.scans.schedule import checkpoint_schedule as checkpoint_schedule
 from jaxbptt.scans.truncated import truncated_scan as truncated_scan
 from jaxbptt.scans.windowed import windowed_scan as windowed_scan

@@ -188,7 +188,8 @@ def test_lowers_under_shard_map():
 
 
 def exported(function, *args, platforms=("cuda",)):
-    checks = [export.DisabledSafetyCheck.custom_call(f"cudnn_rnn{name}_ffi") for name in ("", "_bwd")]
+    targets = "cudnn_rnn_ffi", "cudnn_rnn_bwd_ffi", "LayoutConstraint"
+    checks = [export.DisabledSafetyCheck.custom_call(target) for target in targets]
     return export.export(jax.jit(function), platforms=platforms, disabled_checks=checks)(*args)
 
 
@@ -211,6 +212,30 @@ def test_lowers_for_cuda(cell, layers):
     )
     assert outputs[1].shape == (T, 3, 2, H)
     assert len(bars) == 3 * layers + 2 * layers + 1
+
+
+@pytest.mark.usefixtures("cudnn_lowers")
+def test_arrays_are_row_major():
+    """JAX leaves the layouts of cuDNN's arrays to XLA, which keeps time the slowest axis, and cuDNN doesn't know."""
+    gradient = jax.value_and_grad(partial(loss, bptt.cudnn_scan, CELL), (0, 1, 2), has_aux=True)
+    text = exported(gradient, *arguments(CELL, (2,)).values()).mlir_module()
+    constraint = r"(%\w+) = stablehlo.custom_call @LayoutConstraint\((\S+)\) .*result_layouts = \[dense<\[2, 1, 0\]>"
+    constrained = dict(re.findall(constraint, text))
+    found = re.findall(r"(%\w+):5 = stablehlo.custom_call @cudnn_\w+\((.*?)\) .* : \((.*)\) -> \((.*)\)", text)
+    (forward, *_), (_, read_backward, *_) = found
+
+    def of_rank_3(names, types):
+        return [name for name, shape in zip(names, types.split(", "), strict=True) if shape.count("x") == 3]
+
+    for call, operands, operand_types, result_types in found:
+        read = of_rank_3(operands.split(", "), operand_types)
+        returned = of_rank_3([f"{call}#{i}" for i in range(5)], result_types)
+        assert (len(read), len(returned)) == ((3, 3) if call == forward else (7, 3))
+        # The backward call reads ys as the forward call wrote them.
+        assert set(read) <= {*constrained, f"{forward}#0"}
+        for name in returned:
+            assert name in constrained.values()
+            assert text.count(name) == 1 + (name in read_backward.split(", "))
 
 
 @pytest.mark.usefixtures("cudnn_lowers")

@@ -2,7 +2,7 @@ r"""An LSTM over all time steps in one call of cuDNN, through `jax.experimental.
 
 cuDNN's gates are those of `lstm`, in the same order. Here its arguments are made from ours by operations that JAX
 differentiates, and what it can't do is refused. Some of that shows only when a program is transformed or lowered: so all
-arrays that go into the call or come out of it pass an identity, a primitive whose rules raise.
+arrays that go into the call or come out of it pass an identity, a primitive whose rules raise. It also fixes their layout.
 """
 
 import math
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.experimental import rnn
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.export import is_symbolic_dim
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -221,6 +222,11 @@ def _marked_jvp(primals: Any, tangents: Any) -> Any:
     return _array_p.bind(*primals), _tangent_p.bind(*tangents)
 
 
+def _row_major(array: Any) -> Any:
+    """Row-major, as cuDNN reads and writes it: JAX leaves the layout to XLA, which makes transposes a part of it."""
+    return with_layout_constraint(array, Layout(major_to_minor=tuple(range(array.ndim))))
+
+
 def _refuse(error: type[Exception], message: str) -> Callable[..., Any]:
     def rule(*_: Any, **__: Any) -> Any:
         raise error(f"cudnn_scan {message}")
@@ -230,7 +236,7 @@ def _refuse(error: type[Exception], message: str) -> Callable[..., Any]:
 
 _array_p.def_impl(jax.jit(_array_p.bind))
 _array_p.def_abstract_eval(lambda array: array)
-mlir.register_lowering(_array_p, lambda _, array: [array], platform="cuda")
+mlir.register_lowering(_array_p, mlir.lower_fun(_row_major, multiple_results=False), platform="cuda")
 _OTHER_PLATFORM = "runs on CUDA, and is lowered for another platform: use adjoint_scan, which runs everywhere."
 mlir.register_lowering(_array_p, _refuse(ValueError, _OTHER_PLATFORM))
 _MAPPED = "can't be mapped (jax.vmap, jacrev): let rows be batch axes of init and xs, or map adjoint_scan."

@@ -39,6 +39,7 @@ def with_derivative(
     backward: Callable[..., Any],
     *,
     forward_mode: bool = True,
+    in_sequence: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """`run` with a derivative, as a function of the `Recurrence` that `one_pass` returned.
 
@@ -53,6 +54,7 @@ def with_derivative(
             has the perturbed leaves. `ys_bar` has `None` for outputs without a derivative and, with a derived adjoint, for
             outputs that the loss does not use; an adjoint by hand gets `Zeros` for those, which stand for an array of zeros.
         forward_mode: whether `backward` is the transpose of the derivative of `run`.
+        in_sequence: what forward mode differentiates in the place of `run`: the same function, as a plain loop.
     """
 
     def differentiated(r):
@@ -99,7 +101,7 @@ def with_derivative(
                 primals, _ = combine(known_tree.unflatten(known), static)
 
                 def of_moving(*values):
-                    outputs = run(*treedef.unflatten(_merged(values, primals, moving)))
+                    outputs = (in_sequence or run)(*treedef.unflatten(_merged(values, primals, moving)))
                     return _chosen(jax.tree.leaves(outputs), with_tangent)
 
                 return jax.jvp(of_moving, _chosen(primals, moving), tangents)[1]
