@@ -17,6 +17,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from math import isnan
 from typing import Any, NamedTuple
 
 import harness
@@ -122,7 +123,9 @@ def newton(problem, scan, args):
 
     iterations, converged, bad = map(int, jax.jit(happened)(*args))
     words = f"{iterations} iterations"
-    return iterations, words if converged else f"{words}, then in sequence from step {bad:,}"
+    if converged:
+        return iterations, words
+    return None, f"{words}, then in sequence from step {bad:,}"
 
 
 def free_bytes():
@@ -189,8 +192,8 @@ def rows(problem, limit, before):
         row = {"cell": problem.cell, "n": problem.n, "T": f"{problem.length:,}", "strategy": name}
         if isinstance(program := programs.get(name), Program):
             row |= {
-                "depth": f"{program.cost.depth:,.0f}",
-                "operations": f"{program.cost.flops:.2e}",
+                "depth": "" if isnan(program.cost.depth) else f"{program.cost.depth:,.0f}",
+                "operations": "" if isnan(program.cost.flops) else f"{program.cost.flops:.2e}",
                 "temporary MiB": f"{program.cost.temporary_bytes / 2**20:,.1f}",
                 "compile s": f"{program.cost.compile_seconds:.2f}",
                 "notes": program.notes,

@@ -211,14 +211,15 @@ def bar_groups(on_leaves: Callable[..., Any], bars: list[Any], params: Any, stac
 
 def default_chunk(groups: list[Group], leaves: list[Any], residuals: Any, length: int) -> int:
     """Time steps whose Jacobians take at most four times the bytes of the residuals of all steps; 16 at least."""
-
-    def numbers(group):
-        m, size = len(group.leaves), leaves[group.leaves[0]].size
-        if group.elementwise:
-            return m * m * size
-        rows = math.prod(leaves[group.leaves[0]].shape[: group.batch])
-        return sum(leaves[i].size for i in group.leaves) ** 2 // max(rows, 1)
-
-    of_jacobians = max((numbers(group) for group in groups), default=0)
+    of_jacobians = max((coefficients(group, leaves) for group in groups), default=0)
     of_residuals = sum(leaf.size for leaf in jax.tree.leaves(residuals))
     return max(4 * of_residuals // max(of_jacobians, 1), 16)
+
+
+def coefficients(group: Group, leaves: list[Any]) -> int:
+    """The numbers of Aₜ of a group at one time step."""
+    m, first = len(group.leaves), leaves[group.leaves[0]]
+    if group.elementwise:
+        return m * m * first.size
+    rows = math.prod(first.shape[: group.batch])
+    return sum(leaves[i].size for i in group.leaves) ** 2 // max(rows, 1)

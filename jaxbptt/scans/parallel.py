@@ -100,16 +100,26 @@ def parallel_scan(
     return all_at_once.strategy("parallel_scan", over_time, before, length, chunk_length)(r)
 
 
-def _affine_groups(on_leaves: all_at_once.AllAtOnce, params: Any, init: Any, xs: Any) -> list[Group]:
-    """The groups of the carry's leaves; raises for a step that is not affine in one of them."""
+def carry_groups(on_leaves: all_at_once.AllAtOnce, params: Any, init: Any, xs: Any) -> list[Group]:
+    """The groups of the carry's real leaves, and in each the pairs that keep it from being affine."""
     carry = [as_type(jax.typeof(leaf)) for leaf in on_leaves.leaves.split(init)]
     groups = groups_of(lambda parts, params, x: on_leaves.step(parts, (params, x)), carry, params, at_one_step(xs))
+    # What is no number runs in sequence, whatever it depends on.
+    return [
+        group if any(is_differentiable(carry[i]) for i in group.leaves) else group._replace(clashes=())
+        for group in groups
+    ]
+
+
+def _affine_groups(on_leaves: all_at_once.AllAtOnce, params: Any, init: Any, xs: Any) -> list[Group]:
+    """The same; raises for a step that is not affine in one of them."""
+    groups = carry_groups(on_leaves, params, init, xs)
     paths = [name("carry", path) for path, _ in jax.tree_util.tree_leaves_with_path(init)]
     named = [
         path for path, flag in zip(paths, on_leaves.leaves.is_complex, strict=True) for path in [path] * (1 + flag)
     ]
     for group in groups:
-        if group.clashes and any(is_differentiable(carry[i]) for i in group.leaves):
+        if group.clashes:
             i, k = group.clashes[0]
             raise ValueError(
                 f"parallel_scan needs a step that is affine in the carry, cₜ = Aₜ cₜ₋₁ + bₜ, but the coefficient of {named[i]} "
