@@ -37,6 +37,7 @@ EXACT = {
     "checkpointed_scan (derived, 1 state)": lambda cell, *args, **kw: bptt.checkpointed_scan(
         getattr(cell, "step", cell), *args, checkpoints=1, **kw
     ),
+    "parallel_adjoint_scan": bptt.parallel_adjoint_scan,
 }
 # Biased strategies where they cut nothing: whatever holds for an exact one holds for them.
 UNCUT = {

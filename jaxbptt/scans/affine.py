@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxbptt.arrays import at_least_float32
 from jaxbptt.programs.structure import Group
 from jaxbptt.trees import is_differentiable
 
@@ -121,20 +122,15 @@ def linearised(
             return [new[i] for i in group.leaves]
 
         value, tangent = jax.linearize(of_group, here)
-        value = [widened(leaf) for leaf in value]
+        value, here_wide = widened(value), widened(here)
         if group.elementwise:
-            A = _columns_of_diagonals(tangent, here)
-            b = (
-                value
-                if at_zero
-                else [
-                    v - sum(a * widened(c) for a, c in zip(row, here, strict=True))
-                    for v, row in zip(value, A, strict=True)
-                ]
-            )
-            return Affine(A, b)
-        A, b = _matrix(tangent, here, group.batch), flattened(value, group.batch)
-        return Affine(A, b if at_zero else b - _apply(A, flattened([widened(c) for c in here], group.batch)))
+            A = _diagonals(tangent, here)
+            constants = [sum(a * c for a, c in zip(row, here_wide, strict=True)) for row in A]
+            b = [v if at_zero else v - constant for v, constant in zip(value, constants, strict=True)]
+        else:
+            A, b = _matrix(tangent, here, group.batch), flattened(value, group.batch)
+            b = b if at_zero else b - _apply(A, flattened(here_wide, group.batch))
+        return Affine(A, b)
 
     return at_all_steps(at_t, length, one_at_a_time=one_at_a_time)(before, stacked)
 
@@ -165,18 +161,16 @@ def at_all_steps(fn: Callable[..., Any], length: int, *, one_at_a_time: bool = F
 def solve_group(group: Group, affine: Affine, init: list[Any], *, reverse: bool = False) -> Solution:
     """The leaves of a group before each step and after the last, from its coefficients at all time steps."""
     A, b = affine
+    first, wide = -1 if reverse else 0, widened(init)
+    # c₀ enters the first step, whose coefficient is not used after that.
     if group.elementwise:
-        first = -1 if reverse else 0
-        # c₀ enters the first step, whose coefficient is not used after that.
-        wide = [widened(leaf) for leaf in init]
         b = [
             bs.at[first].add(sum(a[first] * c for a, c in zip(row, wide, strict=True)))
             for bs, row in zip(b, A, strict=True)
         ]
         _, after = jax.lax.associative_scan(_then_elementwise, (A, b), reverse=reverse)
     else:
-        first = -1 if reverse else 0
-        b = b.at[first].add(_apply(A[first], flattened([widened(leaf) for leaf in init], group.batch)))
+        b = b.at[first].add(_apply(A[first], flattened(wide, group.batch)))
         _, flat = jax.lax.associative_scan(_then_dense, (A, b), reverse=reverse)
         after = split_up(flat, [leaf.shape for leaf in init], group.batch)
     after = [leaf.astype(c.dtype) for leaf, c in zip(after, init, strict=True)]
@@ -191,9 +185,11 @@ def shifted(after: Any, init: Any, *, reverse: bool = False) -> Any:
     return jnp.concatenate([init[None], after[:-1]])
 
 
-def widened(leaf: Any) -> Any:
-    """In single precision at least."""
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+def widened(leaves: list[Any]) -> list[Any]:
+    """Leaves in one dtype, the widest of theirs, in single precision at least."""
+    dtypes = [at_least_float32(leaf.dtype) for leaf in leaves]
+    widest = max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
+    return [leaf.astype(widest) for leaf in leaves]
 
 
 def flattened(leaves: list[Any], batch: int) -> Any:
@@ -208,12 +204,12 @@ def split_up(flat: Any, shapes: list[Any], batch: int) -> list[Any]:
     return [part.reshape(len(flat), *shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _columns_of_diagonals(tangent: Callable[..., Any], here: list[Any]) -> list[list[Any]]:
+def _diagonals(tangent: Callable[..., Any], here: list[Any]) -> list[list[Any]]:
     """`A[j][i]`, the derivative of each entry of leaf j with respect to the entry of leaf i at the same place."""
     columns = []
     for i in range(len(here)):
         ones = [jnp.ones_like(leaf) if k == i else jnp.zeros_like(leaf) for k, leaf in enumerate(here)]
-        columns.append([widened(leaf) for leaf in tangent(ones)])
+        columns.append(widened(tangent(ones)))
     return [[column[j] for column in columns] for j in range(len(here))]
 
 
@@ -228,7 +224,7 @@ def _matrix(tangent: Callable[..., Any], here: list[Any], batch: int) -> Any:
             jnp.broadcast_to(part.reshape(shape[batch:]), shape).astype(leaf.dtype)
             for part, shape, leaf in zip(parts, shapes, here, strict=True)
         ]
-        return flattened([widened(leaf) for leaf in tangent(ones)], batch)
+        return flattened(widened(tangent(ones)), batch)
 
     return jax.vmap(column, out_axes=-1)(jnp.eye(sum(sizes), dtype=here[0].dtype))
 
