@@ -14,12 +14,9 @@ from jaxbptt.arrays import check_concrete, check_count, scalar_loss
 from jaxbptt.cells.cell import Cell
 from jaxbptt.html_table import fields_table, html_table
 from jaxbptt.scans.adjoint import adjoint_scan
-from jaxbptt.scans.all_at_once import AllAtOnce, coefficients
-from jaxbptt.scans.flags import NO_FLAGS
 from jaxbptt.scans.newton import newton_scan, newton_states
-from jaxbptt.scans.parallel import carry_groups, parallel_scan
+from jaxbptt.scans.parallel import coefficients_of, parallel_scan
 from jaxbptt.scans.parallel_adjoint import parallel_adjoint_scan
-from jaxbptt.scans.passes import one_pass
 from jaxbptt.scans.recurrence import Recurrence, prepare
 from jaxbptt.trees import is_array, partition
 from jaxbptt.words import counted
@@ -222,7 +219,7 @@ def plan_parallel(
 
     rows = [forecast(adjoint_scan), forecast(parallel_adjoint_scan)]
     exponent = standard_error = math.nan
-    affine, numbers = _structure(step, r)
+    affine, numbers = coefficients_of(step, r)
     if affine:
         rows.append(forecast(parallel_scan))
     else:
@@ -237,15 +234,6 @@ def plan_parallel(
         adjoint_scan, "adjoint_scan", {}, "", tuple(rows), platform, r.length, affine, exponent, standard_error
     )
     return _chosen(found, figures, math.inf if memory_bytes is None else memory_bytes)
-
-
-def _structure(step: Any, r: Recurrence) -> tuple[bool, int]:
-    """Whether a step is affine in the carry, and the most numbers of a group's coefficients at one time step."""
-    over_time, r = one_pass(step, None, r, NO_FLAGS, 1)
-    on_leaves = AllAtOnce.of(over_time, r.init)
-    groups = carry_groups(on_leaves, r.params, r.init, r.xs)
-    leaves = on_leaves.leaves.split(r.init)
-    return not any(group.clashes for group in groups), max(coefficients(group, leaves) for group in groups)
 
 
 def _seconds(cost: Cost, iterations: float, figures: DeviceFigures | None) -> float:
