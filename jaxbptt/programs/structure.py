@@ -190,7 +190,7 @@ def _moved(eqn: Any, number: int, operand: int) -> dict[int, int]:
     shape, result = eqn.invars[operand].aval.shape, eqn.outvars[number].aval.shape
     here = range(len(shape))
     if kind in _ELEMENTWISE:
-        return {a: a for a in here} if shape == result else {}
+        return {a: a for a in here if shape[a] == result[a]} if len(shape) == len(result) else {}
     if kind == "optimization_barrier":
         return {a: a for a in here} if operand == number else {}
     if kind in _CUMULATIVE:
