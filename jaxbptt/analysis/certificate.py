@@ -21,7 +21,7 @@ from jaxbptt.scans.flags import Flags
 from jaxbptt.scans.newton import newton_scan
 from jaxbptt.scans.parallel import coefficients_of, parallel_scan
 from jaxbptt.scans.parallel_adjoint import parallel_adjoint_scan
-from jaxbptt.scans.recurrence import Recurrence, prepare
+from jaxbptt.scans.recurrence import prepare
 from jaxbptt.trees import combine, differentiable, name, partition
 
 Scans = Mapping[str, Callable[..., Any]] | Sequence[Callable[..., Any]]
@@ -185,7 +185,7 @@ def certify(
             f"gradients is a {type(gradients).__name__}: pass functions (params, init, xs) -> gradient by name."
         )
     if scans is None:
-        strategies = _exact_strategies(step) + _parallel_strategies(step, prepare(step, params, init, xs, length))
+        strategies = sequential_strategies(step) + _parallel_strategies(step, params, init, xs, length)
     else:
         strategies = _named(scans)
     if adjoint is not None:
@@ -245,7 +245,8 @@ def certify(
     return Certificate(tuple(rows), bound, ", ".join(sorted(map(str, dtypes))), parts)
 
 
-def _exact_strategies(step: Callable[..., Any] | Cell) -> list[tuple[str, Callable[..., Any]]]:
+def sequential_strategies(step: Callable[..., Any] | Cell) -> list[tuple[str, Callable[..., Any]]]:
+    """The exact strategies that run a loop over time, by name."""
     strategies: list[tuple[str, Callable[..., Any]]] = [
         ("adjoint_scan", adjoint_scan),
         ("checkpointed_scan", checkpointed_scan),
@@ -258,14 +259,25 @@ def _exact_strategies(step: Callable[..., Any] | Cell) -> list[tuple[str, Callab
     return strategies
 
 
-def _parallel_strategies(step: Callable[..., Any] | Cell, r: Recurrence) -> list[tuple[str, Callable[..., Any]]]:
+def _parallel_strategies(
+    step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, length: int | None
+) -> list[tuple[str, Callable[..., Any]]]:
     """Those that apply to the step, unless they would take much longer than all others."""
+    r = prepare(step, params, init, xs, length)
     affine, numbers = coefficients_of(step, r)
-    if r.length * numbers > _MOST_COEFFICIENTS or r.length == 0:
+    if not 0 < r.length * numbers <= _MOST_COEFFICIENTS:
         return []
-    if affine:
-        return [("parallel_scan", parallel_scan)]
-    return [("parallel_adjoint_scan", parallel_adjoint_scan), ("newton_scan", newton_scan)]
+
+    def applies(strategy):
+        """What a step needs for it (a derivative in forward mode, to be mapped) is found by tracing it."""
+        try:
+            jax.eval_shape(lambda: strategy(step, params, init, xs, length=length))
+        except (TypeError, ValueError):
+            return False
+        return True
+
+    candidates = [parallel_scan] if affine else [parallel_adjoint_scan, newton_scan]
+    return [(strategy.__name__, strategy) for strategy in candidates if applies(strategy)]
 
 
 def _scheduled(step: Any, params: Any, init: Any, xs: Any, *, length: int | None, **options: Any) -> tuple[Any, Any]:
