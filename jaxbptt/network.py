@@ -52,7 +52,8 @@ def network(
     The cell is unrolled by `adjoint_scan`; `apply(..., scan=)` takes any other strategy.
 
     Args:
-        cell: any `Cell` whose output is an array `[*batch, hidden]`, with the features of its carry's last leaf.
+        cell: any `Cell` whose output is an array `[*batch, hidden]`, with the features of its carry's last leaf, or a
+            built-in one, which says how many features its output has.
         output_size: features of y.
         bias: whether there is a b_y; it starts at 0.
         dtype: of `W_hy`, `b_y` and the outputs, to which hₜ is cast; by default `W_hy` and `b_y` have that of the cell's
@@ -96,7 +97,8 @@ def network(
         key_cell, key_hy = jax.random.split(key)
         state = jax.tree.leaves(cell.initial_carry())[-1]
         own_dtype = state.dtype if dtype is None else dtype
-        W_hy = dense.gate_blocks(output_init, key_hy, 1, (output_size, state.shape[-1]), own_dtype)
+        _, features = getattr(cell.step, "sizes", (None, state.shape[-1]))
+        W_hy = dense.gate_blocks(output_init, key_hy, 1, (output_size, features), own_dtype)
         b_y = jnp.zeros(output_size, own_dtype) if bias else None
         return NetworkParams(cell.init(key_cell), W_hy, b_y)
 

@@ -17,6 +17,10 @@ def make_cell(name, dtype=jnp.float64):
     match name:
         case "elman" | "gru" | "lstm":
             return getattr(bptt, name)(SIZES["input"], SIZES["hidden"], dtype=dtype)
+        case "min_gru" | "min_lstm" | "rg_lru":
+            return getattr(bptt, name)(SIZES["input"], SIZES["hidden"], dtype=dtype)
+        case "lru":
+            return bptt.lru(SIZES["input"], SIZES["hidden"], output_size=SIZES["input"], dtype=dtype)
         case "stack":
             return bptt.stack(bptt.lstm(3, 4, dtype=dtype), bptt.gru(4, 5, dtype=dtype), bptt.elman(5, 2, dtype=dtype))
 
@@ -27,6 +31,8 @@ def make_cell(name, dtype=jnp.float64):
 
 
 CELLS = ("elman", "gru", "lstm", "stack")
+# Affine in the carry, each unit on its own.
+DIAGONAL = ("lru", "min_gru", "min_lstm", "rg_lru")
 
 # Every exact strategy, as users call it: with a Cell, and with a bare step where the strategy tells the two apart.
 EXACT = {

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import CELLS, assert_close, make_cell, problem
+from reference import CELLS, DIAGONAL, assert_close, make_cell, problem
 
 import jaxbptt as bptt
 from jaxbptt import cells
@@ -101,7 +101,7 @@ def test_stack_is_its_layers_one_after_the_other():
     assert_close(bptt.scan(cell, params, carry, xs)[1], expected)
 
 
-@pytest.mark.parametrize("name", [*CELLS, "rate", "layer_norm"])
+@pytest.mark.parametrize("name", [*CELLS, *DIAGONAL, "rate", "layer_norm"])
 @pytest.mark.costly
 def test_batch_axes_are_independent_rows(name):
     cell = make_cell(name)
@@ -146,14 +146,14 @@ def test_names_of_a_dtype(dtype):
 
 
 def test_dtype_and_shapes():
-    for name in CELLS:
+    for name in (*CELLS, *DIAGONAL):
         cell = make_cell(name, jnp.float32)
         assert {leaf.dtype for leaf in jax.tree.leaves(cell.init(jax.random.key(0)))} == {jnp.dtype("float32")}
         carry = cell.initial_carry((2, 5))
         assert all(leaf.shape[:2] == (2, 5) and not leaf.any() for leaf in jax.tree.leaves(carry))
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", [*CELLS, *DIAGONAL])
 def test_a_first_carry_can_be_donated(name):
     """No buffer twice in it, made eagerly or compiled; the lstm's h and c once were one."""
     cell = make_cell(name)
@@ -261,5 +261,5 @@ def test_options_of_the_read_out(options, error, message):
 
 def test_cells_by_name():
     """What the command line and the report offer."""
-    assert list(cells.CELLS) == ["elman", "gru", "lstm"]
+    assert list(cells.CELLS) == ["elman", "gru", "lstm", *DIAGONAL]
     assert all(make is getattr(bptt, name) for name, make in cells.CELLS.items())

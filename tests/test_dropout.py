@@ -92,7 +92,11 @@ def test_layers_and_noise():
     ("call", "error", "message"),
     [
         (lambda: inspect.unwrap(bptt.dropout)(len), TypeError, "dropout wraps a Cell, but got a builtin_function"),
-        (lambda: bptt.dropout(make_cell("stack")), ValueError, r"wrap the layers of a stack, stack\(dropout"),
+        (
+            lambda: bptt.dropout(make_cell("stack"), recurrent_rate=0.1),
+            ValueError,
+            r"wrap the layers of a stack, stack\(dropout",
+        ),
         (
             lambda: bptt.dropout(make_cell("gru")._replace(step=lambda params, carry, x: (carry, x))),
             ValueError,
@@ -119,3 +123,15 @@ def test_masks_of_another_batch():
         ValueError, match=r"x has shape \(6, 3\) at one time step, but its mask \(2, 3\): draw the masks with"
     ):
         bptt.scan(dropped, draw(jax.random.key(0), params, (2,)), carry, xs)
+
+
+def test_cells_without_recurrent_weights_drop_inputs():
+    """They have no W_hh that could read a state, and a recurrent rate is refused."""
+    cell = make_cell("min_gru")
+    dropped, draw = bptt.dropout(cell, input_rate=0.4)
+    params, carry, xs = problem(cell, 5, (2,))
+    masked = draw(jax.random.key(0), params, (2,))
+    expected = bptt.scan(cell, params, carry, xs * masked.x.astype(float)[None] / 0.6)
+    assert_close(bptt.adjoint_scan(dropped, masked, carry, xs), expected)
+    with pytest.raises(ValueError, match="for input_rate alone, any built-in cell"):
+        bptt.dropout(cell, recurrent_rate=0.4)

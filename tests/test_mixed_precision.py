@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import EXACT, random_like
+from reference import DIAGONAL, EXACT, random_like
 
 import jaxbptt as bptt
 
@@ -30,7 +30,7 @@ def products(jaxpr):
     return found
 
 
-@pytest.mark.parametrize("name", [*CELLS, "layer_norm"])
+@pytest.mark.parametrize("name", [*CELLS, *DIAGONAL, "layer_norm"])
 def test_factors_are_rounded_and_nothing_else(name):
     """Every product, forward and back, has bfloat16 factors and a float32 sum; what comes out is float32."""
     cell = make(name, compute_dtype=jnp.bfloat16)
@@ -45,7 +45,7 @@ def test_factors_are_rounded_and_nothing_else(name):
     assert {v.aval.dtype for v in program.jaxpr.outvars} == {jnp.dtype(jnp.float32)}
 
 
-@pytest.mark.parametrize("name", [*CELLS, "layer_norm"])
+@pytest.mark.parametrize("name", [*CELLS, *DIAGONAL, "layer_norm"])
 @pytest.mark.costly
 def test_gradients_are_those_of_float32_up_to_the_rounding(name):
     cell, full = make(name, compute_dtype=jnp.bfloat16), make(name)

@@ -23,7 +23,8 @@ def test_contract_names():
     )
     names += " gradient_flow lag_contributions certify compare_gradients ElmanParams GRUParams LSTMParams LSTMState"
     names += (
-        " fixed_points covariant_lyapunov_vectors principal_components participation_ratio departure_from_normality"
+        " fixed_points covariant_lyapunov_vectors principal_components participation_ratio departure_from_normality lru"
+        " min_gru min_lstm rg_lru"
     )
     assert [name for name in names.split() if not hasattr(bptt, name)] == []
     assert callable(bptt.plots.plot_gradient_flow)
@@ -32,7 +33,8 @@ def test_contract_names():
 def test_types_of_results_live_in_namespaces():
     """At the top are functions, and of types only those that users make."""
     made_by_users = "Cell Adjoint ElmanParams GRUParams LSTMParams LSTMState Network NetworkParams Chunk TrainState"
-    made_by_users += " Bidirectional Directions RateParams LayerNormLSTMParams DropoutParams"
+    made_by_users += " Bidirectional Directions RateParams LayerNormLSTMParams DropoutParams LRUParams"
+    made_by_users += " LRUState MinGRUParams MinLSTMParams RGLRUParams"
     types_at_the_top = {name for name in dir(bptt) if isinstance(getattr(bptt, name), type) and name[0] != "_"}
     assert types_at_the_top == set(made_by_users.split())
     results = "Certificate CertificateRow GradientComparison LeafComparison BiasCurve LagContributions TruncationBias"

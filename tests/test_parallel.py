@@ -185,6 +185,17 @@ def test_names_what_is_not_affine(what):
         bptt.parallel_scan(step, None, init, leaf(3))
 
 
+def test_refuses_a_mutable_array():
+    ref = jax.new_ref(jnp.zeros(()))
+
+    def step(p, h, x):
+        ref[...] += 1
+        return h + x, h
+
+    with pytest.raises(TypeError, match=r"is mutable \(a Ref\), and parallel_scan computes each step more than once"):
+        bptt.parallel_scan(step, None, leaf(), leaf(3))
+
+
 @pytest.mark.parametrize("chunk_length", [0, 2.5])
 def test_chunk_length_is_checked(chunk_length):
     for scan in (bptt.parallel_scan, bptt.parallel_adjoint_scan):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from reference import CELLS, assert_close, make_cell, problem
+from reference import CELLS, DIAGONAL, assert_close, make_cell, problem
 
 import jaxbptt as bptt
 from jaxbptt.analysis.credit import LagContributions
@@ -18,7 +18,7 @@ def explicit():
         yield
 
 
-@pytest.mark.parametrize("name", [*CELLS, "rate", "layer_norm"])
+@pytest.mark.parametrize("name", [*CELLS, *DIAGONAL, "rate", "layer_norm"])
 @pytest.mark.costly
 def test_cells_with_a_batch(name):
     """The step, and the cell's own adjoint, by shapes alone; and values in float32."""

@@ -9,7 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import CELLS, EXACT, UNCUT, assert_close, make_cell, problem, python_loop, random_like
+from reference import (
+    CELLS,
+    DIAGONAL,
+    EXACT,
+    UNCUT,
+    assert_close,
+    make_cell,
+    problem,
+    python_loop,
+    random_like,
+)
 
 import jaxbptt as bptt
 
@@ -25,6 +35,7 @@ CASES += [("rate", 7, (5,), jnp.float64), ("layer_norm", 7, (5,), jnp.float64)]
 MORE = [(name, steps, (5,), jnp.float64) for name in ("elman", "gru", "lstm") for steps in (1, 2, 64)]
 MORE += [(name, 7, batch, jnp.float64) for name in CELLS for batch in ((), (1,), (5,))]
 MORE += [(name, 7, (5,), jnp.float32) for name in CELLS]
+MORE += [(name, 7, batch, jnp.float64) for name in DIAGONAL for batch in ((), (5,))]
 CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in MORE if case not in CASES]
 
 

@@ -190,8 +190,11 @@ def zeros(batch_shape: Any, size: int, dtype: Any) -> Array:
     return jnp.zeros((*batch_shape, size), dtype)
 
 
-def check_step(kind: str, params: Any, shapes: dict[str, tuple[int, ...]], x: Any, **carry: Any) -> Array:
+def check_step(
+    kind: str, params: Any, shapes: dict[str, tuple[int, ...]], sizes: tuple[int, int], x: Any, **carry: Any
+) -> Array:
     """`x` as an array, where it is `[*batch, input]`, the carry `[*batch, hidden]`, and params have their shapes."""
+    input_size, hidden_size = sizes
     for name, shape in shapes.items():
         if not hasattr(params, name):
             raise TypeError(
@@ -203,7 +206,6 @@ def check_step(kind: str, params: Any, shapes: dict[str, tuple[int, ...]], x: An
                 f"{kind}: {name} has shape {found}, but {shape} is expected: pass the params that this "
                 "cell's init(key) made."
             )
-    input_size, hidden_size = shapes["W_xh"][1], shapes["W_hh"][1]
     states = {
         name: as_array(f"{kind}: {name}", state, f"[*batch, {hidden_size}]").shape for name, state in carry.items()
     }

@@ -48,7 +48,7 @@ def dropout(cell: Cell, *, input_rate: float = 0.0, recurrent_rate: float = 0.0)
     the batch (`is_first`) share its mask until the next draw. To evaluate, pass the params themselves.
 
     Args:
-        cell: a built-in cell, but no `stack`: wrap its layers.
+        cell: a built-in cell, with a `recurrent_rate` one that has a `W_hh`; of a `stack` wrap the layers.
         input_rate: p_x, the probability that an entry of x is dropped.
         recurrent_rate: p_h, the same for the state.
 
@@ -80,10 +80,12 @@ def dropout(cell: Cell, *, input_rate: float = 0.0, recurrent_rate: float = 0.0)
             f"dropout wraps a Cell, but got a {type(cell).__name__}: pass a built-in cell, such as lstm(3, 5)."
         )
     sizes = getattr(cell.step, "sizes", None)
-    if sizes is None or "drop" not in inspect.signature(cell.step).parameters:
+    reads_state = "drop" in inspect.signature(cell.step).parameters
+    if sizes is None or (recurrent_rate and not reads_state):
         raise ValueError(
-            "dropout has to know where a step reads its state, and knows it for elman, gru, lstm and rate: wrap the layers "
-            "of a stack, stack(dropout(...).cell, ...), and let a step of your own multiply by a mask in its params."
+            "dropout has to know where a step reads its state, and knows it for elman, gru, lstm and rate (for input_rate "
+            "alone, any built-in cell): wrap the layers of a stack, stack(dropout(...).cell, ...), and let a step of your own "
+            "multiply by a mask in its params."
         )
     for name, value in (("input_rate", input_rate), ("recurrent_rate", recurrent_rate)):
         if not is_number(value, -1, 1) or value < 0:
@@ -107,7 +109,7 @@ def dropout(cell: Cell, *, input_rate: float = 0.0, recurrent_rate: float = 0.0)
         def drop(h):
             return _kept(params.h, "the state", h, recurrent_rate)
 
-        return cell.step(params.cell, carry, (x, *key) if key else x, drop=drop)
+        return cell.step(params.cell, carry, (x, *key) if key else x, **({"drop": drop} if reads_state else {}))
 
     step = dense.with_sizes(step, *sizes)
     return Dropout(Cell(cell.init, cell.initial_carry, step), draw)

@@ -82,13 +82,13 @@ def elman(
         return dense.zeros(batch_shape, hidden_size, dtype)
 
     def step(params, h, x, drop=dense.nothing_dropped):
-        x = dense.check_step("elman", params, shapes, x, h=h)
+        x = dense.check_step("elman", params, shapes, (input_size, hidden_size), x, h=h)
         current = products.linear(params.W_hh, drop(h)) + products.linear(params.W_xh, x)
         h = jnp.tanh(dense.add_bias(current, params.b))
         return h, h
 
     def forward(params, h_prev, x):
-        x = dense.check_step("elman", params, shapes, x, h=h_prev)
+        x = dense.check_step("elman", params, shapes, (input_size, hidden_size), x, h=h_prev)
         h = jnp.tanh(dense.add_bias(dense.merged(products, params.W_hh, params.W_xh, h_prev, x), params.b))
         return (h, h), (h_prev, h)
 

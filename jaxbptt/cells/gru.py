@@ -103,7 +103,7 @@ def gru(
         return dense.zeros(batch_shape, hidden_size, dtype)
 
     def activations(params, h, x, drop=dense.nothing_dropped):
-        x = dense.check_step("gru", params, shapes, x, h=h)
+        x = dense.check_step("gru", params, shapes, (input_size, hidden_size), x, h=h)
         x_r, x_z, x_n = jnp.split(dense.add_bias(products.linear(params.W_xh, x), params.b), 3, axis=-1)
         h_r, h_z, h_n = jnp.split(products.linear(params.W_hh, drop(h)), 3, axis=-1)
         r = jax.nn.sigmoid(h_r + x_r)

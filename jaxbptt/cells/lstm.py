@@ -134,7 +134,9 @@ def lstm(
                 f"lstm: the carry is {found}, but an LSTMState(h, c) is expected: make it with "
                 "cell.initial_carry(batch_shape)."
             )
-        return dense.check_step("lstm", params, shapes, x, **{"carry.h": state.h, "carry.c": state.c})
+        return dense.check_step(
+            "lstm", params, shapes, (input_size, hidden_size), x, **{"carry.h": state.h, "carry.c": state.c}
+        )
 
     def gates(params, h, x):
         return squashed(dense.add_bias(products.linear(params.W_hh, h) + products.linear(params.W_xh, x), params.b))

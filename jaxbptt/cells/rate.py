@@ -121,7 +121,7 @@ def rate(
                 )
             x, key = x
             check_key(key)
-        return dense.check_step("rate", params, shapes, x, h=h), key
+        return dense.check_step("rate", params, shapes, (input_size, hidden_size), x, h=h), key
 
     def rates(h):
         y = nonlinearity(h)

@@ -20,6 +20,8 @@ from jaxbptt.words import counted, install_command
 # Of a table with a row for each column of the data, what fits on a screen.
 _MAX_ROWS = 24
 _DEFAULTS = {"cell": "all", "hidden": 64, "seed": 0}
+# As many as one chart tells apart.
+_ALL = ("elman", "gru", "lstm")
 
 
 def add_parser(commands: Any) -> None:
@@ -40,7 +42,11 @@ def add_parser(commands: Any) -> None:
     arguments.add_source(
         report, npz="predict the next row of an array [time] or [time, features], in a .npz or .npy file"
     )
-    a("--cell", choices=("all", *CELLS), help=f"the recurrent cell (default: {_DEFAULTS['cell']})")
+    a(
+        "--cell",
+        choices=("all", *CELLS),
+        help=f"the recurrent cell; all: {', '.join(_ALL)} (default: {_DEFAULTS['cell']})",
+    )
     a("--hidden", type=arguments.size, help=f"size of the hidden state (default: {_DEFAULTS['hidden']})")
     a("--steps", type=arguments.size, default=256, help="time steps per sequence")
     a("--batch", type=arguments.size, default=4, help="sequences in the batch")
@@ -178,7 +184,7 @@ def _untrained(options: argparse.Namespace, data: _Data) -> _Subject:
     from jaxbptt.reports import report, wording
 
     series, table = data.series, data.table
-    names = CELLS if options.cell == "all" else [options.cell]
+    names = _ALL if options.cell == "all" else [options.cell]
     settings: dict[str, Any] = {"hidden": options.hidden, "seed": options.seed, "dtype": jnp.result_type(float)}
     kind = "character" if series.symbols else "column"
     facts = {

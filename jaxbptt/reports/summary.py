@@ -94,8 +94,13 @@ def advice(report: CellReport) -> str:
         return f"feed smaller inputs or start with a smaller `input_init`, so that tanh stays steep; or use {gated}"
     if kind == "elman":
         return f"use a cell that keeps its state, such as {gated}"
-    bias = {"gru": "update_bias", "lstm": "forget_bias"}[kind]
-    return f"start with {gated}, which lets units keep their state for up to {steps:,} steps, or with a larger `{bias}`"
+    if kind in ("lru", "rg_lru"):
+        option = {"lru": "r_min", "rg_lru": "a_min"}[kind]
+        return f"start with a larger `{option}`, so that no unit forgets fast"
+    bias = (
+        "a smaller `update_bias`" if kind == "min_gru" else f"a larger `{'update' if kind == 'gru' else 'forget'}_bias`"
+    )
+    return f"start with {gated}, which lets units keep their state for up to {steps:,} steps, or with {bias}"
 
 
 def _furthest(reports: Sequence[CellReport]) -> CellReport | None:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt.along_time import at_one_step, filled
-from jaxbptt.array_types import as_type
+from jaxbptt.array_types import as_type, assumed_size
 from jaxbptt.programs.perturbed import fit
 from jaxbptt.programs.structure import Group, groups_of
 from jaxbptt.scans.affine import at_all_steps, solve
@@ -173,7 +173,7 @@ def back(
             leaves.split(carry_bar),
             (residuals, xs, ys_bar),
             length,
-            chunk_length=chunk_length or default_chunk(groups, leaves.split(carry_bar), residuals, length),
+            chunk_length=chunk_length or default_chunk(groups, leaves.split(carry_bar), residuals),
             one_at_a_time=over_time.step.one_at_a_time,
             reverse=True,
         )
@@ -209,17 +209,22 @@ def bar_groups(on_leaves: Callable[..., Any], bars: list[Any], params: Any, stac
     )
 
 
-def default_chunk(groups: list[Group], leaves: list[Any], residuals: Any, length: int) -> int:
+def default_chunk(groups: list[Group], leaves: list[Any], residuals: Any) -> int:
     """Time steps whose Jacobians take at most four times the bytes of the residuals of all steps; 16 at least."""
     of_jacobians = max((coefficients(group, leaves) for group in groups), default=0)
-    of_residuals = sum(leaf.size for leaf in jax.tree.leaves(residuals))
+    of_residuals = sum(map(_numbers, jax.tree.leaves(residuals)))
     return max(4 * of_residuals // max(of_jacobians, 1), 16)
 
 
 def coefficients(group: Group, leaves: list[Any]) -> int:
     """The numbers of Aₜ of a group at one time step."""
-    m, first = len(group.leaves), leaves[group.leaves[0]]
+    mine = [leaves[i] for i in group.leaves]
     if group.elementwise:
-        return m * m * first.size
-    rows = math.prod(first.shape[: group.batch])
-    return sum(leaves[i].size for i in group.leaves) ** 2 // max(rows, 1)
+        return len(mine) ** 2 * _numbers(mine[0])
+    rows = math.prod(map(assumed_size, mine[0].shape[: group.batch]))
+    return rows * sum(_numbers(leaf, group.batch) for leaf in mine) ** 2
+
+
+def _numbers(leaf: Any, first: int = 0) -> int:
+    """In the axes from `first` on."""
+    return math.prod(map(assumed_size, leaf.shape[first:]))

@@ -62,7 +62,7 @@ def parallel_scan(
     Raises:
         ValueError: a step that is not affine in the carry: the message says which leaf's coefficient depends on which;
             and as `adjoint_scan`.
-        TypeError: as `adjoint_scan`.
+        TypeError: a step that writes to a mutable array; and as `adjoint_scan`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -81,6 +81,7 @@ def parallel_scan(
     if chunk_length is not None:
         check_count("chunk_length", chunk_length, "it counts time steps")
     over_time, r = one_pass(step, adjoint, r, Flags(is_first, valid, reset_carry), 1)
+    over_time.check_recomputable("parallel_scan")
     length = r.length
     on_leaves = all_at_once.AllAtOnce.of(over_time, r.init)
     groups = _affine_groups(on_leaves, r.params, r.init, r.xs)

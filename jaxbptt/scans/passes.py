@@ -128,12 +128,12 @@ class Pass:
         return after, jax.tree.map(lambda leaf: leaf[0], before), deltas
 
     def check_recomputable(self, strategy: str) -> None:
-        """Raise where a strategy that recomputes steps in its backward pass would write to a mutable array twice."""
+        """Raise where a strategy that computes steps more than once would write to a mutable array each time."""
         if self.step.mutable:
             raise TypeError(
-                f"{self.step.mutable} is mutable (a Ref), and {strategy} recomputes each step in its backward pass, so "
-                "that it would be written to twice: take the gradient with adjoint_scan or jaxbptt.scan, which run each "
-                "step once."
+                f"{self.step.mutable} is mutable (a Ref), and {strategy} computes each step more than once, so that it "
+                "would be written to each time: take the gradient with adjoint_scan or jaxbptt.scan, which run each step "
+                "once."
             )
 
 
