@@ -63,7 +63,7 @@ def test_strategies_parallel_in_time_where_they_apply():
 
     def counted(w, carry, x):
         h, n = carry
-        return (jnp.tanh(w * h[::-1] * n), n + (h[0] > 0)), h
+        return (jnp.tanh(w * h[::-1] * n), n + jnp.int64(h[0] > 0)), h
 
     assert names(affine) == ["parallel_scan"]
     assert names(nonlinear) == ["parallel_adjoint_scan", "newton_scan"]
