@@ -45,6 +45,13 @@ EXACT = {
     ),
     "parallel_adjoint_scan": bptt.parallel_adjoint_scan,
 }
+
+
+def exact_for(name):
+    """The exact strategies that run this cell."""
+    return EXACT | ({"parallel_scan": bptt.parallel_scan} if name in DIAGONAL else {})
+
+
 # Biased strategies where they cut nothing: whatever holds for an exact one holds for them.
 UNCUT = {
     "truncated_scan": partial(bptt.truncated_scan, truncation_length=10**6),

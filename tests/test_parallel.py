@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from reference import assert_close, cases, random_like
+from reference import assert_close, cases, make_cell, problem, random_like
 
 import jaxbptt as bptt
 from jaxbptt.programs.evaluate import subjaxprs
@@ -142,6 +142,15 @@ def test_equals_scan_over_many_steps(name):
 @pytest.mark.parametrize("name", ["rotation", "layers"])
 def test_equals_scan_in_reverse(name):
     compare(name, 7, (2,), True, reverse=True)
+
+
+@pytest.mark.parametrize("by_hand", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_stack_of_diagonal_cells(by_hand):
+    """A gate of an upper layer depends on the states below, so each layer is affine once these are known."""
+    cell = bptt.stack(*(make_cell(name) for name in ("lru", "min_lstm")), bptt.rg_lru(UNITS, UNITS, dtype=jnp.float64))
+    args, flags = problem(cell, 12, (2,)), random_flags(lambda *batch: cell.initial_carry(batch), 12, (2,))
+    step = cell if by_hand else cell.step
+    assert_close(gradient(bptt.parallel_scan, step, *args, flags), gradient(bptt.scan, step, *args, flags), rtol=1e-9)
 
 
 def test_what_is_no_number_runs_in_sequence():

@@ -25,13 +25,15 @@ from jaxbptt.trees import differentiated_as, select
 
 
 class RealLeaves(NamedTuple):
-    """The leaves of a tree, complex ones as two real ones: those multiply by four numbers where conjugates are involved,
-    and an associative scan of complex arrays takes long to compile.
+    """The leaves of a tree of arrays, complex ones as two real ones.
+
+    With conjugates a step is linear over the real numbers alone, and an associative scan of complex arrays takes long to
+    compile.
 
     Attributes:
         treedef: the structure of the tree.
         is_complex: for each leaf.
-    """  # noqa: D205
+    """
 
     treedef: Any
     is_complex: tuple[bool, ...]
