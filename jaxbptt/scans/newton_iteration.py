@@ -58,6 +58,11 @@ class Report(NamedTuple):
     residual: Any
     first_bad_step: Any
 
+    @classmethod
+    def nothing_done(cls, length: int) -> "Report":
+        """Where there is nothing to solve."""
+        return cls(jnp.zeros((), jnp.int32), jnp.zeros(()), jnp.asarray(length, jnp.int32))
+
 
 def newton(
     fn: Callable[..., Any],
@@ -276,12 +281,7 @@ def _largest_ratio(error: Any, size: Any) -> Any:
 
 def _joined(reports: list[Report], length: int) -> Report:
     """The report of all groups: iterations one after the other, the largest residual, the first bad step."""
-    zero = jnp.zeros((), jnp.int32)
     if not reports:
-        return Report(zero, jnp.zeros(()), zero + length)
-    dtype = jnp.result_type(*[report.residual.dtype for report in reports])
-    return Report(
-        sum((report.iterations for report in reports), zero),
-        jnp.stack([report.residual.astype(dtype) for report in reports]).max(),
-        jnp.stack([report.first_bad_step for report in reports]).min(),
-    )
+        return Report.nothing_done(length)
+    iterations, residuals, first_bad_steps = zip(*reports, strict=True)
+    return Report(sum(iterations), jnp.stack(widened(list(residuals))).max(), jnp.stack(first_bad_steps).min())
