@@ -45,7 +45,7 @@ WIDTHS = (7, 2, 7, 40, 9, 10, 13, 9, 9, 22, 7, 5)
 
 
 def affine_step(params, h, ab):
-    """h ↦ aₜ h + bₜ, with all coefficients given: nothing but the recurrence."""
+    """H ↦ aₜ h + bₜ, with all coefficients given: nothing but the recurrence."""
     a, b = ab
     h = a * h + b
     return h, h
@@ -58,7 +58,8 @@ class Problem(NamedTuple):
     n: int
     length: int
 
-    def step(self):
+    def step(self) -> Any:
+        """A bare step or a cell."""
         return affine_step if self.cell == "affine" else getattr(bptt, self.cell)(FEATURES, self.n)
 
     def arguments(self):
@@ -101,6 +102,7 @@ class Program(NamedTuple):
 
 
 def compiled(problem, scan):
+    """Its `Program`."""
     step, args = problem.step(), problem.arguments()
 
     def loss(*args):
@@ -164,7 +166,7 @@ def rows(problem, limit, before):
 
     todo = [name for name in found if name not in skipped]
     with ThreadPoolExecutor(WORKERS) as pool:
-        programs = dict(zip(todo, pool.map(build, todo), strict=True))
+        programs: dict[str, Any] = dict(zip(todo, pool.map(build, todo), strict=True))
     skipped |= {name: program for name, program in programs.items() if isinstance(program, str)}
     args, first, results = problem.arguments(), {}, {}
     for name in todo:
@@ -208,7 +210,10 @@ def rows(problem, limit, before):
 
 def line(cells):
     """A row of a Markdown table whose later rows are not known yet."""
-    cells = [cell.ljust(w) if i in (0, 3, 11) else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, WIDTHS, strict=True))]
+    cells = [
+        cell.ljust(w) if i in (0, 3, 11) else cell.rjust(w)
+        for i, (cell, w) in enumerate(zip(cells, WIDTHS, strict=True))
+    ]
     return f"| {' | '.join(cells)} |"
 
 
@@ -230,8 +235,10 @@ def main():
         if not options.quick:
             path.write_text("\n".join(lines) + "\n")
 
-    method = " ".join(__doc__.split("\n\n")[1].split())
-    at_once = f"{WORKERS} programs are compiled at a time" if WORKERS > 1 else "Programs are compiled one after the other"
+    method = " ".join((__doc__ or "").split("\n\n")[1].split())
+    at_once = (
+        f"{WORKERS} programs are compiled at a time" if WORKERS > 1 else "Programs are compiled one after the other"
+    )
     say(f"# Sequential and parallel in time\n\n{harness.machine()}\n\n{method} {at_once}.\n")
     say(line(HEAD))
     say(f"| {' | '.join('-' * w if i in (0, 3, 11) else '-' * (w - 1) + ':' for i, w in enumerate(WIDTHS))} |")

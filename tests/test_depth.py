@@ -4,10 +4,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+from reference import cases
 
 from jaxbptt.analysis.cost import count_flops
 from jaxbptt.analysis.depth import count_depth
-from reference import cases
 
 X = jnp.ones((16, 3))
 
@@ -68,4 +68,3 @@ def test_an_associative_scan_has_the_depth_of_a_tree():
     depths = {steps: count_depth(jax.make_jaxpr(affine)(*jnp.ones((2, steps))).jaxpr) for steps in (2**10, 2**16)}
     assert depths[2**10] == 5 * 10
     assert depths[2**16] == 5 * 16
-

@@ -79,9 +79,9 @@ def test_a_budget():
 @pytest.mark.slow
 def test_states_that_settle():
     """Newton's iterations are counted, and the exponent is the library's own."""
-    args = problem()
+    args = problem(steps=256)
     plan = bptt.plan_parallel(*args, platform="cuda")
-    spectrum = bptt.lyapunov_exponents(*args, num_exponents=1, burn_in=STEPS // 10)
+    spectrum = bptt.lyapunov_exponents(*args, num_exponents=1, burn_in=25)
     assert plan.exponent == pytest.approx(spectrum.exponents[0])
     assert plan.standard_error == pytest.approx(spectrum.standard_errors[0])
     *_, full, diagonal = plan.rows
@@ -131,7 +131,11 @@ def test_extrapolated_iterations():
 def test_figures_reproduce_what_they_were_made_from():
     """Measured on an H200: 22 µs a step for adjoint_scan of a gru and of an lstm, 13.7 for lax.scan of an elman layer."""
     microseconds = {depth: 1e6 * depth * FIGURES["cuda"].operation_seconds for depth in (17, 19, 11)}
-    assert microseconds == {17: pytest.approx(22, rel=0.15), 19: pytest.approx(22, rel=0.15), 11: pytest.approx(13.7, 0.15)}
+    assert microseconds == {
+        17: pytest.approx(22, rel=0.15),
+        19: pytest.approx(22, rel=0.15),
+        11: pytest.approx(13.7, 0.15),
+    }
 
 
 def test_wrong_arguments():

@@ -42,9 +42,7 @@ class Cost(NamedTuple):
     compile_seconds: float
 
 
-def compile_and_cost(
-    fn: Callable[..., Any], *args: Any, runs: int | None = None
-) -> tuple[Callable[..., Any], Cost]:
+def compile_and_cost(fn: Callable[..., Any], *args: Any, runs: int | None = None) -> tuple[Callable[..., Any], Cost]:
     """Compile `fn` for `args`; the compiled function and its `Cost`, by everything but the clock of a run.
 
     `runs` are the iterations of each loop that runs until something holds, for what is counted.

@@ -3,7 +3,7 @@ r"""Sequential or parallel in time: a forecast of which is faster, from a step, 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -256,13 +256,11 @@ def _leading_exponent(step: Any, params: Any, init: Any, xs: Any, r: Recurrence)
     return float(spectrum.exponents[0]), float(spectrum.standard_errors[0])
 
 
-def _iterations(step: Any, r: Recurrence, steps: int, jacobian: str) -> float:
+def _iterations(step: Any, r: Recurrence, steps: int, jacobian: Literal["full", "diagonal"]) -> float:
     """Of Newton's method on the first steps of the data; inf where it did not converge."""
 
     def happened(params, init, xs):
-        states = newton_states(
-            step, params, init, xs, length=steps, jacobian=jacobian, max_iterations=_MOST_ITERATIONS
-        )
+        states = newton_states(step, params, init, xs, length=steps, jacobian=jacobian, max_iterations=_MOST_ITERATIONS)
         return states.iterations, states.converged
 
     first = jax.tree.map(lambda leaf: leaf[:steps], r.xs)
@@ -297,9 +295,7 @@ def _chosen(plan: ParallelPlan, figures: DeviceFigures | None, memory_bytes: flo
         why = _compared(best, sequential, min(others, key=lambda row: row.seconds))
     why = f"{_called(best)}: {why}. {_about_the_step(plan)}"
     if best.temporary_bytes > memory_bytes:
-        why += (
-            f" It needs {in_bytes(best.temporary_bytes)} of {in_bytes(memory_bytes)}: plan(...) finds what fits."
-        )
+        why += f" It needs {in_bytes(best.temporary_bytes)} of {in_bytes(memory_bytes)}: plan(...) finds what fits."
     strategies = {each.__name__: each for each in (adjoint_scan, parallel_adjoint_scan, parallel_scan, newton_scan)}
     scan = strategies[best.name]
     return plan._replace(

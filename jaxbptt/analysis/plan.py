@@ -185,9 +185,7 @@ def _what_would_fit(case: Case, least: Plan, steps: int, memory_bytes: float) ->
         number = max(number // 4, 1)
         need = _temporary_bytes(case, partial(truncated_scan, truncation_length=number))
         if need <= memory_bytes:
-            return (
-                f"{message} The biased truncated_scan fits, for example with truncation_length={number}: {in_bytes(need)}."
-            )
+            return f"{message} The biased truncated_scan fits, for example with truncation_length={number}: {in_bytes(need)}."
     return (
         f"{message} Truncation does not help: with truncation_length=1 it needs {in_bytes(need)}, for one step and what the "
         "loss reads. If the loss reads the outputs of all steps, let the step return only what the loss needs."

@@ -245,9 +245,7 @@ def stages(entry: Entry) -> list[Stage]:
             gradients = {"Jacobian products": partial(_by_jacobian_products, entry)} | gradients
         # Those that are parallel in time would take longer to compile than all others together.
         scans = dict(sequential_strategies(cell))
-        result = certify(
-            cell, params, init, xs, mean_loss, scans=scans, gradients=gradients, repeats=3, progress=show
-        )
+        result = certify(cell, params, init, xs, mean_loss, scans=scans, gradients=gradients, repeats=3, progress=show)
         left_out = f"Jacobian products, singular values and lags: {dense_bytes / 2**30:.1f} GiB of dense matrices"
         value = jax.jit(lambda params, init, xs: mean_loss(*scan(cell, params, init, xs)))(params, init, xs)
         found = {"certificate": result, "left_out": () if dense else (left_out,), "loss": float(value)}
