@@ -243,6 +243,7 @@ ON_NUMBERS = {
     "diagnose_gradient": lambda *args: bptt.diagnose_gradient(*args, mean_square),
     "fixed_points": lambda cell, params, init, xs: bptt.fixed_points(cell, params, xs[0], init[None]),
     "plan": lambda *args: bptt.plan(*args, memory_bytes=2**20),
+    "plan_parallel": lambda *args: bptt.plan_parallel(*args),
 }
 
 

@@ -10,7 +10,7 @@ import jax
 from jaxbptt.analysis.cost import Cost
 from jaxbptt.analysis.lyapunov import lyapunov_exponents
 from jaxbptt.analysis.plan import Case, gradient_cost, in_bytes, sum_of_squares
-from jaxbptt.arrays import check_concrete, check_count, scalar_loss
+from jaxbptt.arrays import check_concrete, check_count, is_number, scalar_loss
 from jaxbptt.cells.cell import Cell
 from jaxbptt.html_table import fields_table, html_table
 from jaxbptt.scans.adjoint import adjoint_scan
@@ -176,7 +176,7 @@ def plan_parallel(
         A `ParallelPlan`; use `plan.scan(step, params, init, xs)`.
 
     Raises:
-        ValueError: a platform without figures, a prefix below 2, an empty sequence; and as `scan` and `lyapunov_exponents`.
+        ValueError: a platform without figures, a prefix below 2, a budget not above 0, an empty sequence; and as `scan` and `lyapunov_exponents`.
         TypeError: traced arguments; as `scan`.
 
     Example:
@@ -198,8 +198,15 @@ def plan_parallel(
     r = prepare(step, params, init, xs, length)
     if not r.length:
         raise ValueError("A sequence without time steps has nothing to run in parallel: pass at least one step.")
-    platform = platform or {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    figures = figures or FIGURES.get(platform)
+    if memory_bytes is not None and not is_number(memory_bytes, 0):
+        raise ValueError(f"memory_bytes is {memory_bytes!r}: pass the bytes there are, or None for no limit.")
+    if figures is not None and not isinstance(figures, DeviceFigures):
+        raise TypeError(f"figures is a {type(figures).__name__}: pass jaxbptt.analysis.DeviceFigures(...), or None.")
+    if platform is None:
+        platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    if not isinstance(platform, str):
+        raise TypeError(f"platform is a {type(platform).__name__}: pass its name, such as 'cuda', or None.")
+    figures = FIGURES.get(platform) if figures is None else figures
     if figures is None and platform != "cpu":
         raise ValueError(
             f"There are no figures for the platform {platform!r}: pass figures=jaxbptt.analysis.DeviceFigures(...), or "
@@ -327,7 +334,9 @@ def _about_the_step(plan: ParallelPlan) -> str:
 
 
 def _called(row: StrategyForecast) -> str:
-    return f"{row.name}{''.join(f', {key}={value!r}' for key, value in row.options.items())}"
+    """As it is written in a program."""
+    options = ", ".join(f"{key}={value!r}" for key, value in row.options.items())
+    return f"{row.name}({options})" if options else row.name
 
 
 def _in_words(row: StrategyForecast) -> tuple[str, ...]:
