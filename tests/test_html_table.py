@@ -203,6 +203,10 @@ CALLS = {
     ),
     "Metrics": (lambda: updated()[1], lambda r: [r.loss, r.gradient_norm]),
     "Model": (model, lambda r: ["<load>", "settings", "<hidden> 2", "params.", 7]),
+    "NewtonStates": (
+        lambda: bptt.newton_states(*ARGS[:3], jnp.tile(ARGS[3], (5, 1)), max_iterations=1),
+        lambda r: [r.iterations, r.residual, "no", "affine recurrences that were solved"],
+    ),
     "NextStep": (
         lambda: tasks.next_step(series(), steps=2, batch=1),
         lambda r: ["cross_entropy", "[2, 1, 2]"],

@@ -33,6 +33,7 @@ BARE = {
     "checkpointed_scan": bptt.checkpointed_scan,
     "checkpointed_scan, segment_length": partial(bptt.checkpointed_scan, segment_length=4),
     "checkpointed_scan, 3 checkpoints": partial(bptt.checkpointed_scan, checkpoints=3),
+    "newton_scan": bptt.newton_scan,
     "truncated_scan": partial(bptt.truncated_scan, truncation_length=4),
     "windowed_scan": partial(bptt.windowed_scan, window=4),
 }

@@ -311,6 +311,20 @@ def functions():
             {"strategy": bptt.scan, "length": 3},
             {"strategy": set(), "length": set()},
         ),
+        "newton_states": (
+            bptt.newton_states,
+            one
+            | {
+                "jacobian": "full",
+                "tolerance": 0.1,
+                "max_iterations": 2,
+                "damping": 0.0,
+                "guess": None,
+                "chunk_length": 2,
+            },
+            {"step": set(), "jacobian": set(), "tolerance": {"None", "fraction"}, "max_iterations": {"None"}}
+            | {"damping": {"fraction"}, "guess": {"None"}, "chunk_length": {"None"}},
+        ),
         "checkpoint_schedule": (
             bptt.checkpoint_schedule,
             {"length": 5, "checkpoints": 2},

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxbptt.along_time import at_one_step, flipped, room
 from jaxbptt.array_types import as_type
-from jaxbptt.arrays import check_count, is_number
+from jaxbptt.arrays import as_array, check_count, is_number
 from jaxbptt.cells.cell import Cell
 from jaxbptt.html_table import fields_table
 from jaxbptt.programs.structure import Group, groups_of
@@ -129,11 +129,9 @@ def newton_scan(
         scalable and stable parallelization of nonlinear RNNs (ELK), 2024, arXiv:2407.19115. When it converges: Gonzalez et al.,
         Predictability enables parallelization of nonlinear state space models, 2025, arXiv:2508.16817.
     """
-    solver = _Solver.of(
-        "newton_scan",
-        (step, params, init, xs, length, Flags(is_first, valid, reset_carry), reverse),
-        (jacobian, tolerance, max_iterations, damping, guess, chunk_length),
-    )
+    options = _checked_options(jacobian, tolerance, max_iterations, damping, chunk_length)
+    r = prepare(step, params, init, xs, length, is_first, valid, reverse=reverse)
+    solver = _Solver.of("newton_scan", step, r, Flags(is_first, valid, reset_carry), guess, options)
 
     def before(params, init, xs):
         return solver.solve(params, init, xs, finish=True)[0]
@@ -189,11 +187,9 @@ def newton_states(
     References:
         As `newton_scan`.
     """
-    solver = _Solver.of(
-        "newton_states",
-        (step, params, init, xs, length, Flags(is_first, valid, reset_carry), reverse),
-        (jacobian, tolerance, max_iterations, damping, guess, chunk_length),
-    )
+    options = _checked_options(jacobian, tolerance, max_iterations, damping, chunk_length)
+    r = prepare(step, params, init, xs, length, is_first, valid, reverse=reverse)
+    solver = _Solver.of("newton_states", step, r, Flags(is_first, valid, reset_carry), guess, options)
     r, over_time = solver.r, solver.over_time
     params, init, xs = jax.tree.map(_constant, (r.params, r.init, r.xs))
     if r.length:
@@ -230,28 +226,22 @@ class _Solver(NamedTuple):
     options: Options
 
     @classmethod
-    def of(cls, strategy_name: str, recurrence: tuple[Any, ...], options: tuple[Any, ...]) -> "_Solver":
-        """Checked."""
-        step, params, init, xs, length, flags, reverse = recurrence
-        *options, guess, chunk_length = options
-        _check_options(*options)
-        if chunk_length is not None:
-            check_count("chunk_length", chunk_length, "it counts time steps")
-        r = prepare(step, params, init, xs, length, flags.is_first, flags.valid, reverse=reverse)
+    def of(
+        cls,
+        strategy_name: str,
+        step: Callable[..., Any] | Cell,
+        r: Recurrence,
+        flags: Flags,
+        guess: Any,
+        options: Options,
+    ) -> "_Solver":
+        """For a prepared recurrence."""
         check_known_length(strategy_name, r.length)
         over_time, r = one_pass(step, None, r, flags, 1)
         over_time.check_recomputable(strategy_name)
         on_leaves = AllAtOnce.of(over_time, r.init)
         carry = [as_type(jax.typeof(leaf)) for leaf in on_leaves.leaves.split(r.init)]
         groups = groups_of(on_leaves.step, carry, (r.params, at_one_step(r.xs)), look_for_clashes=False)
-        jacobian, tolerance, max_iterations, damping = options
-        options = Options(
-            diagonal=jacobian == "diagonal",
-            tolerance=tolerance,
-            max_iterations=max_iterations or _MAX_ITERATIONS,
-            damping=damping,
-            chunk_length=min(chunk_length or r.length, r.length),
-        )
         guess = None if guess is None else on_leaves.leaves.split(_checked_guess(guess, r))
         return cls(over_time, r, on_leaves, groups, guess, options)
 
@@ -272,20 +262,23 @@ class _Solver(NamedTuple):
         return leaves.joined(before), leaves.joined(after), report
 
 
-def _check_options(jacobian: Any, tolerance: Any, max_iterations: Any, damping: Any) -> None:
-    if jacobian not in ("full", "diagonal"):
-        raise ValueError(f"jacobian is {jacobian!r}: pass 'full' or 'diagonal'.")
+def _checked_options(jacobian: Any, tolerance: Any, max_iterations: Any, damping: Any, chunk_length: Any) -> Options:
+    if not isinstance(jacobian, str) or jacobian not in ("full", "diagonal"):
+        raise ValueError(f"jacobian is {jacobian!r}, but it says what to linearise by: pass 'full' or 'diagonal'.")
     if tolerance is not None and not is_number(tolerance, 0):
         raise ValueError(
             f"tolerance is {tolerance!r}, but it bounds how much a state still changes: pass a number above 0, or None."
         )
     if max_iterations is not None:
         check_count("max_iterations", max_iterations, "it counts passes over all time steps")
-    if not (is_number(damping, -1, 1) and damping >= 0):
+    if chunk_length is not None:
+        check_count("chunk_length", chunk_length, "it counts time steps")
+    if not is_number(damping, -1, 1) or damping < 0:
         raise ValueError(
             f"damping is {damping!r}, but 1 − damping is the factor on the Jacobian: pass a number from 0 up to, but not "
             "including, 1."
         )
+    return Options(jacobian == "diagonal", tolerance, max_iterations or _MAX_ITERATIONS, damping, chunk_length)
 
 
 def _checked_guess(guess: Any, r: Recurrence) -> Any:
@@ -297,16 +290,21 @@ def _checked_guess(guess: Any, r: Recurrence) -> Any:
         )
 
     def checked(path, leaf, target):
+        if not is_differentiable(target):
+            return target  # not read
+        leaf = as_array(name("guess", path), leaf, f"an array of {target.dtype}")
         shape = (r.length, *target.shape)
-        if jnp.shape(leaf) != shape:
+        if leaf.shape != shape:
             raise ValueError(
-                f"{name('guess', path)} has shape {jnp.shape(leaf)}, but {shape} is expected: the carry after each of "
-                f"{r.length} time steps."
+                f"{name('guess', path)} has shape {leaf.shape}, but {shape} is expected: the carry after each time step, "
+                f"of which there are {r.length}."
             )
-        return _constant(leaf.astype(target.dtype) if is_differentiable(target) else leaf)
+        return _constant(leaf.astype(target.dtype))
 
     guess = jax.tree_util.tree_map_with_path(checked, guess, r.init)
-    return flipped(guess) if r.reverse else guess
+    return (
+        jax.tree.map(lambda leaf: jnp.flip(leaf, 0) if is_differentiable(leaf) else leaf, guess) if r.reverse else guess
+    )
 
 
 def _constant(leaf: Any) -> Any:

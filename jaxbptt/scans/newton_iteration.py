@@ -41,14 +41,14 @@ class Options(NamedTuple):
         tolerance: of the change of a state in one iteration, relative to its size; `None` for that of its dtype.
         max_iterations: passes over all time steps, at most.
         damping: 1 minus the factor on J.
-        chunk_length: time steps in a window; T for all at once.
+        chunk_length: time steps in a window, at most; `None` for all at once.
     """
 
     diagonal: bool
     tolerance: float | None
     max_iterations: int
     damping: float
-    chunk_length: int
+    chunk_length: int | None
 
 
 class Report(NamedTuple):
@@ -108,9 +108,14 @@ class _Iteration(NamedTuple):
     options: Options
     one_at_a_time: bool
 
+    @property
+    def window_length(self) -> int:
+        """Time steps that are solved at once."""
+        return min(self.options.chunk_length or self.length, self.length)
+
     def run(self, guess: list[Any], *, finish: bool) -> tuple[list[Any], Report]:
         """The leaves after every step from a guess of them, and what happened."""
-        most = self.options.max_iterations * -(-self.length // self.options.chunk_length)
+        most = self.options.max_iterations * -(-self.length // self.window_length)
 
         def going_on(state):
             _, first_bad, iterations = state
@@ -134,7 +139,7 @@ class _Iteration(NamedTuple):
 
     def _start(self, first_bad: Any) -> Any:
         """The first step of the window. The steps before the first bad one are right, and stay as they are."""
-        return jnp.minimum(first_bad, self.length - self.options.chunk_length)
+        return jnp.minimum(first_bad, self.length - self.window_length)
 
     def _here(self, after: list[Any], start: Any, length: int) -> tuple[list[Any], list[Any], Any]:
         """What the steps of a window read: the group before each of them, all other leaves, and what is stacked."""
@@ -156,7 +161,7 @@ class _Iteration(NamedTuple):
 
     def _improved(self, after: list[Any], start: Any) -> tuple[list[Any], Any]:
         """One iteration on a window: the leaves after every step, and the first step that is not right yet."""
-        length = self.options.chunk_length
+        length = self.window_length
         here = self._here(after, start, length)
         old = after if length == self.length else window(after, start, length)
         value, A = self._mapped(self._value_and_jacobian, length)(here)
