@@ -156,9 +156,12 @@ def back(
         return params_bar, carry_bar, xs_bar
     over_time = over_time.prepared(params, init, xs, (carry_bar, ys_bar), {length})
 
+    # Functions with a derivative of their own must not hold tracers.
+    like_init = jax.tree.map(lambda leaf: as_type(jax.typeof(leaf)), init)
+
     def one_step_back(params, residuals, x, carry_bar, y_bar):
         before, deltas = adjoint.backward(params, residuals, x, carry_bar, filled(y_bar))
-        return fit(before, init, flags.carry, "init"), deltas
+        return fit(before, like_init, flags.carry, "init"), deltas
 
     def recursion(params, carry_bar, residuals, xs, ys_bar):
         """c̄ₜ for all t."""
