@@ -32,8 +32,8 @@ FEATURES = 4
 CHUNK = 1024
 # Of the memory that is free, for the temporaries of one program.
 SHARE = 0.8
-# A program takes one core to compile. On two they would slow each other, and the times say little.
-WORKERS = max((os.cpu_count() or 1) // 4, 1)
+# Programs compiled at a time: one takes a core and a little more.
+WORKERS = max((os.cpu_count() or 1) // 2, 1)
 
 LENGTHS = (1_024, 16_384, 262_144)
 SIZES = [("affine", 16), ("affine", 64), ("gru", 16), ("elman", 16), ("min_gru", 64), ("gru", 64), ("elman", 64)]
