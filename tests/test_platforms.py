@@ -145,7 +145,26 @@ def test_choices_are_those_of_the_platform_that_is_lowered_for():
         )
 
     assert [loops(platform) for platform in ("cpu", *PLATFORMS)] == [4, 2, 2, 2]  # and one for what is left over
-    assert loops("cpu", "cuda") == 1 + 3 + 1  # the forward pass is the same
+    assert loops("cpu", "cuda") == 4 + 2
+
+
+UNROLLED = "adjoint_scan", "checkpointed_scan", "truncated_scan", "windowed_scan"
+
+
+@pytest.mark.parametrize("platform", ["cpu", *PLATFORMS])
+@pytest.mark.parametrize("name", UNROLLED)
+def test_loops_are_unrolled_as_the_platform_needs_it(name, platform):
+    cell, args, _ = of_cell("elman")
+
+    def calls(function):
+        return lowered(function, *args, platforms=[platform]).mlir_module().count("call @")
+
+    for of in (partial, lambda scan, cell: value_and_gradients(scan, cell, {})):
+        by_default, one, eight = (
+            calls(of(partial(BARE[name], **options), cell)) for options in ({}, {"unroll": 1}, {"unroll": 8})
+        )
+        assert by_default == (eight if platform == "cuda" else one)
+        assert eight != one
 
 
 # Training

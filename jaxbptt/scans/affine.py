@@ -184,7 +184,8 @@ def widened(leaves: list[Any]) -> list[Any]:
     """Leaves in one dtype, the widest of theirs, in single precision at least."""
     dtypes = [at_least_float32(leaf.dtype) for leaf in leaves]
     widest = max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
-    return [leaf.astype(widest) for leaf in leaves]
+    # Not `astype`: a constant in a traced program is a number without methods.
+    return [jax.lax.convert_element_type(leaf, widest) for leaf in leaves]
 
 
 def flattened(leaves: list[Any], batch: int) -> Any:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt.along_time import at, put, put_window, room, window
+from jaxbptt.array_types import as_weak_as
 from jaxbptt.programs.structure import Group
 from jaxbptt.scans.affine import (
     Affine,
@@ -92,7 +93,9 @@ def newton(
         else:
             found = _after(*leaves_in_sequence(fn, group, mine, before, stacked))
         for i, leaf in zip(group.leaves, found, strict=True):
-            after[i], before[i] = leaf, shifted(leaf, init[i])
+            after[i] = leaf
+        for i, leaf in zip(group.leaves, _before(found, mine), strict=True):
+            before[i] = leaf
     return before, after, _joined(reports, length)
 
 
@@ -144,11 +147,12 @@ class _Iteration(NamedTuple):
     def _here(self, after: list[Any], start: Any, length: int) -> tuple[list[Any], list[Any], Any]:
         """What the steps of a window read: the group before each of them, all other leaves, and what is stacked."""
         if length == self.length:
-            return [shifted(*each) for each in zip(after, self.init, strict=True)], self.before, self.stacked
+            return _before(after, self.init), self.before, self.stacked
         found = at(after, jnp.maximum(start - 1, 0))
         first = [jnp.where(start == 0, *each) for each in zip(self.init, found, strict=True)]
+        first = list(map(as_weak_as, first, self.init))
         after, before, stacked = window((after, self.before, self.stacked), start, length)
-        return [shifted(*each) for each in zip(after, first, strict=True)], before, stacked
+        return _before(after, first), before, stacked
 
     def _mapped(self, function: Callable[..., Any], length: int | None = None) -> Callable[..., Any]:
         """`function(group's step, leaves before)` at all steps of a window, as a function of what `_here` returns."""
@@ -232,7 +236,9 @@ class _Iteration(NamedTuple):
 
         def one_step(state):
             t, mine, after = state
+            mine = list(map(as_weak_as, mine, self.init))
             new = of_group(self.fn, self.group, *at((self.before, self.stacked), t))(mine)
+            new = [jnp.asarray(leaf, first.dtype) for leaf, first in zip(new, self.init, strict=True)]
             return t + 1, new, put(after, new, t)
 
         found = at(after, jnp.maximum(start - 1, 0))
@@ -263,6 +269,11 @@ def _diagonals(tangent: Callable[..., Any], here: list[Any], batch: int) -> list
         return jnp.moveaxis(entries, 0, -1).reshape(shape)
 
     return widened([of_leaf(j) for j in range(len(here))])
+
+
+def _before(after: list[Any], first: list[Any]) -> list[Any]:
+    """The leaves before every step, from those after it and those before the first."""
+    return [as_weak_as(shifted(*each), each[1]) for each in zip(after, first, strict=True)]
 
 
 def _after(before: list[Any], last: list[Any]) -> list[Any]:
