@@ -29,6 +29,7 @@ NO_RESULTS = {
         "Columns",
         "DeviceFigures",
         "Directions",
+        "LRUState",
         "LSTMState",
         "ModelNetwork",
     ),

@@ -267,17 +267,8 @@ def _parallel_strategies(
     affine, numbers = coefficients_of(step, r)
     if not 0 < r.length * numbers <= _MOST_COEFFICIENTS:
         return []
-
-    def applies(strategy):
-        """What a step needs for it (a derivative in forward mode, to be mapped) is found by tracing it."""
-        try:
-            jax.eval_shape(lambda: strategy(step, params, init, xs, length=length))
-        except (TypeError, ValueError):
-            return False
-        return True
-
     candidates = [parallel_scan] if affine else [parallel_adjoint_scan, newton_scan]
-    return [(strategy.__name__, strategy) for strategy in candidates if applies(strategy)]
+    return [(strategy.__name__, strategy) for strategy in candidates]
 
 
 def _scheduled(step: Any, params: Any, init: Any, xs: Any, *, length: int | None, **options: Any) -> tuple[Any, Any]:
