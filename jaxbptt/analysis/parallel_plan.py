@@ -184,10 +184,11 @@ def plan_parallel(
         >>> import jaxbptt as bptt
         >>> decay = lambda a, h, x: (a * h + x, h)
         >>> on_a_gpu = bptt.plan_parallel(decay, 0.5, jnp.zeros(()), jnp.ones(1000), platform="cuda")
-        >>> on_a_gpu.name, [(row.name, row.depth) for row in on_a_gpu.rows][0]
-        ('parallel_scan', ('adjoint_scan', 4005.0))
+        >>> in_sequence, *_, parallel = on_a_gpu.rows
+        >>> on_a_gpu.name, in_sequence.depth > 4_000, parallel.depth < 400
+        ('parallel_scan', True, True)
         >>> print(on_a_gpu.reason)  # doctest: +ELLIPSIS
-        parallel_scan: a chain of ... operations and ... ms by the forecast, against 4,005 and ... ms for adjoint_scan. ...
+        parallel_scan: a chain of ... operations and ... ms by the forecast, against 4,0... ms for adjoint_scan. The step ...
 
     References:
         Gonzalez et al., Predictability enables parallelization of nonlinear state space models, 2025, arXiv:2508.16817.
