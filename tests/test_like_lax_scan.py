@@ -34,6 +34,8 @@ STRATEGIES = {
     "checkpointed_scan, segment_length": partial(bptt.checkpointed_scan, segment_length=4),
     "checkpointed_scan, checkpoints": partial(bptt.checkpointed_scan, checkpoints=3),
     "checkpointed_scan, 1 checkpoint": partial(bptt.checkpointed_scan, checkpoints=1),
+    "parallel_adjoint_scan": bptt.parallel_adjoint_scan,
+    "newton_scan": bptt.newton_scan,
     "truncated_scan": partial(bptt.truncated_scan, truncation_length=10**6),
     "windowed_scan": partial(bptt.windowed_scan, window=10**6),
 }

@@ -213,6 +213,12 @@ def plan_parallel(
             f"There are no figures for the platform {platform!r}: pass figures=jaxbptt.analysis.DeviceFigures(...), or "
             f"one of the platforms {', '.join(map(repr, ['cpu', *FIGURES]))}."
         )
+    affine, numbers, forward_mode = coefficients_of(step, r)
+    if not forward_mode:
+        raise TypeError(
+            "The step has a jax.custom_vjp that reads the carry, so it has no derivative in forward mode, and neither its "
+            "Lyapunov exponent nor a step of Newton's method can be computed: use adjoint_scan or parallel_adjoint_scan."
+        )
     flags = dict.fromkeys(("is_first", "valid", "reset_carry"))
     arrays, not_arrays = partition((params, init, xs, flags), by=is_array)
     case = Case(step, arrays, not_arrays, sum_of_squares if loss is None else scalar_loss(loss), length)
@@ -227,7 +233,6 @@ def plan_parallel(
 
     rows = [forecast(adjoint_scan), forecast(parallel_adjoint_scan)]
     exponent = standard_error = math.nan
-    affine, numbers = coefficients_of(step, r)
     if affine:
         rows.append(forecast(parallel_scan))
     else:
