@@ -19,12 +19,14 @@ import jax.numpy as jnp
 
 from jaxbptt.along_time import at, put, put_window, room, window
 from jaxbptt.array_types import as_weak_as
+from jaxbptt.programs.diagonal import diagonal
 from jaxbptt.programs.structure import Group
 from jaxbptt.scans.affine import (
     Affine,
     at_all_steps,
     flattened,
     leaves_in_sequence,
+    linearize,
     of_group,
     shifted,
     solve_group,
@@ -184,7 +186,7 @@ class _Iteration(NamedTuple):
 
     def _value_and_jacobian(self, step: Callable[..., Any], here: list[Any]) -> tuple[list[Any], Any]:
         if self.options.diagonal and not self.group.elementwise:
-            value, tangent = jax.linearize(step, here)
+            value, tangent = linearize(step, here)
             return widened(value), _diagonals(tangent, here, self.group.batch)
         return value_and_jacobian(step, here, self.group)
 
@@ -253,22 +255,24 @@ def default_tolerance(dtype: Any) -> float:
 
 
 def _diagonals(tangent: Callable[..., Any], here: list[Any], batch: int) -> list[Any]:
-    """For each leaf the derivative of each entry with respect to itself, one entry of all rows after the other."""
+    """For each leaf the derivative of each entry with respect to itself."""
+    found = [diagonal(tangent, here, j) for j in range(len(here))]
+    return widened([_by_entries(tangent, here, j, batch) if d is None else d for j, d in enumerate(found)])
 
-    def of_leaf(j):
-        shape = here[j].shape
-        rest = shape[batch:]
 
-        def entry(k):
-            one = (jnp.arange(math.prod(rest)) == k).astype(here[j].dtype).reshape(rest)
-            tangents = [jnp.broadcast_to(one, shape) if i == j else jnp.zeros_like(leaf) for i, leaf in enumerate(here)]
-            moved = tangent(tangents)[j].reshape(*shape[:batch], -1)
-            return jax.lax.dynamic_index_in_dim(moved, k, -1, keepdims=False)
+def _by_entries(tangent: Callable[..., Any], here: list[Any], j: int, batch: int) -> Any:
+    """The same for leaf j of any map, one entry of all rows after the other."""
+    shape = here[j].shape
+    rest = shape[batch:]
 
-        entries = jax.lax.map(entry, jnp.arange(math.prod(rest)))
-        return jnp.moveaxis(entries, 0, -1).reshape(shape)
+    def entry(k):
+        one = (jnp.arange(math.prod(rest)) == k).astype(here[j].dtype).reshape(rest)
+        tangents = [jnp.broadcast_to(one, shape) if i == j else jnp.zeros_like(leaf) for i, leaf in enumerate(here)]
+        moved = tangent(tangents)[j].reshape(*shape[:batch], -1)
+        return jax.lax.dynamic_index_in_dim(moved, k, -1, keepdims=False)
 
-    return widened([of_leaf(j) for j in range(len(here))])
+    entries = jax.lax.map(entry, jnp.arange(math.prod(rest)))
+    return jnp.moveaxis(entries, 0, -1).reshape(shape)
 
 
 def _before(after: list[Any], first: list[Any]) -> list[Any]:
