@@ -2,7 +2,7 @@ r"""The diagonal of a Jacobian without the Jacobian, read off the equations of a
 
 A cell has at most one product between its element-wise operations: ḣ ↦ a ⊙ (W (b ⊙ ḣ)), whose diagonal is a ⊙ diag W ⊙ b. So a
 tangent is followed through the equations as a sum of terms, each element-wise, a ⊙ ḣ, or with one such product. Where an
-equation leads out of this form, as a second product or a sum over entries does, there is no answer.
+equation leads out of this form, as a second product or a sum over entries does, it takes a tangent for each entry.
 """
 
 import math
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxbptt.array_types import sharded_like, zeros
 from jaxbptt.programs.evaluate import bind, read
 from jaxbptt.programs.program import program
 
@@ -42,11 +43,33 @@ class _Sum(NamedTuple):
         return _Sum([term._replace(after=function(term.after)) for term in self.terms])
 
 
-def diagonal(tangent: Callable[..., Any], leaves: list[Any], j: int) -> Any:
-    """The derivative of each entry of leaf j with respect to itself, or `None` where it can't be read off.
+def diagonals(tangent: Callable[..., Any], leaves: list[Any], batch: int) -> list[Any]:
+    """For each leaf the derivative of each entry with respect to itself.
 
-    `tangent` is a linear map of tangents of the leaves to tangents of leaves like them.
+    `tangent` is a linear map of tangents of the leaves to tangents of leaves like them, which keeps `batch` leading axes.
     """
+    found = [_read_off(tangent, leaves, j) for j in range(len(leaves))]
+    return [_by_entries(tangent, leaves, j, batch) if d is None else d for j, d in enumerate(found)]
+
+
+def _by_entries(tangent: Callable[..., Any], leaves: list[Any], j: int, batch: int) -> Any:
+    """That of leaf j for any map: one tangent for each entry of a row, one after the other."""
+    shape = leaves[j].shape
+    rest = shape[batch:]
+
+    def entry(k):
+        one = (jnp.arange(math.prod(rest)) == k).astype(leaves[j].dtype).reshape(rest)
+        tangents = list(map(jnp.zeros_like, leaves))
+        tangents[j] = sharded_like(jnp.broadcast_to(one, shape), leaves[j])
+        moved = tangent(tangents)[j].reshape(*shape[:batch], -1)
+        return jax.lax.dynamic_index_in_dim(moved, k, -1, keepdims=False)
+
+    entries = jax.lax.map(entry, jnp.arange(math.prod(rest)))
+    return jnp.moveaxis(entries, 0, -1).reshape(shape)
+
+
+def _read_off(tangent: Callable[..., Any], leaves: list[Any], j: int) -> Any:
+    """That of leaf j, or `None` where it can't be read off."""
     traced = program(tangent, leaves)
     env = dict(traced.consts)
     for var, leaf in zip(traced.inputs, leaves, strict=True):
@@ -103,13 +126,12 @@ def _sub(eqn: Any, a: Any, b: Any) -> list[Any]:
 def _select(eqn: Any, which: Any, *cases: Any) -> list[Any] | None:
     if isinstance(which, _Sum):
         return None
-    zeros = jnp.zeros(eqn.outvars[0].aval.shape, eqn.outvars[0].aval.dtype)
-    found = []
+    nothing, found = zeros(eqn.outvars[0].aval), []
     for i, case in enumerate(cases):
         if isinstance(case, _Sum):
 
             def chosen(after, i=i):
-                return jax.lax.select_n(which, *(after if k == i else zeros for k in range(len(cases))))
+                return jax.lax.select_n(which, *(after if k == i else nothing for k in range(len(cases))))
 
             found += case.mapped(chosen).terms
     return [_Sum(found)]
@@ -126,8 +148,8 @@ def _product(eqn: Any, a: Any, b: Any) -> list[Any] | None:
     W = W.T if tuple(of_W) == (0,) else W
     if any(term.W is not None or term.start != 0 or len(W[0]) != shape[-1] for term in tangent.terms):
         return None
-    out = eqn.outvars[0].aval
-    return [_Sum([_Term(jnp.ones(out.shape, out.dtype), W, term.after) for term in tangent.terms])]
+    ones = 1 + zeros(eqn.outvars[0].aval)
+    return [_Sum([_Term(ones, W, term.after) for term in tangent.terms])]
 
 
 def _piece(value: _Sum, start: int, size: int) -> _Sum:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxbptt.array_types import sharded_like
 from jaxbptt.arrays import at_least_float32
 from jaxbptt.programs.structure import Group
 from jaxbptt.programs.trace import primitive_names
@@ -228,7 +229,7 @@ def _matrix(tangent: Callable[..., Any], here: list[Any], batch: int) -> Any:
     def column(one):
         parts = jnp.split(one, list(itertools.accumulate(sizes))[:-1])
         ones = [
-            jnp.broadcast_to(part.reshape(shape[batch:]), shape).astype(leaf.dtype)
+            sharded_like(jnp.broadcast_to(part.reshape(shape[batch:]), shape).astype(leaf.dtype), leaf)
             for part, shape, leaf in zip(parts, shapes, here, strict=True)
         ]
         return flattened(widened(tangent(ones)), batch)
