@@ -34,6 +34,7 @@ BARE = {
     "checkpointed_scan, segment_length": partial(bptt.checkpointed_scan, segment_length=4),
     "checkpointed_scan, 3 checkpoints": partial(bptt.checkpointed_scan, checkpoints=3),
     "newton_scan": bptt.newton_scan,
+    "parallel_adjoint_scan": bptt.parallel_adjoint_scan,
     "truncated_scan": partial(bptt.truncated_scan, truncation_length=4),
     "windowed_scan": partial(bptt.windowed_scan, window=4),
 }
@@ -263,6 +264,7 @@ ON_NUMBERS = {
     "diagnose_gradient": lambda *args: bptt.diagnose_gradient(*args, mean_square),
     "fixed_points": lambda cell, params, init, xs: bptt.fixed_points(cell, params, xs[0], init[None]),
     "plan": lambda *args: bptt.plan(*args, memory_bytes=2**20),
+    "plan_parallel": lambda *args: bptt.plan_parallel(*args),
 }
 
 
@@ -331,7 +333,8 @@ def test_every_public_function_is_here():
     here = {name.split(",")[0] for name in ANALYSIS | ON_NUMBERS} | {"jacobian_eigenvalues", "departure_from_normality"}
     assert analysis | {*REGULARIZERS} == here
     scans = {name for name in vars(bptt) if name.endswith("scan")}
-    assert scans == {name.split(",")[0] for name in BARE} | {"cudnn_scan"}  # which has tests of its own
+    # Those that take some steps only have tests of their own.
+    assert scans == {name.split(",")[0] for name in BARE} | {"cudnn_scan", "parallel_scan"}
 
 
 # What a program for several platforms shows

@@ -134,10 +134,14 @@ def newton_scan(
     r = prepare(step, params, init, xs, length, is_first, valid, reverse=reverse)
     solver = _Solver.of("newton_scan", step, r, Flags(is_first, valid, reset_carry), guess, options)
 
+    r = solver.r
+    # A function with a derivative of its own must not hold tracers.
+    solver = solver._replace(r=r._replace(params=None, init=None, xs=None))
+
     def before(params, init, xs):
         return solver.solve(params, init, xs, finish=True)[0]
 
-    return strategy("newton_scan", solver.over_time, before, solver.r.length, chunk_length)(solver.r)
+    return strategy("newton_scan", solver.over_time, before, r.length, chunk_length)(r)
 
 
 def newton_states(
