@@ -142,7 +142,7 @@ def test_figures_reproduce_what_they_were_made_from():
 def test_wrong_arguments():
     own = jax.custom_vjp(jnp.tanh)
     own.defvjp(lambda h: (jnp.tanh(h), h), lambda h, bar: ((1 - jnp.tanh(h) ** 2) * bar,))
-    with pytest.raises(TypeError, match="custom_vjp that reads the carry.*use adjoint_scan or parallel_adjoint_scan"):
+    with pytest.raises(TypeError, match=r"custom_vjp that reads the carry.*use adjoint_scan or parallel_adjoint_scan"):
         bptt.plan_parallel(lambda w, h, x: (own(w * h), h), 0.5, jnp.zeros(3), jnp.ones((4, 3)))
     with pytest.raises(ValueError, match=r"no figures for the platform 'tpu': pass figures=.*'cpu', 'cuda'"):
         bptt.plan_parallel(*AFFINE, platform="tpu")
