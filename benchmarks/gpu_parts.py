@@ -400,6 +400,7 @@ def choices(quick):
         cases += [(name, None, unroll, "whole loops") for name in ("adjoint_scan", "lax.scan") for unroll in (1, 8)]
     cases += [("adjoint_scan", rows, 8, "5 kernels or more") for rows in (1024, 8192)]
     scans = {"adjoint_scan": bptt.adjoint_scan, "lax.scan": bptt.scan}
+    scans["cudnn_scan"] = lambda *args, unroll: bptt.cudnn_scan(*args)
     before = dict(platforms.CHOICES)
     for size in sizes:
         for kind in ("elman", "lstm"):
@@ -408,7 +409,7 @@ def choices(quick):
 
             def traced(case, cell=cell, size=size, params=params, args=args):
                 name, rows, unroll, _ = case
-                platforms.CHOICES.update(dict.fromkeys(names, platforms.Choices(segment_rows=rows, unroll=unroll)))
+                platforms.CHOICES.update(dict.fromkeys(names, platforms.Choices(segment_rows=rows, unroll=unroll or 1)))
 
                 def run(params, xs):
                     return scans[name](cell, params, cell.initial_carry((size.B,)), xs, unroll=unroll)[1]
@@ -420,7 +421,8 @@ def choices(quick):
                 return program.compile(compiler_options=GRAPHS[graphs])
 
             # All compiled before any is timed: compiling takes all cores.
-            calls = list(in_order(compiled, [(case, traced(case)) for case in cases]))
+            first = [("cudnn_scan", None, None, "5 kernels or more")] if kind == "lstm" and "cuda" in names else []
+            calls = list(in_order(compiled, [(case, traced(case)) for case in first + cases]))
             for ((name, rows, unroll, graphs), _), call in calls:
                 row = {
                     "cell": kind,

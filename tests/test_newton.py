@@ -375,3 +375,18 @@ def test_wrong_options(name):
     for function in (bptt.newton_scan, bptt.newton_states):
         with pytest.raises(error, match=words):
             function(*args, **options)
+
+
+def test_products_are_in_full_precision_unless_the_user_says_otherwise():
+    """Rounded to TF32, a step jumps where its factors hardly change, and no iteration gets nearer than that."""
+    cell = make_cell("gru")
+    args = problem(cell, 3)
+
+    def precisions():
+        program = jax.jit(partial(bptt.newton_states, cell.step)).lower(*args).as_text()
+        products = [line for line in program.splitlines() if "dot_general" in line]
+        return {line.split("precision = ")[1].split("]")[0] for line in products}
+
+    assert precisions() == {"[HIGHEST, HIGHEST"}
+    with jax.default_matmul_precision("high"):
+        assert "[HIGH, HIGH" in precisions()
