@@ -73,9 +73,10 @@ def newton_scan(
     cₜ = f(cₜ₋₁, xₜ) for t = 1 … T, linearised at a guess g of all states and solved for its correction, again and again:
     δₜ = Jₜ δₜ₋₁ + (f(gₜ₋₁, xₜ) − gₜ),  Jₜ = ∂f/∂c at gₜ₋₁,  g ← g + δ
 
-    The values are those of `scan`, to the tolerance. Where Newton's method does not converge, the states are computed in
-    sequence, in the time of both. The gradient is exact whatever Jacobian the iteration used: one affine recurrence of the exact
-    one, in reverse (`parallel_adjoint_scan`).
+    The values are those of `scan`, to the tolerance. Where it does not converge, the states are computed in sequence, all of
+    them or, with `chunk_length`, from the first step of the window on: not from the first bad step, since computed for all t
+    at once a step rounds differently, and where errors grow these would be other states than those of `scan`. The gradient is
+    exact whatever Jacobian the iteration used: one affine recurrence of the exact one, in reverse (`parallel_adjoint_scan`).
 
     Each iteration is an associative scan of depth 2 log₂ T. With the full Jacobian it takes O(T n³) operations and O(T n²)
     numbers for a row whose state has n: batch axes are found in the traced step, as are entries and leaves of the carry that
