@@ -163,6 +163,7 @@ ANALYSIS = {
     "input_saliency": lambda *args: bptt.input_saliency(*args, lambda carry, ys: jnp.sum(ys**2, axis=-1)),
     "diagnose_gradient": lambda *args: bptt.diagnose_gradient(*args, mean_square),
     "plan": lambda *args: bptt.plan(*args, memory_bytes=2**20)[1:4],
+    "plan_parallel": lambda *args: [bptt.plan_parallel(*args).rows[0].depth],
     "certify": lambda *args: [row.agrees for row in bptt.certify(*args, mean_square, repeats=1).rows],
     "surviving_paths": lambda *args: bptt.surviving_paths(bptt.truncated_scan, 5, truncation_length=2),
     "pascanu": lambda *args: bptt.regularizers.pascanu(*args, mean_square),

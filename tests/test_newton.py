@@ -10,6 +10,7 @@ from jax import export
 from reference import assert_close, cases, make_cell, problem, random_like
 
 import jaxbptt as bptt
+from jaxbptt.programs.diagonal import _by_entries, _read_off
 
 T = 13
 OPTIONS = {
@@ -234,6 +235,63 @@ def test_complex_states_and_branches():
         for jacobian in ("full", "diagonal"):
             found = outputs_and_gradients(partial(bptt.newton_scan, jacobian=jacobian), step, (w, init, inputs), bars)
             assert_close(found, outputs_and_gradients(bptt.scan, step, (w, init, inputs), bars), rtol=1e-9)
+
+
+@jax.custom_vjp
+def squashed(a):
+    return jnp.tanh(a)
+
+
+squashed.defvjp(lambda a: (jnp.tanh(a), jnp.tanh(a)), lambda y, bar: (bar * (1 - y**2),))
+
+
+def test_a_step_without_forward_mode():
+    args = random_like(jnp.zeros((3, 3)), 1), jnp.ones(3), random_like(jnp.zeros((T, 3)), 2)
+
+    def step(W, h, x):
+        h = squashed(W @ h + x)
+        return h, h
+
+    bars = bars_of(step, args)
+    expected = outputs_and_gradients(bptt.scan, step, args, bars)
+    for jacobian in ("full", "diagonal"):
+        assert_close(outputs_and_gradients(partial(bptt.newton_scan, jacobian=jacobian), step, args, bars), expected)
+
+
+# Steps of a state of four numbers, and whether the diagonal of their Jacobian can be read off.
+STEPS = {
+    **{name: (make_cell(name).step, True) for name in ("elman", "gru", "lstm", "rate")},
+    "layer_norm": (make_cell("layer_norm").step, False),
+    "two products": (lambda W, h, x: (jnp.tanh(W @ (x * (W @ h))) - h / 3, None), False),
+    "of no use": (lambda W, h, x: (jnp.tanh(x), None), True),
+    "transposed": (lambda W, h, x: (jnp.where(x > 0, h @ W, -(W @ h)[:4]) + h[::-1] * 0, None), False),
+    "shifted": (lambda W, h, x: (jnp.where(x > 0, (W @ h)[:4] - h, jnp.split(2 * h, 1)[0]), None), True),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_diagonal_is_read_off_the_equations(name):
+    step, can_be_read = STEPS[name]
+    batch = (2,) if name in ("gru", "layer_norm") else ()
+    if name in ("elman", "gru", "lstm", "rate", "layer_norm"):
+        params, carry, xs = problem(make_cell(name), 1, batch)
+        x = xs[0]
+    else:
+        params, carry, x = (random_like(jnp.zeros(shape), seed) for seed, shape in enumerate([(4, 4), (4,), (4,)]))
+    leaves, treedef = jax.tree.flatten(carry)
+
+    def new(leaves):
+        return jax.tree.leaves(step(params, treedef.unflatten(leaves), x)[0])
+
+    _, tangent = jax.linearize(new, leaves)
+    J = jax.jacfwd(new)(leaves)
+    for j, leaf in enumerate(leaves):
+        expected = jnp.diagonal(J[j][j].reshape(leaf.size, leaf.size)).reshape(leaf.shape)
+        found = _read_off(tangent, leaves, j)
+        assert (found is not None) == can_be_read
+        if can_be_read:
+            assert_close(found, expected)
+        assert_close(_by_entries(tangent, leaves, j, len(batch)), expected)
 
 
 def test_memory():

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxbptt.array_types import sharded_like
 from jaxbptt.arrays import at_least_float32
 from jaxbptt.programs.structure import Group
+from jaxbptt.programs.trace import primitive_names
 from jaxbptt.trees import is_differentiable
 
 Solution = tuple[list[Any], list[Any]]  # the leaves before each step, stacked, and those after the last
@@ -128,9 +130,19 @@ def of_group(fn: Callable[..., Any], group: Group, leaves: list[Any], at_t: Any)
 
 def value_and_jacobian(fn: Callable[..., Any], here: list[Any], group: Group) -> tuple[list[Any], Any]:
     """`fn(here)` and its Jacobian, as `A` of an `Affine`, in single precision at least."""
-    value, tangent = jax.linearize(fn, here)
+    value, tangent = linearize(fn, here)
     A = _diagonals(tangent, here) if group.elementwise else _matrix(tangent, here, group.batch)
     return widened(value), A
+
+
+def linearize(fn: Callable[..., Any], here: list[Any]) -> tuple[list[Any], Callable[[list[Any]], list[Any]]]:
+    """`jax.linearize`, for a function with a `jax.custom_vjp` too: the tangent is then the transpose of its cotangent."""
+    value, tangent = jax.linearize(fn, here)
+    if "custom_lin" not in primitive_names(jax.make_jaxpr(tangent)(here)):
+        return value, tangent
+    value, pull = jax.vjp(fn, here)
+    transposed = jax.linear_transpose(lambda bars: pull(bars)[0], value)
+    return value, lambda tangents: transposed(tangents)[0]
 
 
 def leaves_in_sequence(
@@ -217,7 +229,7 @@ def _matrix(tangent: Callable[..., Any], here: list[Any], batch: int) -> Any:
     def column(one):
         parts = jnp.split(one, list(itertools.accumulate(sizes))[:-1])
         ones = [
-            jnp.broadcast_to(part.reshape(shape[batch:]), shape).astype(leaf.dtype)
+            sharded_like(jnp.broadcast_to(part.reshape(shape[batch:]), shape).astype(leaf.dtype), leaf)
             for part, shape, leaf in zip(parts, shapes, here, strict=True)
         ]
         return flattened(widened(tangent(ones)), batch)

@@ -10,7 +10,6 @@ rounding errors. Where the guess is right up to step t − 1, the next one is ri
 diagonal, or damped, and what is not finite by any number: the steps that are right only become more.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,13 +17,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt.along_time import at, put, put_window, room, window
-from jaxbptt.array_types import as_weak_as
+from jaxbptt.array_types import as_weak_as, varying
+from jaxbptt.programs.diagonal import diagonals
 from jaxbptt.programs.structure import Group
 from jaxbptt.scans.affine import (
     Affine,
     at_all_steps,
     flattened,
     leaves_in_sequence,
+    linearize,
     of_group,
     shifted,
     solve_group,
@@ -127,7 +128,7 @@ class _Iteration(NamedTuple):
         def improve(state):
             after, first_bad, iterations = state
             after, first_bad = self._improved(after, self._start(first_bad))
-            return after, first_bad, iterations + 1
+            return after, _on_all_devices(first_bad), iterations + 1
 
         guess = [jnp.where(jnp.isfinite(leaf), leaf, jnp.zeros_like(leaf)) for leaf in guess]
         zero = jnp.zeros((), jnp.int32)
@@ -184,8 +185,8 @@ class _Iteration(NamedTuple):
 
     def _value_and_jacobian(self, step: Callable[..., Any], here: list[Any]) -> tuple[list[Any], Any]:
         if self.options.diagonal and not self.group.elementwise:
-            value, tangent = jax.linearize(step, here)
-            return widened(value), _diagonals(tangent, here, self.group.batch)
+            value, tangent = linearize(step, here)
+            return widened(value), widened(diagonals(tangent, here, self.group.batch))
         return value_and_jacobian(step, here, self.group)
 
     def _solved(self, A: Any, off: list[Any]) -> list[Any]:
@@ -252,25 +253,6 @@ def default_tolerance(dtype: Any) -> float:
     return 1e-10 if info.bits >= 64 else float(info.eps) * (16 if info.bits == 32 else 4)
 
 
-def _diagonals(tangent: Callable[..., Any], here: list[Any], batch: int) -> list[Any]:
-    """For each leaf the derivative of each entry with respect to itself, one entry of all rows after the other."""
-
-    def of_leaf(j):
-        shape = here[j].shape
-        rest = shape[batch:]
-
-        def entry(k):
-            one = (jnp.arange(math.prod(rest)) == k).astype(here[j].dtype).reshape(rest)
-            tangents = [jnp.broadcast_to(one, shape) if i == j else jnp.zeros_like(leaf) for i, leaf in enumerate(here)]
-            moved = tangent(tangents)[j].reshape(*shape[:batch], -1)
-            return jax.lax.dynamic_index_in_dim(moved, k, -1, keepdims=False)
-
-        entries = jax.lax.map(entry, jnp.arange(math.prod(rest)))
-        return jnp.moveaxis(entries, 0, -1).reshape(shape)
-
-    return widened([of_leaf(j) for j in range(len(here))])
-
-
 def _before(after: list[Any], first: list[Any]) -> list[Any]:
     """The leaves before every step, from those after it and those before the first."""
     return [as_weak_as(shifted(*each), each[1]) for each in zip(after, first, strict=True)]
@@ -288,6 +270,12 @@ def _difference(leaves: list[Any], others: list[Any]) -> list[Any]:
 def _leading(right: Any) -> Any:
     """How many steps are right before the first that is not."""
     return jnp.where(right.all(), len(right), jnp.argmin(right)).astype(jnp.int32)
+
+
+def _on_all_devices(step: Any) -> Any:
+    """The first of all devices of a `shard_map`: what they share stays the same on each if they read it at the same steps."""
+    axes = varying(step)
+    return jax.lax.pmin(step, axes) if axes else step
 
 
 def _largest_ratio(error: Any, size: Any) -> Any:
