@@ -120,19 +120,25 @@ def test_a_gradient_with_the_diagonal_in_the_backward_would_be_another():
         own = (1 - new**2) * jnp.diag(params.W_hh) * (h - stopped)
         return new + own, y + own
 
-    exact = jax.grad(partial(loss, bptt.scan))(params)
+    exact, found = (
+        jax.jit(jax.grad(partial(loss, scan)))(params)
+        for scan in (bptt.scan, partial(bptt.newton_scan, jacobian="diagonal"))
+    )
     biased = jax.grad(lambda params: jnp.sum(bptt.scan(uncoupled, params, *args[2:])[1] ** 2))(params)
-    found = jax.grad(partial(loss, partial(bptt.newton_scan, jacobian="diagonal")))(params)
     assert_close(found, exact, rtol=1e-8)
     assert jnp.linalg.norm(biased.W_hh - exact.W_hh) > 0.1 * jnp.linalg.norm(exact.W_hh)
 
 
 def test_steps_before_the_first_bad_one_are_right_and_it_moves_on():
-    args = network("elman", 16, 60, 1.5)
-    right = bptt.scan(*args)[1]
+    cell, *args = network("elman", 16, 60, 1.5)
+
+    def states(guess=None, args=args, **options):
+        return jax.jit(lambda args, guess: bptt.newton_states(cell, *args, guess=guess, **options))(args, guess)
+
+    right = bptt.scan(cell, *args)[1]
     before = 0
-    for most in (2, 5, 20):
-        found = bptt.newton_states(*args, jacobian="diagonal", max_iterations=most, tolerance=1e-12)
+    for most in (2, 20):
+        found = states(jacobian="diagonal", max_iterations=most, tolerance=1e-12)
         bad = int(found.first_bad_step)
         assert not found.converged
         assert bad >= max(most - 1, before + 1)
@@ -140,10 +146,8 @@ def test_steps_before_the_first_bad_one_are_right_and_it_moves_on():
         assert jnp.abs(found.carries - right)[bad:].max() > 1e-10
         before = bad
     guess = right.at[30].set(0)
-    found = bptt.newton_states(*args, max_iterations=1, guess=guess)
-    assert found.first_bad_step == 30
-    assert bptt.newton_states(*args, guess=right).iterations == 1
-    flipped = bptt.newton_states(*args[:3], args[3][::-1], guess=right[::-1], reverse=True)
+    assert states(guess, max_iterations=1).first_bad_step == 30
+    flipped = states(right[::-1], [*args[:2], args[2][::-1]], reverse=True)
     assert flipped.iterations == 1
     assert_close(flipped.carries, right[::-1])
 
@@ -153,12 +157,12 @@ def test_rows_have_their_own_counts_under_vmap():
     scales = jnp.array([0.0, 0.1, 3.0])
     states = partial(bptt.newton_states, cell, params, init)
     mapped = jax.jit(jax.vmap(states))(scales[:, None, None] * xs)
-    alone = [int(states(scale * xs).iterations) for scale in scales]
+    alone = [int(one.iterations) for one in map(jax.jit(states), scales[:, None, None] * xs)]
     assert mapped.iterations.tolist() == alone
     assert len(set(alone)) > 1
     assert mapped.converged.all()
     ys = jax.vmap(lambda xs: bptt.newton_scan(cell, params, init, xs, max_iterations=2, chunk_length=7)[1])
-    assert_close(ys(scales[:, None, None] * xs), mapped.ys, rtol=1e-9)
+    assert_close(jax.jit(ys)(scales[:, None, None] * xs), mapped.ys, rtol=1e-9)
 
 
 OVERFLOWING = {
@@ -175,10 +179,13 @@ def test_what_is_not_finite_on_the_way_is_not_returned(case):
     step, init, options = case
     xs = random_like(jnp.zeros(20), 3)
     for most in (1, 100):
-        found = bptt.newton_states(step, None, init, xs, max_iterations=most, **options)
+        found = jax.jit(lambda xs, most=most: bptt.newton_states(step, None, init, xs, max_iterations=most, **options))(
+            xs
+        )
         assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((found.carries, found.ys)))
     assert found.converged
-    assert_close(bptt.newton_scan(step, None, init, xs, **options), bptt.scan(step, None, init, xs), rtol=1e-9)
+    scan = jax.jit(lambda xs: bptt.newton_scan(step, None, init, xs, **options))
+    assert_close(scan(xs), bptt.scan(step, None, init, xs), rtol=1e-9)
 
 
 def test_states_that_overflow_are_those_of_scan():
@@ -368,3 +375,18 @@ def test_wrong_options(name):
     for function in (bptt.newton_scan, bptt.newton_states):
         with pytest.raises(error, match=words):
             function(*args, **options)
+
+
+def test_products_are_in_full_precision_unless_the_user_says_otherwise():
+    """Rounded to TF32, a step jumps where its factors hardly change, and no iteration gets nearer than that."""
+    cell = make_cell("gru")
+    args = problem(cell, 3)
+
+    def precisions():
+        program = jax.jit(partial(bptt.newton_states, cell.step)).lower(*args).as_text()
+        products = [line for line in program.splitlines() if "dot_general" in line]
+        return {line.split("precision = ")[1].split("]")[0] for line in products}
+
+    assert precisions() == {"[HIGHEST, HIGHEST"}
+    with jax.default_matmul_precision("high"):
+        assert "[HIGH, HIGH" in precisions()
