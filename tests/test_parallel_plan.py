@@ -87,7 +87,7 @@ def test_a_budget():
 def test_states_that_settle():
     """Newton's iterations are counted, and the exponent is the library's own."""
     args = problem(steps=256)
-    plan = bptt.plan_parallel(*args, platform="cuda")
+    plan = bptt.plan_parallel(*args, platform="cuda", figures=DeviceFigures(1.0, 1.0, 1e12, 1e12))
     spectrum = bptt.lyapunov_exponents(*args, num_exponents=1, burn_in=25)
     assert plan.exponent == pytest.approx(spectrum.exponents[0])
     assert plan.standard_error == pytest.approx(spectrum.standard_errors[0])
