@@ -44,6 +44,7 @@ STRATEGIES = {
     "checkpointed_scan, segment_length": partial(bptt.checkpointed_scan, segment_length=2),
     "checkpointed_scan, 1 checkpoint": partial(bptt.checkpointed_scan, checkpoints=1),
     "checkpointed_scan, 2 checkpoints": partial(bptt.checkpointed_scan, checkpoints=2, unroll=2),
+    "newton_scan": bptt.newton_scan,
     "truncated_scan": partial(bptt.truncated_scan, truncation_length=9),
     "windowed_scan": partial(bptt.windowed_scan, window=9),
 }
