@@ -4,6 +4,7 @@ python benchmarks/gpu_parts.py NAME RESULTS.jsonl [--quick]
 """
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -391,55 +392,55 @@ def choices(quick):
 
     A row more tells what XLA's options for graphs would bring.
     """
-    sizes = [Size(16, 4, 8, 16)] if quick else [Size(4096, 1, 64, 128), Size(256, 64, 64, 512)]
-    names = {"gpu": ("cuda", "rocm")}.get(jax.default_backend(), (jax.default_backend(),))
-    cases = [("adjoint_scan", None, unroll, "5 kernels or more") for unroll in (1, 2, 4, 8, 16, 32)]
-    cases += [("lax.scan", None, unroll, "5 kernels or more") for unroll in (1, 8)]
-    if jax.default_backend() == "gpu":
-        cases += [("adjoint_scan", None, 1, "2 kernels or more")]
-        cases += [(name, None, unroll, "whole loops") for name in ("adjoint_scan", "lax.scan") for unroll in (1, 8)]
-    cases += [("adjoint_scan", rows, 8, "5 kernels or more") for rows in (1024, 8192)]
+    sizes = [Size(16, 4, 8, 16)] if quick else [Size(1024, 1, 64, 128), Size(256, 64, 64, 512)]
+    on_gpu = jax.default_backend() == "gpu"
+    names = ("cuda", "rocm") if on_gpu else (jax.default_backend(),)
+    default = "5 kernels or more"
+    cases = [("adjoint_scan", None, unroll, default) for unroll in (1, 4, 8, 16)]
+    cases += [("lax.scan", None, unroll, default) for unroll in (1, 8)]
+    in_segments = [("adjoint_scan", rows, 8, default) for rows in (1024, 8192)]
+    other_graphs = [("adjoint_scan", None, 1, "2 kernels or more")]
+    other_graphs += [(name, None, unroll, "whole loops") for name in ("adjoint_scan", "lax.scan") for unroll in (1, 8)]
     scans = {"adjoint_scan": bptt.adjoint_scan, "lax.scan": bptt.scan}
     scans["cudnn_scan"] = lambda *args, unroll: bptt.cudnn_scan(*args)
+
+    def chosen(size, kind, unusual):
+        if unusual:
+            return other_graphs if on_gpu else []
+        first = [("cudnn_scan", None, None, default)] if on_gpu and kind == "lstm" else []
+        return first + cases + in_segments * (size.B > 1)
+
     before = dict(platforms.CHOICES)
-    for size in sizes:
-        for kind in ("elman", "lstm"):
-            cell = CELLS[kind](size.D, size.H)
-            params, args = cell.init(jax.random.key(0)), peers.arguments(size)
+    for size, unusual, kind in itertools.product(sizes, (False, True), ("elman", "lstm")):
+        cell = CELLS[kind](size.D, size.H)
+        params, args = cell.init(jax.random.key(0)), peers.arguments(size)
 
-            def traced(case, cell=cell, size=size, params=params, args=args):
-                name, rows, unroll, _ = case
-                platforms.CHOICES.update(dict.fromkeys(names, platforms.Choices(segment_rows=rows, unroll=unroll or 1)))
+        def traced(case, cell=cell, size=size, params=params, args=args):
+            name, rows, unroll, _ = case
+            platforms.CHOICES.update(dict.fromkeys(names, platforms.Choices(segment_rows=rows, unroll=unroll or 1)))
 
-                def run(params, xs):
-                    return scans[name](cell, params, cell.initial_carry((size.B,)), xs, unroll=unroll)[1]
+            def run(params, xs):
+                return scans[name](cell, params, cell.initial_carry((size.B,)), xs, unroll=unroll)[1]
 
-                return jax.jit(jax.value_and_grad(partial(peers.loss, run))).lower(params, *args)
+            return jax.jit(jax.value_and_grad(partial(peers.loss, run))).lower(params, *args)
 
-            def compiled(case_and_program):
-                (*_, graphs), program = case_and_program
-                return program.compile(compiler_options=GRAPHS[graphs])
+        def compiled(case_and_program):
+            (*_, graphs), program = case_and_program
+            return program.compile(compiler_options=GRAPHS[graphs])
 
-            # All compiled before any is timed: compiling takes all cores.
-            first = [("cudnn_scan", None, None, "5 kernels or more")] if kind == "lstm" and "cuda" in names else []
-            calls = list(in_order(compiled, [(case, traced(case)) for case in first + cases]))
-            for ((name, rows, unroll, graphs), _), call in calls:
-                row = {
-                    "cell": kind,
-                    "T/B/D/H": str(size),
-                    "strategy": name,
-                    "segment_rows": str(rows),
-                    "unroll": unroll,
-                }
-                row["graphs of"] = graphs
+        # All compiled before any is timed: compiling takes all cores.
+        programs = [(case, traced(case)) for case in chosen(size, kind, unusual)]
+        for ((name, rows, unroll, graphs), _), call in list(in_order(compiled, programs)):
+            row = {"cell": kind, "T/B/D/H": str(size), "strategy": name, "segment_rows": str(rows)}
+            row |= {"unroll": unroll or "–", "graphs of": graphs}
+            try:
                 if isinstance(call, Exception):
-                    yield "", row | {"µs a step": said(call)}
-                    continue
-                try:
-                    row["µs a step"] = f"{1e6 * seconds_of(partial(call, params, *args), 0.3) / size.T:.2f}"
-                except Exception as error:
-                    row["µs a step"] = said(error)
-                yield "", row | {"temporary MiB": f"{call.memory_analysis().temp_size_in_bytes / 2**20:.1f}"}
+                    raise call
+                row["µs a step"] = f"{1e6 * seconds_of(partial(call, params, *args), 0.3) / size.T:.2f}"
+                row["temporary MiB"] = f"{call.memory_analysis().temp_size_in_bytes / 2**20:.1f}"
+            except Exception as error:
+                row["µs a step"] = said(error)
+            yield "", row
     platforms.CHOICES.clear()
     platforms.CHOICES.update(before)
 
