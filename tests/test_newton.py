@@ -20,6 +20,7 @@ OPTIONS = {
     "diagonal, windows": {"jacobian": "diagonal", "chunk_length": 5},
     "damped": {"damping": 0.3},
     "one iteration": {"max_iterations": 1},
+    "guess": {"guess": "random"},
     "one iteration, windows": {"max_iterations": 1, "chunk_length": 4},
 }
 FLAGS = {
@@ -40,11 +41,13 @@ def bars_of(cell, args):
     return random_like(jax.eval_shape(partial(bptt.scan, cell), *args), 7)
 
 
-@cases("options", OPTIONS, "diagonal, windows", "one iteration")
+@cases("options", OPTIONS, "diagonal, windows", "one iteration", "guess")
 def test_values_and_gradients(options):
     cell = make_cell("lstm")
     args = problem(cell, T, (2,))
     reset = random_like(args[1], 5)
+    if "guess" in options:
+        options = {"guess": random_like(jax.tree.map(lambda leaf: jnp.zeros((T, *leaf.shape)), args[1]), 6)}
     for flags in ({}, FLAGS | {"reverse": True, "reset_carry": reset}):
         bars = bars_of(cell, args)
         expected = outputs_and_gradients(partial(bptt.scan, **flags), cell, args, bars)
@@ -354,6 +357,32 @@ def test_states_are_constants_of_a_gradient():
     assert iterations > 1
     assert_close(found[0], jax.grad(lambda params: jnp.sum(bptt.scan(cell, params, init, xs)[1]))(params))
     assert not found[1].any()
+
+
+def test_a_guess_may_be_mapped_and_carried_on():
+    cell, params, init, _ = network("elman", 3, 6)
+    xs, guess = random_like(jnp.zeros((3, 6, 4)), 1), random_like(jnp.zeros((3, 6, 3)), 2)
+
+    def mapped(params, scan):
+        def loss(params, xs, guess):
+            return jnp.sum(scan(cell, params, init, xs, **({} if scan is bptt.scan else {"guess": guess}))[1] ** 2)
+
+        return jax.vmap(jax.value_and_grad(loss), (None, 0, 0))(params, xs, guess)
+
+    def carried_on(params):
+        def body(guess, xs):
+            found = bptt.newton_states(cell, params, init, xs, guess=guess)
+            _, ys = bptt.newton_scan(cell, params, init, xs, guess=guess)
+            return found.carries, jnp.sum(ys**2)
+
+        return jax.lax.scan(body, guess[0], xs)[1].sum()
+
+    def found(params):
+        return mapped(params, bptt.newton_scan), mapped(params, bptt.scan), jax.value_and_grad(carried_on)(params)
+
+    ours, expected, total = jax.jit(found)(params)
+    assert_close(ours, expected)
+    assert_close(total, jax.tree.map(lambda leaf: leaf.sum(axis=0), expected))
 
 
 WRONG = {

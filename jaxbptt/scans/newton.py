@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxbptt.along_time import at_one_step, flipped, room
 from jaxbptt.array_types import as_type
 from jaxbptt.arrays import as_array, check_count, is_number
-from jaxbptt.cells.cell import Cell
+from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.html_table import fields_table
 from jaxbptt.programs.structure import Group, groups_of
 from jaxbptt.scans.affine import at_all_steps
@@ -20,7 +20,7 @@ from jaxbptt.scans.flags import Flags
 from jaxbptt.scans.newton_iteration import Options, Report, newton
 from jaxbptt.scans.passes import Pass, one_pass
 from jaxbptt.scans.recurrence import Recurrence, check_known_length, prepare
-from jaxbptt.trees import is_differentiable, name
+from jaxbptt.trees import combine, is_differentiable, name
 
 # Beyond so many passes over all time steps the loop over time is likely to be faster.
 _MAX_ITERATIONS = 100
@@ -222,7 +222,7 @@ class _Solver(NamedTuple):
         r: the recurrence with params and xs to call it with.
         on_leaves: its step on real leaves.
         groups: of the leaves.
-        guess: real leaves, in the order of running, or `None`.
+        guess_of: the guess, of the xs that hold it.
         options: of the iteration.
     """
 
@@ -230,7 +230,7 @@ class _Solver(NamedTuple):
     r: Recurrence
     on_leaves: AllAtOnce
     groups: list[Group]
-    guess: list[Any] | None
+    guess_of: Callable[[Any], Any]
     options: Options
 
     @classmethod
@@ -245,23 +245,29 @@ class _Solver(NamedTuple):
     ) -> "_Solver":
         """For a prepared recurrence."""
         check_known_length(strategy_name, r.length)
-        over_time, r = one_pass(step, None, r._replace(step=_in_full_precision(r.step)), flags, 1)
+        r, adjoint = r._replace(step=_in_full_precision(r.step)), step.adjoint if isinstance(step, Cell) else None
+        if guess is not None:
+            r, adjoint = _with_guess(r, _checked_guess(guess, r), adjoint)
+        over_time, r = one_pass(r.step, adjoint, r, flags, 1)
         over_time.check_recomputable(strategy_name)
         on_leaves = AllAtOnce.of(over_time, r.init)
         carry = [as_type(jax.typeof(leaf)) for leaf in on_leaves.leaves.split(r.init)]
         groups = groups_of(on_leaves.step, carry, (r.params, at_one_step(r.xs)), look_for_clashes=False)
-        guess = None if guess is None else on_leaves.leaves.split(_checked_guess(guess, r))
-        return cls(over_time, r, on_leaves, groups, guess, options)
+
+        def guess_of(xs):
+            return None if guess is None else (xs[0] if flags.given else xs)[1]
+
+        return cls(over_time, r, on_leaves, groups, guess_of, options)
 
     def solve(self, params: Any, init: Any, xs: Any, *, finish: bool) -> tuple[Any, Any, Any]:
         """The carries before and after every step, and the report."""
-        leaves = self.on_leaves.leaves
+        leaves, guess = self.on_leaves.leaves, self.guess_of(xs)
         before, after, report = newton(
             lambda parts, x: self.on_leaves.step(parts, (params, x)),
             self.groups,
             leaves.split(init),
             xs,
-            self.guess,
+            None if guess is None else leaves.split(combine(guess, init)),
             self.r.length,
             self.options,
             one_at_a_time=self.over_time.step.one_at_a_time,
@@ -305,7 +311,7 @@ def _checked_options(jacobian: Any, tolerance: Any, max_iterations: Any, damping
 
 
 def _checked_guess(guess: Any, r: Recurrence) -> Any:
-    """The guess as a constant, in the dtypes of the carry and in the order of running."""
+    """The guess as a constant, in the dtypes of the carry; `None` for leaves without a derivative, which are not read."""
     if jax.tree.structure(guess) != jax.tree.structure(r.init):
         raise TypeError(
             f"guess has structure {jax.tree.structure(guess)}, but init has {jax.tree.structure(r.init)}: pass carries "
@@ -314,7 +320,7 @@ def _checked_guess(guess: Any, r: Recurrence) -> Any:
 
     def checked(path, leaf, target):
         if not is_differentiable(target):
-            return target  # not read
+            return None
         leaf = as_array(name("guess", path), leaf, f"an array of {target.dtype}")
         shape = (r.length, *target.shape)
         if leaf.shape != shape:
@@ -324,10 +330,28 @@ def _checked_guess(guess: Any, r: Recurrence) -> Any:
             )
         return _constant(leaf.astype(target.dtype))
 
-    guess = jax.tree_util.tree_map_with_path(checked, guess, r.init)
-    return (
-        jax.tree.map(lambda leaf: jnp.flip(leaf, 0) if is_differentiable(leaf) else leaf, guess) if r.reverse else guess
-    )
+    return jax.tree_util.tree_map_with_path(checked, guess, r.init)
+
+
+def _with_guess(r: Recurrence, guess: Any, adjoint: Adjoint | None) -> tuple[Recurrence, Adjoint | None]:
+    """The recurrence whose inputs are (xs, guess), since a function with a derivative of its own must not hold tracers."""
+    step = r.step
+    r = r._replace(step=lambda params, carry, x: step(params, carry, x[0]), xs=(r.xs, guess))
+    return r, None if adjoint is None else _adjoint_with_guess(adjoint)
+
+
+def _adjoint_with_guess(adjoint: Adjoint) -> Adjoint:
+    def forward(params, carry, x):
+        return adjoint.forward(params, carry, x[0])
+
+    def backward(params, residuals, x, carry_bar, y_bar):
+        return adjoint.backward(params, residuals, x[0], carry_bar, y_bar)
+
+    def contract(params, residuals, xs, ys_bar, deltas):
+        params_bar, xs_bar = adjoint.contract(params, residuals, xs[0], ys_bar, deltas)
+        return params_bar, (xs_bar, jax.tree.map(jnp.zeros_like, xs[1]))
+
+    return Adjoint(forward, backward, contract)
 
 
 def _constant(leaf: Any) -> Any:
