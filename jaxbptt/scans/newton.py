@@ -136,7 +136,6 @@ def newton_scan(
     options = _checked_options(jacobian, tolerance, max_iterations, damping, chunk_length)
     r = prepare(step, params, init, xs, length, is_first, valid, reverse=reverse)
     solver = _Solver.of("newton_scan", step, r, Flags(is_first, valid, reset_carry), guess, options)
-
     r = solver.r
     # A function with a derivative of its own must not hold tracers.
     solver = solver._replace(r=r._replace(params=None, init=None, xs=None))
@@ -254,8 +253,10 @@ class _Solver(NamedTuple):
         carry = [as_type(jax.typeof(leaf)) for leaf in on_leaves.leaves.split(r.init)]
         groups = groups_of(on_leaves.step, carry, (r.params, at_one_step(r.xs)), look_for_clashes=False)
 
+        guessed, flagged = guess is not None, flags.given
+
         def guess_of(xs):
-            return None if guess is None else (xs[0] if flags.given else xs)[1]
+            return (xs[0] if flagged else xs)[1] if guessed else None
 
         return cls(over_time, r, on_leaves, groups, guess_of, options)
 
