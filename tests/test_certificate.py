@@ -49,7 +49,7 @@ def test_rows_of_a_cell():
 
 
 def test_strategies_parallel_in_time_where_they_apply():
-    """One for an affine step, and none where Jacobians are too large."""
+    """One for an affine step, none where Jacobians are too large, and no Jacobian of a custom_vjp."""
 
     def names(step, size=2, length=3):
         rows = certificates._parallel_strategies(step, 0.5, jnp.ones(size), None, length)
@@ -61,7 +61,18 @@ def test_strategies_parallel_in_time_where_they_apply():
     def nonlinear(w, h, x):
         return jnp.tanh(w * h[::-1]), h
 
+    @jax.custom_vjp
+    def own(h):
+        return jnp.tanh(h)
+
+    own.defvjp(lambda h: (jnp.tanh(h), h), lambda h, bar: ((1 - jnp.tanh(h) ** 2) * bar,))
+
+    def by_own(w, h, x):
+        return jax.jit(own)(w * h[::-1]), h
+
     assert names(affine) == ["parallel_scan"]
+    assert names(by_own) == ["parallel_adjoint_scan"]
+    assert names(lambda w, h, x: (jnp.tanh(w * h[::-1] + own(w)), h)) == ["parallel_adjoint_scan", "newton_scan"]
     assert names(nonlinear) == ["parallel_adjoint_scan", "newton_scan"]
     assert names(nonlinear, size=2_000) == names(affine, length=0) == []
 

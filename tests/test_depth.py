@@ -39,13 +39,14 @@ def test_chains(program):
 
 
 def test_loops_count_as_often_as_they_run():
-    def depth(times):
+    def depth(times, after=lambda h: h, **options):
         def fn(x):
-            return jax.lax.scan(lambda h, _: (jnp.tanh(2 * h + 1), None), x, None, length=times)[0]
+            return after(jax.lax.scan(lambda h, _: (jnp.tanh(2 * h + 1), None), x, None, length=times)[0])
 
-        return count_depth(jax.make_jaxpr(fn)(X).jaxpr)
+        return count_depth(jax.make_jaxpr(fn)(X).jaxpr, **options)
 
     assert (depth(0), depth(1), depth(100)) == (0, 3, 300)
+    assert (depth(0, loops=False), depth(100, jnp.sin, loops=False)) == (0, 1)
 
 
 def test_loops_of_unknown_length():

@@ -44,6 +44,7 @@ STRATEGIES = {
     "checkpointed_scan, segment_length": partial(bptt.checkpointed_scan, segment_length=2),
     "checkpointed_scan, 1 checkpoint": partial(bptt.checkpointed_scan, checkpoints=1),
     "checkpointed_scan, 2 checkpoints": partial(bptt.checkpointed_scan, checkpoints=2, unroll=2),
+    "parallel_adjoint_scan": partial(bptt.parallel_adjoint_scan, chunk_length=2),
     "newton_scan": bptt.newton_scan,
     "truncated_scan": partial(bptt.truncated_scan, truncation_length=9),
     "windowed_scan": partial(bptt.windowed_scan, window=9),
@@ -116,11 +117,13 @@ WITHOUT_OPTIONS = (
     "truncated_scan",
     "windowed_scan",
 )
+# They take long without jit.
+PARALLEL = "parallel_adjoint_scan", "newton_scan"
 IN_A_MODE = {
     f"{name}-{mode}": (name, mode)
     for name in STRATEGIES | CUT
     for mode in MODES
-    if mode == FLOAT32 or name in WITHOUT_OPTIONS
+    if mode == FLOAT32 or name in WITHOUT_OPTIONS or (name in PARALLEL and mode == "checking_leaks")
 }
 
 

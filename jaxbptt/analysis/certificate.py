@@ -264,10 +264,12 @@ def _parallel_strategies(
 ) -> list[tuple[str, Callable[..., Any]]]:
     """Those that apply to the step, unless they would take much longer than all others."""
     r = prepare(step, params, init, xs, length)
-    affine, numbers = coefficients_of(step, r)
-    if not 0 < r.length * numbers <= _MOST_COEFFICIENTS:
+    coefficients = coefficients_of(step, r)
+    if not 0 < r.length * coefficients.numbers <= _MOST_COEFFICIENTS:
         return []
-    candidates = [parallel_scan] if affine else [parallel_adjoint_scan, newton_scan]
+    if not coefficients.forward_mode:
+        return [("parallel_adjoint_scan", parallel_adjoint_scan)]
+    candidates = [parallel_scan] if coefficients.affine else [parallel_adjoint_scan, newton_scan]
     return [(strategy.__name__, strategy) for strategy in candidates]
 
 

@@ -30,6 +30,7 @@ class Cost(NamedTuple):
     Attributes:
         flops: floating-point operations, loops counted as often as they run; nan where an operation can't be counted.
         depth: the longest chain of operations that wait for one another, as `count_depth` has it.
+        depth_outside_loops: the same where loops over a known number of steps count nothing.
         compiler_flops: the compiler's figure, which counts the body of every loop once.
         temporary_bytes: the compiler's peak of memory beyond arguments and results.
         compile_seconds: from tracing to executable.
@@ -37,6 +38,7 @@ class Cost(NamedTuple):
 
     flops: float
     depth: float
+    depth_outside_loops: float
     compiler_flops: float
     temporary_bytes: int
     compile_seconds: float
@@ -57,6 +59,7 @@ def compile_and_cost(fn: Callable[..., Any], *args: Any, runs: int | None = None
     cost = Cost(
         flops=count_flops(traced.jaxpr.jaxpr, runs),
         depth=count_depth(traced.jaxpr.jaxpr, runs),
+        depth_outside_loops=count_depth(traced.jaxpr.jaxpr, runs, loops=False),
         compiler_flops=float(analysis.get("flops", math.nan)),
         temporary_bytes=0 if memory is None else int(memory.temp_size_in_bytes),
         compile_seconds=seconds,

@@ -22,7 +22,7 @@ _MOVES |= {"dynamic_update_slice", "expand_dims", "gather", "iota", "optimizatio
 _MOVES |= {"reshape", "rev", "select_n", "slice", "split", "squeeze", "stop_gradient", "transpose"}
 
 
-def count_depth(jaxpr: Any, runs: int | None = None) -> float:
+def count_depth(jaxpr: Any, runs: int | None = None, *, loops: bool = True) -> float:
     """The longest chain of operations of a traced program that each need the result of the one before.
 
     A loop counts as the longest chain of its body as often as it runs, and of a branch the longest side does. Results that
@@ -32,10 +32,11 @@ def count_depth(jaxpr: Any, runs: int | None = None) -> float:
         jaxpr: the program.
         runs: of each loop that runs until something holds, where the program does not say; without it such a loop makes
             the depth nan.
+        loops: without them, a loop over a known number of steps counts nothing.
     """
     jaxpr, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     # numpy's maximum keeps nan, Python's drops it.
-    return float(np.max([0.0, *_depths(jaxpr, [0.0] * len(jaxpr.invars), runs)]))
+    return float(np.max([0.0, *_depths(jaxpr, [0.0] * len(jaxpr.invars), runs, loops)]))
 
 
 def iterations(eqn: Any, runs: int | None) -> float | Fraction:
@@ -50,7 +51,7 @@ def iterations(eqn: Any, runs: int | None) -> float | Fraction:
     return known
 
 
-def _depths(jaxpr: Any, start: Sequence[float], runs: int | None) -> list[float]:
+def _depths(jaxpr: Any, start: Sequence[float], runs: int | None, loops: bool) -> list[float]:
     """Of each result, where the inputs have the depths `start`."""
     depths = dict(zip(jaxpr.invars, start, strict=True)) | dict.fromkeys(jaxpr.constvars, 0.0)
 
@@ -62,12 +63,14 @@ def _depths(jaxpr: Any, start: Sequence[float], runs: int | None) -> list[float]
         latest = float(np.max([0.0, *before]))
         kind, inside = eqn.primitive.name, [jaxpr for jaxpr, _ in subjaxprs(eqn)]
         if kind in ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call") and len(inside) == 1:
-            after = _depths(inside[0], before, runs)
+            after = _depths(inside[0], before, runs, loops)
         elif not inside:
             after = [latest + (kind not in _MOVES)] * len(eqn.outvars)
+        elif kind == "scan" and not loops:
+            after = [latest] * len(eqn.outvars)
         else:
             # The condition of a loop runs beside its body, and of branches one runs.
-            deepest = float(np.max([count_depth(jaxpr, runs) for jaxpr in inside]))
+            deepest = float(np.max([count_depth(jaxpr, runs, loops=loops) for jaxpr in inside]))
             after = [float(latest + iterations(eqn, runs) * deepest)] * len(eqn.outvars)
         depths |= zip(eqn.outvars, after, strict=True)
     return list(map(depth, jaxpr.outvars))

@@ -26,11 +26,13 @@ class DeviceFigures(NamedTuple):
     """What a forecast assumes of a device.
 
     Attributes:
-        operation_seconds: of one small operation that waits for the one before it, in a loop or not.
+        loop_operation_seconds: of one small operation that waits for the one before it, in a loop over time.
+        operation_seconds: of one outside such loops, as in an associative scan.
         flops_per_second: of large products, float32.
         bytes_per_second: of memory.
     """
 
+    loop_operation_seconds: float
     operation_seconds: float
     flops_per_second: float
     bytes_per_second: float
@@ -39,10 +41,13 @@ class DeviceFigures(NamedTuple):
 
 
 FIGURES = {
-    # An operation: measured on an H200, jax 0.11.2, value and gradient over 256 steps, 128 units, one row: 22 µs a step for
-    # adjoint_scan of a gru, a chain of 17 operations, and of an lstm, of 19; 13.7 µs for lax.scan of an elman layer, of 11.
-    # Operations: an 8192 × 8192 product in float32 on the same device, measured. Memory: its data sheet, not measured.
-    "cuda": DeviceFigures(operation_seconds=1.3e-6, flops_per_second=5.0e13, bytes_per_second=4.8e12),
+    # Measured on an H200, jax 0.11.2 (benchmarks/results/parallel_gpu_jax_0.11.2.md). In a loop: adjoint_scan, eight steps in an
+    # iteration, 0.8 to 0.9 µs an operation for h ↦ aₜ h + bₜ and a gru (elman 0.4), 1,024 to 262,144 steps. Outside:
+    # parallel_scan of h ↦ aₜ h + bₜ, 2.1 to 4.7 µs. An 8192 × 8192 product in float32: gpu_h200_jax_0.11.2.md. Memory: the
+    # data sheet, not measured.
+    "cuda": DeviceFigures(
+        loop_operation_seconds=0.85e-6, operation_seconds=3e-6, flops_per_second=5.0e13, bytes_per_second=4.8e12
+    ),
 }
 """By platform. On a CPU there is nothing to forecast: see `ON_A_CPU`."""
 
@@ -70,8 +75,7 @@ class StrategyForecast(NamedTuple):
         depth: the longest chain of operations that wait for one another.
         flops: floating-point operations.
         temporary_bytes: memory beyond arguments and results, by the compiler.
-        seconds: depth × operation_seconds + flops / flops_per_second + 4 × iterations × temporary_bytes / bytes_per_second;
-            nan where there are no figures, inf where Newton's method is not expected to converge.
+        seconds: a forecast of the time of value and gradient; nan where there are no figures, inf where Newton's method is not expected to converge.
         note: what the iterations stand on.
     """
 
@@ -148,7 +152,8 @@ def plan_parallel(
 ) -> ParallelPlan:
     r"""Forecast whether a recurrence is faster in sequence or parallel in time, and say why.
 
-    seconds ≈ depth · t + flops / f + 4 · iterations · bytes / b,  with t, f and b of the device
+    seconds ≈ depth in loops · t_loop + depth outside · t + flops / f + 4 · iterations · bytes / b,  with t_loop, t, f and b of
+    the device
 
     In sequence the depth grows with T. Parallel in time it grows with log T, at the price of more operations and more memory;
     for a step that is not affine in the carry, times the iterations of Newton's method. They are counted on the
@@ -213,6 +218,12 @@ def plan_parallel(
             f"There are no figures for the platform {platform!r}: pass figures=jaxbptt.analysis.DeviceFigures(...), or "
             f"one of the platforms {', '.join(map(repr, ['cpu', *FIGURES]))}."
         )
+    affine, numbers, forward_mode = coefficients_of(step, r)
+    if not forward_mode:
+        raise TypeError(
+            "The step has a jax.custom_vjp that reads the carry, so it has no derivative in forward mode, and neither its "
+            "Lyapunov exponent nor a step of Newton's method can be computed: use adjoint_scan or parallel_adjoint_scan."
+        )
     flags = dict.fromkeys(("is_first", "valid", "reset_carry"))
     arrays, not_arrays = partition((params, init, xs, flags), by=is_array)
     case = Case(step, arrays, not_arrays, sum_of_squares if loss is None else scalar_loss(loss), length)
@@ -227,7 +238,6 @@ def plan_parallel(
 
     rows = [forecast(adjoint_scan), forecast(parallel_adjoint_scan)]
     exponent = standard_error = math.nan
-    affine, numbers = coefficients_of(step, r)
     if affine:
         rows.append(forecast(parallel_scan))
     else:
@@ -250,7 +260,9 @@ def _seconds(cost: Cost, iterations: float, figures: DeviceFigures | None) -> fl
     if not math.isfinite(iterations):
         return math.inf
     moved = _MOVES * iterations * cost.temporary_bytes / figures.bytes_per_second
-    return cost.depth * figures.operation_seconds + cost.flops / figures.flops_per_second + moved
+    outside = cost.depth_outside_loops
+    chain = (cost.depth - outside) * figures.loop_operation_seconds + outside * figures.operation_seconds
+    return chain + cost.flops / figures.flops_per_second + moved
 
 
 def _leading_exponent(step: Any, params: Any, init: Any, xs: Any, r: Recurrence) -> tuple[float, float]:

@@ -56,6 +56,8 @@ def _by_entries(tangent: Callable[..., Any], leaves: list[Any], j: int, batch: i
     """That of leaf j for any map: one tangent for each entry of a row, one after the other."""
     shape = leaves[j].shape
     rest = shape[batch:]
+    if not leaves[j].size:
+        return leaves[j]
 
     def entry(k):
         one = (jnp.arange(math.prod(rest)) == k).astype(leaves[j].dtype).reshape(rest)

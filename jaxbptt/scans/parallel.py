@@ -1,7 +1,7 @@
 r"""Recurrences that are affine in the carry, in log T rounds: values and gradient as associative scans."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -9,7 +9,7 @@ from jaxbptt.along_time import at_one_step
 from jaxbptt.array_types import as_type
 from jaxbptt.arrays import check_count
 from jaxbptt.cells.cell import Adjoint, Cell
-from jaxbptt.programs.structure import Group, groups_of
+from jaxbptt.programs.structure import Group, groups_of, has_forward_mode
 from jaxbptt.scans import all_at_once
 from jaxbptt.scans.affine import solve
 from jaxbptt.scans.flags import NO_FLAGS, Flags
@@ -101,13 +101,31 @@ def parallel_scan(
     return all_at_once.strategy("parallel_scan", over_time, before, length, chunk_length)(r)
 
 
-def coefficients_of(step: Callable[..., Any] | Cell, r: Recurrence) -> tuple[bool, int]:
-    """Whether a step is affine in the carry, and the numbers of the coefficients Aₜ at one time step."""
+class Coefficients(NamedTuple):
+    """What is known of Aₜ before anything is computed.
+
+    Attributes:
+        affine: whether the step is affine in the carry.
+        numbers: of Aₜ at one time step.
+        forward_mode: whether Aₜ can be computed, so that `parallel_scan` or `newton_scan` can be called.
+    """
+
+    affine: bool
+    numbers: int
+    forward_mode: bool
+
+
+def coefficients_of(step: Callable[..., Any] | Cell, r: Recurrence) -> Coefficients:
+    """The `Coefficients` of a recurrence."""
     over_time, r = one_pass(step, None, r, NO_FLAGS, 1)
     on_leaves = all_at_once.AllAtOnce.of(over_time, r.init)
     groups = _groups(on_leaves, r.params, r.init, r.xs)
     leaves = on_leaves.leaves.split(r.init)
-    return not any(group.clashes for group in groups), sum(all_at_once.coefficients(group, leaves) for group in groups)
+    return Coefficients(
+        affine=not any(group.clashes for group in groups),
+        numbers=sum(all_at_once.coefficients(group, leaves) for group in groups),
+        forward_mode=has_forward_mode(on_leaves.step, leaves, (r.params, at_one_step(r.xs))),
+    )
 
 
 def _groups(on_leaves: all_at_once.AllAtOnce, params: Any, init: Any, xs: Any) -> list[Group]:
