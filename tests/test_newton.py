@@ -424,3 +424,17 @@ def test_products_are_in_full_precision_unless_the_user_says_otherwise():
     assert precisions() == {"[HIGHEST, HIGHEST"}
     with jax.default_matmul_precision("high"):
         assert "[HIGH, HIGH" in precisions()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+def test_as_many_steps_are_right_as_there_were_iterations(dtype):
+    """Of a chaotic map whose iterates overflow on the way."""
+    logistic = lambda p, h, x: (3.9 * h * (1 - h), h)
+    guess, start = jnp.full(40, 0.5, dtype), jnp.asarray(0.3, dtype)
+    expected, _ = jax.lax.scan(lambda h, _: (logistic(None, h, None)[0],) * 2, start, length=40)
+    for iterations in (20, 40):
+        found = bptt.newton_states(logistic, None, start, length=40, guess=guess, max_iterations=iterations)
+        assert found.first_bad_step >= iterations - 1
+        assert np.isfinite(found.carries).all()
+    assert found.converged
+    np.testing.assert_allclose(found.carries[-1], expected, rtol=1e-3 if dtype == jnp.float32 else 1e-8)

@@ -177,7 +177,7 @@ def solve_group(group: Group, affine: Affine, init: list[Any], *, reverse: bool 
         ]
         _, after = jax.lax.associative_scan(_then_elementwise, (A, b), reverse=reverse)
     else:
-        b = b.at[first].add(_apply(A[first], flattened(wide, group.batch)))
+        b = b.at[first].add(apply(A[first], flattened(wide, group.batch)))
         _, flat = jax.lax.associative_scan(_then_dense, (A, b), reverse=reverse)
         after = split_up(flat, [leaf.shape for leaf in init], group.batch)
     after = [leaf.astype(c.dtype) for leaf, c in zip(after, init, strict=True)]
@@ -237,7 +237,8 @@ def _matrix(tangent: Callable[..., Any], here: list[Any], batch: int) -> Any:
     return jax.vmap(column, out_axes=-1)(jnp.eye(sum(sizes), dtype=here[0].dtype))
 
 
-def _apply(A: Any, c: Any) -> Any:
+def apply(A: Any, c: Any) -> Any:
+    """Matrices times vectors, not rounded to TF32."""
     return jnp.einsum("...ij,...j->...i", A, c, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -251,4 +252,4 @@ def _then_elementwise(first: Any, then: Any) -> Any:
 def _then_dense(first: Any, then: Any) -> Any:
     (A, b), (A_next, b_next) = first, then
     # Rounded to TF32, or bfloat16, the products of many Jacobians would lose all digits.
-    return jnp.matmul(A_next, A, precision=jax.lax.Precision.HIGHEST), _apply(A_next, b) + b_next
+    return jnp.matmul(A_next, A, precision=jax.lax.Precision.HIGHEST), apply(A_next, b) + b_next

@@ -177,7 +177,8 @@ def newton_states(
         step: as `newton_scan`, like all other arguments.
 
     Returns:
-        `NewtonStates`. Nothing in it is inf or nan for that Newton's method diverged.
+        `NewtonStates`. Its carries are finite where Newton's method diverged too; from `first_bad_step` on they are worthless
+        then, and so are outputs and residual.
 
     Raises:
         ValueError: as `newton_scan`.

@@ -22,6 +22,7 @@ from jaxbptt.programs.diagonal import diagonals
 from jaxbptt.programs.structure import Group
 from jaxbptt.scans.affine import (
     Affine,
+    apply,
     at_all_steps,
     flattened,
     leaves_in_sequence,
@@ -29,6 +30,7 @@ from jaxbptt.scans.affine import (
     of_group,
     shifted,
     solve_group,
+    split_up,
     value_and_jacobian,
     widened,
 )
@@ -174,7 +176,8 @@ class _Iteration(NamedTuple):
         # Where the step itself overflows at the guess there is nothing to go by.
         value = [jnp.where(flag, leaf, jnp.zeros_like(leaf)) for flag, leaf in zip(finite, value, strict=True)]
         A = jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(leaf), (1 - self.options.damping) * leaf, 0), A)
-        new = jax.tree.map(jnp.add, widened(old), self._solved(A, _difference(value, old)))
+        # And not the guess plus its correction: where the guess is huge, that would lose all digits of the value.
+        new = jax.tree.map(jnp.add, value, self._carried(A, _difference(value, old)))
         # The product of many Jacobians may overflow where the states do not.
         new = [jnp.where(jnp.isfinite(leaf), leaf, v) for leaf, v in zip(new, value, strict=True)]
         new = [leaf.astype(first.dtype) for leaf, first in zip(new, self.init, strict=True)]
@@ -189,20 +192,19 @@ class _Iteration(NamedTuple):
             return widened(value), widened(diagonals(tangent, here, self.group.batch))
         return value_and_jacobian(step, here, self.group)
 
-    def _solved(self, A: Any, off: list[Any]) -> list[Any]:
-        """The correction, from the coefficients and what the guess is off by."""
+    def _carried(self, A: Any, off: list[Any]) -> list[Any]:
+        """Jₜ δₜ₋₁: what the corrections of the steps before add to the value, from J and what the guess is off by."""
         zero = [jnp.zeros_like(leaf[0]) for leaf in off]
         if self.group.elementwise:
-            before, last = solve_group(self.group, Affine(A, off), zero)
-        elif self.options.diagonal:
+            before, _ = solve_group(self.group, Affine(A, off), zero)
+            return [sum(a * leaf for a, leaf in zip(row, before, strict=True)) for row in A]
+        if self.options.diagonal:
             alone = Group((0,), (), elementwise=True, batch=0, clashes=())
             each = zip(A, off, zero, strict=True)
-            found = [solve_group(alone, Affine([[a]], [b]), [c]) for a, b, c in each]
-            before, last = [leaf for (leaf,), _ in found], [end for _, (end,) in found]
-        else:
-            b = jax.vmap(lambda leaves: flattened(leaves, self.group.batch))(off)
-            before, last = solve_group(self.group, Affine(A, b), zero)
-        return _after(before, last)
+            return [a * solve_group(alone, Affine([[a]], [b]), [c])[0][0] for a, b, c in each]
+        flat = jax.vmap(lambda leaves: flattened(leaves, self.group.batch))
+        before, _ = solve_group(self.group, Affine(A, flat(off)), zero)
+        return split_up(apply(A, flat(before)), [leaf.shape for leaf in zero], self.group.batch)
 
     def _sizes(self, after: list[Any], first: list[Any]) -> list[Any]:
         """How large each leaf has been so far, the leaf before the first step included.
