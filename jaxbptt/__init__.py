@@ -33,6 +33,7 @@ from jaxbptt.analysis.jacobians import temporal_contributions as temporal_contri
 from jaxbptt.analysis.lyapunov import lyapunov_exponents as lyapunov_exponents
 from jaxbptt.analysis.normality import departure_from_normality as departure_from_normality
 from jaxbptt.analysis.operators import jacobian_operators as jacobian_operators
+from jaxbptt.analysis.parallel_plan import plan_parallel as plan_parallel
 from jaxbptt.analysis.paths import surviving_paths as surviving_paths
 from jaxbptt.analysis.plan import plan as plan
 from jaxbptt.analysis.spectrum import jacobian_eigenvalues as jacobian_eigenvalues
@@ -77,6 +78,8 @@ from jaxbptt.scans.checkpointed import checkpointed_scan as checkpointed_scan
 from jaxbptt.scans.cudnn import cudnn_scan as cudnn_scan
 from jaxbptt.scans.exact import scan as scan
 from jaxbptt.scans.flags import valid_from_lengths as valid_from_lengths
+from jaxbptt.scans.newton import newton_scan as newton_scan
+from jaxbptt.scans.newton import newton_states as newton_states
 from jaxbptt.scans.parallel import parallel_scan as parallel_scan
 from jaxbptt.scans.parallel_adjoint import parallel_adjoint_scan as parallel_adjoint_scan
 from jaxbptt.scans.schedule import checkpoint_schedule as checkpoint_schedule

@@ -44,6 +44,7 @@ EXACT = {
         getattr(cell, "step", cell), *args, checkpoints=1, **kw
     ),
     "parallel_adjoint_scan": bptt.parallel_adjoint_scan,
+    "newton_scan": bptt.newton_scan,
 }
 
 

@@ -476,9 +476,11 @@ def equations_in_loops(jaxpr, inside=False):
     for eqn in jaxpr.eqns:
         if inside:
             yield eqn
-        platforms = eqn.params.get("branches_platforms")
+        platforms = eqn.params.get("branches_platforms") or ()
+        others = {name for names in platforms for name in names or ()}
         for i, (inner, _) in enumerate(subjaxprs(eqn)):
-            if platforms and "cpu" not in (platforms[i] or ()):
+            # `None` stands for the platforms that have no branch of their own.
+            if platforms and "cpu" not in (platforms[i] or {"cpu"} - others):
                 continue
             yield from equations_in_loops(inner, inside or eqn.primitive.name in ("scan", "while"))
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from jaxbptt.array_types import as_type
-from jaxbptt.programs.evaluate import bind
+from jaxbptt.programs.evaluate import bind, subjaxprs
 from jaxbptt.programs.program import program
 
 Axes = tuple[int | None, ...]  # for each axis of a leaf, the axis of a variable that it is kept on
@@ -78,6 +78,23 @@ def groups_of(fn: Callable[..., Any], carry: list[Any], *args: Any, look_for_cla
     new = [_NOTHING if isinstance(var, Literal) else found.get(var, _NOTHING) for var in traced.results]
     reads = [set(dependence.axes) for dependence in new]
     return [_group(component, new, shapes, reads) for component in _components(reads)]
+
+
+def has_forward_mode(fn: Callable[..., Any], carry: list[Any], *args: Any) -> bool:
+    """Whether no `jax.custom_vjp` reads the carry in `fn(carry, *args)`: its derivative in forward mode is not known."""
+    traced = program(fn, carry, *args)
+    found = set(traced.arguments[0])
+    for eqn in traced.eqns:
+        if not found.isdisjoint(var for var in eqn.invars if not isinstance(var, Literal)):
+            if _has_custom_vjp(eqn):
+                return False
+            found.update(eqn.outvars)
+    return True
+
+
+def _has_custom_vjp(eqn: Any) -> bool:
+    inside = (other for jaxpr, _ in subjaxprs(eqn) for other in jaxpr.eqns)
+    return eqn.primitive.name.startswith("custom_vjp_call") or any(map(_has_custom_vjp, inside))
 
 
 def _group(component: list[int], new: list[_Dependence], shapes: list[Any], reads: list[set[int]]) -> Group:

@@ -83,7 +83,7 @@ def trace(step: Callable[..., Any], params: Any, init: Any, xs: Any) -> TracedSt
     avals = [var.aval for var in (*jaxpr.invars[: len(leaves)], *arrays)]
     avals += [var.aval for var in jaxpr.invars[len(leaves) :]]
     in_tree = jax.tree.structure((params, init, xs))
-    primitives = set(_primitives(jaxpr))
+    primitives = set(primitive_names(jaxpr))
 
     def traced_step(params, carry, x):
         flat, arrays = jax.tree.leaves((params.leaves, carry, x)), iter(params.closed_over)
@@ -114,7 +114,7 @@ def map_over_time(fn: Callable[..., Any], *, one_at_a_time: bool) -> Callable[..
     return lambda params, *stacked: jax.vmap(partial(fn, params))(*stacked)
 
 
-def _primitives(jaxpr: Any) -> Iterator[str]:
+def primitive_names(jaxpr: Any) -> Iterator[str]:
     """Names of all equations in a traced function, those inside loops, branches and calls included.
 
     And "symbolic_zeros" where there is a `jax.custom_vjp` that is told which of its inputs are perturbed.
@@ -124,4 +124,4 @@ def _primitives(jaxpr: Any) -> Iterator[str]:
         if eqn.params.get("symbolic_zeros"):
             yield "symbolic_zeros"
         for inner, _ in subjaxprs(eqn):
-            yield from _primitives(inner)
+            yield from primitive_names(inner)

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxbptt.array_types import sharded_like
 from jaxbptt.arrays import at_least_float32
 from jaxbptt.programs.structure import Group
+from jaxbptt.programs.trace import primitive_names
 from jaxbptt.trees import is_differentiable
 
 Solution = tuple[list[Any], list[Any]]  # the leaves before each step, stacked, and those after the last
@@ -56,9 +58,9 @@ def solve(
         for group in groups:
             mine = [init[i] for i in group.leaves]
             if any(not is_differentiable(leaf) for leaf in mine):
-                found, ends = _in_sequence(fn, group, mine, before, stacked, reverse=reverse)
+                found, ends = leaves_in_sequence(fn, group, mine, before, stacked, reverse=reverse)
             else:
-                affine = linearised(fn, group, before, stacked, length, at_zero=True, one_at_a_time=one_at_a_time)
+                affine = linearised(fn, group, before, stacked, length, one_at_a_time=one_at_a_time)
                 found, ends = solve_group(group, affine, mine, reverse=reverse)
             for i, leaves, end in zip(group.leaves, found, ends, strict=True):
                 before[i], last[i] = leaves, end
@@ -101,51 +103,56 @@ def linearised(
     stacked: Any,
     length: int,
     *,
-    at_zero: bool = False,
     one_at_a_time: bool = False,
 ) -> Affine:
-    """The affine map of a group that touches `fn` at the leaves `before` each step, or at zeros of its own leaves.
-
-    bₜ = fn(c) − Aₜ c,  Aₜ = ∂fn/∂c at c
-    """
+    """The affine map that `fn` is of a group, at the leaves `before` each step: bₜ = fn(0), Aₜ = ∂fn/∂c."""
 
     def at_t(before, at_t):
-        here = [before[i] for i in group.leaves]
-        if at_zero:
-            here = [jnp.zeros_like(leaf) for leaf in here]
-
-        def of_group(mine):
-            leaves = list(before)
-            for i, leaf in zip(group.leaves, mine, strict=True):
-                leaves[i] = leaf
-            new = fn(leaves, at_t)
-            return [new[i] for i in group.leaves]
-
-        value, tangent = jax.linearize(of_group, here)
-        value, here_wide = widened(value), widened(here)
-        if group.elementwise:
-            A = _diagonals(tangent, here)
-            constants = [sum(a * c for a, c in zip(row, here_wide, strict=True)) for row in A]
-            b = [v if at_zero else v - constant for v, constant in zip(value, constants, strict=True)]
-        else:
-            A, b = _matrix(tangent, here, group.batch), flattened(value, group.batch)
-            b = b if at_zero else b - _apply(A, flattened(here_wide, group.batch))
-        return Affine(A, b)
+        zeros = [jnp.zeros_like(before[i]) for i in group.leaves]
+        value, A = value_and_jacobian(of_group(fn, group, before, at_t), zeros, group)
+        return Affine(A, value if group.elementwise else flattened(value, group.batch))
 
     return at_all_steps(at_t, length, one_at_a_time=one_at_a_time)(before, stacked)
 
 
-def _in_sequence(
-    fn: Callable[..., Any], group: Group, init: list[Any], before: list[Any], stacked: Any, *, reverse: bool
+def of_group(fn: Callable[..., Any], group: Group, leaves: list[Any], at_t: Any) -> Callable[..., Any]:
+    """A group's leaves after a step as a function of those before it, all other leaves being given."""
+
+    def new(mine):
+        together = list(leaves)
+        for i, leaf in zip(group.leaves, mine, strict=True):
+            together[i] = leaf
+        after = fn(together, at_t)
+        return [after[i] for i in group.leaves]
+
+    return new
+
+
+def value_and_jacobian(fn: Callable[..., Any], here: list[Any], group: Group) -> tuple[list[Any], Any]:
+    """`fn(here)` and its Jacobian, as `A` of an `Affine`, in single precision at least."""
+    value, tangent = linearize(fn, here)
+    A = _diagonals(tangent, here) if group.elementwise else _matrix(tangent, here, group.batch)
+    return widened(value), A
+
+
+def linearize(fn: Callable[..., Any], here: list[Any]) -> tuple[list[Any], Callable[[list[Any]], list[Any]]]:
+    """`jax.linearize`, for a function with a `jax.custom_vjp` too: the tangent is then the transpose of its cotangent."""
+    value, tangent = jax.linearize(fn, here)
+    if "custom_lin" not in primitive_names(jax.make_jaxpr(tangent)(here)):
+        return value, tangent
+    value, pull = jax.vjp(fn, here)
+    transposed = jax.linear_transpose(lambda bars: pull(bars)[0], value)
+    return value, lambda tangents: transposed(tangents)[0]
+
+
+def leaves_in_sequence(
+    fn: Callable[..., Any], group: Group, init: list[Any], before: list[Any], stacked: Any, *, reverse: bool = False
 ) -> Solution:
     """Of leaves that have no derivative, such as counters and random keys."""
 
     def body(mine, at_t):
         leaves, at_t = at_t
-        for i, leaf in zip(group.leaves, mine, strict=True):
-            leaves[i] = leaf
-        new = fn(leaves, at_t)
-        return [new[i] for i in group.leaves], mine
+        return of_group(fn, group, leaves, at_t)(mine), mine
 
     ends, found = jax.lax.scan(body, init, (before, stacked), reverse=reverse)
     return found, ends
@@ -189,7 +196,8 @@ def widened(leaves: list[Any]) -> list[Any]:
     """Leaves in one dtype, the widest of theirs, in single precision at least."""
     dtypes = [at_least_float32(leaf.dtype) for leaf in leaves]
     widest = max(dtypes, key=lambda dtype: jnp.finfo(dtype).bits)
-    return [leaf.astype(widest) for leaf in leaves]
+    # Not `astype`: a constant in a traced program is a number without methods.
+    return [jax.lax.convert_element_type(leaf, widest) for leaf in leaves]
 
 
 def flattened(leaves: list[Any], batch: int) -> Any:
@@ -221,7 +229,7 @@ def _matrix(tangent: Callable[..., Any], here: list[Any], batch: int) -> Any:
     def column(one):
         parts = jnp.split(one, list(itertools.accumulate(sizes))[:-1])
         ones = [
-            jnp.broadcast_to(part.reshape(shape[batch:]), shape).astype(leaf.dtype)
+            sharded_like(jnp.broadcast_to(part.reshape(shape[batch:]), shape).astype(leaf.dtype), leaf)
             for part, shape, leaf in zip(parts, shapes, here, strict=True)
         ]
         return flattened(widened(tangent(ones)), batch)

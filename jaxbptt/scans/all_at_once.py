@@ -25,13 +25,15 @@ from jaxbptt.trees import differentiated_as, select
 
 
 class RealLeaves(NamedTuple):
-    """The leaves of a tree, complex ones as two real ones: those multiply by four numbers where conjugates are involved,
-    and an associative scan of complex arrays takes long to compile.
+    """The leaves of a tree of arrays, complex ones as two real ones.
+
+    With conjugates a step is linear over the real numbers alone, and an associative scan of complex arrays takes long to
+    compile.
 
     Attributes:
         treedef: the structure of the tree.
         is_complex: for each leaf.
-    """  # noqa: D205
+    """
 
     treedef: Any
     is_complex: tuple[bool, ...]
@@ -154,9 +156,12 @@ def back(
         return params_bar, carry_bar, xs_bar
     over_time = over_time.prepared(params, init, xs, (carry_bar, ys_bar), {length})
 
+    # Functions with a derivative of their own must not hold tracers.
+    like_init = jax.tree.map(lambda leaf: as_type(jax.typeof(leaf)), init)
+
     def one_step_back(params, residuals, x, carry_bar, y_bar):
         before, deltas = adjoint.backward(params, residuals, x, carry_bar, filled(y_bar))
-        return fit(before, init, flags.carry, "init"), deltas
+        return fit(before, like_init, flags.carry, "init"), deltas
 
     def recursion(params, carry_bar, residuals, xs, ys_bar):
         """c̄ₜ for all t."""
@@ -211,17 +216,20 @@ def bar_groups(on_leaves: Callable[..., Any], bars: list[Any], params: Any, stac
 
 def default_chunk(groups: list[Group], leaves: list[Any], residuals: Any) -> int:
     """Time steps whose Jacobians take at most four times the bytes of the residuals of all steps; 16 at least."""
-
-    def numbers(leaf, first=0):
-        return math.prod(map(assumed_size, leaf.shape[first:]))
-
-    def in_jacobian(group):
-        mine = [leaves[i] for i in group.leaves]
-        if group.elementwise:
-            return len(mine) ** 2 * numbers(mine[0])
-        rows = math.prod(map(assumed_size, mine[0].shape[: group.batch]))
-        return rows * sum(numbers(leaf, group.batch) for leaf in mine) ** 2
-
-    of_jacobians = max(map(in_jacobian, groups), default=0)
-    of_residuals = sum(map(numbers, jax.tree.leaves(residuals)))
+    of_jacobians = max((coefficients(group, leaves) for group in groups), default=0)
+    of_residuals = sum(map(_numbers, jax.tree.leaves(residuals)))
     return max(4 * of_residuals // max(of_jacobians, 1), 16)
+
+
+def coefficients(group: Group, leaves: list[Any]) -> int:
+    """The numbers of Aₜ of a group at one time step."""
+    mine = [leaves[i] for i in group.leaves]
+    if group.elementwise:
+        return len(mine) ** 2 * _numbers(mine[0])
+    rows = math.prod(map(assumed_size, mine[0].shape[: group.batch]))
+    return rows * sum(_numbers(leaf, group.batch) for leaf in mine) ** 2
+
+
+def _numbers(leaf: Any, first: int = 0) -> int:
+    """In the axes from `first` on."""
+    return math.prod(map(assumed_size, leaf.shape[first:]))

@@ -7,6 +7,7 @@ kept is decided inside the compiled loop, so that its size depends neither on th
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -38,7 +39,7 @@ def checkpointed_scan(
     reset_carry: Any = None,
     reverse: bool = False,
     adjoint: Adjoint | None = None,
-    unroll: int | bool = 1,
+    unroll: int | bool | None = None,
 ) -> tuple[Any, Any]:
     r"""`scan` with a reverse-mode derivative that keeps few states and recomputes the others.
 
@@ -62,7 +63,7 @@ def checkpointed_scan(
         segment_length: s, time steps, at least 1; from T on, all of them are one segment.
         checkpoints: c, states kept at the same time, the first included, from 1 to T.
         adjoint: the backward of one step. By default the `Cell`'s own, or else derived from `step`.
-        unroll: time steps in one iteration of the compiled loops, as for `lax.scan`.
+        unroll: time steps in one iteration of the compiled loops, as for `lax.scan`. `None` for 8 on CUDA, and 1 elsewhere.
 
     Returns:
         The last carry, and the yₜ stacked on a leading time axis.
@@ -96,9 +97,11 @@ def checkpointed_scan(
     if length == 0:
         return over_time.run(r.params, r.init, r.xs, 0)
 
-    def run(params, init, xs):
+    def run_by(over_time, params, init, xs):
         # Not a plain scan: under a vmap inside a scan, JAX assumes that both forwards put the mapped axis in one place.
         return segments.forward(over_time, params, init, xs, _nothing_kept(length))[0]
+
+    run, in_sequence = partial(run_by, over_time), partial(run_by, over_time.plain())
 
     def forward(over_time, params, init, xs):
         over_time.check_recomputable("checkpointed_scan")
@@ -117,7 +120,7 @@ def checkpointed_scan(
             gradients = differentiated_as(_gradients_by_scan(over_time, length), gradients)
         return gradients(params, init, xs, carry_bar, ys_bar, states)
 
-    return with_derivative("checkpointed_scan", over_time, run, forward, backward)(r)
+    return with_derivative("checkpointed_scan", over_time, run, forward, backward, in_sequence=in_sequence)(r)
 
 
 def _gradients_by_scan(over_time: Pass, length: int) -> Callable[..., Any]:

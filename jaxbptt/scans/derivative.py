@@ -77,7 +77,7 @@ def with_derivative(
             if not (here.adjoint.mutates or here.step.mutable):
                 # Where all is known, JAX calls a function with a derivative of its own as it is. A plain loop it would sort
                 # into what is known and what is not, and move out of it, with prints and all, what is the same at each step.
-                run_forward = differentiated_as(run_forward, run_forward)
+                run_forward = differentiated_as(partial(forward, here.plain()), run_forward)
             return here, *run_forward(*treedef.unflatten(primals))
 
         def flat_jvp(primals, tangents):

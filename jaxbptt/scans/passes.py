@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jax.export import is_symbolic_dim
 from jaxbptt.along_time import at, at_one_step, filled, flipped, window
 from jaxbptt.array_types import assumed_size
 from jaxbptt.cells.cell import Adjoint, Cell
-from jaxbptt.platforms import Choices, all_choices, by_platform
+from jaxbptt.platforms import Choices, all_choices, by_platform, unrolled
 from jaxbptt.programs.derived import DifferentiableStep, differentiable_step
 from jaxbptt.programs.hoist import hoisted
 from jaxbptt.programs.perturbed import Perturbed, PerturbedAdjoint, fit
@@ -28,6 +28,7 @@ from jaxbptt.scans.flags import Flags, with_flags
 from jaxbptt.scans.recurrence import Recurrence, length_for_scan
 from jaxbptt.scans.residuals import Residuals, stored_once
 from jaxbptt.scans.schedule import divisor_near
+from jaxbptt.scans.without_sums import back_without_sums
 from jaxbptt.trees import differentiable, differentiated_as
 
 Bars = tuple[Any, Any]  # of the last carry and of ys
@@ -42,20 +43,37 @@ class Pass:
 
     Attributes:
         step: the step, and how its adjoint is made.
-        unroll: time steps in one iteration of its loops, as for `lax.scan`.
+        unroll: time steps in one iteration of its loops, as for `lax.scan`; `None` for the platform's choice.
         adjoint: the step's `PerturbedAdjoint`; set by `differentiated`.
         weights: the `WeightGradient`; set by `prepared`.
     """
 
     step: DifferentiableStep
-    unroll: int | bool
+    unroll: int | bool | None
     adjoint: Any = None
     weights: Any = None
 
     def run(self, params: Any, init: Any, xs: Any, length: Any) -> tuple[Any, Any]:
         """Values alone, by `lax.scan`: (c_T, ys)."""
-        step = partial(self.step.step, params)
-        return jax.lax.scan(step, init, xs, length=length_for_scan(length), unroll=self.unroll)
+
+        def run(over_time, params, init, xs):
+            return over_time.loop(partial(over_time.step.step, params), init, xs, length)
+
+        if self.unroll is not None:
+            return run(self, params, init, xs)
+        return differentiated_as(partial(run, self.plain()), partial(run, self))(params, init, xs)
+
+    def loop(self, body: Callable[..., Any], init: Any, xs: Any, length: Any, *, reverse: bool = False) -> Any:
+        """`lax.scan`, unrolled as this pass says."""
+
+        def unrolled_by(unroll):
+            return partial(jax.lax.scan, body, length=length_for_scan(length), reverse=reverse, unroll=unroll)
+
+        return unrolled(self.unroll, unrolled_by)(init, xs)
+
+    def plain(self) -> "Pass":
+        """With loops that are the same on every platform, to be differentiated: JAX saves the residuals of all platforms."""
+        return replace(self, unroll=1 if self.unroll is None else self.unroll)
 
     def differentiated(self, perturbed: Perturbed) -> "Pass":
         """For a derivative with respect to these leaves."""
@@ -84,7 +102,7 @@ class Pass:
             (carry, y), residuals = forward.call(carry, x)
             return carry, (y, layout.storage.store(residuals))
 
-        carry, (ys, stored) = jax.lax.scan(body, init, xs, length=length_for_scan(length), unroll=self.unroll)
+        carry, (ys, stored) = self.loop(body, init, xs, length)
         return (carry, ys), layout.filled(stored, ys, init)
 
     def back(
@@ -94,12 +112,20 @@ class Pass:
 
         Returns them and the gradient of xs. `ys_bar` may have `Zeros` for leaves.
         """
-        at_once = partial(_at_once, self, length)
+
+        @cache
+        def passed(segment, unroll):
+            if segment >= length:
+                how = _at_once
+            else:
+                how = back_without_sums if self.weights.sums_nothing else partial(_in_segments, segment)
+            return partial(how, replace(self, unroll=unroll), length)
 
         def chosen(choices):
-            segment = segment_length(init, length, choices)
-            return at_once if segment >= length else partial(_in_segments, self, segment, length)
+            segment = min(segment_length(init, length, choices), length)
+            return passed(segment, choices.unroll if self.unroll is None else self.unroll)
 
+        at_once = passed(length, self.plain().unroll)
         # A step that makes mutable arrays can't be inside a jax.custom_jvp.
         back = at_once if self.adjoint.mutates else by_platform(chosen)
         if back is not at_once:
@@ -138,7 +164,7 @@ class Pass:
 
 
 def one_pass(
-    step: Callable[..., Any] | Cell, adjoint: Adjoint | None, r: Recurrence, flags: Flags, unroll: int | bool
+    step: Callable[..., Any] | Cell, adjoint: Adjoint | None, r: Recurrence, flags: Flags, unroll: int | bool | None
 ) -> tuple[Pass, Recurrence]:
     """The pass of a prepared recurrence, and the recurrence with the params and xs to call it with.
 
@@ -146,6 +172,9 @@ def one_pass(
     """
     with_adjoint, params = differentiable_step(step, adjoint, r.step, r.params, r.init, r.xs)
     with_adjoint, r = with_flags(with_adjoint, r._replace(params=params), flags)
+    # How many steps a symbolic length leaves over is not known; and mutable arrays can't be inside a branch for a platform.
+    if unroll is None and (with_adjoint.one_at_a_time or is_symbolic_dim(r.length)):
+        unroll = 1
     return Pass(with_adjoint, unroll), r._replace(xs=flipped(r.xs)) if r.reverse else r
 
 
@@ -200,17 +229,15 @@ def _at_once(
     carry_bar, sums = bar_and_sums
     body, storage = _recursion(over_time, params, residuals, xs, carry_bar, ys_bar)
     stacked = residuals.stacked()
-    carry_bar, stored = jax.lax.scan(
-        body, carry_bar, (stacked, xs, ys_bar), length=length_for_scan(length), reverse=True, unroll=over_time.unroll
-    )
+    carry_bar, stored = over_time.loop(body, carry_bar, (stacked, xs, ys_bar), length, reverse=True)
     deltas = storage.restore(stored=stored)
     sums, xs_bar = over_time.weights.add(params, sums, stacked, xs, ys_bar, deltas, length)
     return (carry_bar, sums), xs_bar
 
 
 def _in_segments(
-    over_time: Pass,
     segment: int,
+    over_time: Pass,
     length: int,
     params: Any,
     bar_and_sums: BarAndSums,
@@ -229,9 +256,7 @@ def _in_segments(
 
         carry_bar, sums = bar_and_sums
         last = start + length - 1, carry_bar
-        (_, carry_bar), stored = jax.lax.scan(
-            one_step_back, last, None, length=length, reverse=True, unroll=over_time.unroll
-        )
+        (_, carry_bar), stored = over_time.loop(one_step_back, last, None, length, reverse=True)
         xs_here, ys_bar_here = window((xs, ys_bar), start, length)
         residuals_here, deltas = residuals.window(start, length), storage.restore(stored=stored)
         sums, xs_bar = over_time.weights.add(params, sums, residuals_here, xs_here, ys_bar_here, deltas, length)

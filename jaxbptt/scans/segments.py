@@ -76,7 +76,7 @@ def forward(over_time: Pass, params: Any, init: Any, xs: Any, cut: Layout) -> tu
 
     def over_segment(carry, ys, start, length):
         xs_here = window(xs, start, length)
-        carry, ys_here = jax.lax.scan(step, carry, xs_here, length=length, unroll=over_time.unroll)
+        carry, ys_here = over_time.loop(step, carry, xs_here, length)
         return carry, put_window(ys, ys_here, start)
 
     def body(index, state):
@@ -208,10 +208,8 @@ def _lean(over_time: Pass, params: Any, carry: Any, xs: Any, ys_bar: Any) -> Ove
 
     def over_segment(state, carry, start, length):
         times = start + jnp.arange(length, dtype=jnp.int32)
-        new_carry, stored = jax.lax.scan(forward, carry, times, unroll=over_time.unroll)
-        (_, state), _ = jax.lax.scan(
-            backward, (new_carry, state), (times, stored), reverse=True, unroll=over_time.unroll
-        )
+        new_carry, stored = over_time.loop(forward, carry, times, length)
+        (_, state), _ = over_time.loop(backward, (new_carry, state), (times, stored), length, reverse=True)
         return state
 
     return over_segment

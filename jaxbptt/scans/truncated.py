@@ -35,7 +35,7 @@ def truncated_scan(
     reset_carry: Any = None,
     reverse: bool = False,
     adjoint: Adjoint | None = None,
-    unroll: int | bool = 1,
+    unroll: int | bool | None = None,
 ) -> tuple[Any, Any]:
     r"""`scan` whose gradient is cut every K steps: truncated BPTT over consecutive segments.
 
@@ -54,7 +54,7 @@ def truncated_scan(
         params: θ; arrays that `step` closes over get their gradient as well.
         truncation_length: K, time steps; it need not divide T.
         adjoint: the backward of one step. By default the `Cell`'s own, or else derived from `step`.
-        unroll: time steps in one iteration of the compiled loops, as for `lax.scan`.
+        unroll: time steps in one iteration of the compiled loops, as for `lax.scan`. `None` for 8 on CUDA, and 1 elsewhere.
 
     Returns:
         The last carry, and the yₜ stacked on a leading time axis.
@@ -83,7 +83,7 @@ def truncated_scan(
     check_known_length("truncated_scan", length)
     segment = max(min(int(truncation_length), length), 1)
 
-    def run(params, init, xs):
+    def run_by(over_time, params, init, xs):
         # Cut here too, by a select: for a second derivative JAX differentiates this loop.
         def body(carry, at_t):
             t, x = at_t
@@ -92,16 +92,18 @@ def truncated_scan(
             diff = jax.tree.map(lambda leaf: jnp.where(cut, jax.lax.stop_gradient(leaf), leaf), diff)
             return over_time.step.step(params, combine(diff, nondiff), x)
 
-        return jax.lax.scan(body, init, (jnp.arange(length), xs), length=length, unroll=unroll)
+        return over_time.loop(body, init, (jnp.arange(length), xs), length)
+
+    run, in_sequence = partial(run_by, over_time), partial(run_by, over_time.plain())
 
     def forward(over_time, params, init, xs):
         over_time.check_recomputable("truncated_scan")
-        return run(params, init, xs), None
+        return run_by(over_time, params, init, xs), None
 
     def backward(over_time, params, init, xs, _, last_bar, ys_bar):
         return _backward(over_time, params, init, xs, (last_bar, ys_bar), length, segment)
 
-    return with_derivative("truncated_scan", over_time, run, forward, backward)(r)
+    return with_derivative("truncated_scan", over_time, run, forward, backward, in_sequence=in_sequence)(r)
 
 
 def _backward(

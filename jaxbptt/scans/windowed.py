@@ -35,7 +35,7 @@ def windowed_scan(
     reset_carry: Any = None,
     reverse: bool = False,
     adjoint: Adjoint | None = None,
-    unroll: int | bool = 1,
+    unroll: int | bool | None = None,
 ) -> tuple[Any, Any]:
     r"""`scan` whose gradient reaches back exactly W steps from every loss term: truncated BPTT, the windowed kind.
 
@@ -58,7 +58,8 @@ def windowed_scan(
         params: θ; arrays that `step` closes over get their gradient as well.
         window: W, time steps.
         adjoint: the backward of one step, which must allow `jax.vmap`. By default the `Cell`'s own, or else derived.
-        unroll: time steps in one iteration of the compiled forward loop, as for `lax.scan`.
+        unroll: time steps in one iteration of the compiled forward loop, as for `lax.scan`. `None` for 8 on CUDA, and 1
+            elsewhere.
 
     Returns:
         The last carry, and the yₜ stacked on a leading time axis.
