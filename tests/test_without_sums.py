@@ -115,3 +115,17 @@ def test_where_there_are_sums_or_products_the_contraction_is_outside():
     assert loops(lambda W, h, x: affine(W, h, x), None, (1, 2)) == 2
     assert loops(projected, W, (1, 2)) > 2
     assert loops(lambda s, h, x: affine(None, s * h, x), jnp.array(0.5), (0, 1, 2)) > 2
+
+
+def test_flags_and_a_gradient_of_init_alone():
+    init, xs, weights = problem(23)
+    flags = {"is_first": jnp.arange(23) % 5 == 3, "valid": jnp.arange(23) % 4 > 0}
+
+    def both(scan):
+        def loss(init, xs):
+            carry, ys = scan(affine, None, init, xs, **flags)
+            return jnp.sum(jnp.sin(ys) * weights) + jnp.sum(jnp.cos(carry))
+
+        return jax.grad(loss, argnums=(0, 1))(init, xs), jax.grad(loss)(init, xs)
+
+    assert_close(*(jax.jit(both, static_argnums=0)(scan) for scan in (bptt.adjoint_scan, bptt.scan)))

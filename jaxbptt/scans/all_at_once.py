@@ -132,7 +132,14 @@ def _forward(
         outputs, residuals = over_time.forward(params, init, xs, length)
         return outputs, residuals.stacked()
 
-    return differentiated_as(in_sequence, at_once if length else in_sequence)(params, init, xs)
+    return _differentiated_in_sequence(over_time, in_sequence, at_once if length else in_sequence)(params, init, xs)
+
+
+def _differentiated_in_sequence(
+    over_time: Pass, in_sequence: Callable[..., Any], at_once: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`at_once` with the derivative of the loop in sequence, but for a step that makes mutable arrays (`Pass.back`)."""
+    return at_once if over_time.adjoint.mutates else differentiated_as(in_sequence, at_once)
 
 
 def back(
@@ -191,7 +198,9 @@ def back(
 
         return jax.lax.scan(body, carry_bar, (residuals, xs, ys_bar), length=length, reverse=True)[1]
 
-    carry_bars = differentiated_as(in_sequence, recursion)(params, carry_bar, residuals, xs, ys_bar)
+    carry_bars = _differentiated_in_sequence(over_time, in_sequence, recursion)(
+        params, carry_bar, residuals, xs, ys_bar
+    )
 
     def at_t(residuals, x, carry_bar, y_bar):
         return one_step_back(params, residuals, x, carry_bar, y_bar)

@@ -122,9 +122,10 @@ def newton_scan(
         >>> import jaxbptt as bptt
         >>> cell = bptt.gru(3, 4)
         >>> params, h_0, xs = cell.init(jax.random.key(0)), cell.initial_carry(), jnp.ones((50, 3))
-        >>> loss = lambda scan, params, **kw: jnp.mean(scan(cell, params, h_0, xs, **kw)[1] ** 2)
-        >>> ours = jax.grad(loss, argnums=1)(bptt.newton_scan, params, jacobian="diagonal")
-        >>> bptt.compare_gradients(ours, jax.grad(loss, argnums=1)(bptt.scan, params)).agrees
+        >>> loss = lambda params, scan, **kw: jnp.mean(scan(cell, params, h_0, xs, **kw)[1] ** 2)
+        >>> gradient = jax.jit(jax.grad(loss), static_argnames=("scan", "jacobian"))
+        >>> ours = gradient(params, bptt.newton_scan, jacobian="diagonal")
+        >>> bptt.compare_gradients(ours, gradient(params, bptt.scan)).agrees
         True
 
     References:
@@ -136,7 +137,6 @@ def newton_scan(
     options = _checked_options(jacobian, tolerance, max_iterations, damping, chunk_length)
     r = prepare(step, params, init, xs, length, is_first, valid, reverse=reverse)
     solver = _Solver.of("newton_scan", step, r, Flags(is_first, valid, reset_carry), guess, options)
-
     r = solver.r
     # A function with a derivative of its own must not hold tracers.
     solver = solver._replace(r=r._replace(params=None, init=None, xs=None))
@@ -254,8 +254,10 @@ class _Solver(NamedTuple):
         carry = [as_type(jax.typeof(leaf)) for leaf in on_leaves.leaves.split(r.init)]
         groups = groups_of(on_leaves.step, carry, (r.params, at_one_step(r.xs)), look_for_clashes=False)
 
+        guessed, flagged = guess is not None, flags.given
+
         def guess_of(xs):
-            return None if guess is None else (xs[0] if flags.given else xs)[1]
+            return (xs[0] if flagged else xs)[1] if guessed else None
 
         return cls(over_time, r, on_leaves, groups, guess_of, options)
 
