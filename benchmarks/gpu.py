@@ -38,11 +38,11 @@ class Part(NamedTuple):
 
 PARTS = {
     "device": Part("The device", 1.0),
-    "exactness": Part("Exactness: every strategy against scan on this device, and against the CPU", 5.0),
+    "exactness": Part("Exactness: every strategy against scan on this device, and against the CPU", 4.0),
     "peers": Part("One layer in every library: milliseconds for value and gradient", 8.0),
     "long": Part("Long sequences", 3.0),
     "parallel": Part("Sequential and parallel in time", 2.0),
-    "choices": Part("Choices for this platform: segments and unroll", 2.0),
+    "choices": Part("Choices for this platform: segments, unroll and graphs", 3.0),
     "kernels": Part("Kernels that a time step starts", 1.0),
     "analysis": Part("Spectra", 1.5),
     "suite": Part("The test suite", 3.0),

@@ -4,6 +4,7 @@ python benchmarks/gpu_parts.py NAME RESULTS.jsonl [--quick]
 """
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -32,7 +33,7 @@ import jaxbptt as bptt
 from jaxbptt import platforms
 
 # Compiling for a GPU takes seconds, and one program takes one core.
-COMPILING = ThreadPoolExecutor(min(os.cpu_count() or 1, 8))
+COMPILING = ThreadPoolExecutor(min(os.cpu_count() or 1, 16))
 
 
 def in_order(function, cases):
@@ -73,24 +74,39 @@ def device(quick):
     yield "", {"": "machine", "value": harness.machine(*peers.versions(), f"jaxlib {jax.lib.__version__}")}
     yield "", {"": "backend", "value": here.client.platform_version.replace("\n", " ")[:80]}
     yield "", {"": "memory", "value": f"{memory.get('bytes_limit', 0) / 2**30:.1f} GiB for JAX"}
-    size = 256 if quick else 1024 if here.platform == "cpu" else 8192
-    for dtype, precision in ((jnp.float32, "highest"), (jnp.float32, "default"), (jnp.bfloat16, "default")):
-        a = jnp.ones((size, size), dtype)
-        product = jax.jit(partial(jnp.matmul, precision=precision))
-        speed = 2 * size**3 / seconds_of(lambda product=product, a=a: product(a, a))
-        name = f"{size} × {size} product, {jnp.dtype(dtype).name}, precision {precision}"
-        yield "", {"": name, "value": f"{speed / 1e12:.2f} TFLOP/s"}
-    a, moved = jnp.ones(4 * size**2), jax.jit(lambda a: a + 1)
-    speed = 2 * a.nbytes / seconds_of(lambda: moved(a))
-    yield "", {"": f"copy of {a.nbytes / 2**20:.0f} MiB", "value": f"{speed / 1e9:.1f} GB/s"}
     steps = 100 if quick else 10_000
     for name, function in (("an addition", lambda _, h: h + 1), ("a 128 × 128 product", lambda _, h: h @ h)):
         loop = jax.jit(lambda h, function=function: jax.lax.fori_loop(0, steps, function, h))
         microseconds = 1e6 * seconds_of(lambda loop=loop: loop(jnp.eye(128))) / steps
         yield "", {"": f"one iteration of a loop with {name}", "value": f"{microseconds:.2f} µs"}
+    size = 256 if quick else 1024 if here.platform == "cpu" else 4096
+    a, moved = jnp.ones(16 * size**2), jax.jit(lambda a: a + 1)
+    speed = 2 * a.nbytes / seconds_of(lambda: moved(a))
+    yield "", {"": f"copy of {a.nbytes / 2**20:.0f} MiB", "value": f"{speed / 1e9:.1f} GB/s"}
+    # What XLA tries out for a product takes seconds.
+    for dtype, precision in ((jnp.float32, "default"), (jnp.bfloat16, "default"), (jnp.float32, "highest")):
+        a = jnp.ones((size, size), dtype)
+        product = jax.jit(partial(jnp.matmul, precision=precision))
+        speed = 2 * size**3 / seconds_of(lambda product=product, a=a: product(a, a))
+        name = f"{size} × {size} product, {jnp.dtype(dtype).name}, precision {precision}"
+        yield "", {"": name, "value": f"{speed / 1e12:.2f} TFLOP/s"}
 
 
 # --- exactness
+
+
+# What each strategy is tried on. The variants of one differ in what they run, and not in what a step computes.
+EVERY, SOME, ONE, AFFINE = (*layers.STEPS, "stack"), ("elman", "stack"), ("lstm",), ("lru", "min_gru")
+CELLS_OF = {
+    "cudnn_scan": ONE,
+    "scan": EVERY,
+    "adjoint_scan": EVERY,
+    "adjoint_scan (derived)": SOME,
+    "checkpointed_scan": SOME,
+    "parallel_adjoint_scan": SOME,
+    "parallel_scan": AFFINE,
+    "newton_scan": ("gru",),
+}
 
 
 def strategies(steps):
@@ -106,6 +122,9 @@ def strategies(steps):
         "windowed_scan that cuts nothing": partial(bptt.windowed_scan, window=steps),
         "truncated_scan(truncation_length=4)": partial(bptt.truncated_scan, truncation_length=4),
         "windowed_scan(window=4)": partial(bptt.windowed_scan, window=4),
+        "parallel_adjoint_scan": bptt.parallel_adjoint_scan,
+        "parallel_scan": bptt.parallel_scan,
+        "newton_scan": bptt.newton_scan,
     }
 
 
@@ -159,17 +178,25 @@ def gradient_on(device, scan, setting, size):
 
 def exactness(quick):
     """The largest relative error of a leaf of value and gradients, for each cell and reference."""
-    size = (9, 3) if quick else (200, 16)
-    cells = ("elman",) if quick else (*CELLS, "stack")
+    size = (9, 3) if quick else (60, 16)
     here, cpu = jax.devices()[0], jax.devices("cpu")[0]
     scans = strategies(size[0])
-    settings = [(dtype, flags) for dtype in ("float32", "float64") for flags in ("none", "resets and padding")]
-    rows = [(*setting, name) for setting in settings for name in scans if name != "cudnn_scan"]
+    flagged = "resets and padding"
+    settings = [("float64", flagged), ("float32", flagged), ("float32", "none")]
+    # With flags is what can go wrong; without any, only what runs other programs then.
+    plain = ("scan", "adjoint_scan", "checkpointed_scan")
+    rows = [
+        (*setting, name)
+        for setting in (settings[1:2] if quick else settings)
+        for name in scans
+        if name != "cudnn_scan" and (name in plain or setting[1] == flagged)
+    ]
     if here.platform == "gpu":
         rows = [("float32", flags, "cudnn_scan") for flags in ("none", "padding")] + rows
 
     def cells_of(name):
-        return ("lstm",) if name == "cudnn_scan" else cells
+        found = CELLS_OF.get(name, ONE)
+        return found[:1] if quick else found
 
     needed = dict.fromkeys(Setting(*setting, cell) for *setting, name in rows for cell in cells_of(name))
     # Before all others in the queue, so who waits for one of these does not wait for himself.
@@ -184,6 +211,10 @@ def exactness(quick):
         found = {}
         for cell in cells_of(name):
             of_cell = Setting(*setting, cell)
+            if name == "scan":
+                mine = references[of_cell, here].result()
+                found[cell, "CPU"] = bptt.compare_gradients(mine, references[of_cell, cpu].result())
+                continue
             mine = gradient_on(here, scans[name], of_cell, size)
             if name.endswith("=4)"):  # biased, so by the same strategy
                 found[cell, "CPU"] = bptt.compare_gradients(mine, gradient_on(cpu, scans[name], of_cell, size))
@@ -212,12 +243,10 @@ def exactness(quick):
 
 
 def peer_sizes(quick):
-    """Rows and hidden units of practice first; T/B/D/H."""
+    """The few that matter, T/B/D/H: many units, a single row, a long sequence, and what fills the device."""
     if quick:
         return [Size(16, 4, 8, 16)]
-    rows_and_hidden = [(64, 512), (1, 128), (64, 128), (1024, 512), (1, 512), (64, 1024), (1024, 1024), (1, 1024)]
-    rows_and_hidden.append((1024, 128))
-    return [Size(steps, rows, 64, hidden) for steps in (256, 4096) for rows, hidden in rows_and_hidden]
+    return [Size(256, 64, 64, 512), Size(256, 1, 64, 128), Size(4096, 8, 64, 256), Size(1024, 64, 128, 1024)]
 
 
 def contenders_of(kind, size):
@@ -295,13 +324,13 @@ def peers_part(quick):
             except Exception as error:
                 yield "milliseconds", {"cell": kind, "T/B/D/H": str(size), peers.BASE: said(error)}
         if i == 0:  # one at a time, as a user waits for it
-            for kind in kinds:
-                row = {"cell": kind, "T/B/D/H": str(size)}
-                args = jax.eval_shape(partial(peers.arguments, size))
-                for name, contender in contenders_of(kind, size).items():
-                    jax.clear_caches()
-                    row[name] = f"{compiled_layer(contender, args)[1].compile_seconds:.2f}"
-                yield "compile seconds, where XLA has tried out the products before", row
+            kind, args = kinds[0], jax.eval_shape(partial(peers.arguments, size))
+            contenders = contenders_of(kind, size)
+            row = {"cell": kind, "T/B/D/H": str(size)}
+            for name in (peers.BASE, peers.DERIVED, peers.BEST, "checkpointed_scan"):
+                jax.clear_caches()
+                row[name] = f"{compiled_layer(contenders[name], args)[1].compile_seconds:.2f}"
+            yield "compile seconds, where XLA has tried out the products before", row
 
 
 # --- long sequences
@@ -314,6 +343,7 @@ def long(quick):
         ("checkpointed_scan", bptt.checkpointed_scan, {}, many),
         ("adjoint_scan", bptt.adjoint_scan, {}, many),
         ("lax.scan + jax.grad", bptt.scan, {}, many),
+        ("lax.scan + jax.grad, unroll=8", bptt.scan, {"unroll": 8}, many),
         ("checkpointed_scan", bptt.checkpointed_scan, {}, 10 * many),
         ("checkpointed_scan(checkpoints=100)", bptt.checkpointed_scan, {"checkpoints": 100}, many),
     ]
@@ -349,34 +379,70 @@ def parallel(quick):
 # --- choices
 
 
+# The loops of a program as graphs of the device: those with few kernels as well, and whole loops.
+GRAPHS = {
+    "5 kernels or more": None,
+    "2 kernels or more": {"xla_gpu_graph_min_graph_size": 2},
+    "whole loops": {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,WHILE"},
+}
+
+
 def choices(quick):
-    """Value and gradient with other choices for this platform: what the entries of `platforms.CHOICES` are made from."""
-    sizes = [Size(16, 4, 8, 16)] if quick else [Size(256, 64, 64, 512), Size(1024, 1, 64, 128)]
-    names = {"gpu": ("cuda", "rocm")}.get(jax.default_backend(), (jax.default_backend(),))
-    cases = [(None, unroll) for unroll in (1, 2, 4, 8)] + [(rows, 1) for rows in (1024, 8192)]
-    for size in sizes:
-        for kind in ("lstm", "elman"):
-            cell = CELLS[kind](size.D, size.H)
-            params, args = cell.init(jax.random.key(0)), peers.arguments(size)
+    """Value and gradient with other choices for this platform: what the entries of `platforms.CHOICES` are made from.
 
-            def run(params, xs, unroll, cell=cell, size=size):
-                return bptt.adjoint_scan(cell, params, cell.initial_carry((size.B,)), xs, unroll=unroll)[1]
+    A row more tells what XLA's options for graphs would bring.
+    """
+    sizes = [Size(16, 4, 8, 16)] if quick else [Size(1024, 1, 64, 128), Size(256, 64, 64, 512)]
+    on_gpu = jax.default_backend() == "gpu"
+    names = ("cuda", "rocm") if on_gpu else (jax.default_backend(),)
+    default = "5 kernels or more"
+    cases = [("adjoint_scan", None, unroll, default) for unroll in (1, 4, 8, 16)]
+    cases += [("lax.scan", None, unroll, default) for unroll in (1, 8)]
+    in_segments = [("adjoint_scan", rows, 8, default) for rows in (1024, 8192)]
+    other_graphs = [("adjoint_scan", None, 1, "2 kernels or more")]
+    other_graphs += [(name, None, unroll, "whole loops") for name in ("adjoint_scan", "lax.scan") for unroll in (1, 8)]
+    scans = {"adjoint_scan": bptt.adjoint_scan, "lax.scan": bptt.scan}
+    scans["cudnn_scan"] = lambda *args, unroll: bptt.cudnn_scan(*args)
 
-            for rows, unroll in cases:
-                platforms.CHOICES.update(dict.fromkeys(names, platforms.Choices(segment_rows=rows)))
-                call, cost = compiled_layer(layers.Layer(partial(run, unroll=unroll), params), args)
-                yield (
-                    "",
-                    {
-                        "cell": kind,
-                        "T/B/D/H": str(size),
-                        "segment_rows": str(rows),
-                        "unroll": unroll,
-                        "milliseconds": f"{1e3 * seconds_of(partial(call, params, *args)):.2f}",
-                        "temporary MiB": f"{cost.temporary_bytes / 2**20:.1f}",
-                        "compile seconds": f"{cost.compile_seconds:.1f}",
-                    },
-                )
+    def chosen(size, kind, unusual):
+        if unusual:
+            return other_graphs if on_gpu else []
+        first = [("cudnn_scan", None, None, default)] if on_gpu and kind == "lstm" else []
+        return first + cases + in_segments * (size.B > 1)
+
+    before = dict(platforms.CHOICES)
+    for size, unusual, kind in itertools.product(sizes, (False, True), ("elman", "lstm")):
+        cell = CELLS[kind](size.D, size.H)
+        params, args = cell.init(jax.random.key(0)), peers.arguments(size)
+
+        def traced(case, cell=cell, size=size, params=params, args=args):
+            name, rows, unroll, _ = case
+            platforms.CHOICES.update(dict.fromkeys(names, platforms.Choices(segment_rows=rows, unroll=unroll or 1)))
+
+            def run(params, xs):
+                return scans[name](cell, params, cell.initial_carry((size.B,)), xs, unroll=unroll)[1]
+
+            return jax.jit(jax.value_and_grad(partial(peers.loss, run))).lower(params, *args)
+
+        def compiled(case_and_program):
+            (*_, graphs), program = case_and_program
+            return program.compile(compiler_options=GRAPHS[graphs])
+
+        # All compiled before any is timed: compiling takes all cores.
+        programs = [(case, traced(case)) for case in chosen(size, kind, unusual)]
+        for ((name, rows, unroll, graphs), _), call in list(in_order(compiled, programs)):
+            row = {"cell": kind, "T/B/D/H": str(size), "strategy": name, "segment_rows": str(rows)}
+            row |= {"unroll": unroll or "–", "graphs of": graphs}
+            try:
+                if isinstance(call, Exception):
+                    raise call
+                row["µs a step"] = f"{1e6 * seconds_of(partial(call, params, *args), 0.3) / size.T:.2f}"
+                row["temporary MiB"] = f"{call.memory_analysis().temp_size_in_bytes / 2**20:.1f}"
+            except Exception as error:
+                row["µs a step"] = said(error)
+            yield "", row
+    platforms.CHOICES.clear()
+    platforms.CHOICES.update(before)
 
 
 def kernels_part(quick):
@@ -395,13 +461,20 @@ def analysis(quick):
             yield "", {"": name, "T": steps, "n": hidden, "seconds": seconds, "ratio": ratio}
 
 
+# What needs the device most, before all others.
+FIRST_TESTS = "tests/test_cudnn.py", "tests/test_scans.py", "tests/test_cells.py"
+
+
 def suite(quick):
     """The quick tests on this device: each that fails and why, and how many passed until now."""
     root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_suite", "-p", "no:cacheprovider", "--tb=no", "-s"]
-    command += ["--continue-on-collection-errors"]  # a package that a file needs may be absent here
+    # A package that a file needs may be absent here; and pytest-benchmark, where it is, warns about xdist.
+    command += ["--continue-on-collection-errors", "-p", "no:benchmark"]
     command += (
-        ["tests/test_package.py", "-k", "names", "-n", "0"] if quick else ["-n", str(min(os.cpu_count() or 1, 12))]
+        ["tests/test_package.py", "-k", "names", "-n", "0"]
+        if quick
+        else ["-n", str(min(os.cpu_count() or 1, 12)), *FIRST_TESTS, "tests"]
     )
     counts, line = {}, ""
     paths = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]

@@ -21,12 +21,13 @@ import jax.numpy as jnp
 
 import jaxbptt as bptt
 
+# With one time step in an iteration on every platform, but for one.
 STRATEGIES = {
     "scan": bptt.scan,
-    "adjoint_scan": bptt.adjoint_scan,
-    "adjoint_scan, unroll=4": partial(bptt.adjoint_scan, unroll=4),
-    "adjoint_scan (derived)": lambda cell, *args: bptt.adjoint_scan(cell.step, *args),
-    "checkpointed_scan": bptt.checkpointed_scan,
+    "adjoint_scan": partial(bptt.adjoint_scan, unroll=1),
+    "adjoint_scan, unroll=8": partial(bptt.adjoint_scan, unroll=8),
+    "adjoint_scan (derived)": lambda cell, *args: bptt.adjoint_scan(cell.step, *args, unroll=1),
+    "checkpointed_scan": partial(bptt.checkpointed_scan, unroll=1),
 }
 CELLS = {"elman": bptt.elman, "gru": bptt.gru, "lstm": bptt.lstm}
 # What XLA compiles for, as its own tools describe it.

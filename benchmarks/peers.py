@@ -294,7 +294,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, to check that it runs; writes nothing")
     parser.add_argument("--repeats", type=int, default=15, help="rounds")
-    parser.add_argument("--cells", default=",".join(layers.CELLS), help="some of them; writes nothing")
+    parser.add_argument("--cells", default=",".join(layers.STEPS), help="some of them; writes nothing")
     parser.add_argument("--sizes", help="some of them, by index from 0; writes nothing")
     parser.add_argument("--draw", type=Path, metavar="FILE.json", help="only draw the figure of these results again")
     options = parser.parse_args()
@@ -326,7 +326,7 @@ def main():
     }
     text = markdown(results)
     print(text)
-    if not options.quick and chosen == sizes and cells == list(layers.CELLS):
+    if not options.quick and chosen == sizes and cells == list(layers.STEPS):
         harness.RESULTS.mkdir(exist_ok=True)
         name = f"peers_{backend}_jax_{jax.__version__}"
         (harness.RESULTS / f"{name}.md").write_text(text)

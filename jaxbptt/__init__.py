@@ -33,6 +33,7 @@ from jaxbptt.analysis.jacobians import temporal_contributions as temporal_contri
 from jaxbptt.analysis.lyapunov import lyapunov_exponents as lyapunov_exponents
 from jaxbptt.analysis.normality import departure_from_normality as departure_from_normality
 from jaxbptt.analysis.operators import jacobian_operators as jacobian_operators
+from jaxbptt.analysis.parallel_plan import plan_parallel as plan_parallel
 from jaxbptt.analysis.paths import surviving_paths as surviving_paths
 from jaxbptt.analysis.plan import plan as plan
 from jaxbptt.analysis.spectrum import jacobian_eigenvalues as jacobian_eigenvalues

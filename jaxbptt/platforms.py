@@ -35,8 +35,8 @@ CHOICES = {
     "cpu": Choices(segment_rows=1024, unroll=1),
     # One H200, jax 0.11, against one step in an iteration. XLA makes one launch of the kernels of an iteration if there are 5
     # or more, and takes about 5 µs to start each of fewer: so an elman layer, n = 128, one row, took 41.8 µs a step with its
-    # gradient, and takes 5.8. With 64 rows and n = 512 it takes 0.59 of the time, an lstm 0.71; with 4 steps 0.61 and 0.73.
-    # All rows at once: there 1,024 and 8,192 rows took 1.03 to 1.11 times as long.
+    # gradient, and takes 5.8. With 64 rows and n = 512 it takes 0.59 of the time, an lstm 0.71; with 4 steps 0.61 and 0.73, and
+    # with 16 and 32 it changes by at most a tenth. All rows at once: there 1,024 and 8,192 rows took 1.03 to 1.18 times as long.
     "cuda": Choices(segment_rows=None, unroll=8),
 }
 # Not measured. Few large products are the rule on accelerators, and one step an iteration is the default of `lax.scan`.

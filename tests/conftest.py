@@ -1,10 +1,13 @@
+import fcntl
 import gc
 import os
+import pickle
 from pathlib import Path
 
 import fast_compilation  # noqa: F401, which sets flags before jax is imported
 import jax
 import pytest
+import report_page
 
 # A program for eight devices, not a module with examples.
 collect_ignore = ["sharded_scans.py"]
@@ -41,9 +44,25 @@ def few_programs():
         jax.clear_caches()
 
 
+@pytest.fixture(scope="session")
+def whole_report(tmp_path_factory):
+    """The report of `report_page`, made by the worker that needs it first and read by the others."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a folder of its own in that of the run
+        shared = shared.parent
+    kept = shared / "whole-report.pickle"
+    with (shared / "whole-report.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            folder = shared / "whole-report"
+            folder.mkdir()
+            kept.write_bytes(pickle.dumps(report_page.make(folder)))
+        return pickle.loads(kept.read_bytes())
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Of a test marked costly, the first case is quick and the others are slow."""
+def pytest_collection_modifyitems(config, items):
+    """Of a test marked costly, the first case is quick and the others are slow; slow ones run without coverage."""
     seen = set()
     for item in items:
         if item.get_closest_marker("costly") and not item.get_closest_marker("slow"):
@@ -51,3 +70,18 @@ def pytest_collection_modifyitems(items):
             if test in seen:
                 item.add_marker(pytest.mark.slow)
             seen.add(test)
+        # Coverage makes tracing a fifth slower, and what is quick covers each behaviour once.
+        if item.get_closest_marker("slow") and config.pluginmanager.hasplugin("_cov"):
+            item.add_marker("no_cover")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Where coverage pauses, it does so in the programs that a test starts as well."""
+    measured = "COVERAGE_PROCESS_CONFIG" in os.environ and item.get_closest_marker("no_cover")
+    config = os.environ.pop("COVERAGE_PROCESS_CONFIG") if measured else None
+    try:
+        return (yield)
+    finally:
+        if measured:
+            os.environ["COVERAGE_PROCESS_CONFIG"] = config

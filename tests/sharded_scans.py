@@ -44,6 +44,7 @@ strategies = {
     "windowed": partial(bptt.windowed_scan, window=3),
     "segments": partial(bptt.checkpointed_scan, segment_length=4),
     "checkpoints": partial(bptt.checkpointed_scan, checkpoints=2),
+    "newton": bptt.newton_scan,
 }
 one_way = [name for name in strategies if name not in ("reversed", "bidirectional")]
 flags = {"is_first": jnp.asarray(rng.random((T, ROWS)) < 0.3), "valid": jnp.asarray(rng.random((T, ROWS)) < 0.7)}

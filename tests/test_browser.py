@@ -4,15 +4,12 @@ import math
 import re
 import shutil
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from report_page import STEPS, TAGS
 
 import jaxbptt as bptt
-from jaxbptt.__main__ import main
-from jaxbptt.reports import page as pages
-from jaxbptt.reports.report import Row
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = [
@@ -20,33 +17,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs chromium"),
 ]
 
-STEPS = 24
 CHARTS = ("saliency", "flow", "causes", "lags", "truncation", "agreement", "singular-values")
-TAGS = "<img src=x onerror=alert(1)>"
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """A report on a text that is named and filled with tags, and one on numbers with such columns."""
-    folder = tmp_path_factory.mktemp("report")
-    data = folder / f"{TAGS}.txt"
-    data.write_text("</script><script>alert(2)</script><!--\u2028<b id=evil>${x}`'\"&amp;\\ " * 3)
-    given = {}
-    render = pages.render
-
-    def keep(*args, **options):
-        given.update(args=args, options=options)
-        return render(*args, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pages, "render", keep)
-        sizes = ["--hidden", "6", "--steps", str(STEPS), "--batch", "2"]
-        assert main(["report", "--text", str(data), *sizes, "--output", str(folder / "text.html")]) == 0
-    wave = np.sin(np.arange(STEPS)[:, None] * [0.3, 0.7])
-    row = Row(data.name, None, ("<b id=evil>a</b>", "</script><script>alert(3)</script>"), wave)
-    numbers = render(*given["args"], **given["options"] | {"row": row})
-    (folder / "numbers.html").write_text(numbers, encoding="utf-8")
-    return SimpleNamespace(folder=folder, reports=given["args"][1])
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +31,7 @@ def browser():
 
 
 @pytest.fixture
-def visit(built, browser):
+def visit(whole_report, browser):
     """Opens a page, and at the end checks that nothing went wrong on it and nothing was asked of a network."""
 
     @contextmanager
@@ -76,7 +47,7 @@ def visit(built, browser):
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
         page.on("console", lambda message: problems.append(message.text) if _matters(message) else None)
-        page.goto((built.folder / f"{name}.html").as_uri())
+        page.goto((whole_report.folder / f"{name}.html").as_uri())
         if scripts:
             page.wait_for_function("!document.querySelector('.picture')")
         yield page
@@ -120,7 +91,7 @@ def test_nothing_is_wider_than_the_screen(visit, name, width):
         assert page.locator(".chart .live svg").count() == len(CHARTS)
 
 
-def test_without_scripts_there_are_pictures_and_words(visit, built):
+def test_without_scripts_there_are_pictures_and_words(visit, whole_report):
     with visit(scripts=False, width=390) as page:
         for name in CHARTS:
             picture = page.locator(f"#{name} .picture svg")
@@ -129,7 +100,7 @@ def test_without_scripts_there_are_pictures_and_words(visit, built):
             assert len(page.locator(f"#{name} figcaption").inner_text()) > 20
         assert page.locator("#saliency").get_by_text("What the loss of step 24 depends on").is_visible()
         assert page.locator("body").bounding_box()["width"] <= 390
-    assert (built.folder / "text.html").stat().st_size < 3e6
+    assert (whole_report.folder / "text.html").stat().st_size < 3e6
 
 
 def test_what_the_file_holds_is_text(visit):
@@ -159,10 +130,10 @@ def control(page, name, label):
     return page.locator(f"#{name}").get_by_role(role, name=label)
 
 
-def test_slider_moves_the_loss(visit, built):
+def test_slider_moves_the_loss(visit, whole_report):
     with visit() as page:
         before = shapes(page, "saliency", "bars")
-        values = built.reports[0].saliency.values
+        values = whole_report.reports[0].saliency.values
         assert len(before) == np.count_nonzero(values[-1] > values[-1].max() / 1000)
         slider = control(page, "saliency", "loss of step")
         slider.focus()
@@ -177,9 +148,9 @@ def test_slider_moves_the_loss(visit, built):
         assert len(shapes(page, "saliency", "bars")) == 1
 
 
-def test_bars_are_as_high_as_the_saliency(visit, built):
+def test_bars_are_as_high_as_the_saliency(visit, whole_report):
     with visit() as page:
-        for i, report in enumerate(built.reports):
+        for i, report in enumerate(whole_report.reports):
             control(page, "saliency", "network").select_option(index=i)
             assert title(page, "saliency").startswith(report.name)
             boxes = page.locator("#saliency .bars_marks path").evaluate_all("all => all.map(e => e.getBBox().height)")
@@ -220,11 +191,11 @@ def test_a_network_is_picked(visit, name):
         assert opacities() == [1.0] + [0.12] * (3 * curves - 1)
 
 
-def test_slider_of_the_truncation_length(visit, built):
+def test_slider_of_the_truncation_length(visit, whole_report):
     with visit(width=390) as page:
         slider = control(page, "truncation", "K")
         seen = []
-        lengths = [int(K) for K in built.reports[0].bias.lengths]
+        lengths = [int(K) for K in whole_report.reports[0].bias.lengths]
         for i, K in enumerate(lengths):
             slider.fill(str(i))
             words = page.locator("#truncation svg").text_content()
@@ -235,7 +206,7 @@ def test_slider_of_the_truncation_length(visit, built):
             ):
                 kept = bptt.surviving_paths(scan, STEPS, **options).sum()
                 assert f"{kind}: {percent(kept / 300)} of 300 paths" in words
-                error = getattr(built.reports[2].bias, kind).relative_errors[i]
+                error = getattr(whole_report.reports[2].bias, kind).relative_errors[i]
                 assert f"{percent(error)}  {kind}: lstm" in words
             seen.append(str(shapes(page, "truncation", "truncated_1") + shapes(page, "truncation", "at_0")))
         assert len(set(seen)) == len(lengths)
@@ -245,7 +216,7 @@ def percent(share):
     return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
 
 
-def test_hover_shows_values(visit, built):
+def test_hover_shows_values(visit, whole_report):
     with visit() as page:
         at = page.locator("#flow .hover_marks path").nth(11)
         at.scroll_into_view_if_needed()
@@ -255,7 +226,7 @@ def test_hover_shows_values(visit, built):
         tooltip.wait_for()
         words = tooltip.inner_text()
         assert re.search(r"time step:?\s+12", words)
-        for report in built.reports:
+        for report in whole_report.reports:
             assert re.search(rf"{report.name}:?\s+{float(f'{report.flow.norms[11]:.3g}'):g}", words)
         page.locator("#saliency .hover_marks path").nth(0).hover()
         assert re.search(r"character:?\s+<\s+step:?\s+1\s", tooltip.inner_text())
@@ -329,15 +300,15 @@ def test_paper_is_light_and_has_everything(visit):
         assert not page.locator("#saliency .controls").is_visible()
 
 
-def test_a_script_that_fails_leaves_the_picture(built, browser):
-    html = (built.folder / "text.html").read_text(encoding="utf-8")
+def test_a_script_that_fails_leaves_the_picture(whole_report, browser):
+    html = (whole_report.folder / "text.html").read_text(encoding="utf-8")
     loop = "\nfor (const [name, spec]"
     assert html.count(loop) == 1
-    (built.folder / "broken.html").write_text(
+    (whole_report.folder / "broken.html").write_text(
         html.replace(loop, f"\nspecs.flow = {{mark: 3}};{loop}"), encoding="utf-8"
     )
     page = browser.new_page(offline=True)
-    page.goto((built.folder / "broken.html").as_uri())
+    page.goto((whole_report.folder / "broken.html").as_uri())
     page.wait_for_function("document.querySelectorAll('.picture').length == 1")
     assert page.locator("#flow .picture svg").is_visible()
     assert page.locator("#flow .live svg, #flow .controls select").count() == 0

@@ -10,6 +10,7 @@ import pytest
 from reference import make_cell, problem
 
 import jaxbptt as bptt
+from jaxbptt.analysis import certificate as certificates
 from jaxbptt.analysis.cost import compile_and_cost, count_flops
 
 
@@ -27,6 +28,8 @@ def test_rows_of_a_cell():
         "adjoint_scan",
         "checkpointed_scan",
         "checkpointed_scan (schedule)",
+        "parallel_adjoint_scan",
+        "newton_scan",
     ]
     assert [row.name for row in certificate.rows] == names == seen
     assert certificate.dtype == "float64"
@@ -36,13 +39,42 @@ def test_rows_of_a_cell():
         assert set(row.errors) == {"params.W_xh", "params.W_hh", "params.b", "init.h", "init.c", "xs"}
         assert row.largest_error == max(row.errors.values()) < 1e-12
         assert row.temporary_bytes > 0
-        assert row.flops > 0
+        assert row.flops > 0 or row.name == "newton_scan"  # whose iterations are counted as it runs
         assert row.seconds > 0
         assert row.compile_seconds > 0
     assert certificate.rows[0].largest_error == 0
     lines = str(certificate).splitlines()
     assert len(lines) == 1 + len(certificate.rows)
     assert lines[0].split() == ["method", "relative", "error", "temporary", "KiB", "Mflop", "ms", "agrees"]
+
+
+def test_strategies_parallel_in_time_where_they_apply():
+    """One for an affine step, none where Jacobians are too large, and no Jacobian of a custom_vjp."""
+
+    def names(step, size=2, length=3):
+        rows = certificates._parallel_strategies(step, 0.5, jnp.ones(size), None, length)
+        return [name for name, _ in rows]
+
+    def affine(w, h, x):
+        return w * h + 1, h
+
+    def nonlinear(w, h, x):
+        return jnp.tanh(w * h[::-1]), h
+
+    @jax.custom_vjp
+    def own(h):
+        return jnp.tanh(h)
+
+    own.defvjp(lambda h: (jnp.tanh(h), h), lambda h, bar: ((1 - jnp.tanh(h) ** 2) * bar,))
+
+    def by_own(w, h, x):
+        return jax.jit(own)(w * h[::-1]), h
+
+    assert names(affine) == ["parallel_scan"]
+    assert names(by_own) == ["parallel_adjoint_scan"]
+    assert names(lambda w, h, x: (jnp.tanh(w * h[::-1] + own(w)), h)) == ["parallel_adjoint_scan", "newton_scan"]
+    assert names(nonlinear) == ["parallel_adjoint_scan", "newton_scan"]
+    assert names(nonlinear, size=2_000) == names(affine, length=0) == []
 
 
 @pytest.mark.slow

@@ -27,7 +27,9 @@ NO_RESULTS = {
         "Cell",
         "Chunk",
         "Columns",
+        "DeviceFigures",
         "Directions",
+        "LRUState",
         "LSTMState",
         "ModelNetwork",
     ),
@@ -85,6 +87,11 @@ def certificate():
     wrong = cell.adjoint._replace(contract=lambda *a: jax.tree.map(lambda b: 2 * b, cell.adjoint.contract(*a)))
     args = cell.init(jax.random.key(0)), cell.initial_carry(), jnp.ones((4, 1), jnp.float32)
     return bptt.certify(cell, *args, loss, scans={"<plain>": bptt.checkpointed_scan}, adjoint=wrong, repeats=1)
+
+
+@cache
+def forecast():
+    return bptt.plan_parallel(lambda w, h, x: (w["<W>"] * h + x, h), *ARGS[1:], platform="cuda")
 
 
 @cache
@@ -209,6 +216,7 @@ CALLS = {
         lambda: bptt.departure_from_normality(jnp.array([[[0.0, 2.0], [0.0, 0.0]]])),
         lambda r: [*r.absolute, *r.relative],
     ),
+    "ParallelPlan": (forecast, lambda r: [r.reason, "parallel_adjoint_scan", f"{r.rows[1].depth:,.0f}"]),
     "Plan": (lambda: bptt.plan(*ARGS, memory_bytes=1e6), lambda r: [r.reason, r.predicted_bytes, f"function {r.name}"]),
     "PrincipalComponents": (
         lambda: bptt.principal_components(jnp.array([[1.0, 0.0], [3.0, 1.0], [2.0, 0.5], [7.0, 1.0]])),
@@ -225,6 +233,7 @@ CALLS = {
     ),
     "Sequences": (sequences, lambda r: ["bool[4, 2], 2 true"]),
     "Series": (lambda: series(), lambda r: ["<x>.txt", "<, a", "0, 1, 0, 1"]),
+    "StrategyForecast": (lambda: forecast().rows[0], lambda r: ["adjoint_scan", r.flops, r.temporary_bytes]),
     "Table": (
         lambda: in_file(
             "<x>.csv", "day,<b>load\n" + "".join(f"2024-01-0{i},{i}.5\n" for i in range(1, 9)), tasks.read_table

@@ -131,7 +131,7 @@ def test_random_network_in_chaos_against_mean_field():
 
 
 def test_random_network_at_rest_has_the_exponent_of_its_weights():
-    G, h = random_network(1000, 0.5, 0)
+    G, h = random_network(300, 0.5, 0)
     run = jax.jit(
         lambda G, h: (
             bptt.lyapunov_exponents(tanh_then_weights, G, h, length=2_000, burn_in=1_000, num_exponents=1).exponents

@@ -44,6 +44,8 @@ STRATEGIES = {
     "checkpointed_scan, segment_length": partial(bptt.checkpointed_scan, segment_length=2),
     "checkpointed_scan, 1 checkpoint": partial(bptt.checkpointed_scan, checkpoints=1),
     "checkpointed_scan, 2 checkpoints": partial(bptt.checkpointed_scan, checkpoints=2, unroll=2),
+    "parallel_adjoint_scan": partial(bptt.parallel_adjoint_scan, chunk_length=2),
+    "newton_scan": bptt.newton_scan,
     "truncated_scan": partial(bptt.truncated_scan, truncation_length=9),
     "windowed_scan": partial(bptt.windowed_scan, window=9),
 }
@@ -115,11 +117,13 @@ WITHOUT_OPTIONS = (
     "truncated_scan",
     "windowed_scan",
 )
+# They take long without jit.
+PARALLEL = "parallel_adjoint_scan", "newton_scan"
 IN_A_MODE = {
     f"{name}-{mode}": (name, mode)
     for name in STRATEGIES | CUT
     for mode in MODES
-    if mode == FLOAT32 or name in WITHOUT_OPTIONS
+    if mode == FLOAT32 or name in WITHOUT_OPTIONS or (name in PARALLEL and mode == "checking_leaks")
 }
 
 
@@ -163,6 +167,7 @@ ANALYSIS = {
     "input_saliency": lambda *args: bptt.input_saliency(*args, lambda carry, ys: jnp.sum(ys**2, axis=-1)),
     "diagnose_gradient": lambda *args: bptt.diagnose_gradient(*args, mean_square),
     "plan": lambda *args: bptt.plan(*args, memory_bytes=2**20)[1:4],
+    "plan_parallel": lambda *args: [bptt.plan_parallel(*args).rows[0].depth],
     "certify": lambda *args: [row.agrees for row in bptt.certify(*args, mean_square, repeats=1).rows],
     "surviving_paths": lambda *args: bptt.surviving_paths(bptt.truncated_scan, 5, truncation_length=2),
     "pascanu": lambda *args: bptt.regularizers.pascanu(*args, mean_square),

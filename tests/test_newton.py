@@ -10,6 +10,7 @@ from jax import export
 from reference import assert_close, cases, make_cell, problem, random_like
 
 import jaxbptt as bptt
+from jaxbptt.programs.diagonal import _by_entries, _read_off
 
 T = 13
 OPTIONS = {
@@ -19,6 +20,7 @@ OPTIONS = {
     "diagonal, windows": {"jacobian": "diagonal", "chunk_length": 5},
     "damped": {"damping": 0.3},
     "one iteration": {"max_iterations": 1},
+    "guess": {"guess": "random"},
     "one iteration, windows": {"max_iterations": 1, "chunk_length": 4},
 }
 FLAGS = {
@@ -39,11 +41,13 @@ def bars_of(cell, args):
     return random_like(jax.eval_shape(partial(bptt.scan, cell), *args), 7)
 
 
-@cases("options", OPTIONS, "diagonal, windows", "one iteration")
+@cases("options", OPTIONS, "diagonal, windows", "one iteration", "guess")
 def test_values_and_gradients(options):
     cell = make_cell("lstm")
     args = problem(cell, T, (2,))
     reset = random_like(args[1], 5)
+    if "guess" in options:
+        options = {"guess": random_like(jax.tree.map(lambda leaf: jnp.zeros((T, *leaf.shape)), args[1]), 6)}
     for flags in ({}, FLAGS | {"reverse": True, "reset_carry": reset}):
         bars = bars_of(cell, args)
         expected = outputs_and_gradients(partial(bptt.scan, **flags), cell, args, bars)
@@ -119,19 +123,25 @@ def test_a_gradient_with_the_diagonal_in_the_backward_would_be_another():
         own = (1 - new**2) * jnp.diag(params.W_hh) * (h - stopped)
         return new + own, y + own
 
-    exact = jax.grad(partial(loss, bptt.scan))(params)
+    exact, found = (
+        jax.jit(jax.grad(partial(loss, scan)))(params)
+        for scan in (bptt.scan, partial(bptt.newton_scan, jacobian="diagonal"))
+    )
     biased = jax.grad(lambda params: jnp.sum(bptt.scan(uncoupled, params, *args[2:])[1] ** 2))(params)
-    found = jax.grad(partial(loss, partial(bptt.newton_scan, jacobian="diagonal")))(params)
     assert_close(found, exact, rtol=1e-8)
     assert jnp.linalg.norm(biased.W_hh - exact.W_hh) > 0.1 * jnp.linalg.norm(exact.W_hh)
 
 
 def test_steps_before_the_first_bad_one_are_right_and_it_moves_on():
-    args = network("elman", 16, 60, 1.5)
-    right = bptt.scan(*args)[1]
+    cell, *args = network("elman", 16, 60, 1.5)
+
+    def states(guess=None, args=args, **options):
+        return jax.jit(lambda args, guess: bptt.newton_states(cell, *args, guess=guess, **options))(args, guess)
+
+    right = bptt.scan(cell, *args)[1]
     before = 0
-    for most in (2, 5, 20):
-        found = bptt.newton_states(*args, jacobian="diagonal", max_iterations=most, tolerance=1e-12)
+    for most in (2, 20):
+        found = states(jacobian="diagonal", max_iterations=most, tolerance=1e-12)
         bad = int(found.first_bad_step)
         assert not found.converged
         assert bad >= max(most - 1, before + 1)
@@ -139,10 +149,8 @@ def test_steps_before_the_first_bad_one_are_right_and_it_moves_on():
         assert jnp.abs(found.carries - right)[bad:].max() > 1e-10
         before = bad
     guess = right.at[30].set(0)
-    found = bptt.newton_states(*args, max_iterations=1, guess=guess)
-    assert found.first_bad_step == 30
-    assert bptt.newton_states(*args, guess=right).iterations == 1
-    flipped = bptt.newton_states(*args[:3], args[3][::-1], guess=right[::-1], reverse=True)
+    assert states(guess, max_iterations=1).first_bad_step == 30
+    flipped = states(right[::-1], [*args[:2], args[2][::-1]], reverse=True)
     assert flipped.iterations == 1
     assert_close(flipped.carries, right[::-1])
 
@@ -152,12 +160,12 @@ def test_rows_have_their_own_counts_under_vmap():
     scales = jnp.array([0.0, 0.1, 3.0])
     states = partial(bptt.newton_states, cell, params, init)
     mapped = jax.jit(jax.vmap(states))(scales[:, None, None] * xs)
-    alone = [int(states(scale * xs).iterations) for scale in scales]
+    alone = [int(one.iterations) for one in map(jax.jit(states), scales[:, None, None] * xs)]
     assert mapped.iterations.tolist() == alone
     assert len(set(alone)) > 1
     assert mapped.converged.all()
     ys = jax.vmap(lambda xs: bptt.newton_scan(cell, params, init, xs, max_iterations=2, chunk_length=7)[1])
-    assert_close(ys(scales[:, None, None] * xs), mapped.ys, rtol=1e-9)
+    assert_close(jax.jit(ys)(scales[:, None, None] * xs), mapped.ys, rtol=1e-9)
 
 
 OVERFLOWING = {
@@ -174,10 +182,13 @@ def test_what_is_not_finite_on_the_way_is_not_returned(case):
     step, init, options = case
     xs = random_like(jnp.zeros(20), 3)
     for most in (1, 100):
-        found = bptt.newton_states(step, None, init, xs, max_iterations=most, **options)
+        found = jax.jit(lambda xs, most=most: bptt.newton_states(step, None, init, xs, max_iterations=most, **options))(
+            xs
+        )
         assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((found.carries, found.ys)))
     assert found.converged
-    assert_close(bptt.newton_scan(step, None, init, xs, **options), bptt.scan(step, None, init, xs), rtol=1e-9)
+    scan = jax.jit(lambda xs: bptt.newton_scan(step, None, init, xs, **options))
+    assert_close(scan(xs), bptt.scan(step, None, init, xs), rtol=1e-9)
 
 
 def test_states_that_overflow_are_those_of_scan():
@@ -220,20 +231,82 @@ def test_leaves_without_a_derivative():
         assert_close(jax.tree.map(lambda leaf: leaf[-1], states.carries), expected[0][1][0])
 
 
-def test_complex_states_and_branches():
+def test_complex_states_branches_and_mutable_arrays():
     def complex_step(w, z, x):
         return w * z / (1 + jnp.abs(z) ** 2) + x, z
 
     def branching(w, h, x):
         return jax.lax.cond(x > 0, lambda: jnp.tanh(w * h), lambda: w * h + x), h
 
+    def mutating(w, h, x):
+        ref = jax.new_ref(w * h)
+        ref[...] += x
+        return jnp.tanh(ref[...]), h
+
     xs = random_like(jnp.zeros(T), 2)
-    for step, w, init in ((complex_step, 0.9 + 0.2j, jnp.array(0.3 - 0.1j)), (branching, 0.7, jnp.array(0.3))):
+    real = jnp.array(0.3)
+    for step, w, init in ((complex_step, 0.9 + 0.2j, real - 0.1j), (branching, 0.7, real), (mutating, 0.7, real)):
         inputs = xs.astype(init.dtype) if step is complex_step else xs
         bars = bars_of(step, (w, init, inputs))
-        for jacobian in ("full", "diagonal"):
-            found = outputs_and_gradients(partial(bptt.newton_scan, jacobian=jacobian), step, (w, init, inputs), bars)
-            assert_close(found, outputs_and_gradients(bptt.scan, step, (w, init, inputs), bars), rtol=1e-9)
+        found = outputs_and_gradients(bptt.newton_scan, step, (w, init, inputs), bars)
+        assert_close(found, outputs_and_gradients(bptt.scan, step, (w, init, inputs), bars), rtol=1e-9)
+
+
+@jax.custom_vjp
+def squashed(a):
+    return jnp.tanh(a)
+
+
+squashed.defvjp(lambda a: (jnp.tanh(a), jnp.tanh(a)), lambda y, bar: (bar * (1 - y**2),))
+
+
+def test_a_step_without_forward_mode():
+    args = random_like(jnp.zeros((3, 3)), 1), jnp.ones(3), random_like(jnp.zeros((T, 3)), 2)
+
+    def step(W, h, x):
+        h = squashed(W @ h + x)
+        return h, h
+
+    bars = bars_of(step, args)
+    expected = outputs_and_gradients(bptt.scan, step, args, bars)
+    for jacobian in ("full", "diagonal"):
+        assert_close(outputs_and_gradients(partial(bptt.newton_scan, jacobian=jacobian), step, args, bars), expected)
+
+
+# Steps of a state of four numbers, and whether the diagonal of their Jacobian can be read off.
+STEPS = {
+    **{name: (make_cell(name).step, True) for name in ("elman", "gru", "lstm", "rate")},
+    "layer_norm": (make_cell("layer_norm").step, False),
+    "two products": (lambda W, h, x: (jnp.tanh(W @ (x * (W @ h))) - h / 3, None), False),
+    "of no use": (lambda W, h, x: (jnp.tanh(x), None), True),
+    "transposed": (lambda W, h, x: (jnp.where(x > 0, h @ W, -(W @ h)[:4]) + h[::-1] * 0, None), False),
+    "shifted": (lambda W, h, x: (jnp.where(x > 0, (W @ h)[:4] - h, jnp.split(2 * h, 1)[0]), None), True),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_diagonal_is_read_off_the_equations(name):
+    step, can_be_read = STEPS[name]
+    batch = (2,) if name in ("gru", "layer_norm") else ()
+    if name in ("elman", "gru", "lstm", "rate", "layer_norm"):
+        params, carry, xs = problem(make_cell(name), 1, batch)
+        x = xs[0]
+    else:
+        params, carry, x = (random_like(jnp.zeros(shape), seed) for seed, shape in enumerate([(4, 4), (4,), (4,)]))
+    leaves, treedef = jax.tree.flatten(carry)
+
+    def new(leaves):
+        return jax.tree.leaves(step(params, treedef.unflatten(leaves), x)[0])
+
+    _, tangent = jax.linearize(new, leaves)
+    J = jax.jacfwd(new)(leaves)
+    for j, leaf in enumerate(leaves):
+        expected = jnp.diagonal(J[j][j].reshape(leaf.size, leaf.size)).reshape(leaf.shape)
+        found = _read_off(tangent, leaves, j)
+        assert (found is not None) == can_be_read
+        if can_be_read:
+            assert_close(found, expected)
+        assert_close(_by_entries(tangent, leaves, j, len(batch)), expected)
 
 
 def test_memory():
@@ -291,6 +364,32 @@ def test_states_are_constants_of_a_gradient():
     assert not found[1].any()
 
 
+def test_a_guess_may_be_mapped_and_carried_on():
+    cell, params, init, _ = network("elman", 3, 6)
+    xs, guess = random_like(jnp.zeros((3, 6, 4)), 1), random_like(jnp.zeros((3, 6, 3)), 2)
+
+    def mapped(params, scan):
+        def loss(params, xs, guess):
+            return jnp.sum(scan(cell, params, init, xs, **({} if scan is bptt.scan else {"guess": guess}))[1] ** 2)
+
+        return jax.vmap(jax.value_and_grad(loss), (None, 0, 0))(params, xs, guess)
+
+    def carried_on(params):
+        def body(guess, xs):
+            found = bptt.newton_states(cell, params, init, xs, guess=guess)
+            _, ys = bptt.newton_scan(cell, params, init, xs, guess=guess)
+            return found.carries, jnp.sum(ys**2)
+
+        return jax.lax.scan(body, guess[0], xs)[1].sum()
+
+    def found(params):
+        return mapped(params, bptt.newton_scan), mapped(params, bptt.scan), jax.value_and_grad(carried_on)(params)
+
+    ours, expected, total = jax.jit(found)(params)
+    assert_close(ours, expected)
+    assert_close(total, jax.tree.map(lambda leaf: leaf.sum(axis=0), expected))
+
+
 WRONG = {
     "jacobian": ({"jacobian": "dense"}, ValueError, "'full' or 'diagonal'"),
     "tolerance": ({"tolerance": 0.0}, ValueError, "number above 0"),
@@ -310,3 +409,32 @@ def test_wrong_options(name):
     for function in (bptt.newton_scan, bptt.newton_states):
         with pytest.raises(error, match=words):
             function(*args, **options)
+
+
+def test_products_are_in_full_precision_unless_the_user_says_otherwise():
+    """Rounded to TF32, a step jumps where its factors hardly change, and no iteration gets nearer than that."""
+    cell = make_cell("gru")
+    args = problem(cell, 3)
+
+    def precisions():
+        program = jax.jit(partial(bptt.newton_states, cell.step)).lower(*args).as_text()
+        products = [line for line in program.splitlines() if "dot_general" in line]
+        return {line.split("precision = ")[1].split("]")[0] for line in products}
+
+    assert precisions() == {"[HIGHEST, HIGHEST"}
+    with jax.default_matmul_precision("high"):
+        assert "[HIGH, HIGH" in precisions()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+def test_as_many_steps_are_right_as_there_were_iterations(dtype):
+    """Of a chaotic map whose iterates overflow on the way."""
+    logistic = lambda p, h, x: (3.9 * h * (1 - h), h)
+    guess, start = jnp.full(40, 0.5, dtype), jnp.asarray(0.3, dtype)
+    expected, _ = jax.lax.scan(lambda h, _: (logistic(None, h, None)[0],) * 2, start, length=40)
+    for iterations in (20, 40):
+        found = bptt.newton_states(logistic, None, start, length=40, guess=guess, max_iterations=iterations)
+        assert found.first_bad_step >= iterations - 1
+        assert np.isfinite(found.carries).all()
+    assert found.converged
+    np.testing.assert_allclose(found.carries[-1], expected, rtol=1e-3 if dtype == jnp.float32 else 1e-8)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_contract_names():
     names = "load Cell Adjoint elman gru lstm stack network scan adjoint_scan losses state_jacobians jacobian_products"
-    names += " truncated_scan windowed_scan checkpointed_scan cudnn_scan checkpoint_schedule surviving_paths plan"
+    names += " truncated_scan windowed_scan checkpointed_scan cudnn_scan checkpoint_schedule surviving_paths plan plan_parallel"
     names += (
         " tbptt streams tasks sharding TrainState Chunk as_lax bidirectional valid_from_lengths rate RateParams dropout"
     )
@@ -39,7 +39,7 @@ def test_types_of_results_live_in_namespaces():
     assert types_at_the_top == set(made_by_users.split())
     results = "Certificate CertificateRow GradientComparison LeafComparison BiasCurve LagContributions TruncationBias"
     results += " GradientDiagnosis GradientRates BadEntry GradientFlow AdaptiveTruncation LogSingularValues"
-    results += " FixedPoints CovariantVectors PrincipalComponents NormalityDeparture AdjointPart ScaledProducts TemporalContributions LyapunovSpectrum JacobianOperators Plan"
+    results += " FixedPoints CovariantVectors PrincipalComponents NormalityDeparture AdjointPart ScaledProducts TemporalContributions LyapunovSpectrum JacobianOperators Plan ParallelPlan StrategyForecast DeviceFigures"
     assert {name for name, value in vars(bptt.analysis).items() if isinstance(value, type)} == set(results.split())
     assert bptt.scans.Schedule is type(bptt.checkpoint_schedule(3, 2))
     assert isinstance(bptt.tbptt(lambda *_: (0.0, ()), optax.sgd(0.1)), bptt.training.TruncatedBPTT)

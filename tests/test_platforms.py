@@ -5,6 +5,7 @@ program.
 """
 
 import inspect
+import itertools
 import re
 from functools import partial
 
@@ -34,6 +35,7 @@ BARE = {
     "checkpointed_scan, segment_length": partial(bptt.checkpointed_scan, segment_length=4),
     "checkpointed_scan, 3 checkpoints": partial(bptt.checkpointed_scan, checkpoints=3),
     "newton_scan": bptt.newton_scan,
+    "parallel_adjoint_scan": bptt.parallel_adjoint_scan,
     "truncated_scan": partial(bptt.truncated_scan, truncation_length=4),
     "windowed_scan": partial(bptt.windowed_scan, window=4),
 }
@@ -148,20 +150,23 @@ def test_choices_are_those_of_the_platform_that_is_lowered_for():
     assert loops("cpu", "cuda") == 4 + 2
 
 
-UNROLLED = "adjoint_scan", "checkpointed_scan", "truncated_scan", "windowed_scan"
+UNROLLED = "adjoint_scan", "checkpointed_scan", "truncated_scan", "windowed_scan", "parallel_adjoint_scan"
 
 
-@pytest.mark.parametrize("platform", ["cpu", *PLATFORMS])
+@pytest.mark.costly
 @pytest.mark.parametrize("name", UNROLLED)
-def test_loops_are_unrolled_as_the_platform_needs_it(name, platform):
+def test_loops_are_unrolled_as_the_platform_needs_it(name):
     cell, args, _ = of_cell("elman")
 
-    def calls(function):
-        return lowered(function, *args, platforms=[platform]).mlir_module().count("call @")
+    def steps(gradients, platform, **options):
+        scan = partial(BARE[name], **options)
+        function = value_and_gradients(scan, cell, {}) if gradients else partial(scan, cell)
+        text = lowered(function, *args, platforms=[platform]).mlir_module()
+        return text.count("call @") + text.count("stablehlo.tanh")  # a step is a function or not, by version of jax
 
-    for of in (partial, lambda scan, cell: value_and_gradients(scan, cell, {})):
+    for gradients, platform in itertools.product((False, True), ("cpu", "cuda", "tpu")):
         by_default, one, eight = (
-            calls(of(partial(BARE[name], **options), cell)) for options in ({}, {"unroll": 1}, {"unroll": 8})
+            steps(gradients, platform, **options) for options in ({}, {"unroll": 1}, {"unroll": 8})
         )
         assert by_default == (eight if platform == "cuda" else one)
         assert eight != one
@@ -263,6 +268,7 @@ ON_NUMBERS = {
     "diagnose_gradient": lambda *args: bptt.diagnose_gradient(*args, mean_square),
     "fixed_points": lambda cell, params, init, xs: bptt.fixed_points(cell, params, xs[0], init[None]),
     "plan": lambda *args: bptt.plan(*args, memory_bytes=2**20),
+    "plan_parallel": lambda *args: bptt.plan_parallel(*args),
 }
 
 
@@ -331,7 +337,8 @@ def test_every_public_function_is_here():
     here = {name.split(",")[0] for name in ANALYSIS | ON_NUMBERS} | {"jacobian_eigenvalues", "departure_from_normality"}
     assert analysis | {*REGULARIZERS} == here
     scans = {name for name in vars(bptt) if name.endswith("scan")}
-    assert scans == {name.split(",")[0] for name in BARE} | {"cudnn_scan"}  # which has tests of its own
+    # Those that take some steps only have tests of their own.
+    assert scans == {name.split(",")[0] for name in BARE} | {"cudnn_scan", "parallel_scan"}
 
 
 # What a program for several platforms shows

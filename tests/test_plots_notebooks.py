@@ -1,5 +1,6 @@
 """The figures that the notebooks brought with them show the numbers they are given, in given axes too."""
 
+import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
@@ -113,6 +114,67 @@ def test_lyapunov_convergence():
         plots.plot_lyapunov_convergence(spectrum(3), theory=0.5)
 
 
+def test_scan_tree_is_that_of_jax():
+    """Every product of `associative_scan` has a dot, named by its factors; a round for each call of the operator."""
+    for length in (2, 11):
+        calls = []
+
+        def join(earlier, later, calls=calls):
+            assert (earlier[1] + 1 == later[0]).all()
+            if len(earlier[0]):
+                calls.append([f"{first}–{last}" for first, last in zip(earlier[0], later[1], strict=True)])
+            return earlier[0], later[1]
+
+        steps = jnp.arange(1, length + 1)
+        jax.lax.associative_scan(join, (steps, steps))
+        drawing = plots.plot_scan_tree(length)
+        axes, dots = drawing.axes[0], [drawing.artists[way].get_xydata() for way in ("up", "down")]
+        column, made = np.concatenate(dots).T
+        assert sorted(text.get_text() for text in axes.texts) == sorted(name for call in calls for name in call)
+        assert set(made) == set(range(1, len(calls) + 1))
+        assert sorted(int(text.get_text().split("–")[1]) for text in axes.texts) == sorted(column)
+        # Two lines lead to each dot: from an earlier column and from its own, both from what was made before.
+        lines = drawing.artists["lines"].get_xydata().reshape(-1, 3, 2)[:, :2]
+        assert len(lines) == 2 * len(made)
+        assert (lines[:, 0, 1] < lines[:, 1, 1]).all()
+        assert ((lines[:, 0, 0] < lines[:, 1, 0]).sum(), (lines[:, 0, 0] == lines[:, 1, 0]).sum()) == (len(made),) * 2
+    assert not plots.plot_scan_tree(17).axes[0].texts
+    with pytest.raises(ValueError, match="length is 1: a product takes two factors"):
+        plots.plot_scan_tree(1)
+
+
+def test_newton_errors():
+    errors = np.array([[1.0, 10.0, 1.0], [0.0, 1e30, 1e-4], [0.0, 1e-8, np.inf]])
+    drawing = plots.plot_newton_errors({"a": errors, "b": errors[:2] / 100}, dt=0.5, unit="s")
+    mesh, line, other, _, bar = drawing.artists.values()
+    assert mesh.get_clim() == other.get_clim() == (-8, 1)
+    assert bar.extend == "max"
+    np.testing.assert_allclose(mesh.get_array()[:, 1], [1, 30, -8])
+    np.testing.assert_allclose(mesh.get_array()[1:, 0], -8)
+    assert np.ma.getmaskarray(mesh.get_array()).sum() == 1
+    np.testing.assert_allclose(line.get_xydata(), [[0.25, 0], [0.75, 1], [1.25, 2]])
+    first = drawing.axes[0]
+    assert (first.get_ylim(), first.get_xlim()) == ((2.5, -0.5), (0.25, 1.75))
+    assert (first.get_xlabel(), first.get_ylabel()) == ("time t (s)", "iteration k")
+    assert plots.plot_newton_errors(np.zeros((2, 2)))._repr_png_()
+    with pytest.raises(ValueError, match=r"errors have shape \(3,\), but a row for each iterate is drawn"):
+        plots.plot_newton_errors(np.ones(3))
+
+
+def test_newton_iterations():
+    counts = {"T = 10": [9, 3, 4], "T = 100": [100, 3, 5]}
+    drawing = plots.plot_newton_iterations([0.2, -0.5, -0.1], counts, converged={"T = 100": [False, True, True]})
+    short, long, hollow = drawing.artists.values()
+    np.testing.assert_array_equal(short.get_xydata(), [[-0.5, 3], [-0.1, 4], [0.2, 9]])
+    np.testing.assert_array_equal(long.get_ydata(), [3, 5, 100])
+    np.testing.assert_array_equal(hollow.get_xydata()[0], [0.2, 100])
+    assert np.isnan(hollow.get_ydata()[1:]).all()
+    assert legend(drawing) == ["T = 10", "T = 100", "not converged"]
+    assert list(plots.plot_newton_iterations([0.1], [4]).artists) == ["iterations"]
+    with pytest.raises(ValueError, match=r"iterations have shape \(2,\), but exponents \(1,\)"):
+        plots.plot_newton_iterations([0.1], [4, 5])
+
+
 @pytest.mark.parametrize(
     ("draw", "panels"),
     [
@@ -120,6 +182,9 @@ def test_lyapunov_convergence():
         (lambda ax: plots.plot_matrices({"a": jnp.eye(2), "b": jnp.eye(3)}, ax=ax), 2),
         (lambda ax: plots.plot_schedule(bptt.checkpoint_schedule(5, 2), ax=ax), 2),
         (lambda ax: plots.plot_lyapunov_convergence(spectrum(2), ax=ax), 2),
+        (lambda ax: plots.plot_scan_tree(5, ax=ax), 1),
+        (lambda ax: plots.plot_newton_errors({"a": np.eye(3), "b": np.eye(2)}, ax=ax), 2),
+        (lambda ax: plots.plot_newton_iterations([-0.1, 0.1], [3, 9], converged=[True, False], ax=ax), 1),
     ],
 )
 def test_given_axes_and_a_picture(draw, panels):

@@ -306,6 +306,7 @@ def test_contraction_of_outputs_that_the_loss_does_not_use(steps):
                 )
 
 
+@pytest.mark.slow
 def test_many_segments_in_half_precision():
     """The sum over 512 segments of 1,024 each: in bfloat16 it would stay at 262,144."""
     w, h, xs = jnp.ones((), jnp.bfloat16), jnp.zeros((128, 1), jnp.bfloat16), jnp.ones((4096, 128, 1), jnp.bfloat16)

@@ -65,12 +65,10 @@ class Page(HTMLParser):
 
 
 @pytest.mark.slow
-def test_report_on_the_standard_library(tmp_path, capsys):
-    output = tmp_path / "report.html"
-    assert main(["report", *SMALL, "--output", str(output)]) == 0
-    printed = capsys.readouterr().out
-    html = output.read_text(encoding="utf-8")
-    assert "Three untrained networks of 6 units (elman, gru, lstm) read 2 sequences of 12" in printed
+def test_report_on_a_text(whole_report):
+    printed = whole_report.printed
+    html = (whole_report.folder / "text.html").read_text(encoding="utf-8")
+    assert "Three untrained networks of 6 units (elman, gru, lstm) read 2 sequences of 24 characters" in printed
     assert "On this sequence the gradient reaches furthest back in" in printed
     for cell in ("elman", "gru", "lstm"):
         assert re.search(rf"<li>{cell}: the gradient (falls below|reaches all|grows)", html)
@@ -97,7 +95,6 @@ def test_report_on_the_standard_library(tmp_path, capsys):
     assert "prefers-color-scheme: dark" in html
     assert "width=device-width" in html
     assert all(b <= a + 1 for a, b in zip([0, *parsed.headings], parsed.headings, strict=False)), "headings in order"
-    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
     for question, (place, answer) in QUESTIONS.items():
         assert re.search(answer, " ".join(parsed.words[place].split())), f"{question} {parsed.words[place]}"
 
@@ -124,6 +121,19 @@ def test_report_on_a_file_as_a_process(tmp_path):
     assert "textbook loop" not in html
 
 
+def what_is_read(options, monkeypatch, output):
+    """The cell and task of the network that would be measured, the row that is shown, and what the page says of the data."""
+    seen, rows = [], []
+    monkeypatch.setattr(report, "untrained", lambda name, task, **_: seen.append((name, task)) or Named(name))
+    monkeypatch.setattr(report, "stages", lambda entry: [])
+    monkeypatch.setattr(report, "report_cells", lambda entries, progress: [])
+    monkeypatch.setattr(summary, "summary", lambda measured, reports, **_: (measured,))
+    monkeypatch.setattr(page, "render", lambda facts, reports, sections, row, **_: rows.append(row) or facts["data"])
+    assert main(["report", *options, *SMALL, "--cell", "gru", "--output", str(output)]) == 0
+    ((name, task),), (row,) = seen, rows
+    return name, task, row, output.read_text()
+
+
 @pytest.mark.parametrize(
     ("kind", "features", "words"),
     [
@@ -134,7 +144,7 @@ def test_report_on_a_file_as_a_process(tmp_path):
     ],
 )
 def test_what_is_read_is_what_is_reported(tmp_path, monkeypatch, kind, features, words):
-    path, seen, rows = tmp_path / f"data.{kind}", [], []
+    path = tmp_path / f"data.{kind}"
     wave = np.sin(np.arange(40)[:, None] * [0.3, 0.5])
     if kind == "npz":
         np.savez(path, xs=wave)
@@ -144,15 +154,8 @@ def test_what_is_read_is_what_is_reported(tmp_path, monkeypatch, kind, features,
         np.savetxt(path, wave[:, 0])
     else:
         path.write_text("the quick brown fox jumps over the lazy dog")
-    monkeypatch.setattr(report, "untrained", lambda name, task, **_: seen.append((name, task)) or Named(name))
-    monkeypatch.setattr(report, "stages", lambda entry: [])
-    monkeypatch.setattr(report, "report_cells", lambda entries, progress: [])
-    monkeypatch.setattr(summary, "summary", lambda measured, reports, **_: (measured,))
-    monkeypatch.setattr(page, "render", lambda facts, reports, sections, row, **_: rows.append(row) or facts["data"])
     option = "--npz" if kind == "npy" else f"--{kind}"
-    assert main(["report", option, str(path), *SMALL, "--cell", "gru", "--output", str(tmp_path / "r.html")]) == 0
-    ((name, task),) = seen
-    (row,) = rows
+    name, task, row, data = what_is_read([option, str(path)], monkeypatch, tmp_path / "r.html")
     if kind == "text":
         assert "".join(row.characters) == "the quick br"
     else:
@@ -161,7 +164,15 @@ def test_what_is_read_is_what_is_reported(tmp_path, monkeypatch, kind, features,
         np.testing.assert_allclose(row.values, wave[:12, :features], atol=1e-12)
     assert name == "gru"
     assert task.xs.shape == (12, 2, features)
-    assert (tmp_path / "r.html").read_text() == f"data.{kind}, {words}"
+    assert data == f"data.{kind}, {words}"
+
+
+def test_without_a_file_it_reads_the_standard_library(tmp_path, monkeypatch):
+    series = tasks.read_standard_library()
+    _, task, row, data = what_is_read([], monkeypatch, tmp_path / "r.html")
+    np.testing.assert_array_equal(task.xs[:, 0].argmax(axis=-1), series.values[:12])
+    assert "".join(row.characters) == "# Copyright "
+    assert data == f"{series.name}, {len(series.values):,} steps of {series.features} characters"
 
 
 @pytest.mark.parametrize(

@@ -293,6 +293,19 @@ def functions():
             one | loss | {"memory_bytes": 2**20},
             {"step": set(), "loss": {"None"}, "memory_bytes": {"fraction"}},
         ),
+        "plan_parallel": (
+            bptt.plan_parallel,
+            {"step": lambda a, h, x: (a * h + x, h), "params": 0.5, "init": jnp.zeros(2), "xs": jnp.ones((3, 2))}
+            | {"loss": loss["loss"], "platform": None, "figures": None, "memory_bytes": None, "prefix": 8},
+            {
+                "step": set(),
+                "loss": {"None"},
+                "platform": {"None"},
+                "figures": {"None"},
+                "memory_bytes": {"None", "fraction"},
+                "prefix": set(),
+            },
+        ),
         "surviving_paths": (
             bptt.surviving_paths,
             {"strategy": bptt.scan, "length": 3},
@@ -469,6 +482,7 @@ def test_what_looks_at_numbers_is_not_to_be_jitted():
             params,
         ),
         "certify looks at": (lambda xs: bptt.certify(cell, params, init, xs, loss), xs),
+        "plan_parallel looks at .*init is traced": (lambda init: bptt.plan_parallel(cell, params, init, xs), init),
         "plan looks at .*init is traced": (lambda init: bptt.plan(cell, params, init, xs, memory_bytes=1), init),
         "compare_gradients looks at .*mine.W_xh": (lambda mine: bptt.compare_gradients(mine, params), params),
         r"adaptive_truncation_length looks at .*lags.contributions\['W'\] is traced": (

@@ -43,6 +43,11 @@ from jaxbptt.analysis.normality import NormalityDeparture as NormalityDeparture
 from jaxbptt.analysis.normality import departure_from_normality as departure_from_normality
 from jaxbptt.analysis.operators import JacobianOperators as JacobianOperators
 from jaxbptt.analysis.operators import jacobian_operators as jacobian_operators
+from jaxbptt.analysis.parallel_plan import FIGURES as FIGURES
+from jaxbptt.analysis.parallel_plan import DeviceFigures as DeviceFigures
+from jaxbptt.analysis.parallel_plan import ParallelPlan as ParallelPlan
+from jaxbptt.analysis.parallel_plan import StrategyForecast as StrategyForecast
+from jaxbptt.analysis.parallel_plan import plan_parallel as plan_parallel
 from jaxbptt.analysis.paths import surviving_paths as surviving_paths
 from jaxbptt.analysis.plan import Plan as Plan
 from jaxbptt.analysis.plan import plan as plan

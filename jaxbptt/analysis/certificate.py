@@ -18,10 +18,16 @@ from jaxbptt.scans.adjoint import adjoint_scan
 from jaxbptt.scans.checkpointed import checkpointed_scan
 from jaxbptt.scans.exact import scan
 from jaxbptt.scans.flags import Flags
+from jaxbptt.scans.newton import newton_scan
+from jaxbptt.scans.parallel import coefficients_of, parallel_scan
+from jaxbptt.scans.parallel_adjoint import parallel_adjoint_scan
 from jaxbptt.scans.recurrence import prepare
 from jaxbptt.trees import combine, differentiable, name, partition
 
 Scans = Mapping[str, Callable[..., Any]] | Sequence[Callable[..., Any]]
+
+# Numbers of all Jacobians: a product of two of them takes n operations a number.
+_MOST_COEFFICIENTS = 2**22
 
 COLUMNS = ("method", "relative error", "temporary KiB", "Mflop", "ms", "agrees")
 """Heads of a certificate's table; `row_in_words` makes its rows."""
@@ -115,7 +121,9 @@ def certify(
         xs: inputs, leaves `[time, *batch, features]`, or `None` with `length`.
         loss: `loss(carry, ys) -> scalar`, of the last carry and all outputs.
         scans: the strategies, by name or as a sequence of functions. By default every exact one: `adjoint_scan` with the
-            adjoint derived, and with the `Cell`'s own where there is one, and `checkpointed_scan`.
+            adjoint derived, and with the `Cell`'s own where there is one, and `checkpointed_scan`; and those that are parallel
+            in time where they apply, and where the coefficients of all steps are 2²² numbers at most: `parallel_scan` for a
+            step that is affine in the carry, `parallel_adjoint_scan` and `newton_scan` for any other.
         gradients: further methods, which are no scans, by name: `(params, init, xs) -> ∂L/∂params`.
         adjoint: an `Adjoint` of your own for the step. It gets a row, `adjoint_scan (given)`, and each of its three parts is
             checked alone, at every time step and under random cotangents. A part is given what the ones before it returned:
@@ -149,6 +157,8 @@ def certify(
         adjoint_scan True
         checkpointed_scan True
         checkpointed_scan (schedule) True
+        parallel_adjoint_scan True
+        newton_scan True
     """
     check_concrete("certify", params=params, init=init, xs=xs)
     loss = scalar_loss(loss)
@@ -174,7 +184,10 @@ def certify(
         raise TypeError(
             f"gradients is a {type(gradients).__name__}: pass functions (params, init, xs) -> gradient by name."
         )
-    strategies = _exact_strategies(step) if scans is None else _named(scans)
+    if scans is None:
+        strategies = sequential_strategies(step) + _parallel_strategies(step, params, init, xs, length)
+    else:
+        strategies = _named(scans)
     if adjoint is not None:
         strategies.append(("adjoint_scan (given)", partial(adjoint_scan, adjoint=adjoint)))
     methods = [("scan", value_and_gradient(scan))]
@@ -232,7 +245,8 @@ def certify(
     return Certificate(tuple(rows), bound, ", ".join(sorted(map(str, dtypes))), parts)
 
 
-def _exact_strategies(step: Callable[..., Any] | Cell) -> list[tuple[str, Callable[..., Any]]]:
+def sequential_strategies(step: Callable[..., Any] | Cell) -> list[tuple[str, Callable[..., Any]]]:
+    """The exact strategies that run a loop over time, by name."""
     strategies: list[tuple[str, Callable[..., Any]]] = [
         ("adjoint_scan", adjoint_scan),
         ("checkpointed_scan", checkpointed_scan),
@@ -243,6 +257,20 @@ def _exact_strategies(step: Callable[..., Any] | Cell) -> list[tuple[str, Callab
             0, ("adjoint_scan (derived)", lambda cell, *args, **options: adjoint_scan(cell.step, *args, **options))
         )
     return strategies
+
+
+def _parallel_strategies(
+    step: Callable[..., Any] | Cell, params: Any, init: Any, xs: Any, length: int | None
+) -> list[tuple[str, Callable[..., Any]]]:
+    """Those that apply to the step, unless they would take much longer than all others."""
+    r = prepare(step, params, init, xs, length)
+    coefficients = coefficients_of(step, r)
+    if not 0 < r.length * coefficients.numbers <= _MOST_COEFFICIENTS:
+        return []
+    if not coefficients.forward_mode:
+        return [("parallel_adjoint_scan", parallel_adjoint_scan)]
+    candidates = [parallel_scan] if coefficients.affine else [parallel_adjoint_scan, newton_scan]
+    return [(strategy.__name__, strategy) for strategy in candidates]
 
 
 def _scheduled(step: Any, params: Any, init: Any, xs: Any, *, length: int | None, **options: Any) -> tuple[Any, Any]:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from jaxbptt.analysis.depth import count_depth, iterations
 from jaxbptt.programs.evaluate import subjaxprs
-from jaxbptt.scans.schedule import runs_of
 
 _ONE_PER_ELEMENT = {"add", "sub", "mul", "div", "neg", "max", "min", "add_any", "integer_pow", "square", "abs", "sign"}
 _ONE_PER_INPUT = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "cumsum", "cumprod", "cummax"}
@@ -29,19 +29,26 @@ class Cost(NamedTuple):
 
     Attributes:
         flops: floating-point operations, loops counted as often as they run; nan where an operation can't be counted.
+        depth: the longest chain of operations that wait for one another, as `count_depth` has it.
+        depth_outside_loops: the same where loops over a known number of steps count nothing.
         compiler_flops: the compiler's figure, which counts the body of every loop once.
         temporary_bytes: the compiler's peak of memory beyond arguments and results.
         compile_seconds: from tracing to executable.
     """
 
     flops: float
+    depth: float
+    depth_outside_loops: float
     compiler_flops: float
     temporary_bytes: int
     compile_seconds: float
 
 
-def compile_and_cost(fn: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], Cost]:
-    """Compile `fn` for `args`; the compiled function and its `Cost`, by everything but the clock of a run."""
+def compile_and_cost(fn: Callable[..., Any], *args: Any, runs: int | None = None) -> tuple[Callable[..., Any], Cost]:
+    """Compile `fn` for `args`; the compiled function and its `Cost`, by everything but the clock of a run.
+
+    `runs` are the iterations of each loop that runs until something holds, for what is counted.
+    """
     start = time.perf_counter()
     with jax.disable_jit(False):  # what is measured is the compiled program
         traced = jax.jit(fn).trace(*args)
@@ -50,7 +57,9 @@ def compile_and_cost(fn: Callable[..., Any], *args: Any) -> tuple[Callable[..., 
     analysis = compiled.cost_analysis() or {}
     memory = compiled.memory_analysis()
     cost = Cost(
-        flops=count_flops(traced.jaxpr.jaxpr),
+        flops=count_flops(traced.jaxpr.jaxpr, runs),
+        depth=count_depth(traced.jaxpr.jaxpr, runs),
+        depth_outside_loops=count_depth(traced.jaxpr.jaxpr, runs, loops=False),
         compiler_flops=float(analysis.get("flops", math.nan)),
         temporary_bytes=0 if memory is None else int(memory.temp_size_in_bytes),
         compile_seconds=seconds,
@@ -77,18 +86,18 @@ def median_seconds(calls: Iterable[Callable[[], Any]], repeats: int) -> list[flo
     return np.median(seconds, axis=0).tolist()
 
 
-def count_flops(jaxpr: Any) -> float:
+def count_flops(jaxpr: Any, runs: int | None = None) -> float:
     """Operations of a traced program: 2 for each multiply-add of a product, 1 for each element of arithmetic.
 
     As in the compiler's count, transcendental functions and data movement are free. Results nobody uses do not count. Of
-    a branch, the dearest side does. Loops that run until something holds can't be counted, but for those of
-    `checkpointed_scan`: how often they run is in its schedule.
+    a branch, the dearest side does. Loops that run until something holds count `runs` times, and without it can't be
+    counted, but for those of `checkpointed_scan`: how often they run is in its schedule.
     """
     jaxpr, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return float(sum(_flops(eqn) for eqn in jaxpr.eqns))
+    return float(sum(_flops(eqn, runs) for eqn in jaxpr.eqns))
 
 
-def _flops(eqn: Any) -> float:
+def _flops(eqn: Any, runs: int | None) -> float:
     kind = eqn.primitive.name
     if kind in _NOT_COUNTED:
         return math.nan
@@ -99,12 +108,9 @@ def _flops(eqn: Any) -> float:
     if kind in _ONE_PER_ELEMENT | _ONE_PER_INPUT:
         counted = eqn.outvars[0].aval if kind in _ONE_PER_ELEMENT else eqn.invars[0].aval
         return math.prod(counted.shape) if jnp.issubdtype(counted.dtype, jnp.inexact) else 0
-    inside = [count_flops(jaxpr) for jaxpr, _ in subjaxprs(eqn)]
+    inside = [count_flops(jaxpr, runs) for jaxpr, _ in subjaxprs(eqn)]
     if kind == "cond":
         return max(inside)
-    if kind == "scan":
-        return eqn.params["length"] * sum(inside)
-    if kind == "while":
-        runs = runs_of(eqn)
-        return math.nan if runs is None else float(runs * sum(inside))
+    if kind in ("scan", "while"):
+        return float(iterations(eqn, runs) * sum(inside))
     return sum(inside)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxbptt.analysis.cost import compile_and_cost
+from jaxbptt.analysis.cost import Cost, compile_and_cost
 from jaxbptt.arrays import check_concrete, is_number, scalar_loss
 from jaxbptt.cells.cell import Cell
 from jaxbptt.html_table import fields_table
@@ -106,7 +106,7 @@ def plan(
         raise ValueError(f"memory_bytes is {memory_bytes!r}, but a gradient needs some: pass the bytes there are.")
     flags = {"is_first": is_first, "valid": valid, "reset_carry": reset_carry}
     arrays, not_arrays = partition((params, init, xs, flags), by=is_array)
-    case = _Case(step, arrays, not_arrays, _sum_of_squares if loss is None else scalar_loss(loss), length)
+    case = Case(step, arrays, not_arrays, sum_of_squares if loss is None else scalar_loss(loss), length)
     steps = _look(case, lambda r, _: r.length)
     tried = []
 
@@ -136,7 +136,7 @@ def plan(
     return least._replace(scan=None, fits=False, reason=_what_would_fit(case, least, steps, memory_bytes))
 
 
-class _Case(NamedTuple):
+class Case(NamedTuple):
     """The problem: params, init, xs and flags, as arrays (or their shapes) and as leaves that are no arrays."""
 
     step: Any
@@ -146,7 +146,7 @@ class _Case(NamedTuple):
     length: Any
 
 
-def _most_checkpoints(case: _Case, attempt: Callable[..., Plan], steps: int, memory_bytes: float) -> Plan:
+def _most_checkpoints(case: Case, attempt: Callable[..., Plan], steps: int, memory_bytes: float) -> Plan:
     """The largest number of checkpoints that fits, to a tenth: bracketed by doubling, then narrowed."""
 
     def with_checkpoints(number):
@@ -173,29 +173,27 @@ def _most_checkpoints(case: _Case, attempt: Callable[..., Plan], steps: int, mem
     return best
 
 
-def _what_would_fit(case: _Case, least: Plan, steps: int, memory_bytes: float) -> str:
+def _what_would_fit(case: Case, least: Plan, steps: int, memory_bytes: float) -> str:
     message = (
-        f"No exact strategy fits {_size(memory_bytes)}: the least is {least.name}{_options(least.options)}, which needs "
-        f"{_size(least.predicted_bytes)}."
+        f"No exact strategy fits {in_bytes(memory_bytes)}: the least is {least.name}{_options(least.options)}, which needs "
+        f"{in_bytes(least.predicted_bytes)}."
     )
-    if case.loss is _sum_of_squares:
+    if case.loss is sum_of_squares:
         message += " No loss was given, so one that reads all outputs was assumed: pass loss= if yours reads less."
     number, need = steps, memory_bytes
     while number > 1:
         number = max(number // 4, 1)
         need = _temporary_bytes(case, partial(truncated_scan, truncation_length=number))
         if need <= memory_bytes:
-            return (
-                f"{message} The biased truncated_scan fits, for example with truncation_length={number}: {_size(need)}."
-            )
+            return f"{message} The biased truncated_scan fits, for example with truncation_length={number}: {in_bytes(need)}."
     return (
-        f"{message} Truncation does not help: with truncation_length=1 it needs {_size(need)}, for one step and what the "
+        f"{message} Truncation does not help: with truncation_length=1 it needs {in_bytes(need)}, for one step and what the "
         "loss reads. If the loss reads the outputs of all steps, let the step return only what the loss needs."
     )
 
 
 def _explained(plan: Plan, memory_bytes: float) -> Plan:
-    fits = f"{plan.name}{_options(plan.options)} needs {_size(plan.predicted_bytes)} of {_size(memory_bytes)}"
+    fits = f"{plan.name}{_options(plan.options)} needs {in_bytes(plan.predicted_bytes)} of {in_bytes(memory_bytes)}"
     return plan._replace(reason=f"{fits}: {plan.reason}.")
 
 
@@ -203,7 +201,8 @@ def _options(options: dict[str, int]) -> str:
     return " with " * bool(options) + ", ".join(f"{key}={value}" for key, value in options.items())
 
 
-def _size(number: float) -> str:
+def in_bytes(number: float) -> str:
+    """A number of bytes in words."""
     for unit in ("bytes", "KiB", "MiB"):
         if number < 2**10:
             return f"{number:.4g} {unit}"
@@ -211,8 +210,12 @@ def _size(number: float) -> str:
     return f"{number:.4g} GiB"
 
 
-def _temporary_bytes(case: _Case, scan: Callable[..., Any]) -> int:
-    """Of the gradient with respect to params and init, compiled."""
+def _temporary_bytes(case: Case, scan: Callable[..., Any]) -> int:
+    return gradient_cost(case, scan).temporary_bytes
+
+
+def gradient_cost(case: Case, scan: Callable[..., Any], runs: int | None = None) -> Cost:
+    """Of value and gradient with respect to params and init, compiled; `runs` is for `compile_and_cost`."""
 
     def value_and_gradient(arrays):
         params, init, xs, flags = combine(arrays, case.not_arrays)
@@ -224,10 +227,10 @@ def _temporary_bytes(case: _Case, scan: Callable[..., Any]) -> int:
 
         return jax.value_and_grad(unrolled_loss)(diff)
 
-    return compile_and_cost(value_and_gradient, case.arrays)[1].temporary_bytes
+    return compile_and_cost(value_and_gradient, case.arrays, runs=runs)[1]
 
 
-def _why_adjoint_scan(case: _Case) -> str | None:
+def _why_adjoint_scan(case: Case) -> str | None:
     """The reason for `adjoint_scan`, which is the fastest; `None` where its adjoint would compute each step three times."""
     over_time = _look(case, lambda r, flags: _differentiated(case, r, flags)[0])
     if over_time.adjoint.by_vjp:
@@ -236,7 +239,7 @@ def _why_adjoint_scan(case: _Case) -> str | None:
     return f"every step is computed once, and the backward pass is {whose}"
 
 
-def _cut(case: _Case, checkpoints: int | None) -> Layout:
+def _cut(case: Case, checkpoints: int | None) -> Layout:
     """How `checkpointed_scan` cuts time."""
 
     def cut(r, flags):
@@ -246,7 +249,7 @@ def _cut(case: _Case, checkpoints: int | None) -> Layout:
     return _look(case, cut)
 
 
-def _differentiated(case: _Case, r: Recurrence, flags: dict[str, Any]) -> tuple[Pass, Recurrence]:
+def _differentiated(case: Case, r: Recurrence, flags: dict[str, Any]) -> tuple[Pass, Recurrence]:
     """The pass of a strategy, for a gradient with respect to params and init."""
     given = Flags(**flags)
     over_time, r = one_pass(case.step, None, r, given, unroll=1)
@@ -262,7 +265,7 @@ def _nothing(tree: Any) -> Any:
     return jax.tree.map(lambda _: False, tree)
 
 
-def _look(case: _Case, at: Callable[[Recurrence, dict[str, Any]], Any]) -> Any:
+def _look(case: Case, at: Callable[[Recurrence, dict[str, Any]], Any]) -> Any:
     """`at(recurrence, flags)`, where only shapes are known."""
     seen = []
 
@@ -274,6 +277,7 @@ def _look(case: _Case, at: Callable[[Recurrence, dict[str, Any]], Any]) -> Any:
     return seen[-1]
 
 
-def _sum_of_squares(carry: Any, ys: Any) -> Any:
+def sum_of_squares(carry: Any, ys: Any) -> Any:
+    """A loss that needs all outputs and the last carry."""
     leaves = jax.tree.leaves(differentiable((carry, ys)))
     return sum(jnp.vdot(leaf, leaf).real.astype(jnp.float32) for leaf in leaves)

@@ -80,6 +80,9 @@ def dropout(cell: Cell, *, input_rate: float = 0.0, recurrent_rate: float = 0.0)
             f"dropout wraps a Cell, but got a {type(cell).__name__}: pass a built-in cell, such as lstm(3, 5)."
         )
     sizes = getattr(cell.step, "sizes", None)
+    for name, value in (("input_rate", input_rate), ("recurrent_rate", recurrent_rate)):
+        if not is_number(value, -1, 1) or value < 0:
+            raise ValueError(f"{name} is {value!r}, but it is a probability to drop: pass a number from 0 to below 1.")
     reads_state = "drop" in inspect.signature(cell.step).parameters
     if sizes is None or (recurrent_rate and not reads_state):
         raise ValueError(
@@ -87,9 +90,6 @@ def dropout(cell: Cell, *, input_rate: float = 0.0, recurrent_rate: float = 0.0)
             "alone, any built-in cell): wrap the layers of a stack, stack(dropout(...).cell, ...), and let a step of your own "
             "multiply by a mask in its params."
         )
-    for name, value in (("input_rate", input_rate), ("recurrent_rate", recurrent_rate)):
-        if not is_number(value, -1, 1) or value < 0:
-            raise ValueError(f"{name} is {value!r}, but it is a probability to drop: pass a number from 0 to below 1.")
 
     def draw(key: Array, params: Any, batch_shape: tuple[int, ...] = ()) -> DropoutParams:
         check_key(key)

@@ -178,8 +178,8 @@ def lru(
             C_im=-(y_re * b[None] + y_im * a[None] + products.linear(params.B_im, y_x) * scale[None]),
             D=None if params.D is None else dense.sum_rows(ys_bar * xs),
         )
-        rows = along(scale, deltas.re)
-        xs_bar = products.back(rows * deltas.re, params.B_re) + products.back(rows * deltas.im, params.B_im)
+        B_re, B_im = scale[:, None] * params.B_re, scale[:, None] * params.B_im
+        xs_bar = products.back(deltas.re, B_re) + products.back(deltas.im, B_im)
         return params_bar, xs_bar if params.D is None else xs_bar + along(params.D, xs) * ys_bar
 
     step = dense.with_sizes(step, input_size, output_size)

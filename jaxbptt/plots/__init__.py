@@ -18,6 +18,9 @@ from jaxbptt.plots.gradients import plot_gradient_flow as plot_gradient_flow
 from jaxbptt.plots.learning import plot_learning_curve as plot_learning_curve
 from jaxbptt.plots.lines import plot_lines as plot_lines
 from jaxbptt.plots.matrices import plot_matrices as plot_matrices
+from jaxbptt.plots.parallel import plot_newton_errors as plot_newton_errors
+from jaxbptt.plots.parallel import plot_newton_iterations as plot_newton_iterations
+from jaxbptt.plots.parallel import plot_scan_tree as plot_scan_tree
 from jaxbptt.plots.rates import plot_gradient_rates as plot_gradient_rates
 from jaxbptt.plots.saliency import plot_text_saliency as plot_text_saliency
 from jaxbptt.plots.schedule import plot_schedule as plot_schedule

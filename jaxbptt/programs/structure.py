@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from jaxbptt.array_types import as_type
-from jaxbptt.programs.evaluate import bind
+from jaxbptt.programs.evaluate import bind, subjaxprs
 from jaxbptt.programs.program import program
-from jaxbptt.programs.trace import primitives_in
+from jaxbptt.programs.trace import primitive_names
 
 Axes = tuple[int | None, ...]  # for each axis of a leaf, the axis of a variable that it is kept on
 
@@ -79,6 +79,23 @@ def groups_of(fn: Callable[..., Any], carry: list[Any], *args: Any, look_for_cla
     new = [_NOTHING if isinstance(var, Literal) else found.get(var, _NOTHING) for var in traced.results]
     reads = [set(dependence.axes) for dependence in new]
     return [_group(component, new, shapes, reads) for component in _components(reads)]
+
+
+def has_forward_mode(fn: Callable[..., Any], carry: list[Any], *args: Any) -> bool:
+    """Whether no `jax.custom_vjp` reads the carry in `fn(carry, *args)`: its derivative in forward mode is not known."""
+    traced = program(fn, carry, *args)
+    found = set(traced.arguments[0])
+    for eqn in traced.eqns:
+        if not found.isdisjoint(var for var in eqn.invars if not isinstance(var, Literal)):
+            if _has_custom_vjp(eqn):
+                return False
+            found.update(eqn.outvars)
+    return True
+
+
+def _has_custom_vjp(eqn: Any) -> bool:
+    inside = (other for jaxpr, _ in subjaxprs(eqn) for other in jaxpr.eqns)
+    return eqn.primitive.name.startswith("custom_vjp_call") or any(map(_has_custom_vjp, inside))
 
 
 def _group(component: list[int], new: list[_Dependence], shapes: list[Any], reads: list[set[int]]) -> Group:
@@ -153,7 +170,8 @@ def _clashes(eqn: Any, operands: list[_Dependence]) -> frozenset[tuple[int, int]
 def _is_linear(eqn: Any, numbers: list[int]) -> bool:
     """Whether the results of an equation are linear in these operands, all others fixed: whether JAX can transpose it."""
     # A derivative given by the user need not be that of the function, and JAX transposes the function.
-    if any(kind.startswith(("custom_jvp_call", "custom_vjp_call")) for kind in primitives_in([eqn])):
+    kinds = [eqn.primitive.name, *(kind for inner, _ in subjaxprs(eqn) for kind in primitive_names(inner))]
+    if any(kind.startswith(("custom_jvp_call", "custom_vjp_call")) for kind in kinds):
         return False
     types = [as_type(var.aval) for var in eqn.invars]
     moving = [types[n] for n in numbers]

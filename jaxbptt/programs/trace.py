@@ -4,7 +4,7 @@ A custom derivative sees only what is passed to it. A step such as `lambda _, h,
 it; `trace` finds `W` in the trace and makes it a param, so that gradients reach it and no step is traced twice.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -83,7 +83,7 @@ def trace(step: Callable[..., Any], params: Any, init: Any, xs: Any) -> TracedSt
     avals = [var.aval for var in (*jaxpr.invars[: len(leaves)], *arrays)]
     avals += [var.aval for var in jaxpr.invars[len(leaves) :]]
     in_tree = jax.tree.structure((params, init, xs))
-    primitives = set(primitives_in(jaxpr.eqns))
+    primitives = set(primitive_names(jaxpr))
 
     def traced_step(params, carry, x):
         flat, arrays = jax.tree.leaves((params.leaves, carry, x)), iter(params.closed_over)
@@ -114,14 +114,14 @@ def map_over_time(fn: Callable[..., Any], *, one_at_a_time: bool) -> Callable[..
     return lambda params, *stacked: jax.vmap(partial(fn, params))(*stacked)
 
 
-def primitives_in(eqns: Iterable[Any]) -> Iterator[str]:
-    """Names of all equations, those inside loops, branches and calls included.
+def primitive_names(jaxpr: Any) -> Iterator[str]:
+    """Names of all equations in a traced function, those inside loops, branches and calls included.
 
     And "symbolic_zeros" where there is a `jax.custom_vjp` that is told which of its inputs are perturbed.
     """
-    for eqn in eqns:
+    for eqn in jaxpr.eqns:
         yield eqn.primitive.name
         if eqn.params.get("symbolic_zeros"):
             yield "symbolic_zeros"
         for inner, _ in subjaxprs(eqn):
-            yield from primitives_in(inner.eqns)
+            yield from primitive_names(inner)

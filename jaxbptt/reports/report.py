@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbptt.analysis.certificate import Certificate, certify
+from jaxbptt.analysis.certificate import Certificate, certify, sequential_strategies
 from jaxbptt.analysis.credit import (
     LagContributions,
     TruncationBias,
@@ -243,7 +243,9 @@ def stages(entry: Entry) -> list[Stage]:
         gradients = dict(entry.gradients)
         if dense:
             gradients = {"Jacobian products": partial(_by_jacobian_products, entry)} | gradients
-        result = certify(cell, params, init, xs, mean_loss, gradients=gradients, repeats=3, progress=show)
+        # Those that are parallel in time would take longer to compile than all others together.
+        scans = dict(sequential_strategies(cell))
+        result = certify(cell, params, init, xs, mean_loss, scans=scans, gradients=gradients, repeats=3, progress=show)
         left_out = f"Jacobian products, singular values and lags: {dense_bytes / 2**30:.1f} GiB of dense matrices"
         value = jax.jit(lambda params, init, xs: mean_loss(*scan(cell, params, init, xs)))(params, init, xs)
         found = {"certificate": result, "left_out": () if dense else (left_out,), "loss": float(value)}

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxbptt.array_types import sharded_like
 from jaxbptt.arrays import at_least_float32
 from jaxbptt.programs.structure import Group
+from jaxbptt.programs.trace import primitive_names
 from jaxbptt.trees import is_differentiable
 
 Solution = tuple[list[Any], list[Any]]  # the leaves before each step, stacked, and those after the last
@@ -128,9 +130,19 @@ def of_group(fn: Callable[..., Any], group: Group, leaves: list[Any], at_t: Any)
 
 def value_and_jacobian(fn: Callable[..., Any], here: list[Any], group: Group) -> tuple[list[Any], Any]:
     """`fn(here)` and its Jacobian, as `A` of an `Affine`, in single precision at least."""
-    value, tangent = jax.linearize(fn, here)
+    value, tangent = linearize(fn, here)
     A = _diagonals(tangent, here) if group.elementwise else _matrix(tangent, here, group.batch)
     return widened(value), A
+
+
+def linearize(fn: Callable[..., Any], here: list[Any]) -> tuple[list[Any], Callable[[list[Any]], list[Any]]]:
+    """`jax.linearize`, for a function with a `jax.custom_vjp` too: the tangent is then the transpose of its cotangent."""
+    value, tangent = jax.linearize(fn, here)
+    if "custom_lin" not in primitive_names(jax.make_jaxpr(tangent)(here)):
+        return value, tangent
+    value, pull = jax.vjp(fn, here)
+    transposed = jax.linear_transpose(lambda bars: pull(bars)[0], value)
+    return value, lambda tangents: transposed(tangents)[0]
 
 
 def leaves_in_sequence(
@@ -165,7 +177,7 @@ def solve_group(group: Group, affine: Affine, init: list[Any], *, reverse: bool 
         ]
         _, after = jax.lax.associative_scan(_then_elementwise, (A, b), reverse=reverse)
     else:
-        b = b.at[first].add(_apply(A[first], flattened(wide, group.batch)))
+        b = b.at[first].add(apply(A[first], flattened(wide, group.batch)))
         _, flat = jax.lax.associative_scan(_then_dense, (A, b), reverse=reverse)
         after = split_up(flat, [leaf.shape for leaf in init], group.batch)
     after = [leaf.astype(c.dtype) for leaf, c in zip(after, init, strict=True)]
@@ -220,7 +232,7 @@ def _matrix(tangent: Callable[..., Any], here: list[Any], batch: int) -> Any:
     def column(one):
         parts = jnp.split(one, list(itertools.accumulate(sizes))[:-1])
         ones = [
-            jnp.broadcast_to(part.reshape(shape[batch:]), shape).astype(leaf.dtype)
+            sharded_like(jnp.broadcast_to(part.reshape(shape[batch:]), shape).astype(leaf.dtype), leaf)
             for part, shape, leaf in zip(parts, shapes, here, strict=True)
         ]
         return flattened(widened(tangent(ones)), batch)
@@ -236,7 +248,8 @@ def _times(A: Any, c: Any) -> Any:
     return jnp.where((A == 0) | (c == 0), 0, A * c)
 
 
-def _apply(A: Any, c: Any) -> Any:
+def apply(A: Any, c: Any) -> Any:
+    """Matrices times vectors, not rounded to TF32."""
     product = jnp.einsum("...ij,...j->...i", A, c, precision=jax.lax.Precision.HIGHEST)
     return jnp.where((A == 0).all(-1) | (c == 0).all(-1, keepdims=True), 0, product)
 
@@ -253,4 +266,4 @@ def _then_dense(first: Any, then: Any) -> Any:
     # Rounded to TF32, or bfloat16, the products of many Jacobians would lose all digits.
     A_both = jnp.matmul(A_next, A, precision=jax.lax.Precision.HIGHEST)
     nothing = (A_next == 0).all(-1, keepdims=True) | (A == 0).all(-2, keepdims=True)
-    return jnp.where(nothing, 0, A_both), _apply(A_next, b) + b_next
+    return jnp.where(nothing, 0, A_both), apply(A_next, b) + b_next

@@ -133,7 +133,14 @@ def _forward(
         outputs, residuals = over_time.forward(params, init, xs, length)
         return outputs, residuals.stacked()
 
-    return differentiated_as(in_sequence, at_once if length else in_sequence)(params, init, xs)
+    return _differentiated_in_sequence(over_time, in_sequence, at_once if length else in_sequence)(params, init, xs)
+
+
+def _differentiated_in_sequence(
+    over_time: Pass, in_sequence: Callable[..., Any], at_once: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`at_once` with the derivative of the loop in sequence, but for a step that makes mutable arrays (`Pass.back`)."""
+    return at_once if over_time.adjoint.mutates else differentiated_as(in_sequence, at_once)
 
 
 def back(
@@ -156,12 +163,13 @@ def back(
         params_bar, xs_bar = jax.tree.map(jnp.zeros_like, select((params, xs), (flags.params, flags.x)))
         return params_bar, carry_bar, xs_bar
     over_time = over_time.prepared(params, init, xs, (carry_bar, ys_bar), {length})
-    # JAX keeps the function of a custom derivative, which must not close over tracers.
-    types = jax.tree.map(lambda leaf: as_type(jax.typeof(leaf)), init)
+
+    # Functions with a derivative of their own must not hold tracers.
+    like_init = jax.tree.map(lambda leaf: as_type(jax.typeof(leaf)), init)
 
     def one_step_back(params, residuals, x, carry_bar, y_bar):
         before, deltas = adjoint.backward(params, residuals, x, carry_bar, filled(y_bar))
-        return fit(before, types, flags.carry, "init"), deltas
+        return fit(before, like_init, flags.carry, "init"), deltas
 
     def recursion(params, carry_bar, residuals, xs, ys_bar):
         """c̄ₜ for all t."""
@@ -194,7 +202,9 @@ def back(
 
         return jax.lax.scan(body, carry_bar, (residuals, xs, ys_bar), length=length, reverse=True)[1]
 
-    carry_bars = differentiated_as(in_sequence, recursion)(params, carry_bar, residuals, xs, ys_bar)
+    carry_bars = _differentiated_in_sequence(over_time, in_sequence, recursion)(
+        params, carry_bar, residuals, xs, ys_bar
+    )
 
     def at_t(residuals, x, carry_bar, y_bar):
         return one_step_back(params, residuals, x, carry_bar, y_bar)
@@ -221,17 +231,20 @@ def bar_groups(
 
 def default_chunk(groups: list[Group], leaves: list[Any], residuals: Any) -> int:
     """Time steps whose Jacobians take at most four times the bytes of the residuals of all steps; 16 at least."""
-
-    def numbers(leaf, first=0):
-        return math.prod(map(assumed_size, leaf.shape[first:]))
-
-    def in_jacobian(group):
-        mine = [leaves[i] for i in group.leaves]
-        if group.elementwise:
-            return len(mine) ** 2 * numbers(mine[0])
-        rows = math.prod(map(assumed_size, mine[0].shape[: group.batch]))
-        return rows * sum(numbers(leaf, group.batch) for leaf in mine) ** 2
-
-    of_jacobians = max(map(in_jacobian, groups), default=0)
-    of_residuals = sum(map(numbers, jax.tree.leaves(residuals)))
+    of_jacobians = max((coefficients(group, leaves) for group in groups), default=0)
+    of_residuals = sum(map(_numbers, jax.tree.leaves(residuals)))
     return max(4 * of_residuals // max(of_jacobians, 1), 16)
+
+
+def coefficients(group: Group, leaves: list[Any]) -> int:
+    """The numbers of Aₜ of a group at one time step."""
+    mine = [leaves[i] for i in group.leaves]
+    if group.elementwise:
+        return len(mine) ** 2 * _numbers(mine[0])
+    rows = math.prod(map(assumed_size, mine[0].shape[: group.batch]))
+    return rows * sum(_numbers(leaf, group.batch) for leaf in mine) ** 2
+
+
+def _numbers(leaf: Any, first: int = 0) -> int:
+    """In the axes from `first` on."""
+    return math.prod(map(assumed_size, leaf.shape[first:]))

@@ -17,6 +17,9 @@ from jaxbptt.programs.perturbed import PerturbedAdjoint, fit
 from jaxbptt.programs.program import Program, arrays_of, program, used
 from jaxbptt.trees import is_array, select
 
+# For many time steps at once, faster than one step after the other; and loops.
+_PRODUCTS = {"dot_general", "conv_general_dilated", "scan", "while", "cond"}
+
 
 class Contraction(NamedTuple):
     """The contraction over a segment as a program: `(params, residuals, xs, ys_bar, deltas)` to gradients of params and xs.
@@ -73,6 +76,19 @@ class WeightGradient:
         """The sums to start with, in single precision at least."""
         flagged = select(self._params_types, self._adjoint.perturbed.params)
         return totals(flagged if self._move_each else _types(self._first.moves.operands))
+
+    @property
+    def sums_nothing(self) -> bool:
+        """Whether no param has a gradient, and that of an input is a product of numbers."""
+        opaque = self._adjoint.by_vjp or any(eqn.primitive.name in _PRODUCTS for eqn in self._first.whole.eqns)
+        return not opaque and not self._first.moves.operands
+
+    def input_bar(self, params: Any, residuals: Any, x: Any, y_bar: Any, deltas: Any) -> Any:
+        """The gradient of x at one step, where nothing is summed."""
+        at_t = jax.tree.map(lambda leaf: leaf[None], (residuals, x, y_bar, deltas))
+        _, xs_bar = self._adjoint.contract(params, *at_t)
+        x_bar = jax.tree.map(lambda leaf: leaf[0], xs_bar)
+        return fit(x_bar, x, self._adjoint.perturbed.x, "xs")
 
     def add(
         self, params: Any, sums: Any, residuals: Any, xs: Any, ys_bar: Any, deltas: Any, length: int

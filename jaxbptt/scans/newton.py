@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxbptt.along_time import at_one_step, flipped, room
 from jaxbptt.array_types import as_type
 from jaxbptt.arrays import as_array, check_count, is_number
-from jaxbptt.cells.cell import Cell
+from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.html_table import fields_table
 from jaxbptt.programs.structure import Group, groups_of
 from jaxbptt.scans.affine import at_all_steps
@@ -20,7 +20,7 @@ from jaxbptt.scans.flags import Flags
 from jaxbptt.scans.newton_iteration import Options, Report, newton
 from jaxbptt.scans.passes import Pass, one_pass
 from jaxbptt.scans.recurrence import Recurrence, check_known_length, prepare
-from jaxbptt.trees import is_differentiable, name
+from jaxbptt.trees import combine, is_differentiable, name
 
 # Beyond so many passes over all time steps the loop over time is likely to be faster.
 _MAX_ITERATIONS = 100
@@ -73,32 +73,36 @@ def newton_scan(
     cₜ = f(cₜ₋₁, xₜ) for t = 1 … T, linearised at a guess g of all states and solved for its correction, again and again:
     δₜ = Jₜ δₜ₋₁ + (f(gₜ₋₁, xₜ) − gₜ),  Jₜ = ∂f/∂c at gₜ₋₁,  g ← g + δ
 
-    The values are those of `scan`, to the tolerance. Where Newton's method does not converge, the states are computed in
-    sequence, in the time of both. The gradient is exact whatever Jacobian the iteration used: one affine recurrence of the exact
-    one, in reverse (`parallel_adjoint_scan`).
+    The values are those of `scan`, to the tolerance. Where it does not converge, the states are computed in sequence, all of
+    them or, with `chunk_length`, from the first step of the window on: not from the first bad step, since computed for all t
+    at once a step rounds differently, and where errors grow these would be other states than those of `scan`. The gradient is
+    exact whatever Jacobian the iteration used: one affine recurrence of the exact one, in reverse (`parallel_adjoint_scan`).
 
     Each iteration is an associative scan of depth 2 log₂ T. With the full Jacobian it takes O(T n³) operations and O(T n²)
-    numbers, n being the size of a row's state: batch axes, and entries or leaves of the carry that do not depend on each
-    other, are found in the traced step and solved apart. With its diagonal alone the scan takes O(T n), and O(T n) numbers; the
-    diagonal itself takes n tangents of all steps, one after the other. That needs more iterations, four to ten times as many for
-    an orthogonal or gated network of the library's own init. How many they are depends on the largest Lyapunov exponent:
-    below 0 they hardly grow with T, and above it like T or faster, so that it does not converge (`newton_states` says what
-    happened, `lyapunov_exponents` what to expect). Layers of a `stack` are solved one after the other.
+    numbers for a row whose state has n: batch axes are found in the traced step, as are entries and leaves of the carry that
+    do not depend on each other. With the diagonal alone it takes O(T n) of both beside the steps themselves, and more
+    iterations, four to twelve times as many for cells as they are initialised. The diagonal is read off the equations where
+    there is one matrix product at most between element-wise operations, as in all cells without layer normalisation; otherwise
+    it takes n tangents of all steps, one after the other.
 
-    By causality k iterations make the first k steps right, whatever is wrong after them. So `chunk_length` lets a window of C
-    steps move on to the first bad step, in sequence: with the full Jacobian it takes O(C n²) numbers. A number that is not finite is
-    replaced on the way. Leaves without a derivative, counters or random keys, and those that depend on one and on which it depends,
-    run in sequence, and so does a step that branches (`lax.cond`), once in each iteration. Side effects of a step happen each time it
-    is computed. It pays on accelerators, where a loop over time waits at each step; on a CPU the loop is faster.
+    How many iterations there are depends on the largest Lyapunov exponent (`lyapunov_exponents`): below 0 they hardly grow with
+    T, above it so fast that it does not converge (`newton_states`). The layers of a `stack` are solved one after the other.
+
+    By causality each iteration makes at least one more step right, whatever is wrong after it. So `chunk_length` lets a
+    window of C steps move on to the first bad step, with O(C n²) numbers. What is not finite on the way is replaced. Leaves
+    without a derivative, counters or random keys, run in sequence, with those on which they depend and that depend on them. A
+    step that branches (`lax.cond`) is linearised one step at a time. Side effects of a step happen each time it is computed.
+    Matrix products of the step are in full precision, unless `jax.default_matmul_precision` says otherwise: rounded to TF32,
+    as GPUs do by default, they would not let the states converge. It pays on accelerators, where a loop over time waits at
+    each step; on a CPU the loop is faster.
 
     Args:
-        step: as `scan`, like params, init, xs, length, is_first, valid, reset_carry and reverse; differentiable in
-            forward mode.
+        step: as `scan`, like params, init, xs, length, is_first, valid, reset_carry and reverse.
         jacobian: "full", or "diagonal": the derivative of each entry of the carry with respect to itself.
         tolerance: the change of a state in the last iteration, relative to the largest one of its leaf and row up to that step.
             By default 1e-10 in double precision, 2e-6 in single precision, and 4 units in the last place in half precision.
-        max_iterations: passes over all time steps after which it goes on in sequence, 100 by default; T always suffice.
-            A window of C steps counts as C/T of one.
+        max_iterations: passes over all time steps after which it goes on in sequence, 100 by default; a window of C steps
+            counts as C/T of one.
         damping: from 0 up to, not including, 1; J is multiplied by 1 − damping. Where early iterates overflow it may help.
         guess: of the carries after every step, like `newton_states(...).carries`; zeros by default. The states of the
             last update of the params, say: a good guess saves iterations. Its leaves without a derivative are not read.
@@ -118,9 +122,10 @@ def newton_scan(
         >>> import jaxbptt as bptt
         >>> cell = bptt.gru(3, 4)
         >>> params, h_0, xs = cell.init(jax.random.key(0)), cell.initial_carry(), jnp.ones((50, 3))
-        >>> loss = lambda scan, params, **kw: jnp.mean(scan(cell, params, h_0, xs, **kw)[1] ** 2)
-        >>> ours = jax.grad(loss, argnums=1)(bptt.newton_scan, params, jacobian="diagonal")
-        >>> bptt.compare_gradients(ours, jax.grad(loss, argnums=1)(bptt.scan, params)).agrees
+        >>> loss = lambda params, scan, **kw: jnp.mean(scan(cell, params, h_0, xs, **kw)[1] ** 2)
+        >>> gradient = jax.jit(jax.grad(loss), static_argnames=("scan", "jacobian"))
+        >>> ours = gradient(params, bptt.newton_scan, jacobian="diagonal")
+        >>> bptt.compare_gradients(ours, gradient(params, bptt.scan)).agrees
         True
 
     References:
@@ -132,11 +137,14 @@ def newton_scan(
     options = _checked_options(jacobian, tolerance, max_iterations, damping, chunk_length)
     r = prepare(step, params, init, xs, length, is_first, valid, reverse=reverse)
     solver = _Solver.of("newton_scan", step, r, Flags(is_first, valid, reset_carry), guess, options)
+    r = solver.r
+    # A function with a derivative of its own must not hold tracers.
+    solver = solver._replace(r=r._replace(params=None, init=None, xs=None))
 
     def before(params, init, xs):
         return solver.solve(params, init, xs, finish=True)[0]
 
-    return strategy("newton_scan", solver.over_time, before, solver.r.length, chunk_length)(solver.r)
+    return strategy("newton_scan", solver.over_time, before, r.length, chunk_length)(r)
 
 
 def newton_states(
@@ -169,7 +177,8 @@ def newton_states(
         step: as `newton_scan`, like all other arguments.
 
     Returns:
-        `NewtonStates`. Nothing in it is inf or nan for that Newton's method diverged.
+        `NewtonStates`. Its carries are finite where Newton's method diverged too; from `first_bad_step` on they are worthless
+        then, and so are outputs and residual.
 
     Raises:
         ValueError: as `newton_scan`.
@@ -214,7 +223,7 @@ class _Solver(NamedTuple):
         r: the recurrence with params and xs to call it with.
         on_leaves: its step on real leaves.
         groups: of the leaves.
-        guess: real leaves, in the order of running, or `None`.
+        guess_of: the guess, of the xs that hold it.
         options: of the iteration.
     """
 
@@ -222,7 +231,7 @@ class _Solver(NamedTuple):
     r: Recurrence
     on_leaves: AllAtOnce
     groups: list[Group]
-    guess: list[Any] | None
+    guess_of: Callable[[Any], Any]
     options: Options
 
     @classmethod
@@ -237,29 +246,52 @@ class _Solver(NamedTuple):
     ) -> "_Solver":
         """For a prepared recurrence."""
         check_known_length(strategy_name, r.length)
-        over_time, r = one_pass(step, None, r, flags, 1)
+        r, adjoint = r._replace(step=_in_full_precision(r.step)), step.adjoint if isinstance(step, Cell) else None
+        if guess is not None:
+            r, adjoint = _with_guess(r, _checked_guess(guess, r), adjoint)
+        over_time, r = one_pass(r.step, adjoint, r, flags, 1)
         over_time.check_recomputable(strategy_name)
         on_leaves = AllAtOnce.of(over_time, r.init)
         carry = [as_type(jax.typeof(leaf)) for leaf in on_leaves.leaves.split(r.init)]
         groups = groups_of(on_leaves.step, carry, (r.params, at_one_step(r.xs)), look_for_clashes=False)
-        guess = None if guess is None else on_leaves.leaves.split(_checked_guess(guess, r))
-        return cls(over_time, r, on_leaves, groups, guess, options)
+
+        guessed, flagged = guess is not None, flags.given
+
+        def guess_of(xs):
+            return (xs[0] if flagged else xs)[1] if guessed else None
+
+        return cls(over_time, r, on_leaves, groups, guess_of, options)
 
     def solve(self, params: Any, init: Any, xs: Any, *, finish: bool) -> tuple[Any, Any, Any]:
         """The carries before and after every step, and the report."""
-        leaves = self.on_leaves.leaves
+        leaves, guess = self.on_leaves.leaves, self.guess_of(xs)
         before, after, report = newton(
             lambda parts, x: self.on_leaves.step(parts, (params, x)),
             self.groups,
             leaves.split(init),
             xs,
-            self.guess,
+            None if guess is None else leaves.split(combine(guess, init)),
             self.r.length,
             self.options,
             one_at_a_time=self.over_time.step.one_at_a_time,
             finish=finish,
         )
         return leaves.joined(before), leaves.joined(after), report
+
+
+def _in_full_precision(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step, whose products have full precision unless the user chose one.
+
+    With factors rounded to TF32, the default on GPUs, or to bfloat16, a step jumps by 1e-3 where a factor changes by as
+    little as you like, and no iteration gets nearer than that: on an H200, 100 iterations left a GRU wrong from step 272 on.
+    """
+
+    def precise(*args):
+        config: Any = jax.config
+        with jax.default_matmul_precision(config.jax_default_matmul_precision or "highest"):
+            return step(*args)
+
+    return precise
 
 
 def _checked_options(jacobian: Any, tolerance: Any, max_iterations: Any, damping: Any, chunk_length: Any) -> Options:
@@ -282,7 +314,7 @@ def _checked_options(jacobian: Any, tolerance: Any, max_iterations: Any, damping
 
 
 def _checked_guess(guess: Any, r: Recurrence) -> Any:
-    """The guess as a constant, in the dtypes of the carry and in the order of running."""
+    """The guess as a constant, in the dtypes of the carry; `None` for leaves without a derivative, which are not read."""
     if jax.tree.structure(guess) != jax.tree.structure(r.init):
         raise TypeError(
             f"guess has structure {jax.tree.structure(guess)}, but init has {jax.tree.structure(r.init)}: pass carries "
@@ -291,7 +323,7 @@ def _checked_guess(guess: Any, r: Recurrence) -> Any:
 
     def checked(path, leaf, target):
         if not is_differentiable(target):
-            return target  # not read
+            return None
         leaf = as_array(name("guess", path), leaf, f"an array of {target.dtype}")
         shape = (r.length, *target.shape)
         if leaf.shape != shape:
@@ -301,10 +333,28 @@ def _checked_guess(guess: Any, r: Recurrence) -> Any:
             )
         return _constant(leaf.astype(target.dtype))
 
-    guess = jax.tree_util.tree_map_with_path(checked, guess, r.init)
-    return (
-        jax.tree.map(lambda leaf: jnp.flip(leaf, 0) if is_differentiable(leaf) else leaf, guess) if r.reverse else guess
-    )
+    return jax.tree_util.tree_map_with_path(checked, guess, r.init)
+
+
+def _with_guess(r: Recurrence, guess: Any, adjoint: Adjoint | None) -> tuple[Recurrence, Adjoint | None]:
+    """The recurrence whose inputs are (xs, guess), since a function with a derivative of its own must not hold tracers."""
+    step = r.step
+    r = r._replace(step=lambda params, carry, x: step(params, carry, x[0]), xs=(r.xs, guess))
+    return r, None if adjoint is None else _adjoint_with_guess(adjoint)
+
+
+def _adjoint_with_guess(adjoint: Adjoint) -> Adjoint:
+    def forward(params, carry, x):
+        return adjoint.forward(params, carry, x[0])
+
+    def backward(params, residuals, x, carry_bar, y_bar):
+        return adjoint.backward(params, residuals, x[0], carry_bar, y_bar)
+
+    def contract(params, residuals, xs, ys_bar, deltas):
+        params_bar, xs_bar = adjoint.contract(params, residuals, xs[0], ys_bar, deltas)
+        return params_bar, (xs_bar, jax.tree.map(jnp.zeros_like, xs[1]))
+
+    return Adjoint(forward, backward, contract)
 
 
 def _constant(leaf: Any) -> Any:

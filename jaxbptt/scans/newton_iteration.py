@@ -10,7 +10,6 @@ rounding errors. Where the guess is right up to step t − 1, the next one is ri
 diagonal, or damped, and what is not finite by any number: the steps that are right only become more.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,16 +17,20 @@ import jax
 import jax.numpy as jnp
 
 from jaxbptt.along_time import at, put, put_window, room, window
-from jaxbptt.array_types import as_weak_as
+from jaxbptt.array_types import as_weak_as, varying
+from jaxbptt.programs.diagonal import diagonals
 from jaxbptt.programs.structure import Group
 from jaxbptt.scans.affine import (
     Affine,
+    apply,
     at_all_steps,
     flattened,
     leaves_in_sequence,
+    linearize,
     of_group,
     shifted,
     solve_group,
+    split_up,
     value_and_jacobian,
     widened,
 )
@@ -127,7 +130,7 @@ class _Iteration(NamedTuple):
         def improve(state):
             after, first_bad, iterations = state
             after, first_bad = self._improved(after, self._start(first_bad))
-            return after, first_bad, iterations + 1
+            return after, _on_all_devices(first_bad), iterations + 1
 
         guess = [jnp.where(jnp.isfinite(leaf), leaf, jnp.zeros_like(leaf)) for leaf in guess]
         zero = jnp.zeros((), jnp.int32)
@@ -173,7 +176,8 @@ class _Iteration(NamedTuple):
         # Where the step itself overflows at the guess there is nothing to go by.
         value = [jnp.where(flag, leaf, jnp.zeros_like(leaf)) for flag, leaf in zip(finite, value, strict=True)]
         A = jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(leaf), (1 - self.options.damping) * leaf, 0), A)
-        new = jax.tree.map(jnp.add, widened(old), self._solved(A, _difference(value, old)))
+        # And not the guess plus its correction: where the guess is huge, that would lose all digits of the value.
+        new = jax.tree.map(jnp.add, value, self._carried(A, _difference(value, old)))
         # The product of many Jacobians may overflow where the states do not.
         new = [jnp.where(jnp.isfinite(leaf), leaf, v) for leaf, v in zip(new, value, strict=True)]
         new = [leaf.astype(first.dtype) for leaf, first in zip(new, self.init, strict=True)]
@@ -184,24 +188,23 @@ class _Iteration(NamedTuple):
 
     def _value_and_jacobian(self, step: Callable[..., Any], here: list[Any]) -> tuple[list[Any], Any]:
         if self.options.diagonal and not self.group.elementwise:
-            value, tangent = jax.linearize(step, here)
-            return widened(value), _diagonals(tangent, here, self.group.batch)
+            value, tangent = linearize(step, here)
+            return widened(value), widened(diagonals(tangent, here, self.group.batch))
         return value_and_jacobian(step, here, self.group)
 
-    def _solved(self, A: Any, off: list[Any]) -> list[Any]:
-        """The correction, from the coefficients and what the guess is off by."""
+    def _carried(self, A: Any, off: list[Any]) -> list[Any]:
+        """Jₜ δₜ₋₁: what the corrections of the steps before add to the value, from J and what the guess is off by."""
         zero = [jnp.zeros_like(leaf[0]) for leaf in off]
         if self.group.elementwise:
-            before, last = solve_group(self.group, Affine(A, off), zero)
-        elif self.options.diagonal:
+            before, _ = solve_group(self.group, Affine(A, off), zero)
+            return [sum(a * leaf for a, leaf in zip(row, before, strict=True)) for row in A]
+        if self.options.diagonal:
             alone = Group((0,), (), elementwise=True, batch=0, clashes=())
             each = zip(A, off, zero, strict=True)
-            found = [solve_group(alone, Affine([[a]], [b]), [c]) for a, b, c in each]
-            before, last = [leaf for (leaf,), _ in found], [end for _, (end,) in found]
-        else:
-            b = jax.vmap(lambda leaves: flattened(leaves, self.group.batch))(off)
-            before, last = solve_group(self.group, Affine(A, b), zero)
-        return _after(before, last)
+            return [a * solve_group(alone, Affine([[a]], [b]), [c])[0][0] for a, b, c in each]
+        flat = jax.vmap(lambda leaves: flattened(leaves, self.group.batch))
+        before, _ = solve_group(self.group, Affine(A, flat(off)), zero)
+        return split_up(apply(A, flat(before)), [leaf.shape for leaf in zero], self.group.batch)
 
     def _sizes(self, after: list[Any], first: list[Any]) -> list[Any]:
         """How large each leaf has been so far, the leaf before the first step included.
@@ -252,25 +255,6 @@ def default_tolerance(dtype: Any) -> float:
     return 1e-10 if info.bits >= 64 else float(info.eps) * (16 if info.bits == 32 else 4)
 
 
-def _diagonals(tangent: Callable[..., Any], here: list[Any], batch: int) -> list[Any]:
-    """For each leaf the derivative of each entry with respect to itself, one entry of all rows after the other."""
-
-    def of_leaf(j):
-        shape = here[j].shape
-        rest = shape[batch:]
-
-        def entry(k):
-            one = (jnp.arange(math.prod(rest)) == k).astype(here[j].dtype).reshape(rest)
-            tangents = [jnp.broadcast_to(one, shape) if i == j else jnp.zeros_like(leaf) for i, leaf in enumerate(here)]
-            moved = tangent(tangents)[j].reshape(*shape[:batch], -1)
-            return jax.lax.dynamic_index_in_dim(moved, k, -1, keepdims=False)
-
-        entries = jax.lax.map(entry, jnp.arange(math.prod(rest)))
-        return jnp.moveaxis(entries, 0, -1).reshape(shape)
-
-    return widened([of_leaf(j) for j in range(len(here))])
-
-
 def _before(after: list[Any], first: list[Any]) -> list[Any]:
     """The leaves before every step, from those after it and those before the first."""
     return [as_weak_as(shifted(*each), each[1]) for each in zip(after, first, strict=True)]
@@ -288,6 +272,12 @@ def _difference(leaves: list[Any], others: list[Any]) -> list[Any]:
 def _leading(right: Any) -> Any:
     """How many steps are right before the first that is not."""
     return jnp.where(right.all(), len(right), jnp.argmin(right)).astype(jnp.int32)
+
+
+def _on_all_devices(step: Any) -> Any:
+    """The first of all devices of a `shard_map`: what they share stays the same on each if they read it at the same steps."""
+    axes = varying(step)
+    return jax.lax.pmin(step, axes) if axes else step
 
 
 def _largest_ratio(error: Any, size: Any) -> Any:

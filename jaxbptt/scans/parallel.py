@@ -1,7 +1,7 @@
 r"""Recurrences that are affine in the carry, in log T rounds: values and gradient as associative scans."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -9,12 +9,12 @@ from jaxbptt.along_time import at_one_step
 from jaxbptt.array_types import as_type
 from jaxbptt.arrays import check_count
 from jaxbptt.cells.cell import Adjoint, Cell
-from jaxbptt.programs.structure import Group, groups_of
+from jaxbptt.programs.structure import Group, groups_of, has_forward_mode
 from jaxbptt.scans import all_at_once
 from jaxbptt.scans.affine import solve
-from jaxbptt.scans.flags import Flags
+from jaxbptt.scans.flags import NO_FLAGS, Flags
 from jaxbptt.scans.passes import one_pass
-from jaxbptt.scans.recurrence import check_known_length, prepare
+from jaxbptt.scans.recurrence import Recurrence, check_known_length, prepare
 from jaxbptt.trees import is_differentiable, name
 
 
@@ -101,16 +101,53 @@ def parallel_scan(
     return all_at_once.strategy("parallel_scan", over_time, before, length, chunk_length)(r)
 
 
-def _affine_groups(on_leaves: all_at_once.AllAtOnce, params: Any, init: Any, xs: Any) -> list[Group]:
-    """The groups of the carry's leaves; raises for a step that is not affine in one of them."""
+class Coefficients(NamedTuple):
+    """What is known of Aₜ before anything is computed.
+
+    Attributes:
+        affine: whether the step is affine in the carry.
+        numbers: of Aₜ at one time step.
+        forward_mode: whether Aₜ can be computed, so that `parallel_scan` or `newton_scan` can be called.
+    """
+
+    affine: bool
+    numbers: int
+    forward_mode: bool
+
+
+def coefficients_of(step: Callable[..., Any] | Cell, r: Recurrence) -> Coefficients:
+    """The `Coefficients` of a recurrence."""
+    over_time, r = one_pass(step, None, r, NO_FLAGS, 1)
+    on_leaves = all_at_once.AllAtOnce.of(over_time, r.init)
+    groups = _groups(on_leaves, r.params, r.init, r.xs)
+    leaves = on_leaves.leaves.split(r.init)
+    return Coefficients(
+        affine=not any(group.clashes for group in groups),
+        numbers=sum(all_at_once.coefficients(group, leaves) for group in groups),
+        forward_mode=has_forward_mode(on_leaves.step, leaves, (r.params, at_one_step(r.xs))),
+    )
+
+
+def _groups(on_leaves: all_at_once.AllAtOnce, params: Any, init: Any, xs: Any) -> list[Group]:
+    """The groups of the carry's real leaves, and in each the pairs that keep it from being affine."""
     carry = [as_type(jax.typeof(leaf)) for leaf in on_leaves.leaves.split(init)]
     groups = groups_of(lambda parts, params, x: on_leaves.step(parts, (params, x)), carry, params, at_one_step(xs))
+    # What is no number runs in sequence, whatever it depends on.
+    return [
+        group if any(is_differentiable(carry[i]) for i in group.leaves) else group._replace(clashes=())
+        for group in groups
+    ]
+
+
+def _affine_groups(on_leaves: all_at_once.AllAtOnce, params: Any, init: Any, xs: Any) -> list[Group]:
+    """The groups; raises for a step that is not affine in one of them."""
+    groups = _groups(on_leaves, params, init, xs)
     paths = [name("carry", path) for path, _ in jax.tree_util.tree_leaves_with_path(init)]
     named = [
         path for path, flag in zip(paths, on_leaves.leaves.is_complex, strict=True) for path in [path] * (1 + flag)
     ]
     for group in groups:
-        if group.clashes and any(is_differentiable(carry[i]) for i in group.leaves):
+        if group.clashes:
             i, k = group.clashes[0]
             raise ValueError(
                 f"parallel_scan needs a step that is affine in the carry, cₜ = Aₜ cₜ₋₁ + bₜ, but the coefficient of {named[i]} "

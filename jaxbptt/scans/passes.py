@@ -28,6 +28,7 @@ from jaxbptt.scans.flags import Flags, with_flags
 from jaxbptt.scans.recurrence import Recurrence, length_for_scan
 from jaxbptt.scans.residuals import Residuals, stored_once
 from jaxbptt.scans.schedule import divisor_near
+from jaxbptt.scans.without_sums import back_without_sums
 from jaxbptt.trees import differentiable, differentiated_as
 
 Bars = tuple[Any, Any]  # of the last carry and of ys
@@ -114,7 +115,10 @@ class Pass:
 
         @cache
         def passed(segment, unroll):
-            how = _at_once if segment >= length else partial(_in_segments, segment)
+            if segment >= length:
+                how = _at_once
+            else:
+                how = back_without_sums if self.weights.sums_nothing else partial(_in_segments, segment)
             return partial(how, replace(self, unroll=unroll), length)
 
         def chosen(choices):
