@@ -189,6 +189,9 @@ def test_products_that_overflow_do_not_leak_nan(mixing):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(expected))
     for scan in (bptt.parallel_scan, bptt.parallel_adjoint_scan):
         assert_close(value_and_gradients(scan), expected)
+    # Nor does a state that overflowed get past a reset.
+    args = step, 1e20, leaf() + 1, xs
+    assert_close(bptt.parallel_scan(*args, **flags)[0], bptt.scan(*args, **flags)[0])
 
 
 @pytest.mark.slow
