@@ -255,6 +255,7 @@ def test_input_saliency(name, rows, word):
         assert not saliency[3:, :3].any()
 
 
+@pytest.mark.slow
 def test_diagnosis():
     """Padding counts for nothing, nor does the first step of a sequence: as if the rest were there alone."""
     cell = make_cell("elman")

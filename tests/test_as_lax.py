@@ -135,7 +135,7 @@ def results(transformed, scan, chosen=tuple(RECURRENCES), *, jit=True):
 
 
 PAIRS = {f"{name}, {by}": (name, strategy) for name in TRANSFORMED for by, strategy in STRATEGIES.items()}
-QUICK = "value, checkpointed_scan", "gradient, adjoint_scan", "gradient, checkpointed_scan"
+QUICK = "value, checkpointed_scan", "gradient, adjoint_scan"
 
 
 @cases("pair", PAIRS, *QUICK, "vmap, adjoint_scan", "nested, adjoint_scan")
@@ -158,7 +158,7 @@ MODES = {
 
 
 @strategies
-@cases("mode", MODES, "disable_jit", "debug_nans", "checking_leaks")
+@cases("mode", MODES, "debug_nans")
 def test_in_a_mode(mode, strategy):
     with mode():
         jit = mode is not nullcontext

@@ -30,7 +30,7 @@ def alone(layer, params, carry, xs):
 
 
 @pytest.mark.parametrize("name", ["elman", "lstm", "stack"])
-@pytest.mark.costly
+@pytest.mark.slow
 def test_rows_are_those_of_their_sequences(name):
     """With holes and sequences that follow each other in a row, under every exact strategy, in value and gradient."""
     layer, params, carry, xs = layer_and_args(name)

@@ -111,7 +111,7 @@ def compare(cell, batch, valid, rtol=None):
 
 
 @pytest.mark.usefixtures("cudnn_here")
-@cases("case", CASES, "rows", "layers", "padding", "padding of layers")
+@cases("case", CASES, "rows", "padding of layers")
 def test_equals_scan(case):
     compare(*case)
 

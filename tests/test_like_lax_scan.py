@@ -502,6 +502,7 @@ def test_side_effects_of_values_are_run_once():
         assert count == {"debug": STEPS, "io": STEPS}, name
 
 
+@pytest.mark.slow
 def test_side_effects_of_gradients():
     """Once for each time that a step is computed: `adjoint_scan` computes each once, others recompute it."""
     again = {"checkpointed_scan, segment_length": 2, "truncated_scan": 2}
@@ -622,6 +623,7 @@ def test_nested_both_ways():
     assert_all_like_lax_scan(run)
 
 
+@pytest.mark.slow
 def test_nested_with_a_counter_and_a_key():
     """Beside what is differentiated, in the carry that `lax.scan` hands over."""
 
@@ -642,6 +644,7 @@ def test_nested_with_a_counter_and_a_key():
     assert_all_like_lax_scan(run)
 
 
+@pytest.mark.slow
 def test_a_reset_carry_that_the_loss_does_not_read():
     """A leaf of it, at least; its gradient is 0."""
     step = lambda w, c, x: ({"a": jnp.tanh(w * c["a"] + x), "b": 0.5 * c["b"]}, c["a"])
@@ -849,7 +852,8 @@ SOLVED = {
 }
 
 
-@cases("solve", SOLVED)
+@pytest.mark.slow
+@pytest.mark.parametrize("solve", SOLVED.values(), ids=SOLVED)
 def test_solvers_inside_a_step(solve):
     step = lambda v, w, h, x: (jnp.tanh(solve(w, h, x)), h * w)
     strategies = dict(STRATEGIES)

@@ -127,7 +127,7 @@ IN_A_MODE = {
 }
 
 
-@cases("case", IN_A_MODE, "adjoint_scan-disable_jit", "checkpointed_scan, 1 checkpoint-disable_jit")
+@cases("case", IN_A_MODE, "adjoint_scan-disable_jit")
 def test_strategies(case):
     name, mode = case
     with MODES[mode]():

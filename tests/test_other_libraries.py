@@ -179,7 +179,7 @@ QUICK = ("nnx.GRUCell", "linen.OptimizedLSTMCell", "eqx.LSTMCell")
 
 @cases("module", MODULES, *QUICK)
 def test_gradient_is_that_of_its_own_library(module):
-    """In float32, to 1e-6; in one dimension more than the module takes, for Equinox."""
+    """In float32, to 3e-6, the tolerance of `newton_scan`; in one dimension more than the module takes, for Equinox."""
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
         make, kind = module
         cell, params, own = make(kind)
@@ -194,7 +194,7 @@ def test_gradient_is_that_of_its_own_library(module):
 
         (value, gradient), found = own(xs, loss), ours(params)
         for mine_value, mine in found:
-            assert_close(mine_value, value, rtol=1e-6)
+            assert_close(mine_value, value, rtol=3e-6)
             assert jax.tree.structure(mine) == jax.tree.structure(params)
             assert_close(jax.tree.leaves(mine), jax.tree.leaves(gradient), rtol=1e-6)
 

@@ -69,7 +69,7 @@ def test_segment_lengths(carry, steps, on_cpu):
 
 
 @pytest.mark.parametrize("name", ["gru", "lstm"])
-@pytest.mark.costly
+@pytest.mark.slow
 def test_second_derivatives_through_segments(name):
     cell = make_cell(name)
     params, init, xs = problem(cell, 17, (2,))
@@ -270,7 +270,7 @@ def test_contractions_that_differ_by_length(steps, other, is_other):
 
 
 @pytest.mark.parametrize("steps", [1, 19])
-@pytest.mark.costly
+@pytest.mark.slow
 def test_contraction_of_outputs_that_the_loss_does_not_use(steps):
     """The gradient of y = W h is taken by `contract` alone; of the loss of the last state there is none."""
 
