@@ -87,7 +87,7 @@ def test_flax_scan_runs_on_a_strategy(monkeypatch, strategy):
     expected = value_and_gradient(rnn)
     calls = []
 
-    def scan(f, init, xs, *, reverse, _split_transpose, **options):
+    def scan(f, init, xs, *, reverse, unroll, _split_transpose, **options):
         calls.append(f)
         return strategy(lambda _, carry, x: f(carry, x), None, init, xs, **options)
 

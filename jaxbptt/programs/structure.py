@@ -28,6 +28,10 @@ convert_element_type reduce_precision copy copy_p stop_gradient"""
 _N_ARY = """add sub mul div rem max min pow atan2 add_any and or xor eq ne lt le gt ge select_n clamp nextafter complex mul_add
 erf_inv random_bits"""
 _ELEMENTWISE = {*_UNARY.split(), *_N_ARY.split()}
+# Over a mapped axis: what they read of the carry is that of other rows as well.
+_OVER_ROWS = """psum psum2 psum_invariant pmax pmin ppermute pgather all_gather all_gather_invariant all_gather_reduced all_to_all
+ragged_all_to_all reduce_scatter psum_scatter unreduced_psum"""
+_COLLECTIVE = {*_OVER_ROWS.split()}
 _CUMULATIVE = {"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"}
 
 
@@ -62,7 +66,7 @@ _NOTHING = _Dependence({}, frozenset())
 def groups_of(fn: Callable[..., Any], carry: list[Any], *args: Any, look_for_clashes: bool = True) -> list[Group]:
     """The groups of `fn(carry, *args) -> carry` for arrays of these types, in the order in which they can be solved.
 
-    Whether they are affine is found only with `look_for_clashes`.
+    Whether they are affine is found only with `look_for_clashes`; where rows of a mapped axis are added up, always.
     """
     traced = program(fn, carry, *args)
     shapes = [var.aval.shape for var in traced.arguments[0]]
@@ -73,7 +77,8 @@ def groups_of(fn: Callable[..., Any], carry: list[Any], *args: Any, look_for_cla
     for eqn in traced.eqns:
         operands = [_NOTHING if isinstance(var, Literal) else found.get(var, _NOTHING) for var in eqn.invars]
         if any(operand.axes for operand in operands):
-            clashes = _clashes(eqn, operands) if look_for_clashes else frozenset()
+            look = look_for_clashes or not _kinds(eqn).isdisjoint(_COLLECTIVE)
+            clashes = _clashes(eqn, operands) if look else _clashes_of(operands)
             for number, var in enumerate(eqn.outvars):
                 found[var] = _Dependence(_joined(eqn, number, operands), clashes)
     new = [_NOTHING if isinstance(var, Literal) else found.get(var, _NOTHING) for var in traced.results]
@@ -150,7 +155,7 @@ def _components(reads: list[set[int]]) -> Iterator[list[int]]:
 
 def _clashes(eqn: Any, operands: list[_Dependence]) -> frozenset[tuple[int, int]]:
     """The pairs of leaves (i, k) for which the coefficient of i in the results depends on k."""
-    found = set[tuple[int, int]]().union(*(operand.clashes for operand in operands))
+    found = set(_clashes_of(operands))
     reading = [n for n, operand in enumerate(operands) if operand.axes]
     if not _is_linear(eqn, reading):
         linear = [n for n in reading if _is_linear(eqn, [n])]
@@ -167,11 +172,22 @@ def _clashes(eqn: Any, operands: list[_Dependence]) -> frozenset[tuple[int, int]
     return frozenset(found)
 
 
+def _clashes_of(operands: list[_Dependence]) -> frozenset[tuple[int, int]]:
+    return frozenset[tuple[int, int]]().union(*(operand.clashes for operand in operands))
+
+
+def _kinds(eqn: Any) -> set[str]:
+    """The names of an equation and of all those inside it."""
+    return {eqn.primitive.name, *(kind for inner, _ in subjaxprs(eqn) for kind in primitive_names(inner))}
+
+
 def _is_linear(eqn: Any, numbers: list[int]) -> bool:
     """Whether the results of an equation are linear in these operands, all others fixed: whether JAX can transpose it."""
     # A derivative given by the user need not be that of the function, and JAX transposes the function.
-    kinds = [eqn.primitive.name, *(kind for inner, _ in subjaxprs(eqn) for kind in primitive_names(inner))]
-    if any(kind.startswith(("custom_jvp_call", "custom_vjp_call")) for kind in kinds):
+    kinds = _kinds(eqn)
+    if any(kind.startswith(("custom_jvp_call", "custom_vjp_call", "stop_gradient")) for kind in kinds):
+        return False
+    if not kinds.isdisjoint(_COLLECTIVE):  # linear, but no row has a coefficient of its own
         return False
     types = [as_type(var.aval) for var in eqn.invars]
     moving = [types[n] for n in numbers]

@@ -29,9 +29,11 @@ from jaxbptt.scans.recurrence import Recurrence, length_for_scan
 from jaxbptt.scans.residuals import Residuals, stored_once
 from jaxbptt.scans.schedule import divisor_near
 from jaxbptt.scans.without_sums import back_without_sums
-from jaxbptt.trees import differentiable, differentiated_as
+from jaxbptt.trees import differentiable, differentiated_as, same_keys
 
 Bars = tuple[Any, Any]  # of the last carry and of ys
+# Time steps below which loops are the same on every platform.
+_FEW_STEPS = 32
 BarAndSums = tuple[Any, Any]  # of a carry, and the sums of the weight gradient over the steps after it
 
 
@@ -132,7 +134,7 @@ class Pass:
             # The transpose of a read at a computed position is a write into zeros of all time steps, at every step. So
             # derivatives go through the plain loop.
             back = differentiated_as(at_once, back)
-        (carry_bar, sums), xs_bar = back(params, bar_and_sums, residuals, xs, ys_bar)
+        (carry_bar, sums), xs_bar = back(params, bar_and_sums, *same_keys((residuals, xs)), ys_bar)
         return (fit(carry_bar, init, self.adjoint.perturbed.carry, "init"), sums), xs_bar
 
     def forward_and_back(
@@ -173,7 +175,8 @@ def one_pass(
     with_adjoint, params = differentiable_step(step, adjoint, r.step, r.params, r.init, r.xs)
     with_adjoint, r = with_flags(with_adjoint, r._replace(params=params), flags)
     # How many steps a symbolic length leaves over is not known; and mutable arrays can't be inside a branch for a platform.
-    if unroll is None and (with_adjoint.one_at_a_time or is_symbolic_dim(r.length)):
+    # A few steps gain nothing by it.
+    if unroll is None and (with_adjoint.one_at_a_time or is_symbolic_dim(r.length) or r.length < _FEW_STEPS):
         unroll = 1
     return Pass(with_adjoint, unroll), r._replace(xs=flipped(r.xs)) if r.reverse else r
 
