@@ -18,6 +18,7 @@ from jax import export
 from reference import CELLS, EXACT, assert_close, cases, make_cell, problem, random_like
 
 import jaxbptt as bptt
+from jaxbptt.scans import passes
 
 PLATFORMS = "cuda", "rocm", "tpu"
 # Enough steps to be cut into segments wherever a strategy does so, with some left over.
@@ -135,8 +136,9 @@ def test_one_program_for_cpu_and_gpu_has_the_same_numbers():
     assert_close(program.call(*args), jax.jit(gradients)(*args))
 
 
-def test_choices_are_those_of_the_platform_that_is_lowered_for():
+def test_choices_are_those_of_the_platform_that_is_lowered_for(monkeypatch):
     """On a CPU the weight gradient is added up over segments, in a loop around that over time steps."""
+    monkeypatch.setattr(passes, "_FEW_STEPS", 0)
     cell, args, _ = of_cell("elman")
 
     def loops(*platforms):
@@ -155,7 +157,8 @@ UNROLLED = "adjoint_scan", "checkpointed_scan", "truncated_scan", "windowed_scan
 
 @pytest.mark.costly
 @pytest.mark.parametrize("name", UNROLLED)
-def test_loops_are_unrolled_as_the_platform_needs_it(name):
+def test_loops_are_unrolled_as_the_platform_needs_it(name, monkeypatch):
+    monkeypatch.setattr(passes, "_FEW_STEPS", 0)
     cell, args, _ = of_cell("elman")
 
     def steps(gradients, platform, **options):

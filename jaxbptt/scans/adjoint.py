@@ -66,7 +66,8 @@ def adjoint_scan(
         adjoint: the backward of one step. By default the `Cell`'s own, or else derived from `step`.
         clip_adjoint: the largest magnitude that an entry of c̄ may have as it passes from step to step, or a function of c̄
             that returns it clipped. `None` for the exact gradient.
-        unroll: time steps in one iteration of the compiled loops, as for `lax.scan`. `None` for 8 on CUDA, and 1 elsewhere.
+        unroll: time steps in one iteration of the compiled loops, as for `lax.scan`. `None` for 8 on CUDA,
+            from 32 steps on, and 1 elsewhere.
 
     Returns:
         The last carry, and the yₜ stacked on a leading time axis.

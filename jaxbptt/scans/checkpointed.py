@@ -63,7 +63,8 @@ def checkpointed_scan(
         segment_length: s, time steps, at least 1; from T on, all of them are one segment.
         checkpoints: c, states kept at the same time, the first included, from 1 to T.
         adjoint: the backward of one step. By default the `Cell`'s own, or else derived from `step`.
-        unroll: time steps in one iteration of the compiled loops, as for `lax.scan`. `None` for 8 on CUDA, and 1 elsewhere.
+        unroll: time steps in one iteration of the compiled loops, as for `lax.scan`. `None` for 8 on CUDA,
+            from 32 steps on, and 1 elsewhere.
 
     Returns:
         The last carry, and the yₜ stacked on a leading time axis.

@@ -44,8 +44,8 @@ def parallel_adjoint_scan(
         adjoint: the backward of one step, which must allow `jax.vmap`. By default the `Cell`'s own, or else derived.
         chunk_length: C, time steps whose Jacobians exist at a time. By default as many as take four times the bytes of
             the residuals at most, and 16 at least.
-        unroll: time steps in one iteration of the compiled forward loop, as for `lax.scan`. `None` for 8 on CUDA, and 1
-            elsewhere.
+        unroll: time steps in one iteration of the compiled forward loop, as for `lax.scan`. `None` for 8 on CUDA,
+            from 32 steps on, and 1 elsewhere.
 
     Returns:
         The last carry, and the yₜ stacked on a leading time axis.

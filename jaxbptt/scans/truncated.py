@@ -54,7 +54,8 @@ def truncated_scan(
         params: θ; arrays that `step` closes over get their gradient as well.
         truncation_length: K, time steps; it need not divide T.
         adjoint: the backward of one step. By default the `Cell`'s own, or else derived from `step`.
-        unroll: time steps in one iteration of the compiled loops, as for `lax.scan`. `None` for 8 on CUDA, and 1 elsewhere.
+        unroll: time steps in one iteration of the compiled loops, as for `lax.scan`. `None` for 8 on CUDA,
+            from 32 steps on, and 1 elsewhere.
 
     Returns:
         The last carry, and the yₜ stacked on a leading time axis.

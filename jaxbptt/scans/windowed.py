@@ -58,8 +58,8 @@ def windowed_scan(
         params: θ; arrays that `step` closes over get their gradient as well.
         window: W, time steps.
         adjoint: the backward of one step, which must allow `jax.vmap`. By default the `Cell`'s own, or else derived.
-        unroll: time steps in one iteration of the compiled forward loop, as for `lax.scan`. `None` for 8 on CUDA, and 1
-            elsewhere.
+        unroll: time steps in one iteration of the compiled forward loop, as for `lax.scan`. `None` for 8 on CUDA,
+            from 32 steps on, and 1 elsewhere.
 
     Returns:
         The last carry, and the yₜ stacked on a leading time axis.
