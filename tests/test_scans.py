@@ -243,9 +243,10 @@ def test_branches_do_not_leak_nan(strategy):
     assert_close(mine, jax.grad(partial(loss, python_loop), argnums=(0, 1))(*args))
 
 
-@pytest.mark.parametrize("strategy", [s for s in ALL.values() if s not in (bptt.scan, bptt.newton_scan)], ids=str)
+@pytest.mark.parametrize("name", [name for name in ALL if name not in ("scan", "newton_scan")])
 @pytest.mark.costly
-def test_unroll_changes_nothing(strategy):
+def test_unroll_changes_nothing(name):
+    strategy = ALL[name]
     cell = make_cell("lstm")
     args = problem(cell, 7, (2,))
     loss = lambda params, unroll: jnp.sum(strategy(cell, params, *args[1:], unroll=unroll)[1] ** 2)
