@@ -213,7 +213,6 @@ UNDEFINED = ("log_norms", "jacobian_operators", "gradient_flossing")
     "name",
     {name: name for name in ANALYSIS},
     "gradient_flow",
-    "state_jacobians and what is made of them",
     "lyapunov_exponents",
 )
 def test_analysis(name, mode):

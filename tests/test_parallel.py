@@ -363,10 +363,10 @@ def test_float32_is_as_near_to_float64_as_the_loop():
 
 
 def test_half_precision_is_summed_in_single():
-    ones = jnp.ones((1000,), jnp.bfloat16)
+    ones = jnp.ones((400,), jnp.bfloat16)
     h, _ = bptt.parallel_scan(lambda p, h, x: (h + x, h), None, jnp.zeros((), jnp.bfloat16), ones)
     assert h.dtype == jnp.bfloat16
-    assert abs(float(h) - 1000) <= 4  # in bfloat16 the sum stops at 256
+    assert abs(float(h) - 400) <= 2  # in bfloat16 the sum stops at 256
 
 
 @pytest.mark.slow
