@@ -92,15 +92,10 @@ def has_forward_mode(fn: Callable[..., Any], carry: list[Any], *args: Any) -> bo
     found = set(traced.arguments[0])
     for eqn in traced.eqns:
         if not found.isdisjoint(var for var in eqn.invars if not isinstance(var, Literal)):
-            if _has_custom_vjp(eqn):
+            if any(kind.startswith("custom_vjp_call") for kind in _kinds(eqn)):
                 return False
             found.update(eqn.outvars)
     return True
-
-
-def _has_custom_vjp(eqn: Any) -> bool:
-    inside = (other for jaxpr, _ in subjaxprs(eqn) for other in jaxpr.eqns)
-    return eqn.primitive.name.startswith("custom_vjp_call") or any(map(_has_custom_vjp, inside))
 
 
 def _group(component: list[int], new: list[_Dependence], shapes: list[Any], reads: list[set[int]]) -> Group:

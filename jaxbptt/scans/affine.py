@@ -210,9 +210,13 @@ def flattened(leaves: list[Any], batch: int) -> Any:
 
 def split_up(flat: Any, shapes: list[Any], batch: int) -> list[Any]:
     """Leaves `[time, *shape]` from one array `[time, *batch, N]`."""
+    return [part.reshape(len(flat), *shape) for part, shape in zip(_parts(flat, shapes, batch), shapes, strict=True)]
+
+
+def _parts(flat: Any, shapes: list[Any], batch: int) -> list[Any]:
+    """One array `[..., N]` cut where the entries of each leaf end."""
     sizes = [math.prod(shape[batch:]) for shape in shapes]
-    parts = jnp.split(flat, list(itertools.accumulate(sizes))[:-1], axis=-1)
-    return [part.reshape(len(flat), *shape) for part, shape in zip(parts, shapes, strict=True)]
+    return jnp.split(flat, list(itertools.accumulate(sizes))[:-1], axis=-1)
 
 
 def _diagonals(tangent: Callable[..., Any], here: list[Any]) -> list[list[Any]]:
@@ -227,17 +231,16 @@ def _diagonals(tangent: Callable[..., Any], here: list[Any]) -> list[list[Any]]:
 def _matrix(tangent: Callable[..., Any], here: list[Any], batch: int) -> Any:
     """`[*batch, N, N]`: the Jacobian, whose columns are the tangents of a basis, the same for every row."""
     shapes = [leaf.shape for leaf in here]
-    sizes = [math.prod(shape[batch:]) for shape in shapes]
+    size = sum(math.prod(shape[batch:]) for shape in shapes)
 
     def column(one):
-        parts = jnp.split(one, list(itertools.accumulate(sizes))[:-1])
         ones = [
             sharded_like(jnp.broadcast_to(part.reshape(shape[batch:]), shape).astype(leaf.dtype), leaf)
-            for part, shape, leaf in zip(parts, shapes, here, strict=True)
+            for part, shape, leaf in zip(_parts(one, shapes, batch), shapes, here, strict=True)
         ]
         return flattened(widened(tangent(ones)), batch)
 
-    return jax.vmap(column, out_axes=-1)(jnp.eye(sum(sizes), dtype=here[0].dtype))
+    return jax.vmap(column, out_axes=-1)(jnp.eye(size, dtype=here[0].dtype))
 
 
 # The product of many coefficients may overflow where no state does. At a reset, where A is 0, and before anything has entered,

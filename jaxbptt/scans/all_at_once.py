@@ -206,10 +206,8 @@ def back(
         params, carry_bar, residuals, xs, ys_bar
     )
 
-    def at_t(residuals, x, carry_bar, y_bar):
-        return one_step_back(params, residuals, x, carry_bar, y_bar)
-
-    everywhere = at_all_steps(at_t, length, one_at_a_time=over_time.step.one_at_a_time)
+    back_at_t = partial(one_step_back, params)
+    everywhere = at_all_steps(back_at_t, length, one_at_a_time=over_time.step.one_at_a_time)
     before, deltas = everywhere(residuals, xs, carry_bars, ys_bar)
     sums, xs_bar = over_time.weights.add(params, over_time.weights.zeros(), residuals, xs, ys_bar, deltas, length)
     return over_time.weights.finish(sums), jax.tree.map(lambda leaf: leaf[0], before), xs_bar
