@@ -80,6 +80,11 @@ class AllAtOnce(NamedTuple):
 
         return cls(leaves, step)
 
+    def groups(self, params: Any, init: Any, xs: Any, *, look_for_clashes: bool = True) -> list[Group]:
+        """The groups of the leaves."""
+        carry = [as_type(jax.typeof(leaf)) for leaf in self.leaves.split(init)]
+        return groups_of(self.step, carry, (params, at_one_step(xs)), look_for_clashes=look_for_clashes)
+
 
 def strategy(
     strategy_name: str,

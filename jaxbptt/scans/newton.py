@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxbptt.along_time import at_one_step, flipped, room
-from jaxbptt.array_types import as_type
+from jaxbptt.along_time import flipped, room
 from jaxbptt.arrays import as_array, check_count, is_number
 from jaxbptt.cells.cell import Adjoint, Cell
 from jaxbptt.html_table import fields_table
-from jaxbptt.programs.structure import Group, groups_of
+from jaxbptt.programs.structure import Group
 from jaxbptt.scans.affine import at_all_steps
 from jaxbptt.scans.all_at_once import AllAtOnce, strategy
 from jaxbptt.scans.flags import Flags
@@ -252,9 +251,7 @@ class _Solver(NamedTuple):
         over_time, r = one_pass(r.step, adjoint, r, flags, 1)
         over_time.check_recomputable(strategy_name)
         on_leaves = AllAtOnce.of(over_time, r.init)
-        carry = [as_type(jax.typeof(leaf)) for leaf in on_leaves.leaves.split(r.init)]
-        groups = groups_of(on_leaves.step, carry, (r.params, at_one_step(r.xs)), look_for_clashes=False)
-
+        groups = on_leaves.groups(r.params, r.init, r.xs, look_for_clashes=False)
         guessed, flagged = guess is not None, flags.given
 
         def guess_of(xs):

@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxbptt.along_time import at_one_step
-from jaxbptt.array_types import as_type
 from jaxbptt.arrays import check_count
 from jaxbptt.cells.cell import Adjoint, Cell
-from jaxbptt.programs.structure import Group, groups_of, has_forward_mode
+from jaxbptt.programs.structure import Group, has_forward_mode
 from jaxbptt.scans import all_at_once
 from jaxbptt.scans.affine import solve
 from jaxbptt.scans.flags import NO_FLAGS, Flags
@@ -130,12 +129,11 @@ def coefficients_of(step: Callable[..., Any] | Cell, r: Recurrence) -> Coefficie
 
 def _groups(on_leaves: all_at_once.AllAtOnce, params: Any, init: Any, xs: Any) -> list[Group]:
     """The groups of the carry's real leaves, and in each the pairs that keep it from being affine."""
-    carry = [as_type(jax.typeof(leaf)) for leaf in on_leaves.leaves.split(init)]
-    groups = groups_of(lambda parts, params, x: on_leaves.step(parts, (params, x)), carry, params, at_one_step(xs))
+    leaves = on_leaves.leaves.split(init)
     # What is no number runs in sequence, whatever it depends on.
     return [
-        group if any(is_differentiable(carry[i]) for i in group.leaves) else group._replace(clashes=())
-        for group in groups
+        group if any(is_differentiable(leaves[i]) for i in group.leaves) else group._replace(clashes=())
+        for group in on_leaves.groups(params, init, xs)
     ]
 
 
