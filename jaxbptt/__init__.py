@@ -7,6 +7,7 @@ import importlib as _importlib
 from typing import Any as _Any
 
 from jaxbptt import analysis as analysis
+from jaxbptt import influences as influences
 from jaxbptt import interop as interop
 from jaxbptt import models as models
 from jaxbptt import scans as scans
@@ -68,6 +69,7 @@ from jaxbptt.cells.rate import rate as rate
 from jaxbptt.cells.rg_lru import RGLRUParams as RGLRUParams
 from jaxbptt.cells.rg_lru import rg_lru as rg_lru
 from jaxbptt.cells.stack import stack as stack
+from jaxbptt.influences.influence import Influence as Influence
 from jaxbptt.models.model import load as load
 from jaxbptt.network import Network as Network
 from jaxbptt.network import NetworkParams as NetworkParams
@@ -78,6 +80,7 @@ from jaxbptt.scans.checkpointed import checkpointed_scan as checkpointed_scan
 from jaxbptt.scans.cudnn import cudnn_scan as cudnn_scan
 from jaxbptt.scans.exact import scan as scan
 from jaxbptt.scans.flags import valid_from_lengths as valid_from_lengths
+from jaxbptt.scans.forward import forward_scan as forward_scan
 from jaxbptt.scans.newton import newton_scan as newton_scan
 from jaxbptt.scans.newton import newton_states as newton_states
 from jaxbptt.scans.parallel import parallel_scan as parallel_scan

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxbptt.analysis.norms import norm, norm_over_time
-from jaxbptt.analysis.readout import readout
+from jaxbptt.programs.readout import readout
 from jaxbptt.analysis.trajectory import Trajectory
 from jaxbptt.arrays import scalar_loss
 from jaxbptt.cells.cell import Cell

@@ -23,9 +23,9 @@ def with_flagged_input(step: Any) -> Any:
 
     def flagged_step(params, carry, x_and_flags):
         x, first, valid = x_and_flags
-        params, carry, runs_on = _start(params, carry, x, first, valid)
+        params, carry, runs_on = start(params, carry, x, first, valid)
         new_carry, y = step(params, *runs_on)
-        return _taken(valid, new_carry, carry), _present(valid, y)
+        return taken(valid, new_carry, carry), present(valid, y)
 
     return flagged_step
 
@@ -35,11 +35,11 @@ def with_flagged_readout(step: Any, read: Any) -> Any:
 
     def flagged_read(params, carry, x_and_flags, new_carry):
         x, first, valid = x_and_flags
-        params, _, runs_on = _start(params, carry, x, first, valid)
+        params, _, runs_on = start(params, carry, x, first, valid)
         if valid is not None:
             # A padded step reads its own carry, whose output is dropped, and not the one that is held.
             new_carry = select_rows(valid, new_carry, step(params, *runs_on)[0])
-        return _present(valid, read(params, *runs_on, new_carry))
+        return present(valid, read(params, *runs_on, new_carry))
 
     return flagged_read
 
@@ -49,21 +49,21 @@ def adjoint_with_flagged_input(adjoint: PerturbedAdjoint, reset: Any) -> Adjoint
 
     def forward(params, carry, x_and_flags):
         x, first, valid = x_and_flags
-        params, carry, runs_on = _start(params, carry, x, first, valid)
+        params, carry, runs_on = start(params, carry, x, first, valid)
         (new_carry, y), residuals = adjoint.forward(params, *runs_on)
-        return (_taken(valid, new_carry, carry), _present(valid, y)), residuals
+        return (taken(valid, new_carry, carry), present(valid, y)), residuals
 
     def backward(params, residuals, x_and_flags, carry_bar, y_bar):
         params, _, padding = params
         x, first, valid = x_and_flags
-        bars = _present(valid, carry_bar), _present(valid, y_bar)
+        bars = present(valid, carry_bar), present(valid, y_bar)
         previous_bar, delta = adjoint.backward(params, residuals, _inputs(valid, x, padding), *bars)
         previous_bar = fit(previous_bar, carry_bar, adjoint.perturbed.carry, "init")
-        carry_bar = _taken(valid, previous_bar, carry_bar)
+        carry_bar = taken(valid, previous_bar, carry_bar)
         if first is None:
             return carry_bar, (delta, None)
         zeros = jax.tree.map(jnp.zeros_like, carry_bar)
-        first = _begins(first, valid)
+        first = begins(first, valid)
         return select_rows(first, zeros, carry_bar), (delta, select(select_rows(first, carry_bar, zeros), reset))
 
     def contract(params, residuals, xs_and_flags, ys_bar, deltas):
@@ -71,11 +71,11 @@ def adjoint_with_flagged_input(adjoint: PerturbedAdjoint, reset: Any) -> Adjoint
         xs, _, valid = xs_and_flags
         deltas, reset_bars = deltas
         ran_on = _inputs(valid, xs, padding)
-        params_bar, xs_bar = adjoint.contract(params, residuals, ran_on, _present(valid, ys_bar), deltas)
+        params_bar, xs_bar = adjoint.contract(params, residuals, ran_on, present(valid, ys_bar), deltas)
         params_bar = fit(params_bar, params, adjoint.perturbed.params, "params")
         xs_bar = fit(xs_bar, xs, adjoint.perturbed.x, "xs")
         if valid is not None:
-            xs_bar = _taken(valid, xs_bar, jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), xs_bar))
+            xs_bar = taken(valid, xs_bar, jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), xs_bar))
         reset_bar = jax.tree.map(lambda leaf: leaf.sum(axis=0), reset_bars)
         # The results of padded steps are dropped, so what they run on has no gradient.
         no_bar = jax.tree.map(jnp.zeros_like, differentiable(padding))
@@ -122,10 +122,10 @@ def has_rows(leaf: Any, axes: tuple[int, ...]) -> bool:
     return leaf.shape[: len(axes)] == axes
 
 
-def _start(params: Any, carry: Any, x: Any, first: Any, valid: Any) -> tuple[Any, Any, tuple[Any, Any]]:
+def start(params: Any, carry: Any, x: Any, first: Any, valid: Any) -> tuple[Any, Any, tuple[Any, Any]]:
     """The params, the carry as it stands before a step, and the carry and input that the step runs on."""
     params, reset_carry, padding = params
-    carry = carry if first is None else select_rows(_begins(first, valid), reset_carry, carry)
+    carry = carry if first is None else select_rows(begins(first, valid), reset_carry, carry)
     return params, carry, (carry, x) if valid is None else select_rows(valid, (carry, x), padding)
 
 
@@ -134,15 +134,15 @@ def _inputs(valid: Any, xs: Any, padding: Any) -> Any:
     return xs if valid is None else select_rows(valid, xs, padding[1])
 
 
-def _begins(first: Any, valid: Any) -> Any:
+def begins(first: Any, valid: Any) -> Any:
     return first if valid is None else first & valid  # a padded step resets nothing
 
 
-def _taken(valid: Any, new: Any, old: Any) -> Any:
+def taken(valid: Any, new: Any, old: Any) -> Any:
     return new if valid is None else select_rows(valid, new, old)
 
 
-def _present(valid: Any, tree: Any) -> Any:
+def present(valid: Any, tree: Any) -> Any:
     """`tree` with 0 in the rows that are padding."""
     if valid is None:
         return tree

@@ -86,6 +86,32 @@ def groups_of(fn: Callable[..., Any], carry: list[Any], *args: Any, look_for_cla
     return [_group(component, new, shapes, reads) for component in _components(reads)]
 
 
+def kept_axes(fn: Callable[..., Any], *args: Any) -> list[dict[int, Axes]]:
+    """For each leaf of the first result of `fn(*args)` the leaves of `args` that it depends on, by number, with the axes kept."""
+    traced = program(lambda *args: jax.tree.leaves(fn(*args)[0]), *args)
+    env = {var: {i: tuple(range(len(var.aval.shape)))} for i, var in enumerate(traced.inputs)}
+    return _kept(traced.eqns, env, traced.results)
+
+
+def _kept(eqns: list[Any], env: dict[Any, Any], results: list[Any]) -> list[dict[int, Axes]]:
+    """The same for variables, from those that are known; functions with a derivative of their own are opened."""
+    env = dict(env)
+
+    def of(var):
+        return {} if isinstance(var, Literal) else env.get(var, {})
+
+    for eqn in eqns:
+        operands = [of(var) for var in eqn.invars]
+        inside = [jaxpr for jaxpr, _ in subjaxprs(eqn)] if eqn.primitive.name.startswith("custom_") else []
+        if inside and len(inside[0].invars) == len(eqn.invars):
+            inner = dict(zip(inside[0].invars, operands, strict=True))
+            env |= zip(eqn.outvars, _kept(inside[0].eqns, inner, inside[0].outvars), strict=True)
+        elif any(operands):
+            found = [_Dependence(axes, frozenset()) for axes in operands]
+            env |= {var: _joined(eqn, number, found) for number, var in enumerate(eqn.outvars)}
+    return [of(var) for var in results]
+
+
 def has_forward_mode(fn: Callable[..., Any], carry: list[Any], *args: Any) -> bool:
     """Whether no `jax.custom_vjp` reads the carry in `fn(carry, *args)`: its derivative in forward mode is not known."""
     traced = program(fn, carry, *args)
@@ -241,6 +267,8 @@ def _moved(eqn: Any, number: int, operand: int) -> dict[int, int]:
         return {a: b for b, a in enumerate(left)}
     if kind == "dot_general":
         return _of_product(params["dimension_numbers"], operand, [len(var.aval.shape) for var in eqn.invars])
+    if kind == "gather":
+        return _of_gather(params["dimension_numbers"], params["slice_sizes"], operand, shape, len(result))
     if kind in ("concatenate", "split"):
         return {a: a for a in here if a != params.get("dimension", params.get("axis"))}
     if kind in ("slice", "dynamic_slice", "pad") and operand == 0:
@@ -273,3 +301,15 @@ def _of_product(numbers: Any, operand: int, ranks: list[int]) -> dict[int, int]:
     ]
     first = shared if operand == 0 else shared + len(free[0])
     return {a: b for b, a in enumerate(batch[operand])} | {a: first + k for k, a in enumerate(free[operand])}
+
+
+def _of_gather(numbers: Any, sizes: Any, operand: int, shape: tuple[int, ...], rank: int) -> dict[int, int]:
+    """The axes of an array that are read whole, or those of the indices: for each index its own entries."""
+    by_index = [a for a in range(rank) if a not in numbers.offset_dims]
+    if operand == 1:
+        return dict(enumerate(by_index))
+    mapped = list(numbers.operand_batching_dims)
+    found = {a: by_index[b] for a, b in zip(mapped, numbers.start_indices_batching_dims, strict=True)}
+    sliced = [a for a in range(len(shape)) if a not in numbers.collapsed_slice_dims and a not in mapped]
+    pairs = zip(sliced, numbers.offset_dims, strict=True)
+    return found | {a: b for a, b in pairs if sizes[a] == shape[a]}

@@ -47,12 +47,14 @@ class Pass:
         step: the step, and how its adjoint is made.
         unroll: time steps in one iteration of its loops, as for `lax.scan`; `None` for the platform's choice.
         adjoint: the step's `PerturbedAdjoint`; set by `differentiated`.
+        asked: what the caller takes a derivative with respect to; set by `differentiated`.
         weights: the `WeightGradient`; set by `prepared`.
     """
 
     step: DifferentiableStep
     unroll: int | bool | None
     adjoint: Any = None
+    asked: Any = None
     weights: Any = None
 
     def run(self, params: Any, init: Any, xs: Any, length: Any) -> tuple[Any, Any]:
@@ -79,7 +81,7 @@ class Pass:
 
     def differentiated(self, perturbed: Perturbed) -> "Pass":
         """For a derivative with respect to these leaves."""
-        return replace(self, adjoint=self.step.adjoint(perturbed))
+        return replace(self, adjoint=self.step.adjoint(perturbed), asked=perturbed)
 
     def wrapped(self, wrap: Callable[[PerturbedAdjoint], PerturbedAdjoint]) -> "Pass":
         """With `wrap(adjoint)` in the place of each adjoint of the step."""

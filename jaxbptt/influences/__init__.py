@@ -1,0 +1,4 @@
+"""Estimates of dc_t/dθ carried forward in time, for `forward_scan` and `tbptt`: one a file, exact or judged by `score_gradients`."""
+
+from jaxbptt.influences.influence import Influence as Influence
+from jaxbptt.influences.rtrl import rtrl as rtrl

@@ -1,0 +1,143 @@
+r"""The rows of a batch taken apart: the step of one row, where a step does the same to each row and nothing between them.
+
+An influence is kept for each row, and dc_t/dθ of a row needs a step in which the gradient of the params is not summed over all
+rows. So the step is traced once more for one row. Where rows are found, and of which inputs each has its own, is read off the
+step of the whole batch; a step whose rows can't be told apart counts as one row.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from jaxbptt.along_time import at_one_step
+from jaxbptt.programs.program import has_effects, program
+from jaxbptt.programs.structure import kept_axes
+from jaxbptt.programs.trace import ClosedParams, TracedStep, trace
+
+# What these make has no operand to read rows off: each row may get other numbers.
+_DRAWS = {"iota", "random_bits", "rng_bit_generator", "rng_uniform"}
+
+
+class Rows(NamedTuple):
+    """A step of one row.
+
+    Attributes:
+        step: `(params, carry, x) -> (carry, y)` for one row; params are the `ClosedParams` of the whole batch.
+        batch: sizes of the leading axes of the carry that are rows; () where all of it is one row.
+        x: for each leaf of x whether each row has its own.
+        one_at_a_time: whether the step branches, which a map over rows turns into selects.
+    """
+
+    step: Callable[..., Any]
+    batch: tuple[int, ...]
+    x: Any
+    one_at_a_time: bool
+
+    def map(self, fn: Callable[..., Any], *in_axes: Any) -> Callable[..., Any]:
+        """`fn` for all rows; `in_axes` has 0 for each argument with rows, and `None` for the others."""
+        for _ in self.batch:
+            fn = jax.vmap(fn, in_axes)
+        return fn
+
+    @property
+    def x_axes(self) -> Any:
+        """`in_axes` of x."""
+        return jax.tree.map(lambda flag: 0 if flag else None, self.x)
+
+
+def rows_of(step: Callable[..., Any], traced: TracedStep, init: Any, xs: Any) -> Rows:
+    """The rows of a step; `traced` is its trace for `init` and `xs`, whose leading axes may be those of a batch."""
+    x = at_one_step(xs)
+    for axes in range(_most_axes(traced, init, x), 0, -1):
+        found = _with_batch(step, traced, init, xs, axes)
+        if found is not None:
+            return found
+    return Rows(traced.step, (), jax.tree.map(lambda _: False, x), traced.one_at_a_time)
+
+
+def _most_axes(traced: TracedStep, init: Any, x: Any) -> int:
+    """Leading axes that all leaves of the carry have, with one size, where the step does nothing that hides them."""
+    if traced.refs or traced.one_at_a_time:
+        return 0
+    shapes = [leaf.shape for leaf in jax.tree.leaves(init)]
+    axes = 0
+    while shapes and all(len(shape) > axes for shape in shapes) and len({shape[axes] for shape in shapes}) == 1:
+        axes += 1
+    return axes
+
+
+def _with_batch(step: Callable[..., Any], traced: TracedStep, init: Any, xs: Any, axes: int) -> Rows | None:
+    """The rows on so many leading axes, or `None` if the step does not keep them apart."""
+    batch = jax.tree.leaves(init)[0].shape[:axes]
+    x = at_one_step(xs)
+    if _draws_by_row(traced, init, x, batch):
+        return None
+    carries = len(jax.tree.leaves(init))
+    own = [leaf.shape[:axes] == batch for leaf in jax.tree.leaves(x)]
+    known = len(jax.tree.leaves(traced.params))
+    flags = [False] * known + [True] * carries + own
+    rows = tuple(range(axes))
+    for result in kept_axes(traced.step, traced.params, init, x)[:carries]:
+        for i, found in result.items():
+            if flags[i] and found[:axes] != rows or not flags[i] and any(axis in rows for axis in found):
+                return None
+    has_own = jax.tree.unflatten(jax.tree.structure(x), own)
+    return _of_one_row(step, traced, init, xs, batch, has_own)
+
+
+def _draws_by_row(traced: TracedStep, init: Any, x: Any, batch: tuple[int, ...]) -> bool:
+    """Whether an equation makes numbers, or has effects, that may differ between rows without reading them."""
+    sizes = {size for size in batch if size != 1}
+    for eqn in program(traced.step, traced.params, init, x).eqns:
+        if has_effects(eqn):
+            return True
+        shape = eqn.params.get("shape", ()) if eqn.primitive.name in _DRAWS else ()
+        if sizes.intersection(shape):
+            return True
+    return False
+
+
+def _of_one_row(
+    step: Callable[..., Any], traced: TracedStep, init: Any, xs: Any, batch: tuple[int, ...], own: Any
+) -> Rows | None:
+    axes = tuple(range(len(batch)))
+
+    def of_row(params, carry, x):
+        carry = jax.tree.map(lambda leaf: jnp.expand_dims(leaf, axes), carry)
+        x = jax.tree.map(lambda flag, leaf: jnp.expand_dims(leaf, axes) if flag else leaf, own, x)
+        new_carry, _ = step(params, carry, x)
+        return jax.tree.map(lambda leaf: jnp.squeeze(leaf, axes), new_carry), ()
+
+    try:
+        one = trace(of_row, traced.like_params(traced.params), *_types_of_row(init, xs, own, len(axes)))
+    except Exception:  # a step that takes only batches of this size says so in its own way
+        return None
+    carry, _ = one.out_tree.unflatten([var.aval for var in one.jaxpr.outvars])
+    if jax.tree.map(jnp.shape, carry) != jax.tree.map(lambda leaf: leaf.shape[len(axes) :], init):
+        return None
+    # What the step closes over is found in both traces; but for constants it is passed on, to get its gradient.
+    whole = {id(const): i for i, const in enumerate(traced.params.closed_over)}
+    where = [whole.get(id(const)) for const in one.params.closed_over]
+    consts = [None if isinstance(const, Tracer) else const for const in one.params.closed_over]
+    if any(i is None and const is None for i, const in zip(where, consts, strict=True)):
+        return None
+
+    def step_of_row(params, carry, x):
+        closed_over = [consts[k] if i is None else params.closed_over[i] for k, i in enumerate(where)]
+        return one.step(ClosedParams(params.leaves, closed_over), carry, x)
+
+    return Rows(step_of_row, batch, own, one.one_at_a_time)
+
+
+def _types_of_row(init: Any, xs: Any, own: Any, axes: int) -> tuple[Any, Any]:
+    """The types of one row of the carry, and of its inputs over time."""
+
+    def without(leaf, first):
+        shape = (*leaf.shape[:first], *leaf.shape[first + axes :])
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+    carry = jax.tree.map(lambda leaf: without(leaf, 0), init)
+    return carry, jax.tree.map(lambda flag, leaf: without(leaf, 1) if flag else leaf, own, xs)

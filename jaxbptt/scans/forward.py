@@ -1,0 +1,300 @@
+r"""The gradient accumulated forward in time: the backward pass runs the recurrence once more, with an influence beside it.
+
+All that it keeps of the forward pass is init and xs. What the loss says of each output, ȳₜ, is known by then, so it is used up
+as the recurrence goes by.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters.partial_eval import dce_jaxpr
+from jaxtyping import Array
+
+from jaxbptt.along_time import at_one_step
+from jaxbptt.array_types import zeros
+from jaxbptt.arrays import check_key
+from jaxbptt.cells.cell import Cell
+from jaxbptt.influences.carried import Carried
+from jaxbptt.influences.influence import Influence
+from jaxbptt.influences.rtrl import rtrl
+from jaxbptt.programs.flagged import begins, present, select_rows, taken
+from jaxbptt.programs.perturbed import fit
+from jaxbptt.programs.readout import readout
+from jaxbptt.programs.rows import Rows, rows_of
+from jaxbptt.programs.trace import TracedStep, trace
+from jaxbptt.scans.derivative import with_derivative
+from jaxbptt.scans.flags import Flags
+from jaxbptt.scans.passes import Pass, one_pass
+from jaxbptt.scans.recurrence import prepare
+from jaxbptt.trees import combine, is_differentiable, partition
+
+
+def forward_scan(
+    step: Callable[..., Any] | Cell,
+    params: Any,
+    init: Any,
+    xs: Any = None,
+    *,
+    influence: Influence | None = None,
+    key: Any = None,
+    length: int | None = None,
+    is_first: Any = None,
+    valid: Any = None,
+    reset_carry: Any = None,
+    reverse: bool = False,
+    unroll: int | bool | None = None,
+) -> tuple[Any, Any]:
+    r"""`scan` whose gradient is accumulated forward in time, in memory that does not depend on T.
+
+    ∂L/∂θ = Σₜ ȳₜ ∂⁺yₜ/∂θ + āₜ Mₜ,  Mₜ = dcₜ/dθ = Jₜ Mₜ₋₁ + Fₜ
+
+    āₜ is ∂L/∂cₜ through yₜ alone, and for the last carry also what the loss says of it. Exact with `influences.rtrl()`, the
+    default; any other influence estimates M. The values are those of `scan`. Time of two forward passes and T times that of the
+    influence, O(n² p) for `rtrl`; memory, beyond xs, ys and their gradients, that of one step and of the influence.
+
+    The influence is kept for each row of a batch on its own. Rows are the leading axes of the carry along which the step does
+    the same to all; a step whose rows can't be told apart, as one that draws random numbers for all rows with one key, counts as
+    one row of B n numbers, which takes longer.
+
+    The gradient of `init` and of `reset_carry` is exact whatever the influence, and takes O(n³) a step where it is asked for.
+    There is none of `xs`.
+
+    Args:
+        step: as `scan`, like params, init, xs, length, is_first, valid, reset_carry and reverse.
+        params: θ; arrays that `step` closes over get their gradient as well.
+        influence: an `Influence`, such as `influences.snap(1)`; `influences.rtrl()` by default.
+        key: random key, for an influence that draws; the gradient is then a random one.
+        unroll: time steps in one iteration of the compiled loops, as for `lax.scan`. `None` for 8 on CUDA, from 32 steps on, and
+            1 elsewhere; of the loop with the influence always 1.
+
+    Returns:
+        The last carry, and the yₜ stacked on a leading time axis.
+
+    Raises:
+        ValueError: flags for rows that can't be told apart; in a gradient, an influence that draws without a `key`; as `scan`,
+            and whatever the influence raises.
+        TypeError: an `influence` that is no `Influence`, a `key` that is no random key; in a gradient, one with respect to `xs`,
+            or a step that writes to a mutable array (`jax.new_ref`) from outside; and as `scan`.
+
+    Example:
+        >>> import jax
+        >>> import jaxbptt as bptt
+        >>> cell = bptt.gru(3, 4)
+        >>> params, xs = cell.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (50, 3))
+        >>> loss = lambda params, scan: jax.numpy.mean(scan(cell, params, cell.initial_carry(), xs)[1] ** 2)
+        >>> forward, backward = (jax.grad(loss)(params, scan) for scan in (bptt.forward_scan, bptt.adjoint_scan))
+        >>> bool(jax.numpy.allclose(forward.W_hh, backward.W_hh, atol=1e-6))
+        True
+
+    References:
+        Williams and Zipser, A learning algorithm for continually running fully recurrent neural networks, 1989,
+        doi:10.1162/neco.1989.1.2.270.
+    """
+    influence = rtrl() if influence is None else influence
+    if not isinstance(influence, Influence):
+        raise TypeError(
+            f"influence is a {type(influence).__name__}, but it says how dc/dθ is carried forward: pass influences.rtrl(), another "
+            "of jaxbptt.influences, or an Influence(init, advance, pull)."
+        )
+    if key is not None:
+        check_key(key)
+    r = prepare(step, params, init, xs, length, is_first, valid, reverse=reverse)
+    traced = trace(r.step, r.params, r.init, r.xs)
+    recurrent = _Recurrent(traced, rows_of(r.step, traced, r.init, r.xs), influence)
+    flags = Flags(is_first, valid, reset_carry)
+    over_time, r = one_pass(traced.step, None, r._replace(step=traced.step, params=traced.params), flags, unroll)
+    recurrent.check_flags(flags)
+    length, flagged = r.length, flags.given
+
+    def run(params, init, xs):
+        return over_time.run(params, init, xs, length)
+
+    def in_sequence(params, init, xs):
+        return over_time.plain().run(params, init, xs, length)
+
+    def forward(over_time, params, init, xs):
+        over_time.check_recomputable("forward_scan")
+        return over_time.run(params, init, xs, length), key
+
+    def backward(over_time, params, init, xs, key, last_bar, ys_bar):
+        return _backward(over_time, recurrent, params, init, xs, key, last_bar, ys_bar, length, flagged=flagged)
+
+    return with_derivative("forward_scan", over_time, run, forward, backward, in_sequence=in_sequence)(r)
+
+
+class _Recurrent(NamedTuple):
+    """A step as it runs forward with an influence.
+
+    Attributes:
+        traced: the step of the whole batch.
+        rows: that of one row.
+        influence: what is carried for each row.
+    """
+
+    traced: TracedStep
+    rows: Rows
+    influence: Influence
+
+    def check_flags(self, flags: Flags) -> None:
+        """Raise where flags are given for rows that the step does not keep apart."""
+        for word, flag in (("is_first", flags.is_first), ("valid", flags.valid)):
+            if flag is not None and jnp.ndim(flag) - 1 > len(self.rows.batch):
+                raise ValueError(
+                    f"{word} has shape {jnp.shape(flag)}, but the rows of the carry can't be told apart, so the influence of one of "
+                    "them can't be reset or held: let no row read another, draw random numbers with a key for each row, or take "
+                    "another strategy."
+                )
+
+
+class _Start(NamedTuple):
+    """What a row started from: dcₜ/dc of its sequence, whether that was a reset, and the cotangents of both starts so far."""
+
+    matrix: Array
+    was_reset: Array
+    init_bar: Any
+    reset_bar: Any
+
+
+def _backward(
+    over_time: Pass,
+    recurrent: _Recurrent,
+    params: Any,
+    init: Any,
+    xs: Any,
+    key: Any,
+    last_bar: Any,
+    ys_bar: Any,
+    length: int,
+    *,
+    flagged: bool,
+) -> tuple[Any, Any, Any]:
+    """The gradients of (params, init, xs): forward over all steps, with the influence and the bars of the outputs."""
+    asked = over_time.asked
+    if any(jax.tree.leaves(asked.x)):
+        raise TypeError(
+            "forward_scan has no gradient of xs: ∂L/∂xₜ is what all later losses say of step t, and forward in time they are not "
+            "known yet. Take adjoint_scan, or checkpointed_scan where memory is short; or stop it, jax.lax.stop_gradient(xs)."
+        )
+    # The pass has traced what was traced before: its params are one list.
+    own, own_asked = map(over_time.step.like_params, (params, asked.params))
+    (as_list, reset, padding), reset_asked = (params, asked.params[1]) if flagged else ((params, None, None), None)
+    of_arguments = xs
+    xs, first, valid = xs if flagged else (xs, None, None)
+    traced, rows, influence = recurrent
+    carried = Carried(influence, rows, own_asked)
+    read = _Readout(traced, own_asked, ys_bar)
+    last_bar = _filled(last_bar, init)
+    reads = read.reads(own, init, at_one_step(xs))
+
+    def pulled(sums, start, M, bar):
+        """With what a cotangent of the carry says of the params, and of what the row started from."""
+        sums = jax.tree.map(jnp.add, sums, carried.pull(M, bar))
+        if start is None:
+            return sums, None
+        found = carried.pull_start(start.matrix, bar)
+        nothing = jax.tree.map(jnp.zeros_like, found)
+        of_init, of_reset = (select_rows(start.was_reset, *pair) for pair in ((nothing, found), (found, nothing)))
+        init_bar, reset_bar = jax.tree.map(jnp.add, (start.init_bar, start.reset_bar), (of_init, of_reset))
+        return sums, start._replace(init_bar=init_bar, reset_bar=reset_bar)
+
+    def body(state, at_t):
+        carry, M, start, sums = state
+        t, x, first, valid, y_bar = at_t
+        if first is not None:
+            here = begins(first, valid)
+            carry = select_rows(here, reset, carry)
+            M = select_rows(here, jax.tree.map(jnp.zeros_like, M), M)
+            if start is not None:
+                matrix = select_rows(here, carried.start(carry), start.matrix)
+                start = start._replace(matrix=matrix, was_reset=start.was_reset | here)
+        runs_on = (carry, x) if valid is None else select_rows(valid, (carry, x), padding)
+        new, _ = traced.step(own, *runs_on)
+        own_bar, old_bar, new_bar = read.pull(own, *runs_on, new, present(valid, y_bar))
+        if reads.params:
+            sums = jax.tree.map(lambda total, bar: total + bar.astype(total.dtype), sums, carried.as_pulled(own_bar))
+        if reads.old_carry:
+            sums, start = pulled(sums, start, M, old_bar)
+        M = taken(valid, carried.advance(own, M, *runs_on, None if key is None else jax.random.fold_in(key, t)), M)
+        if start is not None:
+            matrix = carried.advance_start(own, start.matrix, *runs_on)
+            start = start._replace(matrix=taken(valid, matrix, start.matrix))
+        if reads.new_carry:
+            sums, start = pulled(sums, start, M, new_bar)
+        return (taken(valid, new, carry), M, start, sums), None
+
+    M = carried.init(own, init, jax.tree.map(zeros, at_one_step(xs)))
+    sums = jax.tree.map(jnp.zeros_like, jax.eval_shape(carried.pull, M, last_bar))
+    start = None
+    if any(jax.tree.leaves((asked.carry, reset_asked))):
+        no_bar = jax.tree.map(jnp.zeros_like, last_bar)
+        was_reset = jnp.zeros(rows.batch if first is None else first.shape[1:], bool)
+        start = _Start(carried.start(init), was_reset, no_bar, no_bar)
+    over = jnp.arange(length), xs, first, valid, ys_bar
+    state, _ = over_time.plain().loop(body, (init, M, start, sums), over, length)
+    _, M, start, sums = state
+    sums, start = pulled(sums, start, M, last_bar)
+    own_bar = jax.tree.structure(own).flatten_up_to(carried.finish(sums, own))
+    params_bar: Any = jax.tree.unflatten(jax.tree.structure(as_list), own_bar)
+    init_bar = _without(init) if start is None else fit(start.init_bar, init, asked.carry, "init")
+    if flagged:
+        reset_bar = _without(reset) if start is None else fit(start.reset_bar, reset, reset_asked, "reset_carry")
+        params_bar = params_bar, reset_bar, _without(padding)
+    return params_bar, init_bar, _without(of_arguments)
+
+
+class _Reads(NamedTuple):
+    """What the outputs that the loss uses read directly, and not through what comes before it in this list."""
+
+    new_carry: bool
+    old_carry: bool
+    params: bool
+
+
+class _Readout(NamedTuple):
+    """How the outputs that a loss uses come about, for their cotangents `ys_bar`, `None` where it doesn't use one."""
+
+    traced: TracedStep
+    wanted: Any
+    ys_bar: Any
+
+    def pull(self, params: Any, carry: Any, x: Any, new_carry: Any, y_bar: Any) -> tuple[Any, Any, Any]:
+        """Cotangents of the wanted params, of the carry, and of the new carry."""
+        flags = self.wanted, *(jax.tree.map(is_differentiable, tree) for tree in (carry, new_carry))
+        diff, nondiff = partition((params, carry, new_carry), flags=flags)
+
+        def outputs(diff):
+            params, carry, new_carry = combine(diff, nondiff)
+            return self._used(readout(self.traced)(params, carry, x, new_carry))
+
+        _, vjp = jax.vjp(outputs, diff)
+        return vjp(jax.tree.leaves(y_bar))[0]
+
+    def reads(self, params: Any, carry: Any, x: Any) -> _Reads:
+        """What has a cotangent at all, by the trace of `pull`."""
+        leaves = [len(jax.tree.leaves(tree)) for tree in (params, carry, x, carry)]
+        closed = jax.make_jaxpr(lambda *args: self._used(readout(self.traced)(*args)))(params, carry, x, carry)
+        _, used = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+        ends = list(itertools.accumulate(leaves))
+        groups = [used[end - count : end] for end, count in zip(ends, leaves, strict=True)]
+        wanted = any(a and b for a, b in zip(groups[0], jax.tree.leaves(self.wanted), strict=True))
+        return _Reads(new_carry=any(groups[3]), old_carry=any(groups[1]), params=wanted)
+
+    def _used(self, y: Any) -> list[Any]:
+        leaves, treedef = jax.tree.flatten(y)
+        return [leaf for leaf, bar in zip(leaves, treedef.flatten_up_to(self.ys_bar), strict=True) if bar is not None]
+
+
+def _filled(bar: Any, carry: Any) -> Any:
+    """Cotangents of all leaves of the carry that have a derivative, 0 for those that the loss does not reach."""
+    treedef = jax.tree.structure(carry)
+    pairs = zip(jax.tree.leaves(carry), treedef.flatten_up_to(bar), strict=True)
+    filled = [(zeros(leaf) if bar is None else bar) if is_differentiable(leaf) else None for leaf, bar in pairs]
+    return treedef.unflatten(filled)
+
+
+def _without(tree: Any) -> Any:
+    """No gradient of any leaf."""
+    return jax.tree.map(lambda _: None, tree)
