@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from jaxbptt.array_types import as_type
-from jaxbptt.programs.evaluate import bind, subjaxprs
+from jaxbptt.programs.evaluate import bind, subjaxprs, wrapped
 from jaxbptt.programs.program import program
 from jaxbptt.programs.trace import primitive_names
 
@@ -24,9 +24,9 @@ Axes = tuple[int | None, ...]  # for each axis of a leaf, the axis of a variable
 
 _UNARY = """neg sign floor ceil round exp exp2 log log1p expm1 sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh
 logistic sqrt rsqrt cbrt square abs integer_pow not is_finite erf erfc erf_inv lgamma digamma real imag conj
-convert_element_type reduce_precision copy copy_p stop_gradient"""
+convert_element_type bitcast_convert_type reduce_precision copy copy_p stop_gradient"""
 _N_ARY = """add sub mul div rem max min pow atan2 add_any and or xor eq ne lt le gt ge select_n clamp nextafter complex mul_add
-erf_inv random_bits"""
+shift_left shift_right_logical shift_right_arithmetic"""
 _ELEMENTWISE = {*_UNARY.split(), *_N_ARY.split()}
 # Over a mapped axis: what they read of the carry is that of other rows as well.
 _OVER_ROWS = """psum psum2 psum_invariant pmax pmin ppermute pgather all_gather all_gather_invariant all_gather_reduced all_to_all
@@ -102,10 +102,11 @@ def _kept(eqns: list[Any], env: dict[Any, Any], results: list[Any]) -> list[dict
 
     for eqn in eqns:
         operands = [of(var) for var in eqn.invars]
-        inside = [jaxpr for jaxpr, _ in subjaxprs(eqn)] if eqn.primitive.name.startswith("custom_") else []
-        if inside and len(inside[0].invars) == len(eqn.invars):
-            inner = dict(zip(inside[0].invars, operands, strict=True))
-            env |= zip(eqn.outvars, _kept(inside[0].eqns, inner, inside[0].outvars), strict=True)
+        opened = eqn.primitive.name.startswith("custom_") or wrapped(eqn) is not None
+        inside = next((jaxpr for jaxpr, _ in subjaxprs(eqn) if len(jaxpr.invars) == len(eqn.invars)), None)
+        if opened and inside is not None:
+            inner = dict(zip(inside.invars, operands, strict=True))
+            env |= zip(eqn.outvars, _kept(inside.eqns, inner, inside.outvars), strict=True)
         elif any(operands):
             found = [_Dependence(axes, frozenset()) for axes in operands]
             env |= {var: _joined(eqn, number, found) for number, var in enumerate(eqn.outvars)}
@@ -250,6 +251,8 @@ def _moved(eqn: Any, number: int, operand: int) -> dict[int, int]:
     here = range(len(shape))
     if kind in _ELEMENTWISE:
         return {a: a for a in here if shape[a] == result[a]} if len(shape) == len(result) else {}
+    if kind == "random_bits":  # of an array of keys
+        return {a: a for a in here}
     if kind == "optimization_barrier":
         return {a: a for a in here} if operand == number else {}
     if kind in _CUMULATIVE:
