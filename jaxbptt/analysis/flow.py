@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxbptt.analysis.norms import norm, norm_over_time
-from jaxbptt.programs.readout import readout
 from jaxbptt.analysis.trajectory import Trajectory
 from jaxbptt.arrays import scalar_loss
 from jaxbptt.cells.cell import Cell
 from jaxbptt.html_table import fields_table
 from jaxbptt.programs.flagged import with_flagged_readout
+from jaxbptt.programs.readout import readout
 from jaxbptt.programs.trace import trace
 from jaxbptt.scans.flags import NO_FLAGS, Flags, beside_input
 from jaxbptt.scans.recurrence import Recurrence, prepare

@@ -15,7 +15,7 @@ from jaxbptt.influences.influence import Influence
 from jaxbptt.influences.state import state_jacobian, unravelled, vector
 from jaxbptt.programs.perturbed import fit
 from jaxbptt.programs.rows import Rows
-from jaxbptt.trees import combine, differentiable, is_array, partition
+from jaxbptt.trees import combine, is_array, partition
 
 
 class Carried(NamedTuple):

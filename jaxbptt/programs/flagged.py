@@ -135,10 +135,12 @@ def _inputs(valid: Any, xs: Any, padding: Any) -> Any:
 
 
 def begins(first: Any, valid: Any) -> Any:
-    return first if valid is None else first & valid  # a padded step resets nothing
+    """Where a row is reset: a padded step resets nothing."""
+    return first if valid is None else first & valid
 
 
 def taken(valid: Any, new: Any, old: Any) -> Any:
+    """`new` where there is a step, and `old` in padded rows."""
     return new if valid is None else select_rows(valid, new, old)
 
 

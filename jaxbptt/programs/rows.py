@@ -82,7 +82,7 @@ def _with_batch(step: Callable[..., Any], traced: TracedStep, init: Any, xs: Any
     rows = tuple(range(axes))
     for result in kept_axes(traced.step, traced.params, init, x)[:carries]:
         for i, found in result.items():
-            if flags[i] and found[:axes] != rows or not flags[i] and any(axis in rows for axis in found):
+            if found[:axes] != rows if flags[i] else any(axis in rows for axis in found):
                 return None
     has_own = jax.tree.unflatten(jax.tree.structure(x), own)
     return _of_one_row(step, traced, init, xs, batch, has_own)

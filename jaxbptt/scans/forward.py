@@ -210,16 +210,16 @@ def _backward(
             if start is not None:
                 matrix = select_rows(here, carried.start(carry), start.matrix)
                 start = start._replace(matrix=matrix, was_reset=start.was_reset | here)
-        runs_on = (carry, x) if valid is None else select_rows(valid, (carry, x), padding)
-        new, _ = traced.step(own, *runs_on)
-        own_bar, old_bar, new_bar = read.pull(own, *runs_on, new, present(valid, y_bar))
+        old, x = (carry, x) if valid is None else select_rows(valid, (carry, x), padding)
+        new, _ = traced.step(own, old, x)
+        own_bar, old_bar, new_bar = read.pull(own, old, x, new, present(valid, y_bar))
         if reads.params:
             sums = jax.tree.map(lambda total, bar: total + bar.astype(total.dtype), sums, carried.as_pulled(own_bar))
         if reads.old_carry:
             sums, start = pulled(sums, start, M, old_bar)
-        M = taken(valid, carried.advance(own, M, *runs_on, None if key is None else jax.random.fold_in(key, t)), M)
+        M = taken(valid, carried.advance(own, M, old, x, None if key is None else jax.random.fold_in(key, t)), M)
         if start is not None:
-            matrix = carried.advance_start(own, start.matrix, *runs_on)
+            matrix = carried.advance_start(own, start.matrix, old, x)
             start = start._replace(matrix=taken(valid, matrix, start.matrix))
         if reads.new_carry:
             sums, start = pulled(sums, start, M, new_bar)
@@ -240,7 +240,11 @@ def _backward(
     params_bar: Any = jax.tree.unflatten(jax.tree.structure(as_list), own_bar)
     init_bar = _without(init) if start is None else fit(start.init_bar, init, asked.carry, "init")
     if flagged:
-        reset_bar = _without(reset) if start is None else fit(start.reset_bar, reset, reset_asked, "reset_carry")
+        reset_bar = (
+            _without(reset)
+            if start is None or reset is None
+            else fit(start.reset_bar, reset, reset_asked, "reset_carry")
+        )
         params_bar = params_bar, reset_bar, _without(padding)
     return params_bar, init_bar, _without(of_arguments)
 
