@@ -428,7 +428,11 @@ def total(tree):
 
 
 # What a strategy says of a step that it is not made for.
-DOES_NOT_APPLY = ("needs a step that is affine in the carry",)
+DOES_NOT_APPLY = (
+    "needs a step that is affine in the carry",
+    "forward_scan has no gradient of xs",
+    "the rows of the carry can't be told apart",
+)
 
 
 def check(case):
@@ -588,10 +592,11 @@ def draw(rng: random.Random) -> Case:
         ("windowed_scan", {"window": max(steps, 1)}),
         ("parallel_adjoint_scan", {"chunk_length": rng.choice([None, 1, 3, 8, max(steps, 1)])}),
         ("parallel_scan", {"chunk_length": rng.choice([None, 3, 8])}),
+        ("forward_scan", {}),
         ("newton_scan", {"jacobian": rng.choice(["full", "diagonal"]), "chunk_length": rng.choice([None, 3, 8])}),
     ]
     if "overflow" in carry.values():  # their coefficients overflow with it, and 0 times them is nan
-        contenders = [each for each in contenders if not each[0].startswith(("parallel", "newton"))]
+        contenders = [each for each in contenders if not each[0].startswith(("parallel", "newton", "forward"))]
     if any(name.startswith(("custom_vjp", "symbolic zeros")) for name, *_ in program):  # no forward mode
         contenders = [each for each in contenders if each[0] not in ("parallel_scan", "newton_scan")]
     if steps > 100:

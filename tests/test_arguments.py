@@ -10,7 +10,7 @@ from reference import EXACT, UNCUT
 
 import jaxbptt as bptt
 
-ALL = EXACT | UNCUT
+ALL = EXACT | UNCUT | {"forward_scan": bptt.forward_scan}
 strategies = pytest.mark.parametrize("strategy", ALL.values(), ids=ALL)
 
 

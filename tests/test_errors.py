@@ -11,7 +11,8 @@ from reference import EXACT
 
 import jaxbptt as bptt
 
-strategies = pytest.mark.parametrize("strategy", EXACT.values(), ids=EXACT)
+STRATEGIES = EXACT | {"forward_scan": bptt.forward_scan}
+strategies = pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
 keep = lambda p, h, x: (h, x)
 
 

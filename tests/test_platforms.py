@@ -35,6 +35,7 @@ BARE = {
     "checkpointed_scan": bptt.checkpointed_scan,
     "checkpointed_scan, segment_length": partial(bptt.checkpointed_scan, segment_length=4),
     "checkpointed_scan, 3 checkpoints": partial(bptt.checkpointed_scan, checkpoints=3),
+    "forward_scan": bptt.forward_scan,
     "newton_scan": bptt.newton_scan,
     "parallel_adjoint_scan": bptt.parallel_adjoint_scan,
     "truncated_scan": partial(bptt.truncated_scan, truncation_length=4),

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxbptt.arrays import at_least_float32
 from jaxbptt.influences.influence import Influence
 from jaxbptt.influences.state import state_jacobian, unravelled, vector
 from jaxbptt.programs.perturbed import fit
 from jaxbptt.programs.rows import Rows
-from jaxbptt.trees import combine, is_array, partition
+from jaxbptt.trees import combine, is_array, partition, select
 
 
 class Carried(NamedTuple):
@@ -25,73 +26,81 @@ class Carried(NamedTuple):
         influence: the estimate.
         rows: the step of one row.
         wanted: for each leaf of the params whether it gets a gradient.
+        kept: for each leaf of the carry whether the influence on it counts: whether anything leads from the wanted params through
+            it to what the loss uses. The others are inputs of the step, as x is.
     """
 
     influence: Influence
     rows: Rows
     wanted: Any
+    kept: Any
+
+    @property
+    def moves(self) -> bool:
+        """Whether there is any influence: none where the params do not lead through the carry to what the loss uses."""
+        return any(jax.tree.leaves(self.kept)) and any(jax.tree.leaves(self.wanted))
 
     def init(self, params: Any, carry: Any, x: Any) -> Any:
         """No influence, for each row."""
-        wanted, step = self._of_row(params, carry)
+        if not self.moves:
+            return ()
+        step, wanted, state, inputs = self._of_row(params, carry, x)
 
-        def of_row(carry, x):
-            return self.influence.init(step, wanted, carry, x)
+        def of_row(state, inputs):
+            return self.influence.init(step, wanted, state, inputs)
 
-        return self.rows.map(of_row, 0, self.rows.x_axes)(_paired(carry), x)
+        return self.rows.map(of_row, 0, self._input_axes)(state, inputs)
 
     def advance(self, params: Any, M: Any, carry: Any, x: Any, key: Any) -> Any:
         """From before a step to after it; `carry` is that before it."""
-        wanted, step = self._of_row(params, carry)
+        if not self.moves:
+            return M
+        step, wanted, state, inputs = self._of_row(params, carry, x)
 
-        def of_row(M, carry, x, key):
-            return self.influence.advance(step, wanted, carry, x, M, key)
+        def of_row(M, state, inputs, key):
+            return self.influence.advance(step, wanted, state, inputs, M, key)
 
         keys = key if key is None or not self.rows.batch else jax.random.split(key, self.rows.batch)
-        return self.rows.map(of_row, 0, 0, self.rows.x_axes, 0)(M, _paired(carry), x, keys)
+        return self.rows.map(of_row, 0, 0, self._input_axes, 0)(M, state, inputs, keys)
 
-    def pull(self, M: Any, carry_bar: Any) -> Any:
-        """dL/dc times the influence, summed over rows: gradients of the wanted params, in the precision of the influence."""
+    def nothing(self, params: Any) -> Any:
+        """Zeros to add up gradients in, of real arrays and in single precision at least."""
+        wanted = _paired(select(params, self.wanted))
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, at_least_float32(leaf.dtype)), wanted)
+
+    def add(self, sums: Any, bars: Any) -> Any:
+        """With gradients of the wanted params."""
+        return jax.tree.map(lambda total, bar: total + bar.astype(total.dtype), sums, _paired_bar(bars))
+
+    def add_pulled(self, sums: Any, M: Any, carry_bar: Any) -> Any:
+        """With dL/dc times the influence, for all rows."""
+        if not self.moves:
+            return sums
         bars = self.rows.map(self.influence.pull, 0, 0)(M, _paired_bar(carry_bar))
-        return jax.tree.map(lambda leaf: leaf.sum(range(len(self.rows.batch))), bars)
-
-    def as_pulled(self, bars: Any) -> Any:
-        """Gradients of the wanted params in the form of what `pull` returns."""
-        return _paired_bar(bars)
+        rows = range(len(self.rows.batch))
+        return jax.tree.map(lambda total, bar: total + bar.sum(rows).astype(total.dtype), sums, bars)
 
     def finish(self, bars: Any, params: Any) -> Any:
-        """What `pull` returned, added up, as gradients like the wanted params."""
-        wanted = partition(params, flags=self.wanted)[0]
-        bars = _unpaired_bar(bars, wanted)
-        return fit(bars, params, self.wanted, "params")
-
-    def _of_row(self, params: Any, carry: Any) -> tuple[Any, Callable[..., Any]]:
-        """The wanted params as real arrays, and the step of one row as a function of them."""
-        wanted, others = partition(params, flags=self.wanted)
-
-        def step(paired, carry_of_row, x):
-            new_carry, y = self.rows.step(combine(_unpaired(paired, wanted), others), _unpaired(carry_of_row, carry), x)
-            return _paired(new_carry), y
-
-        return _paired(wanted), step
+        """What was added up, as gradients like the wanted params."""
+        return fit(_unpaired_bar(bars, select(params, self.wanted)), params, self.wanted, "params")
 
     def start(self, carry: Any) -> Array:
         """dc/dc, for each row: the identity `[*batch, n, n]`."""
 
-        def of_row(carry):
-            v = vector(carry)
+        def of_row(state):
+            v = vector(state)
             return jnp.eye(v.size, dtype=v.dtype)
 
-        return self.rows.map(of_row, 0)(_paired(carry))
+        return self.rows.map(of_row, 0)(_paired(select(carry, self.kept)))
 
     def advance_start(self, params: Any, start: Array, carry: Any, x: Any) -> Array:
         """The derivative of the carry with respect to that at the start, from before a step to after it."""
-        wanted, step = self._of_row(params, carry)
+        step, wanted, state, inputs = self._of_row(params, carry, x)
 
-        def of_row(start, carry, x):
-            return state_jacobian(step, wanted, carry, x) @ start
+        def of_row(start, state, inputs):
+            return state_jacobian(step, wanted, state, inputs) @ start
 
-        return self.rows.map(of_row, 0, 0, self.rows.x_axes)(start, _paired(carry), x)
+        return self.rows.map(of_row, 0, 0, self._input_axes)(start, state, inputs)
 
     def pull_start(self, start: Array, carry_bar: Any) -> Any:
         """dL/dc times it: a cotangent of the carry at the start."""
@@ -100,6 +109,23 @@ class Carried(NamedTuple):
             return unravelled(vector(bar) @ start, bar)
 
         return _unpaired_bar(self.rows.map(of_row, 0, 0)(start, _paired_bar(carry_bar)), carry_bar)
+
+    @property
+    def _input_axes(self) -> Any:
+        return self.rows.x_axes, 0
+
+    def _of_row(self, params: Any, carry: Any, x: Any) -> tuple[Callable[..., Any], Any, Any, Any]:
+        """The step of one row as the influence sees it, and its arguments: the wanted params, the kept carry, and its inputs."""
+        wanted, other_params = partition(params, flags=self.wanted)
+        state, others = partition(carry, flags=self.kept)
+
+        def step(paired, state_of_row, inputs):
+            x, others = inputs
+            full = combine(_unpaired(state_of_row, state), others)
+            new_carry, y = self.rows.step(combine(_unpaired(paired, wanted), other_params), full, x)
+            return _paired(select(new_carry, self.kept)), y
+
+        return step, _paired(wanted), _paired(state), (x, others)
 
 
 def _is_complex(leaf: Any) -> bool:

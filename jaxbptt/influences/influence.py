@@ -9,20 +9,19 @@ class Influence(NamedTuple):
 
     Mₜ = dcₜ/dθ = Jₜ Mₜ₋₁ + Fₜ,  Jₜ = ∂cₜ/∂cₜ₋₁,  Fₜ = ∂cₜ/∂θ at a fixed cₜ₋₁
 
-    All three functions see one row of a batch; what uses them maps them over rows. M is any pytree of floating-point arrays,
-    and all zeros stand for no influence, as before the first step.
+    All three functions see one row of a batch and real arrays: what uses them maps them over rows, takes complex arrays apart into
+    pairs, and puts `None` in the place of params without a gradient and of a carry without influence. M is any pytree of
+    floating-point arrays, and all zeros stand for no influence, as before the first step.
 
     - `forward_scan` multiplies Mₜ by what the loss of each output says of cₜ.
     - `tbptt` multiplies it, at the start of a chunk, by what the chunk says of the carry that it started from.
 
     Attributes:
         init: `(step, params, carry, x) -> M`, an influence of zeros, for a step with arguments of these shapes. `step` is
-            `step(params, carry, x) -> (carry, y)`; params are the real arrays that get a gradient, with `None` in the place of
-            others. A complex array is a pair of real ones, in params and carry.
+            `step(params, carry, x) -> (carry, y)`, of which y does not matter here.
         advance: `(step, params, carry, x, M, key) -> M`: from before a step to after it; `carry` is that before it. `key` is a
-            random key, a new one at each step, or `None` where the user gave none.
-        pull: `(M, carry_bar) -> params_bar`: dL/dc times M, like params. `carry_bar` is like the carry, with `None` in the
-            place of leaves without a derivative.
+            random key, a new one at each step and row, or `None` where the user gave none.
+        pull: `(M, carry_bar) -> params_bar`: dL/dc times M, like params; `carry_bar` is like the carry.
 
     Example:
         An influence of your own: only the diagonal of J, for a carry that is one array `[hidden]`, exact where no unit

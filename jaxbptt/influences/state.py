@@ -10,17 +10,16 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
 from jaxbptt.arrays import at_least_float32
-from jaxbptt.trees import combine, partition
 
 
 def vector(tree: Any) -> Array:
-    """The floating-point leaves of a tree, end to end, in single precision at least."""
-    wide = jax.tree.map(lambda leaf: leaf.astype(at_least_float32(leaf.dtype)), partition(tree)[0])
+    """The leaves of a tree end to end, in single precision at least."""
+    wide = jax.tree.map(lambda leaf: leaf.astype(at_least_float32(leaf.dtype)), tree)
     return ravel_pytree(wide)[0]
 
 
 def unravelled(v: Array, like: Any) -> Any:
-    """The tree of floating-point leaves whose vector is v."""
+    """The tree whose vector is v."""
     parts, start = [], 0
     for leaf in jax.tree.leaves(like):
         parts.append(v[start : start + leaf.size].reshape(leaf.shape).astype(leaf.dtype))
@@ -30,16 +29,15 @@ def unravelled(v: Array, like: Any) -> Any:
 
 def size(tree: Any) -> int:
     """The length of that vector."""
-    return sum(leaf.size for leaf in jax.tree.leaves(partition(tree)[0]))
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def as_function(step: Callable[..., Any], params: Any, carry: Any, x: Any) -> tuple[Callable[..., Any], Any, Array]:
     """A step as `fn(params, v) -> v`, with the vector of the carry, and where it is taken: (fn, params, v)."""
-    diff, nondiff = partition(carry)
-    v = vector(diff)
+    v = vector(carry)
 
     def fn(params, v):
-        return vector(step(params, combine(unravelled(v, diff), nondiff), x)[0]).astype(v.dtype)
+        return vector(step(params, unravelled(v, carry), x)[0]).astype(v.dtype)
 
     return fn, params, v
 
@@ -53,10 +51,10 @@ def jacobians(step: Callable[..., Any], params: Any, carry: Any, x: Any) -> tupl
 
 
 def state_jacobian(step: Callable[..., Any], params: Any, carry: Any, x: Any) -> Array:
-    """J alone, by n tangents at once."""
+    """J alone; in reverse mode too, which a `jax.custom_vjp` has and forward mode may not."""
     fn, params, v = as_function(step, params, carry, x)
-    _, push = jax.linearize(lambda v: fn(params, v), v)
-    return jax.vmap(push, out_axes=1)(jnp.eye(v.size, dtype=v.dtype))
+    _, vjp = jax.vjp(lambda v: fn(params, v), v)
+    return jax.vmap(vjp)(jnp.eye(v.size, dtype=v.dtype))[0]
 
 
 def flat(leaf: Array) -> Array:

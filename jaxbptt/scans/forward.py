@@ -29,7 +29,7 @@ from jaxbptt.scans.derivative import with_derivative
 from jaxbptt.scans.flags import Flags
 from jaxbptt.scans.passes import Pass, one_pass
 from jaxbptt.scans.recurrence import prepare
-from jaxbptt.trees import combine, is_differentiable, partition
+from jaxbptt.trees import combine, partition, same_keys
 
 
 def forward_scan(
@@ -182,16 +182,16 @@ def _backward(
     own, own_asked = map(over_time.step.like_params, (params, asked.params))
     (as_list, reset, padding), reset_asked = (params, asked.params[1]) if flagged else ((params, None, None), None)
     of_arguments = xs
+    init, xs = same_keys((init, xs))
     xs, first, valid = xs if flagged else (xs, None, None)
     traced, rows, influence = recurrent
-    carried = Carried(influence, rows, own_asked)
-    read = _Readout(traced, own_asked, ys_bar)
-    last_bar = _filled(last_bar, init)
+    carried = Carried(influence, rows, own_asked, over_time.adjoint.perturbed.carry)
+    read = _Readout(traced, own_asked, carried.kept, ys_bar)
     reads = read.reads(own, init, at_one_step(xs))
 
     def pulled(sums, start, M, bar):
         """With what a cotangent of the carry says of the params, and of what the row started from."""
-        sums = jax.tree.map(jnp.add, sums, carried.pull(M, bar))
+        sums = carried.add_pulled(sums, M, bar)
         if start is None:
             return sums, None
         found = carried.pull_start(start.matrix, bar)
@@ -212,23 +212,24 @@ def _backward(
                 start = start._replace(matrix=matrix, was_reset=start.was_reset | here)
         old, x = (carry, x) if valid is None else select_rows(valid, (carry, x), padding)
         new, _ = traced.step(own, old, x)
-        own_bar, old_bar, new_bar = read.pull(own, old, x, new, present(valid, y_bar))
+        own_bar, old_bar, new_bar = read.pull(own, same_keys(old), same_keys(x), same_keys(new), present(valid, y_bar))
         if reads.params:
-            sums = jax.tree.map(lambda total, bar: total + bar.astype(total.dtype), sums, carried.as_pulled(own_bar))
+            sums = carried.add(sums, own_bar)
         if reads.old_carry:
             sums, start = pulled(sums, start, M, old_bar)
-        M = taken(valid, carried.advance(own, M, old, x, None if key is None else jax.random.fold_in(key, t)), M)
+        step_key = None if key is None else jax.random.fold_in(key, t)
+        M = taken(valid, carried.advance(own, M, same_keys(old), same_keys(x), step_key), M)
         if start is not None:
-            matrix = carried.advance_start(own, start.matrix, old, x)
+            matrix = carried.advance_start(own, start.matrix, same_keys(old), same_keys(x))
             start = start._replace(matrix=taken(valid, matrix, start.matrix))
         if reads.new_carry:
             sums, start = pulled(sums, start, M, new_bar)
         return (taken(valid, new, carry), M, start, sums), None
 
     M = carried.init(own, init, jax.tree.map(zeros, at_one_step(xs)))
-    sums = jax.tree.map(jnp.zeros_like, jax.eval_shape(carried.pull, M, last_bar))
+    sums = carried.nothing(own)
     start = None
-    if any(jax.tree.leaves((asked.carry, reset_asked))):
+    if carried.moves and any(jax.tree.leaves((asked.carry, reset_asked))):
         no_bar = jax.tree.map(jnp.zeros_like, last_bar)
         was_reset = jnp.zeros(rows.batch if first is None else first.shape[1:], bool)
         start = _Start(carried.start(init), was_reset, no_bar, no_bar)
@@ -238,12 +239,12 @@ def _backward(
     sums, start = pulled(sums, start, M, last_bar)
     own_bar = jax.tree.structure(own).flatten_up_to(carried.finish(sums, own))
     params_bar: Any = jax.tree.unflatten(jax.tree.structure(as_list), own_bar)
-    init_bar = _without(init) if start is None else fit(start.init_bar, init, asked.carry, "init")
+    init_bar = _without(init) if start is None else fit(start.init_bar, init, carried.kept, "init")
     if flagged:
         reset_bar = (
             _without(reset)
             if start is None or reset is None
-            else fit(start.reset_bar, reset, reset_asked, "reset_carry")
+            else fit(start.reset_bar, reset, carried.kept, "reset_carry")
         )
         params_bar = params_bar, reset_bar, _without(padding)
     return params_bar, init_bar, _without(of_arguments)
@@ -262,11 +263,12 @@ class _Readout(NamedTuple):
 
     traced: TracedStep
     wanted: Any
+    kept: Any
     ys_bar: Any
 
     def pull(self, params: Any, carry: Any, x: Any, new_carry: Any, y_bar: Any) -> tuple[Any, Any, Any]:
         """Cotangents of the wanted params, of the carry, and of the new carry."""
-        flags = self.wanted, *(jax.tree.map(is_differentiable, tree) for tree in (carry, new_carry))
+        flags = self.wanted, self.kept, self.kept
         diff, nondiff = partition((params, carry, new_carry), flags=flags)
 
         def outputs(diff):
@@ -289,14 +291,6 @@ class _Readout(NamedTuple):
     def _used(self, y: Any) -> list[Any]:
         leaves, treedef = jax.tree.flatten(y)
         return [leaf for leaf, bar in zip(leaves, treedef.flatten_up_to(self.ys_bar), strict=True) if bar is not None]
-
-
-def _filled(bar: Any, carry: Any) -> Any:
-    """Cotangents of all leaves of the carry that have a derivative, 0 for those that the loss does not reach."""
-    treedef = jax.tree.structure(carry)
-    pairs = zip(jax.tree.leaves(carry), treedef.flatten_up_to(bar), strict=True)
-    filled = [(zeros(leaf) if bar is None else bar) if is_differentiable(leaf) else None for leaf, bar in pairs]
-    return treedef.unflatten(filled)
 
 
 def _without(tree: Any) -> Any:
