@@ -599,6 +599,10 @@ def draw(rng: random.Random) -> Case:
         contenders = [each for each in contenders if not each[0].startswith(("parallel", "newton", "forward"))]
     if any(name.startswith(("custom_vjp", "symbolic zeros")) for name, *_ in program):  # no forward mode
         contenders = [each for each in contenders if each[0] not in ("parallel_scan", "newton_scan")]
+    if any(
+        name in NOT_FINITE for name, *_ in program
+    ):  # an infinite influence, of which the loss may use nothing: 0 · inf
+        contenders = [each for each in contenders if each[0] != "forward_scan"]
     if steps > 100:
         contenders = [contender for contender in contenders if contender[0] != "windowed_scan"]
     if how == "second":  # a window is not differentiated again

@@ -10,11 +10,12 @@ from reference import EXACT, UNCUT
 
 import jaxbptt as bptt
 
-ALL = EXACT | UNCUT | {"forward_scan": bptt.forward_scan}
+WITH_GRADIENT_OF_INPUTS = EXACT | UNCUT
+ALL = WITH_GRADIENT_OF_INPUTS | {"forward_scan": bptt.forward_scan}
 strategies = pytest.mark.parametrize("strategy", ALL.values(), ids=ALL)
 
 
-@strategies
+@pytest.mark.parametrize("strategy", WITH_GRADIENT_OF_INPUTS.values(), ids=WITH_GRADIENT_OF_INPUTS)
 def test_a_step_may_empty_the_containers_it_is_given(strategy):
     """h ← 2 w h + x, and the containers of the caller stay as they are."""
     params, init, xs = {"w": 1.0}, {"h": 0.0}, {"x": np.array([2.0, 1.0, 3.0])}

@@ -287,6 +287,30 @@ def test_a_key_of_its_own_for_each_row_and_step():
     assert abs(one - drawn(jax.random.key(0), 3, 1)) > 1e-3
 
 
+MODES = {
+    "disable_jit": jax.disable_jit,
+    "checking_leaks": jax.checking_leaks,
+    "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
+}
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.slow
+def test_modes(mode):
+    cell = make_cell("elman")
+    params, init, xs = problem(cell, 4, (2,))
+    flags = {"is_first": jnp.arange(8).reshape(4, 2) == 3, "valid": jnp.arange(8).reshape(4, 2) != 4}
+
+    def gradients(scan):
+        return jax.grad(lambda params, init: total(*scan(cell, params, init, xs, **flags)), argnums=(0, 1))(
+            params, init
+        )
+
+    expected = gradients(bptt.scan)
+    with mode():
+        assert_close(gradients(bptt.forward_scan), expected)
+
+
 def test_wrong_arguments():
     cell = make_cell("elman")
     params, init, xs = problem(cell, 4)

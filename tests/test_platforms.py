@@ -35,7 +35,6 @@ BARE = {
     "checkpointed_scan": bptt.checkpointed_scan,
     "checkpointed_scan, segment_length": partial(bptt.checkpointed_scan, segment_length=4),
     "checkpointed_scan, 3 checkpoints": partial(bptt.checkpointed_scan, checkpoints=3),
-    "forward_scan": bptt.forward_scan,
     "newton_scan": bptt.newton_scan,
     "parallel_adjoint_scan": bptt.parallel_adjoint_scan,
     "truncated_scan": partial(bptt.truncated_scan, truncation_length=4),
@@ -73,12 +72,12 @@ def of_cell(name, flags=False, dtype=jnp.float32):
     return cell, (params, init, xs), flags
 
 
-def value_and_gradients(scan, step, flags):
+def value_and_gradients(scan, step, flags, arguments=3):
     def loss(params, init, xs):
         carry, ys = scan(step, params, init, xs, **flags)
         return jnp.sum(ys**2) + sum(map(jnp.sum, jax.tree.leaves(carry)))
 
-    return jax.value_and_grad(loss, argnums=(0, 1, 2))
+    return jax.value_and_grad(loss, argnums=tuple(range(arguments)))
 
 
 # The stack has the three other cells.
@@ -100,6 +99,12 @@ def test_strategies_in_double_precision(scan, cell):
         cell, args, flags = of_cell(cell, True, jnp.float64)
         program = lowered(value_and_gradients(scan, cell, flags), *args, platforms=["cuda"])
     assert "f64" in program.mlir_module()
+
+
+def test_forward_scan():
+    """It has no gradient of inputs."""
+    cell, args, flags = of_cell("stack", True)
+    assert lowered(value_and_gradients(bptt.forward_scan, cell, flags, 2), *args).platforms == PLATFORMS
 
 
 def convolutional(params, h, x):
