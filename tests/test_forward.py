@@ -97,6 +97,13 @@ def test_resets_and_padding(words, reverse):
     assert_close(forward, reference)
 
 
+def test_the_gradient_of_init_alone():
+    cell = make_cell("elman")
+    params, init, xs = problem(cell, 4, (2,))
+    reference, forward = by_each(lambda scan, init: total(*scan(cell, params, init, xs)), init)
+    assert_close(forward, reference)
+
+
 def test_flags_that_all_rows_share():
     cell = make_cell("elman")
     params, init, xs = problem(cell, 6, (2,))

@@ -229,7 +229,7 @@ def _backward(
     M = carried.init(own, init, jax.tree.map(zeros, at_one_step(xs)))
     sums = carried.nothing(own)
     start = None
-    if carried.moves and any(jax.tree.leaves((asked.carry, reset_asked))):
+    if any(jax.tree.leaves(carried.kept)) and any(jax.tree.leaves((asked.carry, reset_asked))):
         no_bar = jax.tree.map(jnp.zeros_like, last_bar)
         was_reset = jnp.zeros(rows.batch if first is None else first.shape[1:], bool)
         start = _Start(carried.start(init), was_reset, no_bar, no_bar)
