@@ -34,7 +34,7 @@ def test_types_of_results_live_in_namespaces():
     """At the top are functions, and of types only those that users make."""
     made_by_users = "Cell Adjoint ElmanParams GRUParams LSTMParams LSTMState Network NetworkParams Chunk TrainState"
     made_by_users += " Bidirectional Directions RateParams LayerNormLSTMParams DropoutParams LRUParams"
-    made_by_users += " LRUState MinGRUParams MinLSTMParams RGLRUParams"
+    made_by_users += " LRUState MinGRUParams MinLSTMParams RGLRUParams Influence"
     types_at_the_top = {name for name in dir(bptt) if isinstance(getattr(bptt, name), type) and name[0] != "_"}
     assert types_at_the_top == set(made_by_users.split())
     results = "Certificate CertificateRow GradientComparison LeafComparison BiasCurve LagContributions TruncationBias"
@@ -85,9 +85,10 @@ BASE = ("trees", "arrays", "array_types", "along_time", "words", "html_table", "
 ALLOWED = {
     "cells": (),
     "programs": ("cells",),
-    "scans": ("cells", "programs"),
-    "analysis": ("cells", "programs", "scans"),
-    "training": ("cells", "programs", "scans", "analysis", "tasks"),
+    "influences": ("cells", "programs"),
+    "scans": ("cells", "programs", "influences"),
+    "analysis": ("cells", "programs", "influences", "scans"),
+    "training": ("cells", "programs", "influences", "scans", "analysis", "tasks"),
     "tasks": (),
     "plots": ("analysis", "models", "scans", "training"),
     "network": ("cells", "scans"),
@@ -97,7 +98,18 @@ ALLOWED = {
     "textbook": ("cells", "network"),
     "reports": ("analysis", "cells", "models", "network", "plots", "scans", "tasks", "textbook", "training"),
 }
-STRATEGIES = ("exact", "adjoint", "truncated", "windowed", "checkpointed", "cudnn")
+STRATEGIES = (
+    "exact",
+    "adjoint",
+    "truncated",
+    "windowed",
+    "checkpointed",
+    "cudnn",
+    "parallel",
+    "parallel_adjoint",
+    "newton",
+    "forward",
+)
 
 
 def imports_of(file):
