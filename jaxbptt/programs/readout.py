@@ -7,13 +7,15 @@ new carry replaced by an argument, so that the output can be differentiated with
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import DropVar, Literal
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from jaxbptt.programs.evaluate import bind, evaluate, read, subjaxprs, wrapped
 from jaxbptt.programs.trace import TracedStep
+from jaxbptt.trees import combine, partition
 
 
 def readout(traced: TracedStep) -> Callable[..., Any]:
@@ -33,6 +35,54 @@ def readout(traced: TracedStep) -> Callable[..., Any]:
         return y
 
     return output
+
+
+class Reads(NamedTuple):
+    """What outputs read directly, and not only through what stands before it here."""
+
+    new_carry: bool
+    old_carry: bool
+    params: bool
+
+
+class Readout(NamedTuple):
+    """Where the outputs that a loss uses come from.
+
+    Attributes:
+        traced: the step.
+        wanted: for each leaf of the params whether its cotangent is asked for.
+        kept: the same for the carry, before and after the step.
+        used: like the outputs, `None` in the place of those that the loss does not use.
+    """
+
+    traced: TracedStep
+    wanted: Any
+    kept: Any
+    used: Any
+
+    def pull(self, params: Any, carry: Any, x: Any, new_carry: Any, y_bar: Any) -> tuple[Any, Any, Any]:
+        """Cotangents of the params, of the carry, and of the new carry."""
+        diff, nondiff = partition((params, carry, new_carry), flags=(self.wanted, self.kept, self.kept))
+
+        def outputs(diff):
+            params, carry, new_carry = combine(diff, nondiff)
+            return self._outputs(params, carry, x, new_carry)
+
+        _, vjp = jax.vjp(outputs, diff)
+        return vjp(jax.tree.leaves(y_bar))[0]
+
+    def reads(self, params: Any, carry: Any, x: Any) -> Reads:
+        """What can have a cotangent at all."""
+        args = params, carry, x, carry
+        closed = jax.make_jaxpr(self._outputs)(*args)
+        _, used = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+        of_params, of_carry, _, of_new = jax.tree.unflatten(jax.tree.structure(args), used)
+        wanted = jax.tree.map(lambda a, b: a and b, of_params, self.wanted)
+        return Reads(*(any(jax.tree.leaves(flags)) for flags in (of_new, of_carry, wanted)))
+
+    def _outputs(self, *args: Any) -> list[Any]:
+        leaves, treedef = jax.tree.flatten(readout(self.traced)(*args))
+        return [leaf for leaf, bar in zip(leaves, treedef.flatten_up_to(self.used), strict=True) if bar is not None]
 
 
 def _substituted(jaxpr: Any, consts: list[Any], inputs: list[Any], replaced: dict[Any, Any]) -> list[Any]:

@@ -4,13 +4,11 @@ All that it keeps of the forward pass is init and xs. What the loss says of each
 as the recurrence goes by.
 """
 
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import Array
 
 from jaxbptt.along_time import at_one_step
@@ -22,14 +20,14 @@ from jaxbptt.influences.influence import Influence
 from jaxbptt.influences.rtrl import rtrl
 from jaxbptt.programs.flagged import begins, present, select_rows, taken
 from jaxbptt.programs.perturbed import fit
-from jaxbptt.programs.readout import readout
+from jaxbptt.programs.readout import Readout
 from jaxbptt.programs.rows import Rows, rows_of
 from jaxbptt.programs.trace import TracedStep, trace
 from jaxbptt.scans.derivative import with_derivative
 from jaxbptt.scans.flags import Flags
 from jaxbptt.scans.passes import Pass, one_pass
 from jaxbptt.scans.recurrence import prepare
-from jaxbptt.trees import combine, partition, same_keys
+from jaxbptt.trees import same_keys
 
 
 def forward_scan(
@@ -149,13 +147,25 @@ class _Recurrent(NamedTuple):
                 )
 
 
-class _Start(NamedTuple):
-    """What a row started from: dcₜ/dc of its sequence, whether that was a reset, and the cotangents of both starts so far."""
+class _Starts(NamedTuple):
+    """What each row started from: dcₜ/dc of its sequence, whether that was a reset, and the cotangents of both starts so far."""
 
     matrix: Array
     was_reset: Array
     init_bar: Any
     reset_bar: Any
+
+    def at_resets(self, here: Any, identity: Array) -> "_Starts":
+        """Rows that are reset start anew."""
+        return self._replace(matrix=select_rows(here, identity, self.matrix), was_reset=self.was_reset | here)
+
+    def add(self, found: Any) -> "_Starts":
+        """With a cotangent of what the rows started from."""
+        nothing = jax.tree.map(jnp.zeros_like, found)
+        of_init = select_rows(self.was_reset, nothing, found)
+        of_reset = select_rows(self.was_reset, found, nothing)
+        init_bar, reset_bar = jax.tree.map(jnp.add, (self.init_bar, self.reset_bar), (of_init, of_reset))
+        return self._replace(init_bar=init_bar, reset_bar=reset_bar)
 
 
 def _backward(
@@ -178,119 +188,63 @@ def _backward(
             "forward_scan has no gradient of xs: ∂L/∂xₜ is what all later losses say of step t, and forward in time they are not "
             "known yet. Take adjoint_scan, or checkpointed_scan where memory is short; or stop it, jax.lax.stop_gradient(xs)."
         )
+    no_xs_bar = _without(xs)
     # The pass has traced what was traced before: its params are one list.
     own, own_asked = map(over_time.step.like_params, (params, asked.params))
     (as_list, reset, padding), reset_asked = (params, asked.params[1]) if flagged else ((params, None, None), None)
-    of_arguments = xs
     init, xs = same_keys((init, xs))
     xs, first, valid = xs if flagged else (xs, None, None)
     traced, rows, influence = recurrent
     carried = Carried(influence, rows, own_asked, over_time.adjoint.perturbed.carry)
-    read = _Readout(traced, own_asked, carried.kept, ys_bar)
+    read = Readout(traced, own_asked, carried.kept, ys_bar)
     reads = read.reads(own, init, at_one_step(xs))
 
-    def pulled(sums, start, M, bar):
-        """With what a cotangent of the carry says of the params, and of what the row started from."""
+    def pulled(sums, starts, M, bar):
+        """With what a cotangent of the carry says of the params, and of what the rows started from."""
         sums = carried.add_pulled(sums, M, bar)
-        if start is None:
-            return sums, None
-        found = carried.pull_start(start.matrix, bar)
-        nothing = jax.tree.map(jnp.zeros_like, found)
-        of_init, of_reset = (select_rows(start.was_reset, *pair) for pair in ((nothing, found), (found, nothing)))
-        init_bar, reset_bar = jax.tree.map(jnp.add, (start.init_bar, start.reset_bar), (of_init, of_reset))
-        return sums, start._replace(init_bar=init_bar, reset_bar=reset_bar)
+        return sums, starts and starts.add(carried.pull_start(starts.matrix, bar))
 
     def body(state, at_t):
-        carry, M, start, sums = state
+        carry, M, starts, sums = state
         t, x, first, valid, y_bar = at_t
         if first is not None:
             here = begins(first, valid)
             carry = select_rows(here, reset, carry)
             M = select_rows(here, jax.tree.map(jnp.zeros_like, M), M)
-            if start is not None:
-                matrix = select_rows(here, carried.start(carry), start.matrix)
-                start = start._replace(matrix=matrix, was_reset=start.was_reset | here)
+            starts = starts and starts.at_resets(here, carried.start(carry))
         old, x = (carry, x) if valid is None else select_rows(valid, (carry, x), padding)
         new, _ = traced.step(own, old, x)
         own_bar, old_bar, new_bar = read.pull(own, same_keys(old), same_keys(x), same_keys(new), present(valid, y_bar))
         if reads.params:
             sums = carried.add(sums, own_bar)
         if reads.old_carry:
-            sums, start = pulled(sums, start, M, old_bar)
+            sums, starts = pulled(sums, starts, M, old_bar)
         step_key = None if key is None else jax.random.fold_in(key, t)
         M = taken(valid, carried.advance(own, M, same_keys(old), same_keys(x), step_key), M)
-        if start is not None:
-            matrix = carried.advance_start(own, start.matrix, same_keys(old), same_keys(x))
-            start = start._replace(matrix=taken(valid, matrix, start.matrix))
+        if starts:
+            matrix = carried.advance_start(own, starts.matrix, same_keys(old), same_keys(x))
+            starts = starts._replace(matrix=taken(valid, matrix, starts.matrix))
         if reads.new_carry:
-            sums, start = pulled(sums, start, M, new_bar)
-        return (taken(valid, new, carry), M, start, sums), None
+            sums, starts = pulled(sums, starts, M, new_bar)
+        return (taken(valid, new, carry), M, starts, sums), None
 
     M = carried.init(own, init, jax.tree.map(zeros, at_one_step(xs)))
-    sums = carried.nothing(own)
-    start = None
+    starts = None
     if any(jax.tree.leaves(carried.kept)) and any(jax.tree.leaves((asked.carry, reset_asked))):
         no_bar = jax.tree.map(jnp.zeros_like, last_bar)
         was_reset = jnp.zeros(rows.batch if first is None else first.shape[1:], bool)
-        start = _Start(carried.start(init), was_reset, no_bar, no_bar)
+        starts = _Starts(carried.start(init), was_reset, no_bar, no_bar)
     over = jnp.arange(length), xs, first, valid, ys_bar
-    state, _ = over_time.plain().loop(body, (init, M, start, sums), over, length)
-    _, M, start, sums = state
-    sums, start = pulled(sums, start, M, last_bar)
+    state, _ = over_time.plain().loop(body, (init, M, starts, carried.nothing(own)), over, length)
+    _, M, starts, sums = state
+    sums, starts = pulled(sums, starts, M, last_bar)
     own_bar = jax.tree.structure(own).flatten_up_to(carried.finish(sums, own))
     params_bar: Any = jax.tree.unflatten(jax.tree.structure(as_list), own_bar)
-    init_bar = _without(init) if start is None else fit(start.init_bar, init, carried.kept, "init")
-    if flagged:
-        reset_bar = (
-            _without(reset)
-            if start is None or reset is None
-            else fit(start.reset_bar, reset, carried.kept, "reset_carry")
-        )
-        params_bar = params_bar, reset_bar, _without(padding)
-    return params_bar, init_bar, _without(of_arguments)
-
-
-class _Reads(NamedTuple):
-    """What the outputs that the loss uses read directly, and not through what comes before it in this list."""
-
-    new_carry: bool
-    old_carry: bool
-    params: bool
-
-
-class _Readout(NamedTuple):
-    """How the outputs that a loss uses come about, for their cotangents `ys_bar`, `None` where it doesn't use one."""
-
-    traced: TracedStep
-    wanted: Any
-    kept: Any
-    ys_bar: Any
-
-    def pull(self, params: Any, carry: Any, x: Any, new_carry: Any, y_bar: Any) -> tuple[Any, Any, Any]:
-        """Cotangents of the wanted params, of the carry, and of the new carry."""
-        flags = self.wanted, self.kept, self.kept
-        diff, nondiff = partition((params, carry, new_carry), flags=flags)
-
-        def outputs(diff):
-            params, carry, new_carry = combine(diff, nondiff)
-            return self._used(readout(self.traced)(params, carry, x, new_carry))
-
-        _, vjp = jax.vjp(outputs, diff)
-        return vjp(jax.tree.leaves(y_bar))[0]
-
-    def reads(self, params: Any, carry: Any, x: Any) -> _Reads:
-        """What has a cotangent at all, by the trace of `pull`."""
-        leaves = [len(jax.tree.leaves(tree)) for tree in (params, carry, x, carry)]
-        closed = jax.make_jaxpr(lambda *args: self._used(readout(self.traced)(*args)))(params, carry, x, carry)
-        _, used = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-        ends = list(itertools.accumulate(leaves))
-        groups = [used[end - count : end] for end, count in zip(ends, leaves, strict=True)]
-        wanted = any(a and b for a, b in zip(groups[0], jax.tree.leaves(self.wanted), strict=True))
-        return _Reads(new_carry=any(groups[3]), old_carry=any(groups[1]), params=wanted)
-
-    def _used(self, y: Any) -> list[Any]:
-        leaves, treedef = jax.tree.flatten(y)
-        return [leaf for leaf, bar in zip(leaves, treedef.flatten_up_to(self.ys_bar), strict=True) if bar is not None]
+    init_bar, reset_bar = _without(init), _without(reset)
+    if starts:
+        init_bar = fit(starts.init_bar, init, carried.kept, "init")
+        reset_bar = None if reset is None else fit(starts.reset_bar, reset, carried.kept, "reset_carry")
+    return (params_bar, reset_bar, _without(padding)) if flagged else params_bar, init_bar, no_xs_bar
 
 
 def _without(tree: Any) -> Any:
