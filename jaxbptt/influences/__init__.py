@@ -2,3 +2,4 @@
 
 from jaxbptt.influences.influence import Influence as Influence
 from jaxbptt.influences.rtrl import rtrl as rtrl
+from jaxbptt.influences.uoro import uoro as uoro
