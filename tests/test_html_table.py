@@ -29,6 +29,8 @@ NO_RESULTS = {
         "Columns",
         "DeviceFigures",
         "Directions",
+        "Healing",
+        "Influence",
         "LRUState",
         "LSTMState",
         "ModelNetwork",

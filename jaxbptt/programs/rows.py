@@ -42,6 +42,16 @@ class Rows(NamedTuple):
             fn = jax.vmap(fn, in_axes)
         return fn
 
+    def check_flags(self, is_first: Any, valid: Any) -> None:
+        """Raise where flags are given for rows that the step does not keep apart."""
+        for word, flag in (("is_first", is_first), ("valid", valid)):
+            if flag is not None and jnp.ndim(flag) - 1 > len(self.batch):
+                raise ValueError(
+                    f"{word} has shape {jnp.shape(flag)}, but the rows of the carry can't be told apart, so the influence of one of "
+                    "them can't be reset or held: let no row read another, draw random numbers with a key for each row, or take "
+                    "another strategy."
+                )
+
     @property
     def x_axes(self) -> Any:
         """`in_axes` of x."""

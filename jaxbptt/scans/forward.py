@@ -104,7 +104,7 @@ def forward_scan(
     recurrent = _Recurrent(traced, rows_of(r.step, traced, r.init, r.xs), influence)
     flags = Flags(is_first, valid, reset_carry)
     over_time, r = one_pass(traced.step, None, r._replace(step=traced.step, params=traced.params), flags, unroll)
-    recurrent.check_flags(flags)
+    recurrent.rows.check_flags(flags.is_first, flags.valid)
     length, flagged = r.length, flags.given
 
     def run(params, init, xs):
@@ -135,16 +135,6 @@ class _Recurrent(NamedTuple):
     traced: TracedStep
     rows: Rows
     influence: Influence
-
-    def check_flags(self, flags: Flags) -> None:
-        """Raise where flags are given for rows that the step does not keep apart."""
-        for word, flag in (("is_first", flags.is_first), ("valid", flags.valid)):
-            if flag is not None and jnp.ndim(flag) - 1 > len(self.rows.batch):
-                raise ValueError(
-                    f"{word} has shape {jnp.shape(flag)}, but the rows of the carry can't be told apart, so the influence of one of "
-                    "them can't be reset or held: let no row read another, draw random numbers with a key for each row, or take "
-                    "another strategy."
-                )
 
 
 class _Starts(NamedTuple):

@@ -13,12 +13,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxbptt.array_types import is_weak
+from jaxbptt.array_types import is_weak, zeros
 from jaxbptt.arrays import at_least_float32, check_callable, check_count, check_key
 from jaxbptt.html_table import fields_table
+from jaxbptt.influences.influence import Influence
 from jaxbptt.scans.adjoint import adjoint_scan
 from jaxbptt.scans.exact import scan as exact_scan
+from jaxbptt.scans.healing import Healing
 from jaxbptt.scans.truncated import truncated_scan
+from jaxbptt.scans.windowed import windowed_scan
 from jaxbptt.training.chunks import Chunk
 from jaxbptt.trees import combine, differentiable, is_array, name, partition
 from jaxbptt.words import counted
@@ -33,6 +36,7 @@ class TrainState(NamedTuple):
         carry: before the next chunk.
         step: updates so far; where each chunk is used once, also the position in the stream.
         key: random key, split at each update.
+        influence: dc/dθ of that carry, or an estimate, with `tbptt(influence=...)`; `None` without.
     """
 
     params: Any
@@ -40,6 +44,7 @@ class TrainState(NamedTuple):
     carry: Any
     step: Array
     key: Any
+    influence: Any = None
 
     _repr_html_ = fields_table
 
@@ -89,7 +94,7 @@ class TruncatedBPTT(_InitAndUpdate):
     """The functions of `tbptt`: a pair `init, update`, with `evaluate` beside it.
 
     Attributes:
-        init: `(params, carry, key) -> TrainState`.
+        init: `(params, carry, key, chunk=None) -> TrainState`.
         update: `(state, chunk) -> (state, Metrics)`.
         evaluate: `(state, chunk) -> (state, Evaluation)`.
     """
@@ -113,6 +118,7 @@ def tbptt(
     scan: Callable[..., Any] | None = None,
     clip: optax.GradientTransformation | None = None,
     has_aux: bool = False,
+    influence: Influence | None = None,
 ) -> TruncatedBPTT:
     r"""Truncated BPTT: an update every k₁ time steps, with a gradient that reaches back k₂ of them.
 
@@ -125,6 +131,19 @@ def tbptt(
       with (`streams.rows(..., overlap=k₂ - k₁)`); they are recomputed with the current params. Only the losses of the
       last k₁ steps count, and their gradient reaches back through the whole chunk. It costs k₁ more forward steps, which
       give the carry that the next chunk starts from.
+
+    With `influence` the cut is healed: M = dc/dθ is carried from chunk to chunk beside the carry, and the gradient gets what the
+    chunk says of the carry c that it starts from, times M:
+
+    ∂L/∂θ = (∂L/∂θ)_c + c̄ᵀ M,  c̄ = ∂L/∂c
+
+    With `influences.rtrl()` and θ held, the gradients of the chunks add up to that of the whole sequence, to rounding. While θ
+    learns, M is that of the params that were used on the way (Williams and Zipser). Chunks of one step are online learning. It
+    costs one more forward pass and, at each step and row, what the influence costs: O(n² p) for `rtrl`, n numbers of the carry
+    and p of the params. Healed are the params that `scan` is given, whatever the loss computes them from, and arrays that its
+    step closes over. What else the carry depends on has its gradient from within the chunk, as without an influence: so put an
+    embedding of the inputs, or another layer, into the step. `scan` is called once, with the carry that the loss is given, and
+    the loss returns the carry that it returns.
 
     An update costs what its gradient and the optimiser cost; memory does not grow with the number of updates. Chunks of one
     shape are traced once; pad a shorter one (`streams` do).
@@ -143,23 +162,29 @@ def tbptt(
         clip: a transformation of the gradient before the optimiser, such as `optax.clip_by_global_norm(1.0)`. Only what it
             changes counts in `fraction_clipped`.
         has_aux: whether the loss returns aux beside the carry, any pytree, which then is `aux` of the metrics.
+        influence: heals the cut: an `Influence`, exact as `influences.rtrl()` or an estimate, is carried from chunk to chunk.
 
     Returns:
-        `init(params, carry, key) -> TrainState` and `update(state, chunk) -> (state, Metrics)`, to be jitted by the
-        caller, best with `donate_argnums=0`. A chunk is a `Chunk` with leaves `[time, batch, ...]`. Params that are not
+        `init(params, carry, key, chunk=None) -> TrainState` and `update(state, chunk) -> (state, Metrics)`, to be jitted by
+        the caller, best with `donate_argnums=0`. With an influence `init` needs a chunk, of which it reads the shapes. A chunk is a `Chunk` with leaves `[time, batch, ...]`. Params that are not
         differentiable, such as integers, are left unchanged; a model with functions or flags among its leaves needs
         `eqx.filter_jit` in place of `jax.jit`.
 
         The pair also has `evaluate(state, chunk) -> (state, Evaluation)`: the loss that `update` would find, without
         gradient, update or the memory of one. Of the state it changes the carry and the key, so validation starts from a
-        state with a carry of its own, `state._replace(carry=...)`. Don't donate that: its params are those in training.
+        state with a carry of its own, `state._replace(carry=...)`. Don't donate that: its params are those in training. An
+        influence it leaves as it is, no longer that of the carry: don't go on to train from there.
 
     Raises:
         ValueError: lengths below 1, a `truncation_length` below `update_every` together with a `scan`, a `burn_in` where
-            chunks overlap; from `update`, a chunk whose length doesn't match these options.
+            chunks overlap, an `influence` with a `burn_in`, a `truncation_length` or a strategy that truncates; from `update`, a
+            chunk whose length doesn't match these options. With an influence, also from `init` without a chunk, and from both for
+            a loss that calls `scan` twice or never, maps it with `jax.vmap`, runs it in reverse or does not depend on it, and for
+            rows with flags that can't be told apart; from `update`, a state with an influence of another form.
         TypeError: a `loss` or `scan` that is not a function, an `optimizer` or `clip` that is not optax's; from `init`, a
             `key` that is not a random key; from `update`, a state or chunk of another type, a loss that doesn't return a
-            pair, or no pair of carry and aux with `has_aux=True`.
+            pair, or no pair of carry and aux with `has_aux=True`; an `influence` that is no `Influence`, and with one, a step that
+            writes to a mutable array.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -187,9 +212,26 @@ def tbptt(
         >>> bool(total < first)
         True
 
+        Healed, the gradients of all chunks add up to that of the sequence, here of w + w² + w³ at w = 1/2:
+
+        >>> def total(w, h, chunk, *, scan, key):
+        ...     h, hs = scan(lambda w, h, x: (w * h, w * h), w, h, chunk.xs)
+        ...     return jnp.sum(hs), h
+        >>> w, one_step = jnp.array(0.5), bptt.Chunk(jnp.zeros((1, 1)))
+        >>> for influence in (None, bptt.influences.rtrl()):
+        ...     init, update = bptt.tbptt(total, optax.sgd(-1.0), influence=influence)  # w + ∂L/∂w
+        ...     state, gradient = init(w, jnp.ones(1), jax.random.key(0), one_step), 0.0
+        ...     for _ in range(3):
+        ...         state, _ = jax.jit(update)(state._replace(params=w), one_step)
+        ...         gradient += state.params - w
+        ...     print(gradient)
+        1.75
+        2.75
+
     References:
         Williams and Peng, An efficient gradient-based algorithm for on-line training of recurrent network trajectories,
-        1990, doi:10.1162/neco.1990.2.4.490: BPTT(h; h′) with h = k₂ and h′ = k₁. Kapturowski et al., Recurrent experience
+        1990, doi:10.1162/neco.1990.2.4.490: BPTT(h; h′) with h = k₂ and h′ = k₁. Williams and Zipser, A learning algorithm for
+        continually running fully recurrent neural networks, 1989, doi:10.1162/neco.1989.1.2.270: the influence. Kapturowski et al., Recurrent experience
         replay in distributed reinforcement learning, ICLR 2019.
     """
     returned = "(loss, (carry, aux))" if has_aux else "(loss, carry)"
@@ -199,19 +241,47 @@ def tbptt(
         if not hasattr(given, "update"):
             raise TypeError(f"{option} is a {type(given).__name__}, but a transformation of optax's is expected.")
     overlap = _overlap(truncation_length, update_every, burn_in)
+    if influence is not None:
+        _check_influence(influence, scan, truncation_length, update_every, burn_in)
     strategy = _strategy(scan, truncation_length, update_every, overlap)
     if burn_in:
         strategy = partial(_with_burn_in, strategy, burn_in)
 
-    def init(params: Any, carry: Any, key: Any) -> TrainState:
+    def init(params: Any, carry: Any, key: Any, chunk: Any = None) -> TrainState:
         check_key(key)
         # Copies, since the caller may donate the state to `update`; some optimisers keep the params in their own state.
         params, carry, key = jax.tree.map(_copied, (params, carry, key))
         trained = differentiable(params)
         opt_state = jax.tree.map(_copied, (clip.init(trained), optimizer.init(trained)))
-        return TrainState(params, opt_state, carry, jnp.zeros((), jnp.int32), key)
+        state = TrainState(params, opt_state, carry, jnp.zeros((), jnp.int32), key)
+        return state if influence is None else state._replace(influence=no_influence(state, chunk))
 
-    def run(params: Any, carry: Any, chunk: Chunk, key: Any) -> tuple[Array, tuple[Any, Any]]:
+    def no_influence(state: TrainState, chunk: Any) -> Any:
+        """Zeros, in the form that the influence has for this loss."""
+        if chunk is None:
+            raise ValueError(
+                "The form of an influence depends on what the loss gives to scan: pass a chunk as well, init(params, carry, key, "
+                "chunk). Only its shapes are read."
+            )
+        trained, fixed = partition(state.params)
+        _, chunk_key, _ = begin("init", state, chunk)
+        arrays, static = partition((state.carry, chunk, chunk_key), is_array)
+
+        def gradient(trained, arrays):
+            carry, chunk, key = combine(arrays, static)
+            healing = Healing.of(influence, None, None, trained, arrays)
+            unroll = healing.around(strategy)
+            jax.grad(lambda trained: run(combine(trained, fixed), carry, chunk, key, unroll)[0])(trained)
+            healing.check()
+            found.append(healing.found[0])
+
+        found = []
+        jax.eval_shape(gradient, trained, arrays)
+        return jax.tree.map(zeros, found[0])
+
+    def run(
+        params: Any, carry: Any, chunk: Chunk, key: Any, strategy: Callable[..., Any] = strategy
+    ) -> tuple[Array, tuple[Any, Any]]:
         """(loss, (carry, aux)) of a chunk, aux () where the loss has none."""
         flags = {word: flag for word in ("valid", "is_first") if (flag := getattr(chunk, word)) is not None}
         chunk = chunk._replace(mask=_loss_mask(chunk, uncounted=max(overlap, burn_in)))
@@ -238,28 +308,38 @@ def tbptt(
         return run(params, carry, before_next, key)[1][0]
 
     def begin(function: str, state: TrainState, chunk: Chunk) -> Any:
-        """The state's next key, and that for this chunk."""
+        """The state's next key, that for this chunk, and that for the influence."""
         if not isinstance(state, TrainState):
             raise TypeError(
                 f"{function} takes a TrainState, but got a {type(state).__name__}: pass what init(...) returned."
             )
         _check_chunk(function, chunk, truncation_length, update_every, burn_in)
-        return jax.random.split(state.key)
+        # A third key for an influence; without one, runs are what they were.
+        return (*jax.random.split(state.key), None) if influence is None else jax.random.split(state.key, 3)
 
     def update(state: TrainState, chunk: Chunk) -> tuple[TrainState, Metrics]:
-        key, chunk_key = begin("update", state, chunk)
+        key, chunk_key, influence_key = begin("update", state, chunk)
+        _check_state(state, influence)
         trained, fixed = partition(state.params)
 
-        def loss_of(trained):
+        def loss_of(healing, trained, after):
             # state.carry is a constant here, whatever params it was computed with: this is the truncation.
-            return run(combine(trained, fixed), state.carry, chunk, chunk_key)
+            return run(combine(trained, fixed), state.carry, chunk, chunk_key, healing.around(strategy, after))
 
-        (value, (last, aux)), gradient = jax.value_and_grad(loss_of, has_aux=True)(trained)
+        healing = Healing.of(influence, state.influence, influence_key, trained, state.carry, chunk, chunk_key)
+        after = jax.tree.map(zeros, state.influence)
+        healed = jax.value_and_grad(partial(loss_of, healing), argnums=(0, 1), has_aux=True)
+        (value, (last, aux)), (gradient, influence_after) = healed(trained, after)
+        healing.check()
         next_carry = run_to_next(state.params, state.carry, chunk, chunk_key, last)
         clip_state, opt_state = state.opt_state
         clipped, clip_state = clip.update(gradient, clip_state, trained)
+
+        def value_of(trained):
+            return loss_of(healing.again(), trained, after)[0]
+
         # What optax passes to optimisers that take more than the gradient, such as line searches; unused, it costs nothing.
-        extra = {"value": value, "grad": clipped, "value_fn": lambda trained: loss_of(trained)[0]}
+        extra = {"value": value, "grad": clipped, "value_fn": value_of}
         updates, opt_state = optax.with_extra_args_support(optimizer).update(clipped, opt_state, trained, **extra)
         params = combine(optax.apply_updates(trained, updates), fixed)
         metrics = Metrics(
@@ -269,10 +349,10 @@ def tbptt(
             carry_norm=_norm(differentiable(next_carry)),
             aux=aux,
         )
-        return TrainState(params, (clip_state, opt_state), next_carry, state.step + 1, key), metrics
+        return TrainState(params, (clip_state, opt_state), next_carry, state.step + 1, key, influence_after), metrics
 
     def evaluate(state: TrainState, chunk: Chunk) -> tuple[TrainState, Evaluation]:
-        key, chunk_key = begin("evaluate", state, chunk)
+        key, chunk_key, _ = begin("evaluate", state, chunk)
         value, (last, aux) = run(state.params, state.carry, chunk, chunk_key)
         next_carry = run_to_next(state.params, state.carry, chunk, chunk_key, last)
         measured = Evaluation(value, _norm(differentiable(next_carry)), aux)
@@ -303,6 +383,38 @@ def _overlap(truncation_length: Any, update_every: Any, burn_in: Any) -> int:
             "whose chunks already begin with steps that only bring the carry up to date: leave one of them out."
         )
     return overlap
+
+
+def _check_influence(influence: Any, scan: Any, truncation_length: Any, update_every: Any, burn_in: int) -> None:
+    """Raise unless chunks follow each other, each step in one of them, and the gradient reaches back to their starts."""
+    if not isinstance(influence, Influence):
+        raise TypeError(
+            f"influence is a {type(influence).__name__}, but it says how dc/dθ is carried from chunk to chunk: pass "
+            "influences.rtrl(), another of jaxbptt.influences, or an Influence(init, advance, pull)."
+        )
+    cutting = getattr(scan, "func", scan) in (truncated_scan, windowed_scan)
+    if truncation_length is not None or cutting:
+        how = f"scan={scan!r}" if cutting else f"truncation_length={truncation_length}"
+        raise ValueError(
+            f"{how} was given with an influence, which is what the gradient of a whole chunk lacks: leave one of them out."
+        )
+    if burn_in:
+        raise ValueError(
+            f"burn_in={burn_in} was given with an influence, which says what the carry at the start of a chunk owes to the "
+            "params, where burn_in has no gradient: leave one of them out."
+        )
+
+
+def _check_state(state: TrainState, influence: Any) -> None:
+    """Raise where a state and `tbptt` don't have the same influence."""
+    if influence is None and state.influence is not None:
+        raise ValueError(
+            "The state has an influence, but this tbptt was called without one: pass it, or state._replace(influence=None)."
+        )
+    if influence is not None and state.influence is None:
+        raise ValueError(
+            "The state has no influence, but this tbptt was called with one: begin with its init(params, carry, key, chunk)."
+        )
 
 
 def _strategy(scan: Any, truncation_length: Any, update_every: Any, overlap: int) -> Callable[..., Any]:
