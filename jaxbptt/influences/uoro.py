@@ -69,4 +69,4 @@ def _advance(step: Any, params: Any, carry: Any, x: Any, M: _Product, key: Any) 
 
 
 def _pull(M: _Product, carry_bar: Any) -> Any:
-    return signs.scaled(M.v, vector(carry_bar).astype(M.u.dtype) @ M.u)
+    return signs.scaled(M.v, vector(carry_bar) @ M.u)
