@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import pytest
 from flax import linen, nnx
 from flax.nnx.transforms import iteration
-from reference import EXACT, assert_close, cases, random_like
+from reference import SEQUENTIAL, assert_close, cases, random_like
 
 import jaxbptt as bptt
 from jaxbptt import interop
 
-strategies = pytest.mark.parametrize("strategy", EXACT.values(), ids=EXACT)
+strategies = pytest.mark.parametrize("strategy", SEQUENTIAL.values(), ids=SEQUENTIAL)
 
 
 def nnx_lstm():
@@ -69,7 +69,7 @@ def test_step_of_another_library(make):
             name: eqx.filter_value_and_grad(lambda params, scan=scan: jnp.sum(scan(step, params, init, xs)[1] ** 2))(
                 params
             )
-            for name, scan in {"lax.scan": plain, **EXACT}.items()
+            for name, scan in {"lax.scan": plain, **SEQUENTIAL}.items()
         }
 
     expected, *others = every_way(params).values()
@@ -189,7 +189,7 @@ def test_gradient_is_that_of_its_own_library(module):
 
         @jax.jit
         def ours(params):
-            losses = [lambda params, scan=scan: loss(scan(cell, params, init, xs)[1]) for scan in EXACT.values()]
+            losses = [lambda params, scan=scan: loss(scan(cell, params, init, xs)[1]) for scan in SEQUENTIAL.values()]
             return [jax.value_and_grad(f)(params) for f in losses]
 
         (value, gradient), found = own(xs, loss), ours(params)
