@@ -2,11 +2,11 @@ r"""Real-time recurrent learning: the influence itself, every entry of it."""
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
+from jaxbptt.influences import dense, own_units
 from jaxbptt.influences.influence import Influence
-from jaxbptt.influences.state import flat, jacobians, size, vector
+from jaxbptt.influences.own_units import OwnUnits
+from jaxbptt.influences.state import jacobians
+from jaxbptt.programs.pattern import reached_entries
 
 
 def rtrl() -> Influence:
@@ -15,7 +15,9 @@ def rtrl() -> Influence:
     Mₜ = Jₜ Mₜ₋₁ + Fₜ
 
     M has a leaf `[n, *leaf]` for each leaf of the params, n numbers of the carry of a row. Time O(n² p) a step and row, memory
-    O(n p), whatever T. For a dense layer p is about n² itself, so the time is O(n⁴).
+    O(n p), whatever T. For a dense layer p is about n² itself, so the time is O(n⁴). Where no unit reads another, as in `lru`,
+    `min_gru`, `min_lstm` and `rg_lru`, each weight leads to its own unit alone: only that is kept then, and time and memory are
+    O(p). Whether it is so is found from the step.
 
     Returns:
         An `Influence`.
@@ -36,15 +38,16 @@ def rtrl() -> Influence:
 
 
 def _init(step: Any, params: Any, carry: Any, x: Any) -> Any:
-    n, dtype = size(carry), vector(carry).dtype
-    return jax.tree.map(lambda leaf: jnp.zeros((n, *leaf.shape), dtype), params)
+    layout = own_units.layout_of(params, carry, *reached_entries(step, params, carry, x))
+    return dense.init(params, carry) if layout is None else own_units.init(layout, carry)
 
 
 def _advance(step: Any, params: Any, carry: Any, x: Any, M: Any, key: Any) -> Any:
-    J, F = jacobians(step, params, carry, x)
-    return jax.tree.map(lambda leaf, new: (J @ flat(leaf)).reshape(leaf.shape) + new, M, F)
+    if isinstance(M, OwnUnits):
+        between = own_units.jacobian_between(step, params, carry, x)
+        return own_units.advance(step, params, carry, x, M, between)
+    return dense.advance(M, *jacobians(step, params, carry, x))
 
 
 def _pull(M: Any, carry_bar: Any) -> Any:
-    bar = vector(carry_bar)
-    return jax.tree.map(lambda leaf: (bar.astype(leaf.dtype) @ flat(leaf)).reshape(leaf.shape[1:]), M)
+    return own_units.pull(M, carry_bar) if isinstance(M, OwnUnits) else dense.pull(M, carry_bar)
