@@ -117,21 +117,78 @@ def test_cells_right_on_average(name, cell, monkeypatch):
     check_right_on_average(name, monkeypatch, *tiny(cell))
 
 
-def check_exact(step, params, init, xs, **options):
+@pytest.mark.parametrize("name", [pytest.param("uoro()", marks=pytest.mark.slow), "kf_rtrl()", "low_rank(1)"])
+def test_rows_resets_and_padding(name, monkeypatch):
+    """Each row draws its own signs; the influence of one starts again where its sequence does, and waits in padding."""
+    step, params, init, xs = tiny(bptt.elman(2, 2, dtype=float), batch=(2,))
+    is_first, valid = jnp.asarray([[0, 0], [0, 1], [0, 0]]) == 1, jnp.asarray([[1, 1], [0, 1], [1, 1]]) == 1
+    xs = jnp.where(valid[..., None], xs, jnp.nan)
+    check_right_on_average(name, monkeypatch, step, params, init, xs, rows=(2,), is_first=is_first, valid=valid)
+
+
+def check_exact(step, params, init, xs, rtol=None):
     """Enough products for all that there are: nothing is left to chance."""
 
     def loss(scan, params):
-        return total(*scan(step, params, init, xs, **options))
+        return total(*scan(step, params, init, xs))
 
-    full = partial(bptt.forward_scan, influence=bptt.influences.low_rank(len(jax.tree.leaves(xs)[0])), key=KEY)
-    both = jax.jit(lambda params: [jax.grad(partial(loss, scan))(params) for scan in (full, bptt.scan)])(params)
-    assert_close(*both)
+    enough = partial(bptt.forward_scan, influence=bptt.influences.low_rank(len(xs)), key=KEY)
+    both = jax.jit(lambda params: [jax.grad(partial(loss, scan))(params) for scan in (enough, bptt.scan)])(params)
+    assert_close(*both, rtol=rtol)
 
 
 @cases("name", {name: name for name in [*CELLS, *DIAGONAL, "rate", "layer_norm"]}, "stack", "lru")
 def test_products_of_each_cell(name):
     cell = make_cell(name)
     check_exact(cell, *problem(cell, 4, (2,) if name == "stack" else ()))
+
+
+# A weight [3, 3] in ways that come down to products with vectors, for a carry of as many numbers.
+WAYS = {
+    "from the right": lambda W, h, x: h @ W + x,
+    "twice in one sum": lambda W, h, x: W @ h + W.T @ x,
+    "of two products": lambda W, h, x: (1 + W @ h) * (W @ x),
+    "one after the other": lambda W, h, x: W @ jnp.sin(W @ h + x),
+    "concatenated": lambda W, h, x: jnp.concatenate([W, 2 * W, jnp.outer(x, x)], 1) @ jnp.concatenate([h, x, h]),
+    "in parts": lambda W, h, x: jnp.concatenate([W[:1] @ h, W[1:].reshape(1, 2, 3)[0] @ x]),
+    "antisymmetric": lambda W, h, x: (W - W.T - 0.1 * jnp.eye(3)) @ h + x,
+    "of several vectors": lambda W, h, x: jnp.stack([h, x], 1).T.dot(W.T).sum(0),
+}
+
+
+@cases("current", WAYS, "of two products", "concatenated")
+def test_ways_to_use_a_weight(current):
+    def step(W, h, x):
+        h = jnp.tanh(current(W, h, x))
+        return h, h
+
+    check_exact(step, *(random_like(jax.ShapeDtypeStruct(shape, float), 3, 0.5) for shape in [(3, 3), (3,), (4, 3)]))
+
+
+@pytest.mark.slow
+def test_products_rounded_to_bfloat16():
+    cell = bptt.gru(3, 4, dtype=jnp.float32, compute_dtype=jnp.bfloat16)
+    check_exact(cell, *problem(cell, 4, dtype=jnp.float32), rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("way", "current"),
+    {
+        "custom_jvp_call": lambda W, h, x: jax.nn.relu(W) @ h,
+        "dot_general": lambda W, h, x: W @ W @ h,
+        "mul": lambda W, h, x: (W * h).sum(1),
+        "tanh": lambda W, h, x: h + W[0],
+        "scan": lambda W, h, x: jax.lax.fori_loop(0, 2, lambda i, h: W @ h, h),
+    }.items(),
+    ids=lambda item: item if isinstance(item, str) else "",
+)
+def test_other_ways_are_errors(way, current):
+    step = lambda W, h, x: (jnp.tanh(current(W["W"], h, x)), None)
+    kf_rtrl = bptt.influences.kf_rtrl()
+    with pytest.raises(
+        ValueError, match=rf"in the step params\['W'\], of shape \(3, 3\), goes into {way}: .*W @ v.*uoro"
+    ):
+        kf_rtrl.init(step, {"W": jnp.ones((3, 3))}, jnp.ones(3), jnp.ones(3))
 
 
 @influences
@@ -144,3 +201,80 @@ def test_needs_a_key(name):
     assert loss(params) == total(*bptt.scan(step, params, init, xs))
     with pytest.raises(ValueError, match=re.escape(name) + r" draws random signs, .* pass key=jax.random.key\(0\)"):
         jax.grad(loss)(params)
+
+
+@influences
+def test_many_steps_in_single_precision(name):
+    """Finite, by a key and nothing else, also where there is nothing to carry."""
+    cell = bptt.elman(3, 4)
+    params, init, xs = problem(cell, 2_000, dtype=jnp.float32)
+
+    @jax.jit
+    def gradient(key, params, init, xs):
+        def loss(params):
+            return jnp.sum(bptt.forward_scan(cell, params, init, xs, influence=INFLUENCES[name], key=key)[1] ** 2)
+
+        return jax.grad(loss)(params)
+
+    first, again, other = (gradient(jax.random.key(seed), params, init, xs) for seed in (0, 0, 1))
+    assert_close(again, first, rtol=0)
+    for one, two in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True):
+        assert one.dtype == jnp.float32
+        assert jnp.isfinite(one).all()
+        assert (one.ndim == 1 and name != "uoro()") != bool((abs(one - two) > 1e-3).any())
+    nothing = gradient(KEY, *jax.tree.map(jnp.zeros_like, (params, init, xs)))
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(nothing))
+
+
+@pytest.mark.slow
+def test_variances_in_order():
+    """Mean squared error over keys, of all weights."""
+    cell = bptt.elman(3, 16, dtype=float)
+    params, init = cell.init(KEY), cell.initial_carry()
+    xs = random_like(jax.ShapeDtypeStruct((30, 3), float), 0)
+
+    def gradient(scan):
+        return jax.flatten_util.ravel_pytree(jax.grad(lambda params: total(*scan(cell, params, init, xs)))(params))[0]
+
+    def error(influence):
+        def of_key(key):
+            return jnp.sum((gradient(partial(bptt.forward_scan, influence=influence, key=key)) - exact) ** 2)
+
+        return jax.jit(jax.vmap(of_key))(jax.random.split(KEY, 100)).mean()
+
+    exact = gradient(bptt.scan)
+    names = "low_rank(8)", "low_rank(2)", "kf_rtrl()", "uoro()"
+    made = INFLUENCES | {"low_rank(8)": bptt.influences.low_rank(8)}
+    errors = [error(made[name]) for name in names]
+    assert errors[0] < 0.5 * errors[1]
+    assert errors[1] < 0.9 * errors[2]
+    assert errors[2] < 0.2 * errors[3]
+
+
+@cases("name", {name: name for name in INFLUENCES}, "kf_rtrl()")
+def test_memory(name):
+    """It does not depend on time; and a layer of n units takes O(n²) numbers."""
+
+    def bytes_of(steps):
+        cell = bptt.gru(3, 8)
+        shapes = jax.eval_shape(cell.init, KEY), jax.ShapeDtypeStruct((steps, 2, 3), jnp.float32)
+
+        def loss(params, xs):
+            scan = partial(bptt.forward_scan, influence=INFLUENCES[name], key=KEY)
+            return jnp.sum(scan(cell, params, cell.initial_carry((2,)), xs)[0] ** 2)
+
+        return jax.jit(jax.grad(loss)).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    def numbers(hidden):
+        cell = bptt.gru(3, hidden)
+        M = INFLUENCES[name].init(cell.step, cell.init(KEY), cell.initial_carry(), jnp.zeros(3))
+        return sum(leaf.size for leaf in jax.tree.leaves(M))
+
+    with jax.enable_x64(False):
+        assert bytes_of(100_000) <= bytes_of(100) + 64
+        assert 3.5 < numbers(64) / numbers(32) < 4.1
+
+
+def test_wrong_rank():
+    with pytest.raises(ValueError, match=r"rank is 0, but it counts products: pass a whole number of at least 1\."):
+        bptt.influences.low_rank(0)

@@ -195,8 +195,8 @@ def _backward(
         return sums, starts and starts.add(carried.pull_start(starts.matrix, bar))
 
     def body(state, at_t):
-        carry, M, starts, sums = state
-        t, x, first, valid, y_bar = at_t
+        t, carry, M, starts, sums = state
+        x, first, valid, y_bar = at_t
         if first is not None:
             here = begins(first, valid)
             carry = select_rows(here, reset, carry)
@@ -216,7 +216,7 @@ def _backward(
             starts = starts._replace(matrix=taken(valid, matrix, starts.matrix))
         if reads.new_carry:
             sums, starts = pulled(sums, starts, M, new_bar)
-        return (taken(valid, new, carry), M, starts, sums), None
+        return (t + 1, taken(valid, new, carry), M, starts, sums), None
 
     M = carried.init(own, init, jax.tree.map(zeros, at_one_step(xs)))
     starts = None
@@ -224,9 +224,10 @@ def _backward(
         no_bar = jax.tree.map(jnp.zeros_like, last_bar)
         was_reset = jnp.zeros(rows.batch if first is None else first.shape[1:], bool)
         starts = _Starts(carried.start(init), was_reset, no_bar, no_bar)
-    over = jnp.arange(length), xs, first, valid, ys_bar
-    state, _ = over_time.plain().loop(body, (init, M, starts, carried.nothing(own)), over, length)
-    _, M, starts, sums = state
+    # The time is counted in the loop: as an input of it, XLA would make it for all steps.
+    start = jnp.array(0), init, M, starts, carried.nothing(own)
+    state, _ = over_time.plain().loop(body, start, (xs, first, valid, ys_bar), length)
+    _, _, M, starts, sums = state
     sums, starts = pulled(sums, starts, M, last_bar)
     own_bar = jax.tree.structure(own).flatten_up_to(carried.finish(sums, own))
     params_bar: Any = jax.tree.unflatten(jax.tree.structure(as_list), own_bar)
