@@ -1,4 +1,4 @@
-"""Results as small HTML tables, for notebooks: `_repr_html_ = fields_table` in a result type, or one made of `html_table`.
+"""Results as small tables, in plain text and, for notebooks, in HTML: `_repr_html_ = fields_table` in a result type, or one made of `html_table`.
 
 Colours, fonts and lines are the notebook's own, light or dark. Arrays are summarised, and traced ones only have a shape.
 """
@@ -56,6 +56,17 @@ def html_table(
     return (
         f"<div style='overflow-x: auto'>{above}{table}{''.join(f'<div>{escape(note)}</div>' for note in notes)}</div>"
     )
+
+
+def text_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in plain text: the first column on the left, all others on the right."""
+    columns = list(zip(head, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    padded = [
+        [cell.rjust(width) if i else cell.ljust(width) for cell in column]
+        for i, (column, width) in enumerate(zip(columns, widths, strict=True))
+    ]
+    return "\n".join(map("  ".join, zip(*padded, strict=True)))
 
 
 def fields_table(result: Any) -> str:

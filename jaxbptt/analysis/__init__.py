@@ -51,6 +51,10 @@ from jaxbptt.analysis.parallel_plan import plan_parallel as plan_parallel
 from jaxbptt.analysis.paths import surviving_paths as surviving_paths
 from jaxbptt.analysis.plan import Plan as Plan
 from jaxbptt.analysis.plan import plan as plan
+from jaxbptt.analysis.scoreboard import Accuracy as Accuracy
+from jaxbptt.analysis.scoreboard import Scoreboard as Scoreboard
+from jaxbptt.analysis.scoreboard import ScoreboardRow as ScoreboardRow
+from jaxbptt.analysis.scoreboard import score_gradients as score_gradients
 from jaxbptt.analysis.spectrum import jacobian_eigenvalues as jacobian_eigenvalues
 from jaxbptt.analysis.spectrum import log_norms as log_norms
 from jaxbptt.analysis.spectrum import singular_values as singular_values

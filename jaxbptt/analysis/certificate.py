@@ -13,7 +13,7 @@ from jaxbptt.analysis.compare import relative_error, tolerance
 from jaxbptt.analysis.cost import compile_and_cost, median_seconds
 from jaxbptt.arrays import check_callable, check_concrete, check_count, scalar_loss
 from jaxbptt.cells.cell import Adjoint, Cell
-from jaxbptt.html_table import fields_table, html_table
+from jaxbptt.html_table import fields_table, html_table, text_table
 from jaxbptt.scans.adjoint import adjoint_scan
 from jaxbptt.scans.checkpointed import checkpointed_scan
 from jaxbptt.scans.exact import scan
@@ -79,9 +79,7 @@ class Certificate(NamedTuple):
     parts: tuple[AdjointPart, ...] = ()
 
     def __str__(self) -> str:
-        names, *cells = zip(COLUMNS, *map(row_in_words, self.rows), strict=True)
-        columns = [_padded(names, str.ljust), *(_padded(column, str.rjust) for column in cells)]
-        return "\n".join([*map("  ".join, zip(*columns, strict=True)), *map(str, self.parts)])
+        return "\n".join([text_table(COLUMNS, map(row_in_words, self.rows)), *map(str, self.parts)])
 
     def _repr_html_(self) -> str:
         agrees = f"Agrees up to a relative error of {self.tolerance:.0e}, {self.dtype}."
@@ -178,8 +176,6 @@ def certify(
     def gradient_only(method):
         return lambda diff: (math.nan, (differentiable(method(*combine(diff, nondiff))), None, None))
 
-    if scans is not None and not isinstance(scans, Mapping | Sequence):
-        raise TypeError(f"scans is a {type(scans).__name__}: pass the strategies by name, or a sequence of them.")
     if gradients is not None and not isinstance(gradients, Mapping):
         raise TypeError(
             f"gradients is a {type(gradients).__name__}: pass functions (params, init, xs) -> gradient by name."
@@ -187,7 +183,7 @@ def certify(
     if scans is None:
         strategies = sequential_strategies(step) + _parallel_strategies(step, params, init, xs, length)
     else:
-        strategies = _named(scans)
+        strategies = named(scans)
     if adjoint is not None:
         strategies.append(("adjoint_scan (given)", partial(adjoint_scan, adjoint=adjoint)))
     methods = [("scan", value_and_gradient(scan))]
@@ -196,12 +192,7 @@ def certify(
     for label, method in [*strategies, *(gradients or {}).items()]:
         check_callable(f"The method {label!r}", method, "a strategy, or (params, init, xs) -> gradient")
     labels = [label for label, _ in methods]
-    repeated = [label for label in dict.fromkeys(labels) if labels.count(label) > 1]
-    if repeated:
-        raise ValueError(
-            f"More than one method is called {repeated[0]!r}: pass scans as a mapping with a name for each; 'scan' itself "
-            "is the reference, and always included."
-        )
+    check_names(labels)
 
     calls, costs, results = [], [], []
     for label, method in methods:
@@ -279,10 +270,23 @@ def _scheduled(step: Any, params: Any, init: Any, xs: Any, *, length: int | None
     return checkpointed_scan(step, params, init, xs, length=length, checkpoints=checkpoints, **options)
 
 
-def _named(scans: Scans) -> list[tuple[str, Callable[..., Any]]]:
+def named(scans: Scans) -> list[tuple[str, Callable[..., Any]]]:
+    """Strategies with their names."""
+    if not isinstance(scans, Mapping | Sequence):
+        raise TypeError(f"scans is a {type(scans).__name__}: pass the strategies by name, or a sequence of them.")
     if isinstance(scans, Mapping):
         return list(scans.items())
     return [(getattr(strategy, "__name__", str(strategy)), strategy) for strategy in scans]
+
+
+def check_names(labels: list[str]) -> None:
+    """Raise where two methods have one name."""
+    repeated = [label for label in dict.fromkeys(labels) if labels.count(label) > 1]
+    if repeated:
+        raise ValueError(
+            f"More than one method is called {repeated[0]!r}: pass scans as a mapping with a name for each; 'scan' itself "
+            "is the reference, and always included."
+        )
 
 
 def _errors_by_leaf(label: str, gradient: Any, reference: Any) -> dict[str, float]:
@@ -310,7 +314,3 @@ def row_in_words(row: CertificateRow) -> tuple[str, ...]:
         f"{row.seconds * 1e3:,.2f}",
         "yes" if row.agrees else "NO",
     )
-
-
-def _padded(column: Sequence[str], pad: Callable[[str, int], str]) -> list[str]:
-    return [pad(cell, max(map(len, column))) for cell in column]

@@ -12,7 +12,7 @@ from jaxbptt.analysis.lyapunov import lyapunov_exponents
 from jaxbptt.analysis.plan import Case, gradient_cost, in_bytes, sum_of_squares
 from jaxbptt.arrays import check_concrete, check_count, is_number, scalar_loss
 from jaxbptt.cells.cell import Cell
-from jaxbptt.html_table import fields_table, html_table
+from jaxbptt.html_table import fields_table, html_table, text_table
 from jaxbptt.scans.adjoint import adjoint_scan
 from jaxbptt.scans.newton import newton_scan, newton_states
 from jaxbptt.scans.parallel import coefficients_of, parallel_scan
@@ -122,13 +122,7 @@ class ParallelPlan(NamedTuple):
     standard_error: float
 
     def __str__(self) -> str:
-        cells = [_COLUMNS, *map(_in_words, self.rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-            for row in cells
-        ]
-        return "\n".join([*lines, *self._notes()])
+        return "\n".join([text_table(_COLUMNS, map(_in_words, self.rows)), *self._notes()])
 
     def _repr_html_(self) -> str:
         return html_table(_COLUMNS, map(_in_words, self.rows), title=f"For {self.platform}", notes=self._notes())
