@@ -47,6 +47,24 @@ for name, scan in strategies.items():
         assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
     print(name)
 
+# An influence is shared out by rows, or along the params, and stays so.
+for how, axes in (("batch", (8, 1)), ("params", (2, 4))):
+    mesh = jax.make_mesh(axes, ("rows", "params"))
+    init, update = bptt.tbptt(loss, optax.adam(1e-2), influence=bptt.influences.rtrl())
+    few = bptt.streams.rows(series, batch=16, chunk_length=2)
+    alone = init(net.init(jax.random.key(0)), cell.initial_carry((16,)), jax.random.key(1), few.at(0))
+    spread, update = bptt.sharding.shard_state(alone, mesh, influence=how), jax.jit(update)
+    for position in range(3):
+        alone, metrics = update(alone, few.at(position))
+        spread, found = update(spread, bptt.sharding.shard_chunk(few.at(position), mesh))
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), found, metrics)
+    for a, b in zip(jax.tree.leaves(alone.influence), jax.tree.leaves(spread.influence), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+        shared = b.sharding.shard_shape(b.shape)
+        assert shared == ((2, *a.shape[1:]) if how == "batch" else (8, a.shape[1], a.shape[2] // 4, *a.shape[3:])), shared
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(spread.params))
+    print("influence by", how)
+
 # Written out: each device takes the gradient of its own rows, and they are averaged.
 from jax.sharding import PartitionSpec as P
 xs = series[:144].reshape(9, 16, 3)
@@ -75,5 +93,5 @@ def test_eight_devices_equal_one():
     )
     assert run.returncode == 0, run.stderr
     *names, error = run.stdout.splitlines()
-    assert names == ["adjoint_scan", "truncated_scan", "checkpointed_scan"]
+    assert names == ["adjoint_scan", "truncated_scan", "checkpointed_scan", "influence by batch", "influence by params"]
     assert "chunk.xs has shape (5, 12), whose axis 1 can't be shared out evenly over the 8 devices" in error

@@ -45,18 +45,17 @@ class Problem:
         errors = jnp.sum((outputs - chunk.targets) ** 2, axis=-1)
         return jnp.sum(errors if chunk.mask is None else jnp.where(chunk.mask, errors, 0)), carry
 
-    def chunks(self, length, *, padded=False, is_first=None):
+    def chunks(self, length, *, padded=False, **flags):
         """The sequence cut; the last chunk is shorter, or padded with nan."""
         for start in range(0, STEPS, length):
-            here = slice(start, start + length)
-            flags = {} if is_first is None else {"is_first": is_first[here]}
-            chunk = bptt.Chunk(self.xs[here], self.targets[here], None, **flags)
+            given = {"xs": self.xs, "targets": self.targets} | flags
+            chunk = bptt.Chunk(**{word: leaf[start : start + length] for word, leaf in given.items()})
             yield as_long(chunk, length) if padded else chunk
 
-    def whole(self, is_first=None):
+    def whole(self, **flags):
         """Full BPTT: the gradient of the sequence as one chunk."""
-        chunk = bptt.Chunk(self.xs, self.targets)
-        scan = bptt.scan if is_first is None else partial(bptt.scan, is_first=is_first)
+        chunk = bptt.Chunk(self.xs, self.targets, flags.get("valid"))
+        scan = partial(bptt.scan, **flags)
         return jax.jit(jax.grad(lambda params: self.loss(params, self.carry, chunk, scan=scan, key=None)[0]))(
             self.params
         )
@@ -96,10 +95,12 @@ def rtrl():
     ("name", "length", "padded"),
     [("lstm", 1, False), ("gru", 3, True)]
     + [
-        pytest.param(name, length, padded, marks=pytest.mark.slow)
-        for name in ("elman", "gru", "lstm", "lru", "stack", "rate")
-        for length, padded in ((1, False), (3, False), (3, True), (4, True), (4, False))
-        if (name, length, padded) not in {("lstm", 1, False), ("gru", 3, True)}
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in [
+            *(("elman", length, padded) for length in (1, 3, 4) for padded in (False, True)),
+            *(("gru", 1, False), ("gru", 4, False), ("lstm", 3, False), ("lstm", 4, True)),
+            *(("stack", 3, True), ("lru", 3, False)),
+        ]
     ],
 )
 def test_gradients_of_chunks_add_up_to_full_bptt(name, length, padded):
@@ -113,17 +114,21 @@ def test_gradients_of_chunks_add_up_to_full_bptt(name, length, padded):
     assert largest_difference(cut.W_hy, whole.W_hy) < 1e-10
 
 
-@pytest.mark.parametrize("padded", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_resets(padded):
-    """The influence of a row is reset with its carry, at the start of a chunk and inside one; the other row's is not."""
-    problem, is_first = Problem("gru"), np.zeros((STEPS, BATCH), bool)
+@pytest.mark.parametrize("words", [pytest.param("is_first", marks=pytest.mark.slow), "both"])
+def test_resets_and_padding(words):
+    """The influence of a row is reset with its carry, at the start of a chunk and inside one, and held where it is padded."""
+    problem, is_first, padded = Problem("gru"), *np.zeros((2, STEPS, BATCH), bool)
     is_first[[4, 6, 7], [0, 0, 1]] = True
-    summed, state = problem.summed(problem.chunks(4, padded=padded, is_first=is_first), rtrl())
-    assert largest_difference(summed, problem.whole(is_first)) < 1e-10
-    assert largest_difference(problem.summed(problem.chunks(4, is_first=is_first))[0], summed) > 1e-2
+    padded[[3, 6, 9], [1, 0, 0]] = True
+    flags = {"is_first": is_first} | ({"valid": ~padded} if words == "both" else {})
+    if words == "both":
+        problem.xs[padded] = np.nan
+    summed, state = problem.summed(problem.chunks(4, **flags), rtrl())
+    assert largest_difference(summed, problem.whole(**flags)) < 1e-10
+    assert largest_difference(problem.summed(problem.chunks(4, **flags))[0], summed) > 1e-2
     ends_with_reset = is_first.copy()
-    ends_with_reset[-1, 0] = True
-    _, reset = problem.summed(problem.chunks(4, padded=padded, is_first=ends_with_reset), rtrl())
+    ends_with_reset[8, 0] = True
+    _, reset = problem.summed(problem.chunks(4, **flags | {"is_first": ends_with_reset}), rtrl())
     for before, after in zip(*map(jax.tree.leaves, (state.influence, reset.influence)), strict=True):
         assert_close(after[1], before[1])
         assert float(jnp.max(jnp.abs(after[0] - before[0]))) > 1e-3
@@ -469,3 +474,27 @@ def test_states_that_do_not_fit():
         ValueError, match=r"influence is .*\[2, 4, 4, 4\].* for this loss and chunk it is .*\[1, 4, 4, 4\]"
     ):
         update(state._replace(carry=state.carry[:1]), fewer_rows)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) for name in ("kf_rtrl", "low_rank", "uoro")]
+)
+def test_random_influences_heal_on_average(name):
+    """Over many runs the sum of the gradients is that of full BPTT, and the cut would be seen at this precision."""
+    influence = bptt.influences.low_rank(2) if name == "low_rank" else getattr(bptt.influences, name)()
+    problem = Problem("elman")
+    init, update = bptt.tbptt(problem.loss, CAPTURE, influence=influence)
+    chunks = list(problem.chunks(5))
+
+    def summed(key):
+        state, total = init(problem.params, problem.carry, key, chunks[0]), 0.0
+        for chunk in chunks:
+            state, _ = update(state, chunk)
+            total += state.opt_state[1].cell.W_hh
+        return total
+
+    found = jax.jit(jax.vmap(summed))(jax.random.split(jax.random.key(2), 500 if name == "low_rank" else 3_000))
+    error = jnp.std(found, axis=0) / np.sqrt(len(found))
+    whole, (cut, _) = problem.whole().cell.W_hh, problem.summed(chunks)
+    assert float(jnp.max(jnp.abs(jnp.mean(found, axis=0) - whole) / error)) < 4.5
+    assert float(jnp.max(jnp.abs(cut.cell.W_hh - whole) / error)) > 10

@@ -351,7 +351,7 @@ def functions():
         "tbptt": (
             bptt.tbptt,
             {"loss": loss["loss"], "optimizer": optax.sgd(0.1), "truncation_length": 2, "update_every": 2}
-            | {"burn_in": 0, "scan": None, "clip": None},
+            | {"burn_in": 0, "scan": None, "clip": None, "influence": None},
             {
                 "loss": set(),
                 "optimizer": set(),
@@ -360,6 +360,7 @@ def functions():
                 "burn_in": set(),
                 "scan": {"None"},
                 "clip": {"None"},
+                "influence": {"None"},
             },
         ),
         "tbptt.init": (
@@ -368,7 +369,11 @@ def functions():
             {"key": set()},
         ),
         "tbptt.update": (update.update, {"state": state, "chunk": chunk}, {"state": set(), "chunk": set()}),
-        "shard_state": (bptt.sharding.shard_state, {"state": state, "mesh": mesh}, {"state": set(), "mesh": set()}),
+        "shard_state": (
+            bptt.sharding.shard_state,
+            {"state": state, "mesh": mesh, "influence": "batch"},
+            {"state": set(), "mesh": set(), "influence": set()},
+        ),
         "shard_chunk": (bptt.sharding.shard_chunk, {"chunk": chunk, "mesh": mesh}, {"chunk": set(), "mesh": set()}),
         "rows": (
             bptt.streams.rows,

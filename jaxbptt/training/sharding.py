@@ -13,22 +13,28 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxbptt.training.chunks import Chunk
 from jaxbptt.training.tbptt import TrainState
-from jaxbptt.trees import is_array, is_key, name
+from jaxbptt.trees import differentiable, is_array, is_key, name
 from jaxbptt.words import counted
 
 
-def shard_state(state: TrainState, mesh: Mesh) -> TrainState:
+def shard_state(state: TrainState, mesh: Mesh, *, influence: str = "batch") -> TrainState:
     r"""A `TrainState` on a mesh: the carry's rows sharded over the mesh's first axis, the rest replicated.
+
+    An influence is sharded as well, since it is the largest part of a state: by its rows, or, for a few rows on many devices,
+    along the params. No device then holds more than its share; each step moves the Jacobians, which are small beside it.
 
     Args:
         state: as `init` returns it; leaves of its carry are `[batch, ...]`. Every process passes the same.
         mesh: of devices, of this process or of several.
+        influence: "batch" for its rows over the mesh's first axis. "params" for an axis of the params over the mesh's last axis,
+            the first that can be shared out evenly, in those of its leaves that end with the shape of a leaf of the params; where
+            the mesh has another axis before that, for the rows over the first as well.
 
     Returns:
         The same values, on the mesh.
 
     Raises:
-        ValueError: a carry whose rows can't be shared out evenly.
+        ValueError: a carry or an influence whose rows can't be shared out evenly; an `influence` that is neither word.
         TypeError: not a `TrainState`, or not a mesh.
 
     Example:
@@ -43,11 +49,18 @@ def shard_state(state: TrainState, mesh: Mesh) -> TrainState:
         batch
     """
     _check(state, TrainState, mesh)
+    if influence not in ("batch", "params"):
+        raise ValueError(
+            f"influence is {influence!r}, but it is sharded along one of two axes: pass 'batch' or 'params'."
+        )
     carry = _place(state.carry, mesh, 0, "carry")
+    by_rows = influence == "batch"
+    moved = _place(state.influence, mesh, 0, "influence") if by_rows else _along_params(state, mesh)
     rest = jax.tree.map(
-        lambda leaf: _put(leaf, NamedSharding(_automatic(mesh), PartitionSpec())), state._replace(carry=None)
+        lambda leaf: _put(leaf, NamedSharding(_automatic(mesh), PartitionSpec())),
+        state._replace(carry=None, influence=None),
     )
-    return rest._replace(carry=carry)
+    return rest._replace(carry=carry, influence=moved)
 
 
 def shard_chunk(chunk: Chunk, mesh: Mesh) -> Chunk:
@@ -100,6 +113,24 @@ def _place(tree: Any, mesh: Mesh, axis: int, root: str) -> Any:
         return _put(leaf, sharding)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def _along_params(state: TrainState, mesh: Mesh) -> Any:
+    """The influence, where a leaf ends with the axes of a leaf of the params, sharded along one of them."""
+    mesh, (*rows, devices) = _automatic(mesh), mesh.axis_names
+    shapes = {leaf.shape for leaf in jax.tree.leaves(differentiable(state.params)) if leaf.ndim}
+
+    def leaf(leaf):
+        first = next((axis for axis in range(1, leaf.ndim) if leaf.shape[axis:] in shapes), leaf.ndim)
+        axes: list[Any] = [None] * leaf.ndim
+        if rows and leaf.ndim and leaf.shape[0] % mesh.shape[rows[0]] == 0:
+            axes[0] = rows[0]
+        even = [axis for axis in range(first, leaf.ndim) if leaf.shape[axis] % mesh.shape[devices] == 0]
+        if even:
+            axes[even[0]] = devices
+        return _put(leaf, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    return jax.tree.map(leaf, state.influence)
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> Any:
