@@ -40,6 +40,7 @@ def test_types_of_results_live_in_namespaces():
     results = "Certificate CertificateRow GradientComparison LeafComparison BiasCurve LagContributions TruncationBias"
     results += " GradientDiagnosis GradientRates BadEntry GradientFlow AdaptiveTruncation LogSingularValues"
     results += " FixedPoints CovariantVectors PrincipalComponents NormalityDeparture AdjointPart ScaledProducts TemporalContributions LyapunovSpectrum JacobianOperators Plan ParallelPlan StrategyForecast DeviceFigures"
+    results += " Accuracy Scoreboard ScoreboardRow KeptContributions"
     assert {name for name, value in vars(bptt.analysis).items() if isinstance(value, type)} == set(results.split())
     assert bptt.scans.Schedule is type(bptt.checkpoint_schedule(3, 2))
     assert isinstance(bptt.tbptt(lambda *_: (0.0, ()), optax.sgd(0.1)), bptt.training.TruncatedBPTT)

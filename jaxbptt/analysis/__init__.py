@@ -37,6 +37,8 @@ from jaxbptt.analysis.jacobians import jacobian_products as jacobian_products
 from jaxbptt.analysis.jacobians import product_log_singular_values as product_log_singular_values
 from jaxbptt.analysis.jacobians import state_jacobians as state_jacobians
 from jaxbptt.analysis.jacobians import temporal_contributions as temporal_contributions
+from jaxbptt.analysis.kept import KeptContributions as KeptContributions
+from jaxbptt.analysis.kept import kept_contributions as kept_contributions
 from jaxbptt.analysis.lyapunov import LyapunovSpectrum as LyapunovSpectrum
 from jaxbptt.analysis.lyapunov import lyapunov_exponents as lyapunov_exponents
 from jaxbptt.analysis.normality import NormalityDeparture as NormalityDeparture

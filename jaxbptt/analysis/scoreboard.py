@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 
@@ -16,6 +17,7 @@ from jaxbptt.analysis.cost import Cost, compile_and_cost, median_seconds
 from jaxbptt.arrays import check_callable, check_concrete, check_count, scalar_loss
 from jaxbptt.cells.cell import Cell
 from jaxbptt.html_table import fields_table, html_table, text_table
+from jaxbptt.programs.evaluate import bind, evaluate_jaxpr, subjaxprs
 from jaxbptt.scans.exact import scan
 from jaxbptt.scans.flags import Flags
 from jaxbptt.scans.forward import forward_scan
@@ -250,9 +252,18 @@ def _compiled(label: str, method: Callable[..., Any], diff: Any, keys: Any) -> _
 
 def reads_key(fn: Callable[..., Any], args: Any, key: Any) -> bool:
     """Whether the result of `fn(args, key)` depends on the key, by its trace."""
-    closed = jax.make_jaxpr(fn)(args, key)
-    _, used = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    traced = jax.make_jaxpr(fn)(args, key)
+    # Functions with a derivative of their own count as reading all that they are given: so they are opened.
+    opened = jax.make_jaxpr(lambda *leaves: evaluate_jaxpr(traced.jaxpr, traced.consts, list(leaves), _opened))(
+        *jax.tree.leaves((args, key))
+    )
+    _, used = dce_jaxpr(opened.jaxpr, [True] * len(opened.jaxpr.outvars))
     return used[-1]
+
+
+def _opened(eqn: Any, values: list[Any]) -> list[Any]:
+    inside = next(subjaxprs(eqn), None) if eqn.primitive.name.startswith("custom_jvp_call") else None
+    return bind(eqn, values) if inside is None else evaluate_jaxpr(*inside, values, _opened)
 
 
 def _scored(
@@ -341,7 +352,7 @@ def _takes_key(strategy: Callable[..., Any]) -> bool:
 
 def _checked(keys: Any) -> Any:
     dtype = getattr(keys, "dtype", None)
-    if dtype is None or not jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) or keys.ndim != 1 or not keys.size:
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key) or keys.ndim != 1 or not keys.size:
         what = f"of shape {keys.shape}" if hasattr(keys, "shape") else f"a {type(keys).__name__}"
         raise TypeError(
             f"keys is {what}, but random keys [draws] are expected: pass jax.random.split(jax.random.key(0), 16)."

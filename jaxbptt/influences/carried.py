@@ -14,6 +14,7 @@ from jaxtyping import Array
 from jaxbptt.arrays import at_least_float32
 from jaxbptt.influences.influence import Influence
 from jaxbptt.influences.state import state_jacobian, unravelled, vector
+from jaxbptt.programs.flagged import begins, select_rows
 from jaxbptt.programs.perturbed import fit
 from jaxbptt.programs.rows import Rows
 from jaxbptt.trees import combine, is_array, partition, select
@@ -126,6 +127,21 @@ class Carried(NamedTuple):
             return _paired(select(new_carry, self.kept)), y
 
         return step, _paired(wanted), _paired(state), (x, others)
+
+
+def entering(M: Any, carry: Any, inputs: Any, resets: Any) -> tuple[Any, Any, Any, Any]:
+    """What a step starts from where rows are reset or padding: (M, carry, the carry it runs on, the x it runs on).
+
+    `inputs` are (x, is_first, valid) at the step, and `resets` are (reset carry, what padded steps run on), `None` where no flags
+    were given.
+    """
+    (x, first, valid), (reset, padding) = inputs, resets
+    if first is not None:
+        here = begins(first, valid)
+        carry = select_rows(here, reset, carry)
+        M = select_rows(here, jax.tree.map(jnp.zeros_like, M), M)
+    runs_on = (carry, x) if valid is None else select_rows(valid, (carry, x), padding)
+    return M, carry, *runs_on
 
 
 def _is_complex(leaf: Any) -> bool:

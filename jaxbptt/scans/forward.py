@@ -15,7 +15,7 @@ from jaxbptt.along_time import at_one_step
 from jaxbptt.array_types import zeros
 from jaxbptt.arrays import check_key
 from jaxbptt.cells.cell import Cell
-from jaxbptt.influences.carried import Carried
+from jaxbptt.influences.carried import Carried, entering
 from jaxbptt.influences.influence import Influence
 from jaxbptt.influences.rtrl import rtrl
 from jaxbptt.programs.flagged import begins, present, select_rows, taken
@@ -196,13 +196,11 @@ def _backward(
 
     def body(state, at_t):
         t, carry, M, starts, sums = state
-        x, first, valid, y_bar = at_t
-        if first is not None:
-            here = begins(first, valid)
-            carry = select_rows(here, reset, carry)
-            M = select_rows(here, jax.tree.map(jnp.zeros_like, M), M)
-            starts = starts and starts.at_resets(here, carried.start(carry))
-        old, x = (carry, x) if valid is None else select_rows(valid, (carry, x), padding)
+        inputs, y_bar = at_t
+        _, first, valid = inputs
+        M, carry, old, x = entering(M, carry, inputs, (reset, padding))
+        if starts and first is not None:
+            starts = starts.at_resets(begins(first, valid), carried.start(carry))
         new, _ = traced.step(own, old, x)
         own_bar, old_bar, new_bar = read.pull(own, same_keys(old), same_keys(x), same_keys(new), present(valid, y_bar))
         if reads.params:
@@ -226,7 +224,7 @@ def _backward(
         starts = _Starts(carried.start(init), was_reset, no_bar, no_bar)
     # The time is counted in the loop: as an input of it, XLA would make it for all steps.
     start = jnp.array(0), init, M, starts, carried.nothing(own)
-    state, _ = over_time.plain().loop(body, start, (xs, first, valid, ys_bar), length)
+    state, _ = over_time.plain().loop(body, start, ((xs, first, valid), ys_bar), length)
     _, _, M, starts, sums = state
     sums, starts = pulled(sums, starts, M, last_bar)
     own_bar = jax.tree.structure(own).flatten_up_to(carried.finish(sums, own))

@@ -16,9 +16,9 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxbptt.along_time import at_one_step
 from jaxbptt.array_types import as_type, type_of, varying_alike, zeros
-from jaxbptt.influences.carried import Carried
+from jaxbptt.influences.carried import Carried, entering
 from jaxbptt.influences.influence import Influence
-from jaxbptt.programs.flagged import begins, select_rows, taken
+from jaxbptt.programs.flagged import taken
 from jaxbptt.programs.perturbed import Perturbed, spread
 from jaxbptt.programs.rows import Rows, rows_of
 from jaxbptt.programs.trace import TracedStep, trace
@@ -205,16 +205,13 @@ class _Chunk(NamedTuple):
 
     def _moved(self, own: Any, wanted: Any, M: Any, leaves: Any, resets: Any, xs: Any, key: Any) -> Any:
         """The influence after the chunk."""
-        carried, (reset, padding) = self._carried(own, wanted), resets
+        carried = self._carried(own, wanted)
 
         def body(state, at_t):
             carry, M = state
-            t, (x, first, valid) = at_t
-            if first is not None:
-                here = begins(first, valid)
-                carry = select_rows(here, reset, carry)
-                M = select_rows(here, jax.tree.map(jnp.zeros_like, M), M)
-            old, x = (carry, x) if valid is None else select_rows(valid, (carry, x), padding)
+            t, inputs = at_t
+            M, carry, old, x = entering(M, carry, inputs, resets)
+            valid = inputs[2]
             new, _ = self.traced.step(own, old, x)
             M = taken(valid, carried.advance(own, M, same_keys(old), same_keys(x), jax.random.fold_in(key, t)), M)
             return (taken(valid, new, carry), M), None
