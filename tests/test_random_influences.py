@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -12,6 +13,7 @@ from reference import CELLS, DIAGONAL, assert_close, cases, make_cell, problem, 
 
 import jaxbptt as bptt
 from jaxbptt.influences import signs
+from jaxbptt.influences.low_rank import reduced
 
 INFLUENCES = {
     "uoro()": bptt.influences.uoro(),
@@ -191,6 +193,53 @@ def test_other_ways_are_errors(way, current):
         kf_rtrl.init(step, {"W": jnp.ones((3, 3))}, jnp.ones(3), jnp.ones(3))
 
 
+@cases("name", {name: name for name in INFLUENCES}, "uoro()", "kf_rtrl()")
+def test_factors_are_balanced(name):
+    """What a product is split into does not matter: 2³⁰ u and v/2³⁰ lead to what u and v lead to."""
+    step, params, h, xs = tiny(bptt.elman(2, 2, dtype=float))
+    influence = INFLUENCES[name]
+
+    @jax.jit
+    def pulled(scale):
+        M = influence.advance(step, params, h, xs[0], influence.init(step, params, h, xs[0]), KEY)
+        if name == "uoro()":
+            M = M._replace(u=scale * M.u, v=jax.tree.map(lambda leaf: leaf / scale, M.v))
+        else:
+            right = jax.tree.map(lambda leaf: leaf / scale, M.right)
+            M = replace(M, left=[scale * leaf for leaf in M.left], right=right)
+        return influence.pull(influence.advance(step, params, h, xs[1], M, KEY), jnp.ones(2))
+
+    assert_close(pulled(2.0**30), pulled(1.0))
+
+
+def reduced_by_all_signs(left, right):
+    """The mean of one product less over all patterns of signs, and the sum of the variances of its entries."""
+    patterns = jnp.asarray(list(itertools.product([-1.0, 1.0], repeat=len(left) - 1)))
+    found = jax.vmap(lambda nu: jnp.einsum("ri,rj->ij", *reduced(left, right, nu)))(patterns)
+    return found.mean(0), found.var(0).sum()
+
+
+def test_least_variance_of_one_product_less():
+    """Singular values of which all, three or two are mixed, and of which the last is 0: against the best number to keep."""
+    values = np.array([[1, 1, 1, 1], [5, 1, 1, 0.9], [8, 4, 2, 1], [3, 2, 1, 0]])
+    G, U, V = (np.linalg.qr(random_like(jax.ShapeDtypeStruct((n, 4), float), n))[0] for n in (4, 6, 7))
+    left, right = (jnp.asarray((G * np.sqrt(sigma)[:, None, :]) @ side.T) for sigma, side in ((values, U), (values, V)))
+    means, variances = jax.jit(jax.vmap(reduced_by_all_signs))(left, right)
+    assert_close(means, jnp.asarray(U * values[:, None] @ V.T))
+    # Of k products for the last k + 1 values; none may be larger than s/k.
+    best = [
+        min(tail.sum() ** 2 / k - (tail**2).sum() for k in (1, 2, 3) if k * (tail := row[3 - k :]).max() <= tail.sum())
+        for row in values
+    ]
+    np.testing.assert_allclose(variances, best, atol=1e-12)
+    assert best[0] > 1
+
+
+def test_more_products_than_numbers():
+    left, right = (random_like(jax.ShapeDtypeStruct((4, size), float), size) for size in (2, 5))
+    assert_close(jax.jit(reduced_by_all_signs)(left, right)[0], left.T @ right)
+
+
 @influences
 def test_needs_a_key(name):
     step, params, init, xs = tiny(bptt.elman(2, 2, dtype=float))
@@ -203,7 +252,7 @@ def test_needs_a_key(name):
         jax.grad(loss)(params)
 
 
-@influences
+@cases("name", {name: name for name in INFLUENCES}, "uoro()", "low_rank(2)")
 def test_many_steps_in_single_precision(name):
     """Finite, by a key and nothing else, also where there is nothing to carry."""
     cell = bptt.elman(3, 4)

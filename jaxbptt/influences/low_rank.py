@@ -51,13 +51,13 @@ def low_rank(rank: int) -> Influence:
         arXiv:1902.03993.
     """
     check_count("rank", rank, "it counts products")
-    return kronecker(f"low_rank({rank})", rank, _reduced)
+    return kronecker(f"low_rank({rank})", rank, reduced)
 
 
 _product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
-def _reduced(left: Array, right: Array, nu: Array) -> tuple[Array, Array]:
+def reduced(left: Array, right: Array, nu: Array) -> tuple[Array, Array]:
     """Products `[r + 1, N]`, `[r + 1, M]` as one less."""
     q, nu = len(left), jnp.append(nu, 1)  # all signs turned round at once would change nothing
     left, right = jax.vmap(signs.balanced)(left, right)
