@@ -352,11 +352,27 @@ def focused():
     )
 
 
-@pytest.mark.parametrize(("name", "exact"), [("min_gru", True), pytest.param("gru", False, marks=pytest.mark.slow)])
-def test_an_influence_of_the_users_own(name, exact):
-    """Where it is not exact the gradient is neither that of full BPTT nor that of the cut."""
+@pytest.mark.parametrize(
+    ("name", "influence", "exact"),
+    [
+        ("min_gru", focused, True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("gru", focused, False),
+                ("min_lstm", lambda: bptt.influences.snap(1), True),
+                ("lstm", lambda: bptt.influences.snap(1), False),
+                ("elman", lambda: bptt.influences.snap(2), True),
+                ("lstm", lambda: bptt.influences.eprop(), False),
+                ("rate", lambda: bptt.influences.rflo(), False),
+            )
+        ),
+    ],
+)
+def test_estimates(name, influence, exact):
+    """Of the user's own and others; one that is not exact gives neither the gradient of full BPTT nor that of the cut."""
     problem = Problem(name)
-    healed, _ = problem.summed(problem.chunks(4), focused())
+    healed, _ = problem.summed(problem.chunks(4), influence())
     assert (largest_difference(healed, problem.whole()) < 1e-10) == exact
     assert largest_difference(healed, problem.summed(problem.chunks(4))[0]) > 1e-2
 

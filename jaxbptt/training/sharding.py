@@ -28,7 +28,8 @@ def shard_state(state: TrainState, mesh: Mesh, *, influence: str = "batch") -> T
         mesh: of devices, of this process or of several.
         influence: "batch" for its rows over the mesh's first axis. "params" for an axis of the params over the mesh's last axis,
             the first that can be shared out evenly, in those of its leaves that end with the shape of a leaf of the params; where
-            the mesh has another axis before that, for the rows over the first as well.
+            the mesh has another axis before that, for the rows over the first as well. The compiler then shards the params and the
+            optimiser's state after an update in the same way, unless `out_shardings` of `jax.jit` says otherwise.
 
     Returns:
         The same values, on the mesh.
