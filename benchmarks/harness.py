@@ -1,6 +1,7 @@
 """What the benchmarks share: a description of the machine, functions compiled and timed in turns, and tables."""
 
 import platform
+import re
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
@@ -51,3 +52,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     ]
     rule = "| " + " | ".join("-" * (w - 1) + ":" if i else "-" * w for i, w in enumerate(widths)) + " |"
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def write_sections(path: Path, head: str, titles: Sequence[str], sections: dict[str, str]) -> None:
+    """Put these sections into a Markdown file, in the place of what it has of them; `titles` are all there may be, in order."""
+    kept = {}
+    if path.exists():
+        parts = re.split(r"^## (.*)\n", path.read_text(), flags=re.MULTILINE)
+        kept = {title: text.strip() for title, text in zip(parts[1::2], parts[2::2], strict=True)}
+    kept |= sections
+    path.parent.mkdir(exist_ok=True)
+    texts = [head, *(f"## {title}\n\n{kept[title]}" for title in titles if title in kept)]
+    path.write_text("\n\n".join(texts) + "\n")
