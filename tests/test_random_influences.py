@@ -151,6 +151,7 @@ WAYS = {
     "twice in one sum": lambda W, h, x: W @ h + W.T @ x,
     "of two products": lambda W, h, x: (1 + W @ h) * (W @ x),
     "one after the other": lambda W, h, x: W @ jnp.sin(W @ h + x),
+    "read twice": lambda W, h, x: (lambda a: a + x + jnp.sin(a))(W @ h),
     "concatenated": lambda W, h, x: jnp.concatenate([W, 2 * W, jnp.outer(x, x)], 1) @ jnp.concatenate([h, x, h]),
     "in parts": lambda W, h, x: jnp.concatenate([W[:1] @ h, W[1:].reshape(1, 2, 3)[0] @ x]),
     "antisymmetric": lambda W, h, x: (W - W.T - 0.1 * jnp.eye(3)) @ h + x,
@@ -158,7 +159,7 @@ WAYS = {
 }
 
 
-@cases("current", WAYS, "of two products", "concatenated")
+@cases("current", WAYS, "read twice", "concatenated")
 def test_ways_to_use_a_weight(current):
     def step(W, h, x):
         h = jnp.tanh(current(W, h, x))

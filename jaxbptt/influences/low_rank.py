@@ -2,13 +2,11 @@ r"""The optimal Kronecker sum: for each layer a few products of a derivative and
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
 from jaxbptt.arrays import check_count
-from jaxbptt.influences import signs
 from jaxbptt.influences.influence import Influence
 from jaxbptt.influences.kf_rtrl import kronecker
 
@@ -60,11 +58,11 @@ _product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 def reduced(left: Array, right: Array, nu: Array) -> tuple[Array, Array]:
     """Products `[r + 1, N]`, `[r + 1, M]` as one less."""
     q, nu = len(left), jnp.append(nu, 1)  # all signs turned round at once would change nothing
-    left, right = jax.vmap(signs.balanced)(left, right)
     (Q_left, R_left), (Q_right, R_right) = (jnp.linalg.qr(_tall(factor)) for factor in (left, right))
     U, sigma, V = jnp.linalg.svd(_product(R_left, R_right.T))
     # Rounding errors are not worth a random sign: their root would be added to the others.
-    rounding = q * jnp.finfo(sigma.dtype).eps * signs.norm(left) * signs.norm(right)
+    sizes = jnp.linalg.norm(left, axis=1) @ jnp.linalg.norm(right, axis=1)
+    rounding = q * jnp.finfo(sigma.dtype).eps * sizes
     sigma = jnp.where(sigma > rounding, sigma, 0)
     # k terms are left for the σ from number q - 1 - k on: as many as make no z² negative.
     tails, k = jnp.cumsum(sigma[::-1])[::-1], jnp.arange(q - 1, 0, -1, sigma.dtype)
