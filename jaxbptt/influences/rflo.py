@@ -87,7 +87,7 @@ def _kept(leak: Any, step: Any, params: Any, carry: Any, x: Any) -> list[Any]:
     leaves = jax.tree.leaves(carry)
     if leak is not None:
         for path, leaf in jax.tree.leaves_with_path(carry):
-            if np.broadcast_shapes(np.shape(leak), leaf.shape) != leaf.shape:
+            if not _broadcasts(np.shape(leak), leaf.shape):
                 raise ValueError(
                     f"leak has shape {np.shape(leak)}, but {name('carry', path)} has {leaf.shape} in a row of the batch: pass one "
                     "number, or an array that broadcasts against each leaf of the carry."
@@ -98,6 +98,10 @@ def _kept(leak: Any, step: Any, params: Any, carry: Any, x: Any) -> list[Any]:
         jnp.broadcast_to(found.elementwise.entries(k, np.arange(leaf.size)), leaf.size).reshape(leaf.shape)
         for k, (found, leaf) in enumerate(zip(sums, leaves, strict=True))
     ]
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
 
 
 def _pull(M: Any, carry_bar: Any) -> Any:

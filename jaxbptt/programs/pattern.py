@@ -21,62 +21,12 @@ from jaxbptt.programs.evaluate import bind, evaluate_jaxpr
 from jaxbptt.programs.program import Program, program
 
 # Polynomials and moves of entries: computed as they are, so that zeros stay zeros.
-_COMPUTED = {
-    *[
-        "add",
-        "sub",
-        "mul",
-        "neg",
-        "add_any",
-        "copy",
-        "copy_p",
-        "real",
-        "imag",
-        "conj",
-        "complex",
-        "square",
-        "reshape",
-        "squeeze",
-        "expand_dims",
-        "broadcast_in_dim",
-        "transpose",
-        "slice",
-        "split",
-        "concatenate",
-        "pad",
-        "rev",
-        "reduce_sum",
-        "cumsum",
-        "dot_general",
-        "conv_general_dilated",
-        "gather",
-        "scatter-add",
-        "dynamic_slice",
-        "dynamic_update_slice",
-        "optimization_barrier",
-    ]
-}
-# Zero at zero, of one known operand.
-_ZERO_AT_ZERO = {
-    *[
-        "tanh",
-        "sin",
-        "tan",
-        "asin",
-        "atan",
-        "sinh",
-        "asinh",
-        "atanh",
-        "abs",
-        "sign",
-        "sqrt",
-        "cbrt",
-        "expm1",
-        "log1p",
-        "erf",
-        "integer_pow",
-    ]
-}
+_EXACT = """add sub mul neg add_any copy copy_p real imag conj complex square reshape squeeze expand_dims broadcast_in_dim
+transpose slice split concatenate stack unstack pad rev reduce_sum cumsum dot_general conv_general_dilated gather dynamic_slice
+dynamic_update_slice optimization_barrier"""
+_COMPUTED = {*_EXACT.split()}
+_VANISHING = "tanh sin tan asin atan sinh asinh atanh abs sign sqrt cbrt expm1 log1p erf integer_pow"
+_ZERO_AT_ZERO = {*_VANISHING.split()}  # of one known operand
 _ANYTHING = object()  # an integer, flag or key that is computed from params, carry or x
 _NEGLIGIBLE = 1e-12  # what two equal paths of opposite sign leave by rounding
 
@@ -191,6 +141,13 @@ class _Evaluation:
             return [values[0].astype(complex) if complex_ else values[0].real.astype(float)]
         if kind == "reduce_precision":
             return values
+        if (
+            kind == "scatter-add" and known and floats
+        ):  # its sum is a program of its own, in the dtype that it was traced in
+            same = {
+                name: eqn.params[name] for name in ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")
+            }
+            return [jax.lax.scatter_add(*values, **same)]
         if kind in _COMPUTED and known and floats:
             exact = (
                 {"preferred_element_type": None, "precision": None} if "preferred_element_type" in eqn.params else {}

@@ -65,7 +65,18 @@ def rows_of(step: Callable[..., Any], traced: TracedStep, init: Any, xs: Any) ->
         found = _with_batch(step, traced, init, xs, axes)
         if found is not None:
             return found
-    return Rows(traced.step, (), jax.tree.map(lambda _: False, x), traced.one_at_a_time)
+    return Rows(_with_constants(traced), (), jax.tree.map(lambda _: False, x), traced.one_at_a_time)
+
+
+def _with_constants(traced: TracedStep) -> Callable[..., Any]:
+    """The step, in which constants stay constants: a derivative passes them on as arguments, and influences read their zeros."""
+    consts = [None if isinstance(const, Tracer) else const for const in traced.params.closed_over]
+
+    def step(params, carry, x):
+        closed_over = [b if a is None else a for a, b in zip(consts, params.closed_over, strict=True)]
+        return traced.step(ClosedParams(params.leaves, closed_over), carry, x)
+
+    return step
 
 
 def _most_axes(traced: TracedStep, init: Any, x: Any) -> int:
@@ -128,7 +139,8 @@ def _of_one_row(
     carry, _ = one.out_tree.unflatten([var.aval for var in one.jaxpr.outvars])
     if jax.tree.map(jnp.shape, carry) != jax.tree.map(lambda leaf: leaf.shape[len(axes) :], init):
         return None
-    # What the step closes over is found in both traces; but for constants it is passed on, to get its gradient.
+    # What the step closes over is found in both traces. Constants stay what they are: influences read their zeros. The rest is
+    # passed on, to get its gradient.
     whole = {id(const): i for i, const in enumerate(traced.params.closed_over)}
     where = [whole.get(id(const)) for const in one.params.closed_over]
     consts = [None if isinstance(const, Tracer) else const for const in one.params.closed_over]
@@ -136,7 +148,9 @@ def _of_one_row(
         return None
 
     def step_of_row(params, carry, x):
-        closed_over = [consts[k] if i is None else params.closed_over[i] for k, i in enumerate(where)]
+        closed_over = [
+            params.closed_over[i] if const is None else const for i, const in zip(where, consts, strict=True)
+        ]
         return one.step(ClosedParams(params.leaves, closed_over), carry, x)
 
     return Rows(step_of_row, batch, own, one.one_at_a_time)

@@ -179,20 +179,22 @@ def _moved(eqn: Any, value: Any, *known: Any) -> list[Any] | None:
     return found
 
 
-def _concatenate(eqn: Any, *values: Any) -> list[Any]:
+def _joined(eqn: Any, *values: Any) -> list[Any]:
     """Of tangents and zeros."""
-    found, lost, axis = [], frozenset(), eqn.params["dimension"]
+    found, lost = [], frozenset()
     for i, value in enumerate(values):
         if not isinstance(value, Sum):
             continue
 
-        def whole(part, nothing, join, i=i):
-            return join([part if k == i else nothing(var.aval.shape, part.dtype) for k, var in enumerate(eqn.invars)])
+        def whole(part, nothing, i=i):
+            parts = [jnp.full(var.aval.shape, nothing, part.dtype) for var in eqn.invars]
+            return bind(eqn, [*parts[:i], jnp.asarray(part), *parts[i + 1 :]])[0]
 
-        moved = value.mapped(
-            lambda after: whole(after, jnp.zeros, lambda parts: jnp.concatenate(parts, axis)),
-            lambda at: whole(at, lambda shape, dtype: np.full(shape, -1), lambda parts: np.concatenate(parts, axis)),
-        )
+        def numbers(at, whole=whole):
+            with jax.ensure_compile_time_eval():
+                return np.asarray(whole(at, -1))
+
+        moved = value.mapped(lambda after, whole=whole: whole(after, 0), numbers)
         found += moved.terms
         lost |= moved.lost
     return [Sum(found, lost)]
@@ -254,6 +256,7 @@ def _product(eqn: Any, a: Any, b: Any) -> list[Any] | None:
     return [Sum(terms, tangent.lost)]
 
 
+_MOVES = "reshape squeeze expand_dims broadcast_in_dim transpose slice split unstack rev gather dynamic_slice"
 _RULES: dict[str, Callable[..., list[Any] | None]] = {
     "mul": _mul,
     "div": _div,
@@ -262,25 +265,12 @@ _RULES: dict[str, Callable[..., list[Any] | None]] = {
     "sub": _sub,
     "select_n": _select,
     "dot_general": _product,
-    "concatenate": _concatenate,
+    "concatenate": _joined,
+    "stack": _joined,
     "pad": _pad,
     "complex": _complex,
     "real": _part,
     "imag": _part,
     **dict.fromkeys(["neg", "convert_element_type", "copy", "copy_p", "reduce_precision"], _entrywise),
-    **dict.fromkeys(
-        [
-            "reshape",
-            "squeeze",
-            "expand_dims",
-            "broadcast_in_dim",
-            "transpose",
-            "slice",
-            "split",
-            "rev",
-            "gather",
-            "dynamic_slice",
-        ],
-        _moved,
-    ),
+    **dict.fromkeys(_MOVES.split(), _moved),
 }
