@@ -150,6 +150,7 @@ def test_a_state_that_only_its_own_unit_writes():
     assert_biased(found, exact)
 
 
+@pytest.mark.slow
 def test_layers():
     """In a stack a weight reaches the layers above within a step: M has all entries, and J is diagonal."""
     cell = bptt.stack(
@@ -203,7 +204,8 @@ def test_gates_that_keep(name):
     assert_biased(found, exact)
 
 
-@pytest.mark.parametrize("name", ["min_gru", pytest.param("lru", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["min_gru", "lru"])
 def test_exact_where_no_unit_reads_another(name):
     cell = make_cell(name)
     params, init, xs = problem(cell, 5)

@@ -98,9 +98,8 @@ UNKNOWN = {
 }
 
 
-@pytest.mark.parametrize("kind", UNKNOWN)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k != "a loop")) for k in UNKNOWN])
 def test_what_is_not_known_reaches_everything(kind):
-    """Also a gate that only one entry has."""
     h = jnp.arange(1.0, 4.0)
     _, J = found_in(lambda w, h, x: (UNKNOWN[kind](w * h, x), ()), jnp.ones(3), h, jnp.array(1.0))
     assert J.all()
