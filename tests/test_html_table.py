@@ -101,6 +101,12 @@ def compared():
     return bptt.compare_gradients({"<W>": jnp.array([3.0, 1.0])}, {"<W>": jnp.array([2.0, 1.0])})
 
 
+@cache
+def scored():
+    scans = {"<K = 1>": partial(bptt.truncated_scan, truncation_length=1)}
+    return bptt.score_gradients(*ARGS, loss, scans=scans, by_leaf=True, repeats=1)
+
+
 def textbook():
     cell = bptt.elman(2, 2)
     params = bptt.network(cell, 2).init(jax.random.key(0))
@@ -155,6 +161,10 @@ def sequences():
 
 # Every result from a real call, and what must be seen of it.
 CALLS = {
+    "Accuracy": (
+        lambda: scored().rows[0].leaves["params['<W>']"],
+        lambda r: [r.cosine, r.relative_error, r.norm_ratio],
+    ),
     "AdaptiveTruncation": (lambda: bptt.adaptive_truncation_length(lags()), lambda r: [r.reason, r.bound]),
     "AdjointPart": (lambda: certificate().parts[-1], lambda r: ["contract", r.comparison.leaves[0].cause]),
     "BadEntry": (lambda: diagnosis(jnp.inf).forward, lambda r: [r.leaf, "inf"]),
@@ -188,6 +198,10 @@ CALLS = {
     "JacobianOperators": (
         lambda: bptt.jacobian_operators(*ARGS[:-1], ARGS[3]),
         lambda r: ["function push", 4, "float32"],
+    ),
+    "KeptContributions": (
+        lambda: bptt.kept_contributions(*ARGS, loss, influence=bptt.influences.rtrl(), max_lag=2),
+        lambda r: [*r.cosines, *r.norm_ratios, *r.exact_norms],
     ),
     "LagContributions": (lags, lambda r: [*r.norms, *r.cosines]),
     "LeafComparison": (lambda: compared().leaves[0], lambda r: ["gradient['<W>']", "no", r.cosine, r.cause]),
@@ -232,6 +246,14 @@ CALLS = {
     "Schedule": (
         lambda: bptt.checkpoint_schedule(9, 3),
         lambda r: [r.forward_steps, *r.moves[0, :2], "reverse the step"],
+    ),
+    "Scoreboard": (
+        scored,
+        lambda r: ["<K = 1>", "scan", "1.0000", f"{r.rows[0].relative_error:.2g}", f"{r.rows[0].norm_ratio:.3g}"],
+    ),
+    "ScoreboardRow": (
+        lambda: scored().rows[0],
+        lambda r: ["<K = 1>", r.relative_error, r.norm_ratio, r.bytes, r.flops, r.seconds],
     ),
     "Sequences": (sequences, lambda r: ["bool[4, 2], 2 true"]),
     "Series": (lambda: series(), lambda r: ["<x>.txt", "<, a", "0, 1, 0, 1"]),

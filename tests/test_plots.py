@@ -512,6 +512,19 @@ def test_one_step_is_seen():
         assert {line.get_marker() for line in lines} == {"o"}
 
 
+def kept(cosines, array=jnp.asarray):
+    """Norm ratios are half of the cosines."""
+    cosines = np.asarray(cosines, float)
+    return bptt.analysis.KeptContributions(None, array(cosines), array(cosines / 2), array(np.ones_like(cosines)))
+
+
+def score(name, error, **fields):
+    """A row of a scoreboard: the cosine is 1 less a tenth of the error; what it costs is the same for all."""
+    numbers = {"norm_ratio": 1.0, "bias": error, "standard_error": 0.0, "variance": 0.0, "bytes": 2048, "flops": 8.0}
+    row = {"cosine": 1 - error / 10, "relative_error": error, "seconds": 1e-6} | numbers | fields
+    return bptt.analysis.ScoreboardRow(name, **row)
+
+
 def example(name):
     """What a function of `plots` draws of a single result, or of two, and how many panels that takes."""
     at = np.arange(1.0, 4)
@@ -530,6 +543,8 @@ def example(name):
         "singular_values": (bptt.analysis.LogSingularValues(-at[:, None] * at, np.ones((3, 3), bool)), 1),
         "lag_contributions": (lags([0.1, 1.0, 0.5]), 2),
         "surviving_paths": (np.eye(3), 1),
+        "scoreboard": (bptt.analysis.Scoreboard((score("a", 0.1),), score("scan", 0.0), {}), 2),
+        "kept_contributions": (kept([1.0, 0.5, 0.2]), 2),
         "truncation_bias": (bias((1, 2, 4), at), 2),
     }
     result, panels = single[name]
@@ -567,6 +582,18 @@ DRAWN = {
         ["norms", "cosine", "relative error"],
         lambda bars: [bar.get_x() for bar in bars],
         [-0.4, 0.6, 1.6],
+        "lag l (s)",
+    ),
+    "scoreboard": (
+        ["a cosine", "a error", "scan cosine", "scan error"],
+        lambda line: line.get_ydata(),
+        [0.01],
+        None,
+    ),
+    "kept_contributions": (
+        ["cosine", "norm ratio", "exact norms"],
+        lambda line: line.get_xdata(),
+        [0, 1, 2],
         "lag l (s)",
     ),
     "surviving_paths": (

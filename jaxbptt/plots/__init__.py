@@ -13,6 +13,9 @@ from jaxbptt.plots.dynamics import plot_fixed_points as plot_fixed_points
 from jaxbptt.plots.figure import COLOURS as COLOURS
 from jaxbptt.plots.figure import Drawing as Drawing
 from jaxbptt.plots.forecast import plot_forecast as plot_forecast
+from jaxbptt.plots.forward import plot_influence as plot_influence
+from jaxbptt.plots.forward import plot_kept_contributions as plot_kept_contributions
+from jaxbptt.plots.forward import plot_scoreboard as plot_scoreboard
 from jaxbptt.plots.gradients import plot_certificate as plot_certificate
 from jaxbptt.plots.gradients import plot_gradient_flow as plot_gradient_flow
 from jaxbptt.plots.learning import plot_learning_curve as plot_learning_curve
