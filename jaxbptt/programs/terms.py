@@ -92,7 +92,7 @@ def terms_of(fn: Callable[[list[Any]], list[Any]], leaves: list[Any]) -> list[Su
         env[var] = Sum([Term(j, jnp.ones_like(leaf), np.arange(leaf.size).reshape(leaf.shape))])
 
     def value_of(var):
-        return jnp.asarray(var.val, as_type(var.aval).dtype) if isinstance(var, Literal) else env[var]
+        return np.asarray(var.val, as_type(var.aval).dtype) if isinstance(var, Literal) else env[var]
 
     for eqn in traced.eqns:
         values = list(map(value_of, eqn.invars))
