@@ -57,6 +57,9 @@ def forward_scan(
     the same to all; a step whose rows can't be told apart, as one that draws random numbers for all rows with one key, counts as
     one row of B n numbers, which takes longer.
 
+    A biased influence depends on how yₜ is written: computed from the new carry, what the loss says of it meets Mₜ; computed beside
+    it from cₜ₋₁, it meets Mₜ₋₁ and one exact step.
+
     The gradient of `init` and of `reset_carry` is exact whatever the influence, and takes O(n³) a step where it is asked for.
     There is none of `xs`.
 
