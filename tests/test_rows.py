@@ -77,6 +77,18 @@ def of_this_size(p, h, x):
     return plain(p, h.reshape(B, N), x)[0], ()
 
 
+def of_their_number(p, h, x):
+    return plain(p, h, x)[0] / len(h), ()
+
+
+def of_an_array_of_their_number(p, h, x):
+    return plain(p, h, x)[0] * np.full(N, 1 / len(h)), ()
+
+
+def with_a_loss_of_their_number(p, h, x):
+    return jax.nn.silu(plain(p, h, x)[0]) * np.full(N, 0.5), h.sum() / len(h)
+
+
 def transposed(p, h, x):
     return jnp.tanh(p["W_hh"] @ h.T + p["W_xh"] @ x.T).T, ()
 
@@ -98,6 +110,9 @@ FOUND = {
     "one key for all rows": (noisy, (XS, KEYS), ()),
     "rows change places": (rolled, XS, ()),
     "a size that is written out": (of_this_size, XS, ()),
+    "how many there are": (of_their_number, XS, ()),
+    "an array made of how many there are": (of_an_array_of_their_number, XS, ()),
+    "how many there are, in the output alone": (with_a_loss_of_their_number, XS, (B,)),
 }
 
 
@@ -117,7 +132,14 @@ def _params(step, xs):
 
 
 @pytest.mark.parametrize(
-    "name", ["embedding", "a key for each row", "one key for all rows", "an array of its own for each row"]
+    "name",
+    [
+        "embedding",
+        "a key for each row",
+        "one key for all rows",
+        "an array of its own for each row",
+        "how many there are",
+    ],
 )
 def test_the_gradient_is_right_either_way(name):
     step, xs, _ = FOUND[name]

@@ -5,14 +5,18 @@ rows. So the step is traced once more for one row. Where rows are found, and of 
 step of the whole batch; a step whose rows can't be told apart counts as one row.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
+from jax.extend.core import Literal
 
 from jaxbptt.along_time import at_one_step
+from jaxbptt.programs.evaluate import subjaxprs
 from jaxbptt.programs.program import has_effects, program
 from jaxbptt.programs.structure import kept_axes
 from jaxbptt.programs.trace import ClosedParams, TracedStep, trace
@@ -132,8 +136,9 @@ def _of_one_row(
         new_carry, _ = step(params, carry, x)
         return jax.tree.map(lambda leaf: jnp.squeeze(leaf, axes), new_carry), ()
 
+    row, rows_over_time = _types_of_row(init, xs, own, len(axes))
     try:
-        one = trace(of_row, traced.like_params(traced.params), *_types_of_row(init, xs, own, len(axes)))
+        one = trace(of_row, traced.like_params(traced.params), row, rows_over_time)
     except Exception:  # a step that takes only batches of this size says so in its own way
         return None
     carry, _ = one.out_tree.unflatten([var.aval for var in one.jaxpr.outvars])
@@ -144,7 +149,14 @@ def _of_one_row(
     whole = {id(const): i for i, const in enumerate(traced.params.closed_over)}
     where = [whole.get(id(const)) for const in one.params.closed_over]
     consts = [None if isinstance(const, Tracer) else const for const in one.params.closed_over]
-    if any(i is None and const is None for i, const in zip(where, consts, strict=True)):
+    if any(
+        i is None and not _is_among(const, traced.params.closed_over) for i, const in zip(where, consts, strict=True)
+    ):
+        return None
+    one_params = ClosedParams(traced.params.leaves, one.params.closed_over)
+    if not _numbers(one.step, one_params, row, at_one_step(rows_over_time)) <= _numbers(
+        traced.step, traced.params, init, at_one_step(xs)
+    ):
         return None
 
     def step_of_row(params, carry, x):
@@ -154,6 +166,25 @@ def _of_one_row(
         return one.step(ClosedParams(params.leaves, closed_over), carry, x)
 
     return Rows(step_of_row, batch, own, one.one_at_a_time)
+
+
+def _is_among(const: Any, others: list[Any]) -> bool:
+    """Whether what a step makes for one row it makes for all: the same array of numbers."""
+    known = [other for other in others if not isinstance(other, Tracer)]
+    return const is not None and any(np.array_equal(const, other) for other in known)
+
+
+def _numbers(step: Callable[..., Any], params: Any, carry: Any, x: Any) -> Counter[str]:
+    """The numbers written in the equations that the new carry takes; the size of the batch may be one of them."""
+
+    def of(eqns):
+        found = Counter(str(var.val) for eqn in eqns for var in eqn.invars if isinstance(var, Literal))
+        for eqn in eqns:
+            for inner, _ in subjaxprs(eqn):
+                found += of(inner.eqns)
+        return found
+
+    return of(program(lambda *args: step(*args)[0], params, carry, x).eqns)
 
 
 def _types_of_row(init: Any, xs: Any, own: Any, axes: int) -> tuple[Any, Any]:
