@@ -15,7 +15,6 @@ from jaxbptt.plots.figure import Drawing as Drawing
 from jaxbptt.plots.forecast import plot_forecast as plot_forecast
 from jaxbptt.plots.forward import plot_influence as plot_influence
 from jaxbptt.plots.forward import plot_kept_contributions as plot_kept_contributions
-from jaxbptt.plots.forward import plot_scoreboard as plot_scoreboard
 from jaxbptt.plots.gradients import plot_certificate as plot_certificate
 from jaxbptt.plots.gradients import plot_gradient_flow as plot_gradient_flow
 from jaxbptt.plots.learning import plot_learning_curve as plot_learning_curve
@@ -27,6 +26,7 @@ from jaxbptt.plots.parallel import plot_scan_tree as plot_scan_tree
 from jaxbptt.plots.rates import plot_gradient_rates as plot_gradient_rates
 from jaxbptt.plots.saliency import plot_text_saliency as plot_text_saliency
 from jaxbptt.plots.schedule import plot_schedule as plot_schedule
+from jaxbptt.plots.scoreboard import plot_scoreboard as plot_scoreboard
 from jaxbptt.plots.spectra import plot_eigenvalues as plot_eigenvalues
 from jaxbptt.plots.spectra import plot_log_norms as plot_log_norms
 from jaxbptt.plots.spectra import plot_lyapunov_spectrum as plot_lyapunov_spectrum
