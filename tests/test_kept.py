@@ -28,7 +28,9 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize("name", ["none", pytest.param("is_first", marks=pytest.mark.slow), "both"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("none", marks=pytest.mark.slow), pytest.param("is_first", marks=pytest.mark.slow), "both"]
+)
 def test_an_exact_influence_keeps_all(name):
     """By lag, as a scan over the lag finds them."""
     cell, flags = make_cell("lstm"), FLAGS[name]
