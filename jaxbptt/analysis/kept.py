@@ -87,7 +87,8 @@ def kept_contributions(
         `KeptContributions`, with `max_lag + 1` entries.
 
     Raises:
-        ValueError: `max_lag` below 0 or above T − 1; flags for rows that can't be told apart; as for `scan`.
+        ValueError: `max_lag` below 0 or above T − 1; an influence that draws without a `key`; flags for rows that can't be told
+            apart; as for `scan`.
         TypeError: an `influence` that is no `Influence`.
 
     Example:
@@ -103,7 +104,7 @@ def kept_contributions(
         [1. 1. 1. 1.] True True
 
     References:
-        Menick et al., Practical real time recurrent learning with a sparse approximation, 2020, arXiv:2006.07232.
+        Menick et al., A practical sparse approximation for real time recurrent learning, 2020, arXiv:2006.07232.
     """
     check_callable("loss", loss, "loss(carry, ys) -> scalar")
     if not isinstance(influence, Influence):

@@ -15,9 +15,9 @@ def rtrl() -> Influence:
     Mₜ = Jₜ Mₜ₋₁ + Fₜ
 
     M has a leaf `[n, *leaf]` for each leaf of the params, n numbers of the carry of a row. Time O(n² p) a step and row, memory
-    O(n p), whatever T. For a dense layer p is about n² itself, so the time is O(n⁴). Where no unit reads another, as in `lru`,
-    `min_gru`, `min_lstm` and `rg_lru`, each weight leads to its own unit alone: only that is kept then, and time and memory are
-    O(p). Whether it is so is found from the step.
+    O(n p), whatever T. For a dense layer p is about n² itself, so the time is O(n⁴). Where no unit reads another and each weight
+    leads to one unit, as in `lru`, `min_gru`, `min_lstm` and `rg_lru`, only that is kept, and time and memory are O(p). Whether it
+    is so is found from the step.
 
     Returns:
         An `Influence`.

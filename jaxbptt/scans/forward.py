@@ -54,8 +54,8 @@ def forward_scan(
     influence, O(n² p) for `rtrl`; memory, beyond xs, ys and their gradients, that of one step and of the influence.
 
     The influence is kept for each row of a batch on its own. Rows are the leading axes of the carry along which the step does
-    the same to all; a step whose rows can't be told apart, as one that draws random numbers for all rows with one key, counts as
-    one row of B n numbers, which takes longer.
+    the same to all; a step whose rows can't be told apart counts as one row of B n numbers, which takes longer: one that draws
+    random numbers for all rows with one key, has a loop or a convolution inside, or keeps a key in its carry.
 
     A biased influence depends on how yₜ is written: computed from the new carry, what the loss says of it meets Mₜ; computed beside
     it from cₜ₋₁, it meets Mₜ₋₁ and one exact step.
@@ -69,7 +69,7 @@ def forward_scan(
         influence: an `Influence`, such as `influences.snap(1)`; `influences.rtrl()` by default.
         key: random key, for an influence that draws; the gradient is then a random one.
         unroll: time steps in one iteration of the compiled loops, as for `lax.scan`. `None` for 8 on CUDA, from 32 steps on, and
-            1 elsewhere; of the loop with the influence always 1.
+            1 elsewhere, and 1 for the loop with the influence.
 
     Returns:
         The last carry, and the yₜ stacked on a leading time axis.

@@ -166,9 +166,9 @@ def tbptt(
 
     Returns:
         `init(params, carry, key, chunk=None) -> TrainState` and `update(state, chunk) -> (state, Metrics)`, to be jitted by
-        the caller, best with `donate_argnums=0`. With an influence `init` needs a chunk, of which it reads the shapes. A chunk is a `Chunk` with leaves `[time, batch, ...]`. Params that are not
-        differentiable, such as integers, are left unchanged; a model with functions or flags among its leaves needs
-        `eqx.filter_jit` in place of `jax.jit`.
+        the caller, best with `donate_argnums=0`. With an influence `init` needs a chunk, of which it reads the shapes. A chunk
+        is a `Chunk` with leaves `[time, batch, ...]`. Params that are not differentiable, such as integers, are left unchanged;
+        a model with functions or flags among its leaves needs `eqx.filter_jit` in place of `jax.jit`.
 
         The pair also has `evaluate(state, chunk) -> (state, Evaluation)`: the loss that `update` would find, without
         gradient, update or the memory of one. Of the state it changes the carry and the key, so validation starts from a
@@ -231,8 +231,8 @@ def tbptt(
     References:
         Williams and Peng, An efficient gradient-based algorithm for on-line training of recurrent network trajectories,
         1990, doi:10.1162/neco.1990.2.4.490: BPTT(h; h′) with h = k₂ and h′ = k₁. Williams and Zipser, A learning algorithm for
-        continually running fully recurrent neural networks, 1989, doi:10.1162/neco.1989.1.2.270: the influence. Kapturowski et al., Recurrent experience
-        replay in distributed reinforcement learning, ICLR 2019.
+        continually running fully recurrent neural networks, 1989, doi:10.1162/neco.1989.1.2.270: the influence. Kapturowski et
+        al., Recurrent experience replay in distributed reinforcement learning, ICLR 2019.
     """
     returned = "(loss, (carry, aux))" if has_aux else "(loss, carry)"
     check_callable("loss", loss, f"loss(params, carry, chunk, *, scan, key) -> {returned}")
