@@ -182,7 +182,7 @@ weights start (uniform in ±1/√n), n, 8 rows, one number in and one out, reset
 of 0.9 a step that the cell itself does not have, float32. Different there: each method trains its own network, with an update at
 every step, so the influence is carried across changing weights, exact one included, and weights are those that the method leads to;
 15,000 steps, cosines of the last 200 of every 500 of the last 2,500; Lorenz and Mackey–Glass by Euler's method (dt = 0.01, every
-second state; dt = 1), here by Runge and Kutta's; a row's mean and deviation over its whole series.
+second state; dt = 1), here by Runge and Kutta's; the read-out's bias does not start at 0.
 """
 
 
@@ -363,16 +363,15 @@ def cosines(n, updates, seeds, draws, systems, names):
             )
         head = ("estimate", "cosine, a window's gradient", "cosine, a step's gradient", "published")
         texts.append(
-            f"### {SYSTEM_NAMES[system]}\n\nSquared error {spread(errors)} of the variance.\n\n{harness.table(head, rows)}\n\n"
+            f"### {SYSTEM_NAMES[system]}\n\nSquared error {spread(errors, 4)} of the variance.\n\n{harness.table(head, rows)}\n\n"
             f"`score_gradients` for the last seed:\n\n{board(net, scans, trained, keys)}"
         )
         print(texts[-1], flush=True)
     return "\n\n".join(texts)
 
 
-def spread(values):
+def spread(values, digits=2):
     """Mean and standard deviation over seeds."""
-    digits = 2 if max(map(abs, values)) > 0.05 else 4
     return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
 
 

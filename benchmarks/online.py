@@ -5,10 +5,11 @@ r"""What networks learn from gradients that are carried forward in time, beside 
 - Lorenz's equations and Mackey and Glass's: the next value of a single number;
 - the next character of a text.
 
-All methods see the same number of time steps through `tbptt`: where they update at every step, the influence of the steps
-before is all they know of them. Three seeds run side by side in one compiled loop over all updates. Learning rates are one for
-each task and length of chunk, found on a seed of their own for full and truncated BPTT and for `rtrl`; the others have `rtrl`'s.
-`snap(2)` is in the sparse network only: of a dense one it is `rtrl`.
+All methods see the same number of time steps through `tbptt`, by Adam with gradients clipped at 1. What updates at every step
+makes more updates than what waits for the end of a chunk; the influence of the steps before is all it knows of them. Three seeds run
+side by side in one compiled loop over all updates. Learning rates are one for each task and length of chunk, found on a seed of
+their own for full and truncated BPTT and for `rtrl`, and the others have `rtrl`'s; except in copy memory they decay to 0 along a
+cosine. `snap(2)` is in the sparse network only: of a dense one it is `rtrl`. `rflo` and `eprop` are the same where a unit has one number.
 
     python benchmarks/online.py [--quick] [--only copy sparse adding lorenz mackey_glass characters seconds]
 """
@@ -510,7 +511,7 @@ def problems(quick):
             "lorenz": one_step_ahead(lorenz, bptt.rate(1, 4, tau=2.0, dt=1.0), "", budget=100, rates=rates, period=50),
         }
     return {
-        "copy": CopyMemory(hidden=16, zeros=0.0, longest=20, budget=30_000, rates=rates),
+        "copy": CopyMemory(hidden=16, zeros=0.0, longest=20, budget=30_000, rates=rates | {None: 1e-2}),
         "sparse": CopyMemory(hidden=16, zeros=0.75, longest=20, budget=30_000, rates=rates),
         "adding": Adding(hidden=16, steps=50, wait=12, rows=ROWS, updates=800, rates={1: 1e-2}),
         "lorenz": one_step_ahead(
