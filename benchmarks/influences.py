@@ -173,7 +173,7 @@ ABOUT_COSINES = """
 elman, n = {n}, reading the present value of one chaotic number, {rows} rows, windows of {window} steps from a carry of zeros; mean
 squared error of the next value; means ± standard deviations over {seeds} seeds. Weights after {updates:,} updates of Adam at
 0.001, each by the exact gradient of one window. Cosines are those of the recurrent weights' gradient, W_hh, W_xh and b together,
-with the exact one, in a window that follows those of training: of the window's gradient (`score_gradients`), the mean over
+with the exact one, in a window that follows those of training: of the window's gradient, as `score_gradients` has it, the mean over
 {draws} draws where the estimate is random; and of single steps' gradients, that of one step's error with respect to all weights
 before, averaged over the steps of the window. The latter is what was published.
 

@@ -8,8 +8,9 @@ r"""What networks learn from gradients that are carried forward in time, beside 
 All methods see the same number of time steps through `tbptt`, by Adam with gradients clipped at 1. What updates at every step
 makes more updates than what waits for the end of a chunk; the influence of the steps before is all it knows of them. Three seeds run
 side by side in one compiled loop over all updates. Learning rates are one for each task and length of chunk, found on a seed of
-their own for full and truncated BPTT and for `rtrl`, and the others have `rtrl`'s; except in copy memory they decay to 0 along a
-cosine. `snap(2)` is in the sparse network only: of a dense one it is `rtrl`. `rflo` and `eprop` are the same where a unit has one number.
+their own for full and truncated BPTT and for `rtrl`, some of them for larger networks than these; the others have `rtrl`'s. Except in
+copy memory they decay to 0 along a cosine. `snap(2)` is in the sparse network only: of a dense one it is `rtrl`. `rflo` and `eprop` are
+the same where a unit has one number.
 
     python benchmarks/online.py [--quick] [--only copy sparse adding lorenz mackey_glass characters seconds]
 """
