@@ -256,6 +256,9 @@ ANALYSIS = {
     "principal_components": lambda cell, params, init, xs: bptt.principal_components(xs),
     "participation_ratio": lambda cell, params, init, xs: bptt.participation_ratio(xs),
     "gradient_flow": lambda *args: bptt.gradient_flow(*args, mean_square),
+    "kept_contributions": lambda *args: bptt.kept_contributions(
+        *args, mean_square, influence=bptt.influences.snap(1), max_lag=2
+    ),
     "lag_contributions": lags,
     "effective_horizon": lambda *args: bptt.effective_horizon(lags(*args)),
     "truncation_bias": lambda *args: bptt.truncation_bias(*args, mean_square),
@@ -278,6 +281,7 @@ ON_NUMBERS = {
     "fixed_points": lambda cell, params, init, xs: bptt.fixed_points(cell, params, xs[0], init[None]),
     "plan": lambda *args: bptt.plan(*args, memory_bytes=2**20),
     "plan_parallel": lambda *args: bptt.plan_parallel(*args),
+    "score_gradients": lambda *args: bptt.score_gradients(*args, mean_square, scans=[bptt.forward_scan]),
 }
 
 
@@ -346,8 +350,8 @@ def test_every_public_function_is_here():
     here = {name.split(",")[0] for name in ANALYSIS | ON_NUMBERS} | {"jacobian_eigenvalues", "departure_from_normality"}
     assert analysis | {*REGULARIZERS} == here
     scans = {name for name in vars(bptt) if name.endswith("scan")}
-    # Those that take some steps only have tests of their own.
-    assert scans == {name.split(",")[0] for name in BARE} | {"cudnn_scan", "parallel_scan"}
+    # Those that take some steps only, or have no gradient of inputs, have tests of their own.
+    assert scans == {name.split(",")[0] for name in BARE} | {"cudnn_scan", "parallel_scan", "forward_scan"}
 
 
 # What a program for several platforms shows

@@ -89,6 +89,7 @@ def test_variance_of_few_draws_is_unbiased():
     assert np.isnan(one.standard_error)
 
 
+@pytest.mark.slow
 def test_truncations_are_those_of_truncation_bias():
     lengths = 1, 4
     scans = {f"K = {K}": partial(bptt.truncated_scan, truncation_length=K) for K in lengths}
