@@ -60,6 +60,10 @@ def test_exact_ones_are_at_the_bottom():
         assert ticks(axes)[0] == "rounding"
         np.testing.assert_allclose(axes.get_yticks()[0], lowest)
         assert axes.get_ylim()[0] < lowest
+    averaged = plots.plot_scoreboard(board(*TRUNCATED, DRAWN._replace(bias=0.005, standard_error=0.002)))
+    np.testing.assert_allclose(averaged.artists["scan error"].get_ydata(), [1e-4])
+    np.testing.assert_allclose(averaged.artists["uoro bias"].get_ydata(), [0.005])
+    np.testing.assert_allclose(averaged.artists["uoro standard error"].get_ydata(), [0.002])
     only = plots.plot_scoreboard(board())
     assert ticks(only.axes[0]) == ["rounding"]
     wrong = bptt.analysis.Scoreboard((score("half", 0.5),), score("bfloat16", 0.1), {})
@@ -105,6 +109,8 @@ def test_kept_contributions_of_draws():
     (outline,) = drawing.artists["cosine band"].get_paths()
     assert {(0, 0), (0, 1)} <= {tuple(point) for point in outline.vertices.round(6)}
     assert {(1, 0.5), (1, 0.7)} <= {tuple(point) for point in outline.vertices.round(6)}
+    wide = plots.plot_kept_contributions(kept([[20.0, 1.0], [0.2, 1.0], [0.2, 1.0]])).artists["norm ratio band"]
+    np.testing.assert_allclose(wide.get_paths()[0].vertices[:, 1].min(), 0.34, err_msg="a tenth of the mean")
     drawing.savefig(io.BytesIO())
 
 

@@ -9,6 +9,8 @@ import pytest
 from reference import make_cell, problem
 
 import jaxbptt as bptt
+from jaxbptt.analysis import scoreboard
+from jaxbptt.analysis.cost import compile_and_cost as cost_of
 
 CELL = make_cell("elman")
 
@@ -19,6 +21,11 @@ def loss(carry, ys):
 
 def board(scans, steps=5, batch=(2,), **options):
     return bptt.score_gradients(CELL, *problem(CELL, steps, batch), loss, scans=scans, repeats=1, **options)
+
+
+def exact_gradient():
+    params, init, xs = problem(CELL, 5, (2,))
+    return jax.grad(lambda params: loss(*bptt.scan(CELL, params, init, xs)))(params)
 
 
 def changed(change):
@@ -45,7 +52,17 @@ def noisy(bias, scale):
     return changed(change)
 
 
-def test_known_errors():
+def test_known_errors(monkeypatch):
+    """And costs by time step."""
+    monkeypatch.setattr(scoreboard, "median_seconds", lambda calls, repeats: [float(i) for i, _ in enumerate(calls)])
+    operations = []
+
+    def compile_and_cost(*args):
+        compiled, cost = cost_of(*args)
+        operations.append(cost.flops)
+        return compiled, cost
+
+    monkeypatch.setattr(scoreboard, "compile_and_cost", compile_and_cost)
     twice = changed(lambda bars, key: jax.tree.map(lambda leaf: 2 * leaf, bars))
     back = changed(lambda bars, key: jax.tree.map(jnp.negative, bars))
     nothing = changed(lambda bars, key: jax.tree.map(jnp.zeros_like, bars))
@@ -59,15 +76,16 @@ def test_known_errors():
     assert {row.draws for row in found.rows} == {1}
     assert found.exact.name == "scan"
     assert found.exact.relative_error == 0
+    rows = found.exact, *found.rows
+    np.testing.assert_allclose([row.seconds for row in rows], np.arange(5) / 5)
+    np.testing.assert_allclose([row.flops for row in rows], np.array(operations) / 5)
 
 
 def test_bias_and_variance_of_random_ones():
     """Of noise of 0.5 and an error of 3 in one entry, in 400 draws: within four standard errors of what they are."""
     keys = jax.random.split(jax.random.key(1), 400)
     found = board({"noisy": noisy(0.0, 0.5), "biased": noisy(3.0, 0.5)}, keys=keys)
-    params, init, xs = problem(CELL, 5, (2,))
-    exact = jax.grad(lambda params: loss(*bptt.scan(CELL, params, init, xs)))(params)
-    norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in exact))
+    norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in exact_gradient()))
     for row, bias in zip(found.rows, (0.0, 3.0), strict=True):
         assert row.draws == 400
         np.testing.assert_allclose(row.variance, 0.25 / norm**2, rtol=4 * np.sqrt(2 / 400))
@@ -85,6 +103,9 @@ def test_variance_of_few_draws_is_unbiased():
     one = board({"noisy": noisy(0.0, 1.0)}, keys=keys[:1]).rows[0]
     exact = drawn[0] / one.relative_error
     np.testing.assert_allclose(row.variance, np.var(drawn, ddof=1) / exact**2)
+    along = float(exact_gradient().W_hh[0, 0])
+    norms = [np.sqrt(exact**2 + 2 * along * noise + noise**2) for noise in drawn]
+    np.testing.assert_allclose(row.norm_ratio, np.mean(norms) / abs(exact))
     assert np.isnan(one.variance)
     assert np.isnan(one.standard_error)
 

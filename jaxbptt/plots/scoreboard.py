@@ -79,7 +79,8 @@ def plot_scoreboard(scoreboard: Scoreboard, *, cost: str = "seconds", ax: Ax = N
     errors, cosines = panels = panels_in(ax, 2, width=10.0, height=4.8)
     rows = (scoreboard.exact, *scoreboard.rows)
     most = max(row.draws for row in rows)
-    off = [row.relative_error for row in rows] + [row.bias for row in rows], [1 - row.cosine for row in rows]
+    off = [row.relative_error for row in rows], [1 - row.cosine for row in rows]
+    off[0].extend(value for row in rows if row.draws > 1 for value in (row.bias, row.standard_error))
     floors = [_floor(values, rounding) for values, rounding in zip(off, _ROUNDING, strict=True)]
     artists: dict[str, Any] = {}
     families = _families(rows)
