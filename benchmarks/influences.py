@@ -5,13 +5,14 @@ r"""What an influence costs, and how far the gradients that it gives are from th
 - `rtrl` of cells whose units don't read each other, in the closed form;
 - cosines with the true gradient on chaotic series, after training with the true one, beside those that were published.
 
-Milliseconds are medians of calls that take turns; ratios are of medians. float32, one row, four features, and the mean of all
+Milliseconds are medians of calls that take turns; ratios are of medians, and say little where the load of the machine was well above 1. float32, one row, four features, and the mean of all
 squared outputs for a loss.
 
     python benchmarks/influences.py [--quick] [--only products cells diagonal bytes cosines]
 """
 
 import argparse
+import os
 import time
 from functools import partial
 from typing import Any, NamedTuple
@@ -418,7 +419,8 @@ def main():
     path = harness.RESULTS / f"influences_{jax.default_backend()}_jax_{jax.__version__}.md"
     for name, measure in sections(options.quick).items():
         if name in options.only:
-            text = f"{harness.machine()}\n\n{measure()}"
+            measured = measure()
+            text = f"{harness.machine(f'load {os.getloadavg()[1]:.1f}')}\n\n{measured}"
             print(f"## {TITLES[name]}\n\n{text}\n", flush=True)
             if not options.quick:
                 harness.write_sections(path, head, list(TITLES.values()), {TITLES[name]: text})
