@@ -47,7 +47,7 @@ def plot_scoreboard(scoreboard: Scoreboard, *, cost: str = "seconds", ax: Ax = N
     Three methods or more whose names differ in one number, such as truncations, are joined by a line, with the number beside the
     points. Below a random one a hollow marker shows the error of the mean of all draws, its bias, and a dash the standard error
     of that: a bias near the dash may be none. What differs from the exact gradient by no more than float32 rounds is drawn at the
-    bottom.
+    bottom; a method whose operations can't be counted is left out of a figure of them.
 
     Args:
         scoreboard: from `score_gradients`.
