@@ -559,7 +559,11 @@ def main():
         methods = {name: {method: METHODS[method]} for name, method in few.items()}
     for name in options.only:
         if name == "seconds":
-            text = seconds(found, methods, *((10, 2) if options.quick else (400, 5)))
+            text = (
+                seconds({"lorenz": found["lorenz"]}, methods, 10, 2)
+                if options.quick
+                else seconds(found, methods, 400, 5)
+            )
         elif name in found:
             text = f"{found[name].about()}\n\n{learned(found[name], methods[name], range(1 if options.quick else 3))}"
         else:
