@@ -420,7 +420,7 @@ def main():
     for name, measure in sections(options.quick).items():
         if name in options.only:
             measured = measure()
-            text = f"{harness.machine(f'load {os.getloadavg()[1]:.1f}')}\n\n{measured}"
+            text = f"{harness.machine(f'load {os.getloadavg()[0]:.1f}')}\n\n{measured}"
             print(f"## {TITLES[name]}\n\n{text}\n", flush=True)
             if not options.quick:
                 harness.write_sections(path, head, list(TITLES.values()), {TITLES[name]: text})
