@@ -1,8 +1,9 @@
 """What the benchmarks share: a description of the machine, functions compiled and timed in turns, and tables."""
 
+import argparse
 import platform
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     ]
     rule = "| " + " | ".join("-" * (w - 1) + ":" if i else "-" * w for i, w in enumerate(widths)) + " |"
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def section_options(doc: str, titles: Iterable[str]) -> argparse.Namespace:
+    """The options of a benchmark in sections, from the command line."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that it runs; writes nothing")
+    parser.add_argument("--only", nargs="+", choices=list(titles), default=list(titles), help="these sections")
+    return parser.parse_args()
 
 
 def write_sections(path: Path, head: str, titles: Sequence[str], sections: dict[str, str]) -> None:

@@ -11,7 +11,6 @@ squared outputs for a loss.
     python benchmarks/influences.py [--quick] [--only products cells diagonal bytes cosines]
 """
 
-import argparse
 import os
 import time
 from functools import partial
@@ -410,10 +409,7 @@ TITLES = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that it runs; writes nothing")
-    parser.add_argument("--only", nargs="+", choices=list(TITLES), default=list(TITLES), help="these sections")
-    options = parser.parse_args()
+    options = harness.section_options(__doc__ or "", TITLES)
     method = " ".join((__doc__ or "").split("\n\n")[2].split())
     head = f"# Influences: what they cost and what they are worth, measured\n\n{method}"
     path = harness.RESULTS / f"influences_{jax.default_backend()}_jax_{jax.__version__}.md"

@@ -15,7 +15,6 @@ the same where a unit has one number.
     python benchmarks/online.py [--quick] [--only copy sparse adding lorenz mackey_glass characters seconds]
 """
 
-import argparse
 import math
 import time
 from collections.abc import Callable
@@ -545,10 +544,7 @@ TITLES = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that it runs; writes nothing")
-    parser.add_argument("--only", nargs="+", choices=list(TITLES), default=list(TITLES), help="these sections")
-    options = parser.parse_args()
+    options = harness.section_options(__doc__ or "", TITLES)
     method = " ".join((__doc__ or "").split("\n\n")[2].split())
     head = f"# Learning with gradients carried forward in time, measured\n\n{method}"
     path = harness.RESULTS / f"online_cpu_jax_{jax.__version__}.md"

@@ -4,7 +4,7 @@ Two halves of a tree have the structure of the whole, with `None` in each other'
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,36 +94,3 @@ def differentiated_as(plain: Callable[..., Any], fast: Callable[..., Any]) -> Ca
         return flat(*leaves)
 
     return run
-
-
-class RealLeaves(NamedTuple):
-    """The leaves of a tree of arrays, complex ones as two real ones.
-
-    With conjugates a step is linear over the real numbers alone, and an associative scan of complex arrays takes long to
-    compile.
-
-    Attributes:
-        treedef: the structure of the tree.
-        is_complex: for each leaf.
-    """
-
-    treedef: Any
-    is_complex: tuple[bool, ...]
-
-    @classmethod
-    def of(cls, tree: Any) -> "RealLeaves":
-        """For trees like this one, of arrays or types."""
-        leaves, treedef = jax.tree.flatten(tree)
-        return cls(treedef, tuple(jnp.issubdtype(leaf.dtype, jnp.complexfloating) for leaf in leaves))
-
-    def split(self, tree: Any) -> list[Any]:
-        """The real leaves of a tree."""
-        leaves = zip(self.treedef.flatten_up_to(tree), self.is_complex, strict=True)
-        return [part for leaf, flag in leaves for part in ((leaf.real, leaf.imag) if flag else (leaf,))]
-
-    def joined(self, parts: list[Any]) -> Any:
-        """The tree of its real leaves."""
-        part = iter(parts)
-        return self.treedef.unflatten(
-            [jax.lax.complex(next(part), next(part)) if flag else next(part) for flag in self.is_complex]
-        )

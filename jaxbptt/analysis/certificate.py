@@ -164,7 +164,7 @@ def certify(
     # Non-differentiable leaves (counters, keys, functions among the params) are the same for every method.
     diff, nondiff = partition((params, init, xs))
     flags = Flags(is_first, valid, reset_carry)
-    options = {word: option for word, option in flags._asdict().items() if option is not None}
+    options = flags.options
 
     def value_and_gradient(strategy):
         def unrolled_loss(diff):

@@ -14,9 +14,9 @@ from jaxbptt.arrays import check_callable, scalar_loss
 from jaxbptt.cells.cell import Cell
 from jaxbptt.html_table import columns_table
 from jaxbptt.influences.carried import Carried, entering
-from jaxbptt.influences.influence import Influence
+from jaxbptt.influences.influence import Influence, check_influence
 from jaxbptt.programs.flagged import present, taken
-from jaxbptt.programs.perturbed import Perturbed, every_leaf, spread
+from jaxbptt.programs.perturbed import every_leaf, led_to
 from jaxbptt.programs.readout import Readout
 from jaxbptt.programs.rows import rows_of
 from jaxbptt.programs.trace import ClosedParams, trace
@@ -107,11 +107,7 @@ def kept_contributions(
         Menick et al., A practical sparse approximation for real time recurrent learning, 2020, arXiv:2006.07232.
     """
     check_callable("loss", loss, "loss(carry, ys) -> scalar")
-    if not isinstance(influence, Influence):
-        raise TypeError(
-            f"influence is a {type(influence).__name__}, but an Influence is expected: pass influences.snap(1), or another of "
-            "jaxbptt.influences."
-        )
+    check_influence(influence, "an Influence is expected")
     flags = {"is_first": is_first, "valid": valid, "reset_carry": reset_carry}
     exact = lag_contributions(step, params, init, xs, loss, max_lag=max_lag, length=length, **flags)
     r = prepare(step, params, init, xs, length, is_first, valid)
@@ -120,8 +116,7 @@ def kept_contributions(
     rows.check_flags(is_first, valid)
     # What the step closes over is not among the params.
     wanted = ClosedParams(every_leaf(traced.params.leaves), [False] * len(traced.params.closed_over))
-    _, carry, x = jax.tree.map(lambda _: False, traced.shapes)
-    kept = spread(traced.step, Perturbed(wanted, carry, x), traced.shapes).carry
+    kept = led_to(traced.step, wanted, traced.shapes)
     flagged = beside_input(r._replace(step=traced.step, params=traced.params), Flags(**flags))
     last_bar, ys_bar = _bars(flagged, scalar_loss(loss), kept)
     windows = len(exact.norms)

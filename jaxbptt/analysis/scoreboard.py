@@ -200,8 +200,7 @@ def score_gradients(
         )
     keys = jax.random.split(jax.random.key(0), 16) if keys is None else _checked(keys)
     diff, nondiff = partition(params)
-    flags = Flags(is_first, valid, reset_carry)
-    options = {word: option for word, option in flags._asdict().items() if option is not None}
+    options = Flags(is_first, valid, reset_carry).options
 
     def gradient_by(strategy):
         draws = _takes_key(strategy)
@@ -229,7 +228,7 @@ def score_gradients(
             if scans is not None:  # asked for
                 raise
             skipped[label] = str(error)
-    exact, *others = _scored(methods, params, keys, r.length, repeats, by_leaf=by_leaf)
+    exact, *others = _scored(methods, params, r.length, repeats, by_leaf=by_leaf)
     return Scoreboard(tuple(others), exact, skipped)
 
 
@@ -266,9 +265,7 @@ def _opened(eqn: Any, values: list[Any]) -> list[Any]:
     return bind(eqn, values) if inside is None else evaluate_jaxpr(*inside, values, _opened)
 
 
-def _scored(
-    methods: list[_Method], params: Any, keys: Any, length: int, repeats: int, *, by_leaf: bool
-) -> list[ScoreboardRow]:
+def _scored(methods: list[_Method], params: Any, length: int, repeats: int, *, by_leaf: bool) -> list[ScoreboardRow]:
     leaf_names = [name("params", path) for path, _ in jax.tree_util.tree_leaves_with_path(differentiable(params))]
     exact = _as_vectors(methods[0].gradients[0])
     if not np.linalg.norm(np.concatenate(exact)):

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxbptt.influences import dense, own_units
+from jaxbptt.influences import own_units
 from jaxbptt.influences.influence import Influence
 from jaxbptt.influences.own_units import OwnUnits
 from jaxbptt.influences.state import flat, jacobians
@@ -45,14 +45,14 @@ def eprop() -> Influence:
         Bellec, Scherr, Subramoney, Hajek, Salaj, Legenstein and Maass, A solution to the learning dilemma for recurrent networks
         of spiking neurons, 2020, doi:10.1038/s41467-020-17236-y.
     """
-    return Influence(_init, _advance, _pull)
+    return Influence(_init, _advance, own_units.pull)
 
 
 def _init(step: Any, params: Any, carry: Any, x: Any) -> Any:
     of_params, _ = reached_entries(step, params, carry, x)
     of_carry = _reached_elementwise(own_units.state_terms(step, params, carry, x), jax.tree.leaves(carry))
     layout = own_units.layout_of(params, carry, of_params, of_carry)
-    return dense.init(params, carry) if layout is None else own_units.init(layout, carry)
+    return own_units.init(layout, params, carry)
 
 
 def _reached_elementwise(sums: list[Sum], leaves: list[Any]) -> list[list[Reached | None]]:
@@ -97,7 +97,3 @@ def _advance(step: Any, params: Any, carry: Any, x: Any, M: Any, key: Any) -> An
         return new.reshape(leaf.shape)
 
     return jax.tree.map(moved, M, F)
-
-
-def _pull(M: Any, carry_bar: Any) -> Any:
-    return own_units.pull(M, carry_bar) if isinstance(M, OwnUnits) else dense.pull(M, carry_bar)

@@ -57,3 +57,12 @@ class Influence(NamedTuple):
     init: Callable[..., Any]
     advance: Callable[..., Any]
     pull: Callable[..., Any]
+
+
+def check_influence(influence: Any, meaning: str) -> None:
+    """Raise where an argument is no `Influence`; `meaning` says what one is for there."""
+    if not isinstance(influence, Influence):
+        raise TypeError(
+            f"influence is a {type(influence).__name__}, but {meaning}: pass influences.rtrl(), another of jaxbptt.influences, or an "
+            "Influence(init, advance, pull)."
+        )

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbptt.arrays import at_least_float32
+from jaxbptt.influences import dense
 from jaxbptt.influences.state import state_jacobian
 from jaxbptt.programs.pattern import Reached
 from jaxbptt.programs.terms import Sum, terms_of
@@ -91,8 +92,10 @@ class OwnUnits:
     layout: Layout = field(metadata={"static": True})
 
 
-def init(layout: Layout, carry: Any) -> OwnUnits:
-    """Zeros."""
+def init(layout: Layout | None, params: Any, carry: Any) -> Any:
+    """Zeros: in full where there is no layout."""
+    if layout is None:
+        return dense.init(params, carry)
     leaves = jax.tree.leaves(carry)
     values = [
         [
@@ -126,8 +129,10 @@ def advance(step: Callable[..., Any], params: Any, carry: Any, x: Any, M: OwnUni
     return OwnUnits(values, M.layout)
 
 
-def pull(M: OwnUnits, carry_bar: Any) -> Any:
-    """Each weight's part, of its own entries."""
+def pull(M: Any, carry_bar: Any) -> Any:
+    """Each weight's part, of its own entries; or of all, where M is kept in full."""
+    if not isinstance(M, OwnUnits):
+        return dense.pull(M, carry_bar)
     bars = [leaf.reshape(-1) for leaf in jax.tree.leaves(carry_bar)]
     found = []
     for a, shape in enumerate(M.layout.shapes):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxbptt.arrays import as_array, is_floating
-from jaxbptt.influences import dense, own_units
+from jaxbptt.influences import own_units
 from jaxbptt.influences.influence import Influence
 from jaxbptt.influences.own_units import OwnUnits
 from jaxbptt.influences.state import jacobians, vector
@@ -60,13 +60,13 @@ def rflo(leak: Any = None) -> Influence:
             raise TypeError(
                 f"leak has dtype {found.dtype}, but it is what an entry of the carry keeps of itself: pass real numbers."
             )
-    return Influence(_init, partial(_advance, leak), _pull)
+    return Influence(_init, partial(_advance, leak), own_units.pull)
 
 
 def _init(step: Any, params: Any, carry: Any, x: Any) -> Any:
     of_params, _ = reached_entries(step, params, carry, x)
     layout = own_units.layout_of(params, carry, of_params)
-    return dense.init(params, carry) if layout is None else own_units.init(layout, carry)
+    return own_units.init(layout, params, carry)
 
 
 def _advance(leak: Any, step: Any, params: Any, carry: Any, x: Any, M: Any, key: Any) -> Any:
@@ -102,7 +102,3 @@ def _kept(leak: Any, step: Any, params: Any, carry: Any, x: Any) -> list[Any]:
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
-
-
-def _pull(M: Any, carry_bar: Any) -> Any:
-    return own_units.pull(M, carry_bar) if isinstance(M, OwnUnits) else dense.pull(M, carry_bar)

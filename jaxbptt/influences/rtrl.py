@@ -34,12 +34,12 @@ def rtrl() -> Influence:
         Williams and Zipser, A learning algorithm for continually running fully recurrent neural networks, 1989,
         doi:10.1162/neco.1989.1.2.270.
     """
-    return Influence(_init, _advance, _pull)
+    return Influence(_init, _advance, own_units.pull)
 
 
 def _init(step: Any, params: Any, carry: Any, x: Any) -> Any:
     layout = own_units.layout_of(params, carry, *reached_entries(step, params, carry, x))
-    return dense.init(params, carry) if layout is None else own_units.init(layout, carry)
+    return own_units.init(layout, params, carry)
 
 
 def _advance(step: Any, params: Any, carry: Any, x: Any, M: Any, key: Any) -> Any:
@@ -47,7 +47,3 @@ def _advance(step: Any, params: Any, carry: Any, x: Any, M: Any, key: Any) -> An
         between = own_units.jacobian_between(step, params, carry, x)
         return own_units.advance(step, params, carry, x, M, between)
     return dense.advance(M, *jacobians(step, params, carry, x))
-
-
-def _pull(M: Any, carry_bar: Any) -> Any:
-    return own_units.pull(M, carry_bar) if isinstance(M, OwnUnits) else dense.pull(M, carry_bar)

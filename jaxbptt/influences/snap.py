@@ -89,7 +89,7 @@ def _initialise(order: int) -> Any:
         if layout is None and order == 1:
             layout = own_units.layout_of(params, carry, of_params)
         if layout is not None:
-            return own_units.init(layout, carry)
+            return own_units.init(layout, params, carry)
         values = dense.init(params, carry)
         masks = [None if flags.all() else _Mask.of(flags) for flags in kept(order, *patterns(step, params, carry, x))]
         return _Masked(values, tuple(masks))
@@ -121,4 +121,4 @@ def _advance(step: Any, params: Any, carry: Any, x: Any, M: Any, key: Any) -> An
 
 
 def _pull(M: Any, carry_bar: Any) -> Any:
-    return own_units.pull(M, carry_bar) if isinstance(M, OwnUnits) else dense.pull(M.values, carry_bar)
+    return own_units.pull(M.values if isinstance(M, _Masked) else M, carry_bar)

@@ -141,9 +141,8 @@ class _Evaluation:
             return [values[0].astype(complex) if complex_ else values[0].real.astype(float)]
         if kind == "reduce_precision":
             return values
-        if (
-            kind == "scatter-add" and known and floats
-        ):  # its sum is a program of its own, in the dtype that it was traced in
+        if kind == "scatter-add" and known and floats:
+            # Its sum is a program of its own, in the dtype that it was traced in.
             same = {
                 name: eqn.params[name] for name in ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")
             }

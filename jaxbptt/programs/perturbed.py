@@ -115,6 +115,12 @@ def spread(step: Callable[..., Any], perturbed: Perturbed, primals: Any) -> Pert
             return perturbed
 
 
+def led_to(step: Callable[..., Any], wanted: Any, primals: Any) -> Any:
+    """Flags for the leaves of the carry that have a tangent at any step where those params have one that are wanted."""
+    _, carry, x = jax.tree.map(lambda _: False, primals)
+    return spread(step, Perturbed(wanted, carry, x), primals).carry
+
+
 def leading_to(step: Callable[..., Any], perturbed: Perturbed, primals: Any, carry_used: Any, ys_used: Any) -> Any:
     """Flags for the leaves of the carry whose tangents reach what a loss uses: the last carry, or outputs at any step."""
     nothing = jax.tree.map(lambda _: False, perturbed)

@@ -18,7 +18,7 @@ from jax.extend.core import Literal
 from jaxbptt.along_time import at_one_step
 from jaxbptt.programs.evaluate import subjaxprs
 from jaxbptt.programs.program import has_effects, program
-from jaxbptt.programs.structure import kept_axes
+from jaxbptt.programs.structure import Axes, kept_axes
 from jaxbptt.programs.trace import ClosedParams, TracedStep, trace
 
 # What these make has no operand to read rows off: each row may get other numbers.
@@ -32,13 +32,11 @@ class Rows(NamedTuple):
         step: `(params, carry, x) -> (carry, y)` for one row; params are the `ClosedParams` of the whole batch.
         batch: sizes of the leading axes of the carry that are rows; () where all of it is one row.
         x: for each leaf of x whether each row has its own.
-        one_at_a_time: whether the step branches, which a map over rows turns into selects.
     """
 
     step: Callable[..., Any]
     batch: tuple[int, ...]
     x: Any
-    one_at_a_time: bool
 
     def map(self, fn: Callable[..., Any], *in_axes: Any) -> Callable[..., Any]:
         """`fn` for all rows; `in_axes` has 0 for each argument with rows, and `None` for the others."""
@@ -65,11 +63,14 @@ class Rows(NamedTuple):
 def rows_of(step: Callable[..., Any], traced: TracedStep, init: Any, xs: Any) -> Rows:
     """The rows of a step; `traced` is its trace for `init` and `xs`, whose leading axes may be those of a batch."""
     x = at_one_step(xs)
-    for axes in range(_most_axes(traced, init, x), 0, -1):
-        found = _with_batch(step, traced, init, xs, axes)
-        if found is not None:
-            return found
-    return Rows(_with_constants(traced), (), jax.tree.map(lambda _: False, x), traced.one_at_a_time)
+    most = _most_axes(traced, init)
+    if most:
+        eqns, kept = program(traced.step, traced.params, init, x).eqns, kept_axes(traced.step, traced.params, init, x)
+        for axes in range(most, 0, -1):
+            found = _with_batch(step, traced, init, xs, axes, eqns, kept)
+            if found is not None:
+                return found
+    return Rows(_with_constants(traced), (), jax.tree.map(lambda _: False, x))
 
 
 def _with_constants(traced: TracedStep) -> Callable[..., Any]:
@@ -83,7 +84,7 @@ def _with_constants(traced: TracedStep) -> Callable[..., Any]:
     return step
 
 
-def _most_axes(traced: TracedStep, init: Any, x: Any) -> int:
+def _most_axes(traced: TracedStep, init: Any) -> int:
     """Leading axes that all leaves of the carry have, with one size, where the step does nothing that hides them."""
     if traced.refs or traced.one_at_a_time:
         return 0
@@ -94,18 +95,26 @@ def _most_axes(traced: TracedStep, init: Any, x: Any) -> int:
     return axes
 
 
-def _with_batch(step: Callable[..., Any], traced: TracedStep, init: Any, xs: Any, axes: int) -> Rows | None:
-    """The rows on so many leading axes, or `None` if the step does not keep them apart."""
+def _with_batch(
+    step: Callable[..., Any],
+    traced: TracedStep,
+    init: Any,
+    xs: Any,
+    axes: int,
+    eqns: list[Any],
+    kept: list[dict[int, Axes]],
+) -> Rows | None:
+    """The rows on so many leading axes, or `None` if the step does not keep them apart, by its equations and the axes they keep."""
     batch = jax.tree.leaves(init)[0].shape[:axes]
     x = at_one_step(xs)
-    if _draws_by_row(traced, init, x, batch):
+    if _draws_by_row(eqns, batch):
         return None
     carries = len(jax.tree.leaves(init))
     own = [leaf.shape[:axes] == batch for leaf in jax.tree.leaves(x)]
     known = len(jax.tree.leaves(traced.params))
     flags = [False] * known + [True] * carries + own
     rows = tuple(range(axes))
-    for result in kept_axes(traced.step, traced.params, init, x)[:carries]:
+    for result in kept[:carries]:
         for i, found in result.items():
             if found[:axes] != rows if flags[i] else any(axis in rows for axis in found):
                 return None
@@ -113,10 +122,10 @@ def _with_batch(step: Callable[..., Any], traced: TracedStep, init: Any, xs: Any
     return _of_one_row(step, traced, init, xs, batch, has_own)
 
 
-def _draws_by_row(traced: TracedStep, init: Any, x: Any, batch: tuple[int, ...]) -> bool:
+def _draws_by_row(eqns: list[Any], batch: tuple[int, ...]) -> bool:
     """Whether an equation makes numbers, or has effects, that may differ between rows without reading them."""
     sizes = {size for size in batch if size != 1}
-    for eqn in program(traced.step, traced.params, init, x).eqns:
+    for eqn in eqns:
         if has_effects(eqn):
             return True
         shape = eqn.params.get("shape", ()) if eqn.primitive.name in _DRAWS else ()
@@ -165,7 +174,7 @@ def _of_one_row(
         ]
         return one.step(ClosedParams(params.leaves, closed_over), carry, x)
 
-    return Rows(step_of_row, batch, own, one.one_at_a_time)
+    return Rows(step_of_row, batch, own)
 
 
 def _is_among(const: Any, others: list[Any]) -> bool:

@@ -42,6 +42,11 @@ class Flags(NamedTuple):
         """Whether there is anything to select."""
         return self.is_first is not None or self.valid is not None
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those that were given, as keyword arguments of a strategy."""
+        return {word: option for word, option in self._asdict().items() if option is not None}
+
 
 NO_FLAGS = Flags()
 

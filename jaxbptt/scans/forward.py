@@ -16,7 +16,7 @@ from jaxbptt.array_types import zeros
 from jaxbptt.arrays import check_key
 from jaxbptt.cells.cell import Cell
 from jaxbptt.influences.carried import Carried, entering
-from jaxbptt.influences.influence import Influence
+from jaxbptt.influences.influence import Influence, check_influence
 from jaxbptt.influences.rtrl import rtrl
 from jaxbptt.programs.flagged import begins, present, select_rows, taken
 from jaxbptt.programs.perturbed import fit
@@ -95,11 +95,7 @@ def forward_scan(
         doi:10.1162/neco.1989.1.2.270.
     """
     influence = rtrl() if influence is None else influence
-    if not isinstance(influence, Influence):
-        raise TypeError(
-            f"influence is a {type(influence).__name__}, but it says how dc/dθ is carried forward: pass influences.rtrl(), another "
-            "of jaxbptt.influences, or an Influence(init, advance, pull)."
-        )
+    check_influence(influence, "it says how dc/dθ is carried forward")
     if key is not None:
         check_key(key)
     r = prepare(step, params, init, xs, length, is_first, valid, reverse=reverse)

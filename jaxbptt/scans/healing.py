@@ -19,7 +19,7 @@ from jaxbptt.array_types import as_type, type_of, varying_alike, zeros
 from jaxbptt.influences.carried import Carried, entering
 from jaxbptt.influences.influence import Influence
 from jaxbptt.programs.flagged import taken
-from jaxbptt.programs.perturbed import Perturbed, spread
+from jaxbptt.programs.perturbed import led_to
 from jaxbptt.programs.rows import Rows, rows_of
 from jaxbptt.programs.trace import TracedStep, trace
 from jaxbptt.scans.flags import Flags, beside_input
@@ -100,11 +100,11 @@ class Healing(NamedTuple):
         rows.check_flags(is_first, valid)
         chunk = _Chunk(self, traced, rows, r.length, *jax.tree.flatten(r.init))
         start = chunk.with_influence(r.xs)
-        given = {"is_first": is_first, "valid": valid, "reset_carry": reset_carry, "length": length}
-        given = {word: value for word, value in given.items() if value is not None}
-        outputs = strategy(step, params, start, xs, **given, **options)
+        flags = Flags(is_first, valid, reset_carry)
+        lengths = {} if length is None else {"length": length}
+        outputs = strategy(step, params, start, xs, **lengths, **flags.options, **options)
         # Checked by the strategy, and broadcast.
-        flagged = beside_input(r._replace(params=traced.params), Flags(is_first, valid, reset_carry))
+        flagged = beside_input(r._replace(params=traced.params), flags)
         return chunk.moving(outputs, flagged.params[1:], flagged.xs, after)
 
     def check(self) -> None:
@@ -223,10 +223,8 @@ class _Chunk(NamedTuple):
 
     def _carried(self, own: Any, wanted: Any) -> Carried:
         flags = jax.tree.structure(own).unflatten(wanted)
-        _, carry, x = jax.tree.map(lambda _: False, self.traced.shapes)
         # Of the later chunks' losses nothing is known, so all that the params reach counts.
-        perturbed = spread(self.traced.step, Perturbed(flags, carry, x), self.traced.shapes)
-        return Carried(self.healing.influence, self.rows, flags, perturbed.carry)
+        return Carried(self.healing.influence, self.rows, flags, led_to(self.traced.step, flags, self.traced.shapes))
 
 
 def _perturbed(own: Any) -> tuple[bool, ...]:

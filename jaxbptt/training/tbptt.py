@@ -16,7 +16,7 @@ from jaxtyping import Array
 from jaxbptt.array_types import is_weak, zeros
 from jaxbptt.arrays import at_least_float32, check_callable, check_count, check_key
 from jaxbptt.html_table import fields_table
-from jaxbptt.influences.influence import Influence
+from jaxbptt.influences.influence import Influence, check_influence
 from jaxbptt.scans.adjoint import adjoint_scan
 from jaxbptt.scans.exact import scan as exact_scan
 from jaxbptt.scans.healing import Healing
@@ -387,11 +387,7 @@ def _overlap(truncation_length: Any, update_every: Any, burn_in: Any) -> int:
 
 def _check_influence(influence: Any, scan: Any, truncation_length: Any, update_every: Any, burn_in: int) -> None:
     """Raise unless chunks follow each other, each step in one of them, and the gradient reaches back to their starts."""
-    if not isinstance(influence, Influence):
-        raise TypeError(
-            f"influence is a {type(influence).__name__}, but it says how dc/dθ is carried from chunk to chunk: pass "
-            "influences.rtrl(), another of jaxbptt.influences, or an Influence(init, advance, pull)."
-        )
+    check_influence(influence, "it says how dc/dθ is carried from chunk to chunk")
     cutting = getattr(scan, "func", scan) in (truncated_scan, windowed_scan)
     if truncation_length is not None or cutting:
         how = f"scan={scan!r}" if cutting else f"truncation_length={truncation_length}"
